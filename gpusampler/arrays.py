@@ -1,0 +1,300 @@
+"""The one file that names the array libraries: which one an array belongs to, where, and copies.
+
+Neither torch nor CuPy is imported until an array of theirs, or a device of theirs, is met. The
+algorithms elsewhere take the namespace from here and never ask which library it is.
+"""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass
+from types import ModuleType
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+Library = Literal["numpy", "torch", "cupy"]
+Int64 = NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class Device:
+    """Where arrays live: a library, and the name by which it knows the device.
+
+    Parameters
+    ----------
+    library : {"numpy", "torch", "cupy"}
+    name : str
+        "cpu" for NumPy; "cpu", "cuda:0", "mps", ... for torch; "0", "1", ... for CuPy.
+    """
+
+    library: Library
+    name: str = "cpu"
+
+    def __str__(self) -> str:
+        """Return the form that `parse_device` reads."""
+        if self.library == "numpy":
+            return "numpy"
+        return self.name if self.library == "torch" else f"cupy:{self.name}"
+
+    @property
+    def on_host(self) -> bool:
+        """Whether NumPy sees the memory of this device without a copy."""
+        return self.name == "cpu"
+
+
+HOST = Device("numpy")
+
+
+def loaded(module: str) -> ModuleType | None:
+    """Return the module if the program has imported it already, else None."""
+    return sys.modules.get(module)
+
+
+def library_of(obj: Any) -> Library | None:
+    """Return the array library that ``obj`` is an array of, or None."""
+    if isinstance(obj, np.ndarray):
+        return "numpy"
+    torch = loaded("torch")
+    if torch is not None and isinstance(obj, torch.Tensor):
+        return "torch"
+    cupy = loaded("cupy")
+    if cupy is not None and isinstance(obj, cupy.ndarray):
+        return "cupy"
+    return None
+
+
+def device_of(array: Any) -> Device:
+    """Return the device of a NumPy, torch or CuPy array."""
+    library = library_of(array)
+    if library == "numpy":
+        return HOST
+    if library == "torch":
+        return Device("torch", str(array.device))
+    if library == "cupy":
+        return Device("cupy", str(array.device.id))
+    raise TypeError(f"expected a numpy, torch or cupy array, got {type(array).__name__}")
+
+
+def parse_device(device: Any) -> Device:
+    """Return the device that a user's ``device`` argument names, checked to be there.
+
+    Parameters
+    ----------
+    device : str or torch.device
+        "numpy", "cpu", "cuda", "cuda:1", "mps", ..., "cupy" or "cupy:1".
+
+    Raises
+    ------
+    ValueError
+        If the name is not known to the library.
+    RuntimeError
+        If the library or the device is not there.
+    """
+    name = str(device)
+    if name == "numpy":
+        return HOST
+    if name.split(":")[0] == "cupy":
+        return _parse_cupy(name)
+    try:
+        import torch
+    except ImportError as error:
+        raise RuntimeError(
+            f"device must be 'numpy' where torch is not installed, got {name!r}; "
+            "install gpusampler[torch]"
+        ) from error
+    try:
+        parsed = torch.device(name)
+    except RuntimeError as error:
+        raise ValueError(
+            "device must be 'auto', 'numpy', 'cupy', 'cupy:<index>' or a torch device, "
+            f"got {name!r}"
+        ) from error
+    if parsed.type == "cuda":
+        if not torch.cuda.is_available():
+            raise RuntimeError(f"device must be there: torch sees no CUDA device, got {name!r}")
+        # "cuda" is the device that this process uses, which need not be cuda:0.
+        index = torch.cuda.current_device() if parsed.index is None else parsed.index
+        if index >= torch.cuda.device_count():
+            raise RuntimeError(
+                f"device must be there: torch sees {torch.cuda.device_count()} CUDA devices, "
+                f"got {name!r}"
+            )
+        return Device("torch", f"cuda:{index}")
+    return Device("torch", str(parsed))
+
+
+def _parse_cupy(name: str) -> Device:
+    try:
+        import cupy
+    except ImportError as error:
+        raise RuntimeError(
+            f"device must be there: cupy is not installed, got {name!r}; "
+            "install gpusampler[cupy12] or gpusampler[cupy13]"
+        ) from error
+    # `import cupy` succeeds without a driver; the first array would raise.
+    if not cupy.cuda.is_available():
+        raise RuntimeError(f"device must be there: cupy sees no CUDA device, got {name!r}")
+    _, _, index = name.partition(":")
+    if index and not index.isdecimal():
+        raise ValueError(f"device must be 'cupy' or 'cupy:<index>', got {name!r}")
+    return Device("cupy", index or str(cupy.cuda.Device().id))
+
+
+def default_device() -> Device:
+    """Device for ids that came from no array: CUDA when torch is loaded and sees it, else NumPy."""
+    torch = loaded("torch")
+    if torch is not None and torch.cuda.is_available() and not in_worker():
+        return Device("torch", f"cuda:{torch.cuda.current_device()}")
+    return HOST
+
+
+def in_worker() -> bool:
+    """Whether this process is a worker of a torch DataLoader, where no GPU may be touched."""
+    data = loaded("torch.utils.data")
+    return data is not None and data.get_worker_info() is not None
+
+
+def process_group() -> tuple[int, int]:
+    """Return (number of ranks, this rank) of torch's initialised process group, else (1, 0)."""
+    distributed = loaded("torch.distributed")
+    if distributed is not None and distributed.is_available() and distributed.is_initialized():
+        return distributed.get_world_size(), distributed.get_rank()
+    return 1, 0
+
+
+def namespace(device: Device) -> Any:
+    """Return the array-api-compat namespace of a device's library."""
+    if device.library == "numpy":
+        import array_api_compat.numpy as xp
+    elif device.library == "torch":
+        import array_api_compat.torch as xp
+    else:
+        import array_api_compat.cupy as xp
+    return xp
+
+
+def device_handle(device: Device) -> Any:
+    """Return what the library's own functions take as ``device=``."""
+    if device.library == "numpy":
+        return "cpu"
+    if device.library == "torch":
+        return device.name
+    import cupy
+
+    return cupy.cuda.Device(int(device.name))
+
+
+def to_numpy(array: Any) -> NDArray[Any]:
+    """Return an array as NumPy: the same memory where it is on the host, else one copy."""
+    library = library_of(array)
+    if library == "torch":
+        return np.asarray(array.detach().cpu().numpy())
+    if library == "cupy":
+        return np.asarray(array.get())
+    return np.asarray(array)
+
+
+def to_device(array: Any, device: Device) -> Any:
+    """Return an array on ``device``: itself or the same memory where it can be, else one copy."""
+    if device_of(array) == device:
+        return array
+    if device.library == "numpy":
+        return to_numpy(array)
+    if device.library == "torch":
+        import torch
+
+        if library_of(array) == "cupy":
+            return torch.from_dlpack(array).to(device.name)
+        tensor = array if library_of(array) == "torch" else _from_numpy(array)
+        return tensor.to(device.name)
+    import cupy
+
+    with cupy.cuda.Device(int(device.name)):
+        if library_of(array) == "torch" and array.is_cuda:
+            return cupy.from_dlpack(array)
+        return cupy.asarray(to_numpy(array))
+
+
+def _from_numpy(array: NDArray[Any]) -> Any:
+    import torch
+
+    # torch warns of, and could write through, a view of read-only memory.
+    return torch.from_numpy(array if array.flags.writeable else array.copy())
+
+
+def tensor_from_numpy(array: NDArray[Any]) -> Any:
+    """Return a host torch tensor over the memory of a writable NumPy array."""
+    import torch
+
+    return torch.from_numpy(array)
+
+
+def stable_argsort(array: Any) -> Any:
+    """Return the stable ascending argsort of a 1-D array as int64, on its device."""
+    if library_of(array) == "torch":
+        # On CUDA the default is not stable.
+        return array.argsort(stable=True)
+    # CuPy's argsort is a stable radix sort, whatever its kind is called.
+    return array.argsort(kind="stable")
+
+
+def unique_consecutive(array: Any) -> tuple[Any, Any]:
+    """Return the value and the length of every run of equal neighbours in a 1-D array.
+
+    Parameters
+    ----------
+    array : integer array, shape (N,)
+        Of any library; N may be 0.
+
+    Returns
+    -------
+    values : array of the same dtype, shape (R,)
+    counts : int64 array, shape (R,)
+        Both on the device of ``array``.
+    """
+    device = device_of(array)
+    if device.library == "torch":
+        import torch
+
+        values, counts = torch.unique_consecutive(array, return_counts=True)
+        return values, counts
+    xp = namespace(device)
+    size = int(array.shape[0])
+    if size == 0:
+        return array, xp.zeros(0, dtype=xp.int64)
+    starts = xp.flatnonzero(array[1:] != array[:-1]) + 1
+    starts = xp.concat([xp.zeros(1, dtype=xp.int64), starts])
+    counts = xp.diff(starts, append=xp.full(1, size, dtype=xp.int64))
+    return array[starts], counts
+
+
+def repeat_rows(counts: Any, total: int) -> Any:
+    """Return each row's number as often as its count says, end to end: int64, shape (total,).
+
+    ``total`` is the sum of ``counts``; knowing it beforehand spares a device a synchronisation.
+    """
+    device = device_of(counts)
+    if device.library == "torch":
+        import torch
+
+        return torch.repeat_interleave(counts, output_size=total)
+    xp = namespace(device)
+    # The number of row ends at or before a lane: counts may lie on a device, so no np.repeat.
+    lanes = xp.arange(total, dtype=xp.int64)
+    return xp.searchsorted(xp.cumulative_sum(counts), lanes, side="right")
+
+
+def narrowest(library: Library, values: int) -> tuple[str, int]:
+    """Return the narrowest dtype that can be sorted and holds 0 .. values - 1, and its shift.
+
+    torch sorts no unsigned type but uint8, so 2**15 .. 2**16 values go into int16 shifted down.
+    """
+    if values <= 1 << 8:
+        return "uint8", 0
+    if values <= 1 << 16:
+        return ("int16", -(1 << 15)) if library == "torch" else ("uint16", 0)
+    if values <= 1 << 31:
+        return "int32", 0
+    return "int64", 0

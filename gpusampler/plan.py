@@ -1,0 +1,387 @@
+"""The plan of an epoch: a batch is a pure function of (seed, epoch, slot).
+
+An epoch has M slots. Slot s is sent by one keyed permutation to a batch, a search in the running
+total of batches per patch says which batch of which patch that is, and another keyed permutation,
+the patch's own, says which samples stand at the batch's positions. Any slots can be asked for, in
+any order; nothing of the size of the dataset is made.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+
+from gpusampler import arrays, lanes
+from gpusampler.arrays import HOST, Device, Int64
+from gpusampler.grouping import PatchGroups
+from gpusampler.permutation import (
+    PURPOSE_BATCHES,
+    PURPOSE_PATCHES,
+    PURPOSE_SAMPLES,
+    Grid,
+    derive_key,
+    grid_of,
+    permute,
+)
+from gpusampler.tables import PatchTables
+from gpusampler.validation import checked_bool, checked_choice, checked_int, checked_seed
+
+Partial = Literal["keep", "drop", "pad"]
+PARTIALS = ("keep", "drop", "pad")
+EPOCHS = 1 << 63
+
+
+class BatchBlock(NamedTuple):
+    """Some batches of a plan.
+
+    Attributes
+    ----------
+    indices : int64 array, shape (K, B)
+        Samples. A row beyond its length repeats samples of the same patch, so that gathering with
+        the whole block is always safe.
+    lengths : int64 array, shape (K,)
+        Samples of each batch that count, 1 .. B.
+    groups : int64 array, shape (K,)
+        The batch's patch, as a place among the sorted patch ids.
+    """
+
+    indices: Any
+    lengths: Any
+    groups: Any
+
+
+class RaggedBlock(NamedTuple):
+    """Some batches of a plan on the host, each of its own size, end to end.
+
+    Attributes
+    ----------
+    samples : int64 array, shape (T,)
+    starts, sizes, lengths, groups : int64 arrays, shape (K,)
+        Batch k is ``samples[starts[k] : starts[k] + sizes[k]]``, of which ``lengths[k]`` count.
+    """
+
+    samples: Int64
+    starts: Int64
+    sizes: Int64
+    lengths: Int64
+    groups: Int64
+
+
+class Located(NamedTuple):
+    """Where slots lead: ``group``, batch ``j`` of that group; and that batch's ``length``."""
+
+    group: Any
+    j: Any
+    length: Any
+
+
+class EpochPlan:
+    """Every batch of every epoch, as a function.
+
+    Parameters
+    ----------
+    groups : PatchGroups
+    batch_size : int
+        Samples in a batch, at least 1.
+    seed : int
+        0 .. 2**64 - 1.
+    shuffle_within_batches : bool
+        Permute the samples inside every patch each epoch, so that batches have other members.
+    shuffle_patches : bool
+        Permute the order of the batches each epoch.
+    interleave : bool
+        Whether batches of different patches follow one another; if not, all batches of a patch
+        come in a row, and `shuffle_patches` permutes the patches.
+    partial : {"keep", "drop", "pad"}
+        A patch's last batch, when it is short: handed out short, left out, or filled up with
+        samples of the same patch.
+    device : str, torch.device or Device, optional
+        Where `evaluate` works and its results lie. Default: where the groups' order lies.
+
+    Attributes
+    ----------
+    num_batches : int
+        M, batches in an epoch, over all ranks.
+    max_batch_size : int
+        B, the largest batch that any patch can fill (its size under "pad").
+
+    Raises
+    ------
+    TypeError, ValueError
+        If an argument is not as described, or no batch is left.
+
+    Examples
+    --------
+    >>> groups = PatchGroups.from_counts([5, 3])
+    >>> plan = EpochPlan(groups, 2, seed=0, partial="drop")
+    >>> plan.num_batches
+    3
+    >>> block = plan.evaluate(epoch=4, slots=[2, 0])
+    >>> block.indices.shape
+    (2, 2)
+    """
+
+    def __init__(
+        self,
+        groups: PatchGroups,
+        batch_size: int,
+        seed: int,
+        *,
+        shuffle_within_batches: bool = True,
+        shuffle_patches: bool = True,
+        interleave: bool = True,
+        partial: Partial = "keep",
+        device: Any = None,
+    ) -> None:
+        if not isinstance(groups, PatchGroups):
+            raise TypeError(f"groups must be PatchGroups, got {type(groups).__name__}")
+        self.groups = groups
+        self.batch_size = checked_int(batch_size, "batch_size", least=1, below=1 << 31)
+        self.seed = checked_seed(seed)
+        self.shuffle_within_batches = checked_bool(
+            shuffle_within_batches, "shuffle_within_batches"
+        )
+        self.shuffle_patches = checked_bool(shuffle_patches, "shuffle_patches")
+        self.interleave = checked_bool(interleave, "interleave")
+        self.partial = checked_choice(partial, "partial", PARTIALS)
+        if device is None:
+            self.device = groups.device
+        else:
+            self.device = device if isinstance(device, Device) else arrays.parse_device(device)
+        self._tables = PatchTables.build(groups, self.batch_size, self.partial)
+        self.num_batches = self._tables.num_batches
+        self.max_batch_size = self._tables.max_batch_size
+        self._on_device: PatchTables | None = None
+        self._host_order: Any = None
+        self._patch_order: tuple[int, Int64, Int64] | None = None
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What changes the batches, besides the ids and the seed; JSON-safe."""
+        return {
+            "batch_size": self.batch_size,
+            "shuffle_within_batches": self.shuffle_within_batches,
+            "shuffle_patches": self.shuffle_patches,
+            "interleave": self.interleave,
+            "partial": self.partial,
+        }
+
+    def evaluate(self, epoch: int, slots: Any) -> BatchBlock:
+        """Return the batches at some slots of an epoch.
+
+        Parameters
+        ----------
+        epoch : int
+            0 .. 2**63 - 1.
+        slots : integer array or sequence, shape (K,)
+            Slots in 0 .. M-1, in any order, repeated or not. An array on the plan's device stays
+            there and is not inspected.
+
+        Returns
+        -------
+        BatchBlock
+            On the plan's device.
+
+        Raises
+        ------
+        TypeError
+            If ``epoch`` or ``slots`` are no integers.
+        ValueError
+            If one is out of range, or ``slots`` is not 1-D.
+        """
+        epoch = checked_int(epoch, "epoch", least=0, below=EPOCHS)
+        if self.device.on_host:
+            block = self._evaluate_on_host(epoch, self._checked_slots(slots))
+            return BatchBlock(*(arrays.to_device(part, self.device) for part in block))
+        if arrays.library_of(slots) is None or arrays.device_of(slots) != self.device:
+            slots = arrays.to_device(self._checked_slots(slots), self.device)
+        return self.evaluate_reference(epoch, slots)
+
+    def evaluate_ragged(self, epoch: int, slots: Int64) -> RaggedBlock:
+        """Return the batches at some slots as iteration hands them out, on the host.
+
+        Parameters
+        ----------
+        epoch : int
+        slots : int64 array, shape (K,)
+            Slots in 0 .. M-1.
+        """
+        at = self.locate(epoch, slots)
+        sizes = self._tables.sizes[at.group] if self.partial == "pad" else at.length
+        if self.device.on_host:
+            samples, starts = self._samples(epoch, at, sizes)
+        else:
+            xp = arrays.namespace(self.device)
+            on_device = [arrays.to_device(part, self.device) for part in (at.group, at.j, sizes)]
+            ragged = self._lanes_reference(xp, epoch, *on_device, int(sizes.sum()))
+            samples, starts = arrays.to_numpy(ragged), np.cumsum(sizes) - sizes
+        return RaggedBlock(samples, starts, sizes, at.length, at.group)
+
+    def locate(self, epoch: int, slots: Int64) -> Located:
+        """Return which batch of which patch slots lead to: NumPy, on the small host tables."""
+        tables = self._tables
+        if not self.interleave:
+            _, patches, before = self._patches_of(epoch)
+            place = np.searchsorted(before, slots, side="right") - 1
+            group, j = patches[place], slots - before[place]
+        else:
+            batch = slots
+            if self.shuffle_patches and self.num_batches > 1:
+                batch = self._permute_slots(epoch, slots)
+            group = np.searchsorted(tables.batch_offsets, batch, side="right") - 1
+            j = batch - tables.batch_offsets[group]
+        length = np.minimum(tables.sizes[group], tables.counts[group] - j * tables.sizes[group])
+        return Located(group, j, length)
+
+    def _permute_slots(self, epoch: int, slots: Int64) -> Int64:
+        size = self.num_batches
+        key = derive_key(self.seed, PURPOSE_BATCHES, epoch, 0)
+        grid = grid_of(size)
+        if size <= lanes.WIDEST:
+            return lanes.permute_one(slots, size, key, grid)
+        xp = arrays.namespace(HOST)
+        return np.asarray(permute(xp, slots, size, key, grid, size, size))
+
+    def _patches_of(self, epoch: int) -> tuple[int, Int64, Int64]:
+        """Patches in this epoch's order, and the slots before each; kept for the last epoch."""
+        if self._patch_order is None or self._patch_order[0] != epoch:
+            tables = self._tables
+            patches = np.arange(tables.counts.size, dtype=np.int64)
+            if self.shuffle_patches:
+                key = derive_key(self.seed, PURPOSE_PATCHES, epoch, 0)
+                patches = lanes.permute_one(patches, patches.size, key, grid_of(patches.size))
+            batches = tables.batches[patches]
+            self._patch_order = epoch, patches, np.cumsum(batches) - batches
+        return self._patch_order
+
+    def _evaluate_on_host(self, epoch: int, slots: Int64) -> BatchBlock:
+        at = self.locate(epoch, slots)
+        width = self.max_batch_size
+        samples, starts = self._samples(epoch, at, np.full(slots.size, width, np.int64))
+        block = samples.reshape(slots.size, width)
+        if bool((starts[1:] < starts[:-1]).any()):
+            block = block[starts // width]
+        return BatchBlock(block, at.length, at.group)
+
+    def _samples(self, epoch: int, at: Located, sizes: Int64) -> tuple[Int64, Int64]:
+        """Samples of batches on the host, ``sizes`` of each, and where each batch starts."""
+        tables = self._tables
+        key = None
+        if self.shuffle_within_batches:
+            key = derive_key(self.seed, PURPOSE_SAMPLES, epoch, at.group)
+        return lanes.permute_runs(
+            at.j * tables.sizes[at.group],
+            sizes,
+            tables.counts[at.group],
+            key,
+            Grid(*(side[at.group] for side in tables.grid)),
+            tables.starts[at.group],
+            self._order_on_host(),
+        )
+
+    def _order_on_host(self) -> Any:
+        if self._host_order is None and self.groups.order is not None:
+            self._host_order = arrays.to_numpy(self.groups.order)
+        return self._host_order
+
+    def evaluate_reference(self, epoch: int, slots: Any) -> BatchBlock:
+        """Return `evaluate` in plain array operations on the plan's device, without a check.
+
+        The form that every faster one must equal. Nothing is inspected on the host.
+
+        Parameters
+        ----------
+        epoch : int
+        slots : int64 array on the plan's device, shape (K,)
+        """
+        xp = arrays.namespace(self.device)
+        tables = self._device_tables(xp)
+        group, j = self._locate_reference(xp, epoch, slots)
+        size = tables.sizes[group]
+        length = xp.minimum(size, tables.counts[group] - j * size)
+        column = xp.arange(
+            self.max_batch_size, dtype=xp.int64, device=arrays.device_handle(self.device)
+        )
+        indices = self._indices_reference(
+            xp, epoch, group[:, None], (j * size)[:, None] + column[None, :]
+        )
+        return BatchBlock(indices, length, group)
+
+    def _lanes_reference(
+        self, xp: Any, epoch: int, group: Any, j: Any, sizes: Any, total: int
+    ) -> Any:
+        """Samples of batches end to end, ``sizes`` of each, shape (total,)."""
+        tables = self._device_tables(xp)
+        handle = arrays.device_handle(self.device)
+        row = arrays.repeat_rows(sizes, total)
+        before = xp.cumulative_sum(sizes) - sizes
+        within = xp.arange(total, dtype=xp.int64, device=handle) - before[row]
+        return self._indices_reference(
+            xp, epoch, group[row], (j * tables.sizes[group])[row] + within
+        )
+
+    def _locate_reference(self, xp: Any, epoch: int, slots: Any) -> tuple[Any, Any]:
+        tables = self._device_tables(xp)
+        if not self.interleave:
+            _, patches, before = self._patches_of(epoch)
+            patches = arrays.to_device(patches, self.device)
+            before = arrays.to_device(before, self.device)
+            place = xp.searchsorted(before, slots, side="right") - 1
+            return patches[place], slots - before[place]
+        if self.shuffle_patches and self.num_batches > 1:
+            size = self.num_batches
+            key = derive_key(self.seed, PURPOSE_BATCHES, epoch, 0)
+            sides = grid_of(size)
+            full = xp.full_like
+            grid = Grid(*(full(slots, side) for side in sides))
+            lane_key = (full(slots, key[0]), full(slots, key[1]))
+            slots = permute(xp, slots, full(slots, size), lane_key, grid, size, size)
+        group = xp.searchsorted(tables.batch_offsets, slots, side="right") - 1
+        return group, slots - tables.batch_offsets[group]
+
+    def _indices_reference(self, xp: Any, epoch: int, group: Any, position: Any) -> Any:
+        """Samples at positions (any, from 0 on) of groups; the two broadcast."""
+        tables = self._device_tables(xp)
+        n = tables.counts[group]
+        position = position % n
+        if self.shuffle_within_batches:
+            key = derive_key(self.seed, PURPOSE_SAMPLES, epoch, group)
+            grid = Grid(*(side[group] for side in tables.grid))
+            position = permute(
+                xp, position, n, key, grid, self._tables.smallest, self._tables.largest
+            )
+        index = tables.starts[group] + position
+        return index if tables.order is None else xp.astype(tables.order[index], xp.int64)
+
+    def _device_tables(self, xp: Any) -> PatchTables:
+        """Tables on the plan's device, made at first use."""
+        if self._on_device is None:
+            self._on_device = self._tables.on(self.device, self.groups.order)
+        return self._on_device
+
+    def _checked_slots(self, slots: Any) -> Int64:
+        if arrays.library_of(slots) is None:
+            slots = np.asarray(slots)
+        slots = arrays.to_numpy(slots)
+        if slots.ndim != 1:
+            raise ValueError(f"slots must be 1-D, got shape {slots.shape}")
+        if slots.size == 0:
+            return np.zeros(0, np.int64)
+        if slots.dtype.kind not in "iu":
+            raise TypeError(f"slots must be integers, got dtype {slots.dtype}")
+        for extreme in (int(slots.min()), int(slots.max())):
+            if not 0 <= extreme < self.num_batches:
+                raise ValueError(f"slots must be in 0 .. {self.num_batches - 1}, got {extreme}")
+        return slots.astype(np.int64)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Travel without live device memory; it is rebuilt at first use."""
+        state = self.__dict__.copy()
+        state.update(_on_device=None, _host_order=None, _patch_order=None)
+        return state
+
+    def __repr__(self) -> str:
+        """Return sizes and settings."""
+        listed = ", ".join(f"{name}={value!r}" for name, value in self.settings.items())
+        return f"EpochPlan({self.num_batches} batches, seed={self.seed}, {listed})"

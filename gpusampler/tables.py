@@ -1,0 +1,104 @@
+"""The small tables of a plan: a few numbers for each patch, on the host and on a device."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from gpusampler import arrays
+from gpusampler.arrays import HOST, Device
+from gpusampler.grouping import PatchGroups
+from gpusampler.permutation import Grid, grids_of
+
+
+@dataclass(frozen=True)
+class PatchTables:
+    """What evaluation looks up by group; int64 arrays of shape (G,) on one device.
+
+    Attributes
+    ----------
+    counts, starts : arrays
+        As in `PatchGroups`.
+    sizes : array
+        Batch size of each patch.
+    batches : array
+        Batches of each patch in an epoch.
+    batch_offsets : array, shape (G + 1,)
+        Running total of ``batches``.
+    grid : Grid of arrays
+        Sides of each patch's permutation.
+    order : array, shape (N,), or None
+    num_batches, max_batch_size, smallest, largest : int
+        M, B, and the smallest and largest patch.
+    """
+
+    counts: Any
+    starts: Any
+    sizes: Any
+    batches: Any
+    batch_offsets: Any
+    grid: Grid
+    order: Any
+    num_batches: int
+    max_batch_size: int
+    smallest: int
+    largest: int
+
+    @classmethod
+    def build(cls, groups: PatchGroups, batch_size: int, partial: str) -> PatchTables:
+        """Return the host tables of groups; ``order`` is left to the plan.
+
+        Raises
+        ------
+        ValueError
+            If no batch is left: every patch is smaller than the batch size under "drop".
+        """
+        counts = groups.counts
+        # A broadcast scalar: no memory, and the form that sizes by patch will have.
+        sizes = np.broadcast_to(np.int64(batch_size), counts.shape)
+        batches = counts // sizes if partial == "drop" else -(-counts // sizes)
+        offsets = np.zeros(counts.size + 1, np.int64)
+        np.cumsum(batches, out=offsets[1:])
+        total = int(offsets[-1])
+        if total == 0:
+            raise ValueError(
+                f"batch_size must be at most the largest patch under partial='drop', got "
+                f"{batch_size}: all {counts.size} patches are smaller (the largest has "
+                f"{int(counts.max())} samples), so no batch is left"
+            )
+        filled = sizes if partial == "pad" else np.minimum(sizes, counts)
+        return cls(
+            counts=counts,
+            starts=groups.starts,
+            sizes=sizes,
+            batches=batches,
+            batch_offsets=offsets,
+            grid=grids_of(arrays.namespace(HOST), counts),
+            order=None,
+            num_batches=total,
+            max_batch_size=int(filled.max()),
+            smallest=int(counts.min()),
+            largest=int(counts.max()),
+        )
+
+    def on(self, device: Device, order: Any) -> PatchTables:
+        """Return the same tables on a device, with the order."""
+
+        def there(table: Any) -> Any:
+            return arrays.to_device(np.ascontiguousarray(table), device)
+
+        return PatchTables(
+            counts=there(self.counts),
+            starts=there(self.starts),
+            sizes=there(self.sizes),
+            batches=there(self.batches),
+            batch_offsets=there(self.batch_offsets),
+            grid=Grid(*(there(side) for side in self.grid)),
+            order=None if order is None else arrays.to_device(order, device),
+            num_batches=self.num_batches,
+            max_batch_size=self.max_batch_size,
+            smallest=self.smallest,
+            largest=self.largest,
+        )
