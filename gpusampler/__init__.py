@@ -1,3 +1,24 @@
-"""Batches that come from one patch each: exact, seekable, the same on every backend, fast."""
+"""Batches that come from one patch each: exact, seekable, the same on every backend, fast.
+
+``PatchBatchSampler`` is what a ``DataLoader`` holds; ``PatchGroups`` and ``EpochPlan`` are what it
+is made of. Importing the package imports neither torch nor CuPy.
+"""
+
+from gpusampler.coverage import Coverage
+from gpusampler.grouping import PatchGroups
+from gpusampler.groundwater import GWPatchDataset
+from gpusampler.iteration import Batch
+from gpusampler.plan import BatchBlock, EpochPlan
+from gpusampler.sampler import PatchBatchSampler
 
 __version__ = "0.1.0"
+
+__all__ = [
+    "Batch",
+    "BatchBlock",
+    "Coverage",
+    "EpochPlan",
+    "GWPatchDataset",
+    "PatchBatchSampler",
+    "PatchGroups",
+]

@@ -8,6 +8,7 @@ any order; nothing of the size of the dataset is made.
 
 from __future__ import annotations
 
+import copy
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -52,16 +53,17 @@ class BatchBlock(NamedTuple):
 
 
 class RaggedBlock(NamedTuple):
-    """Some batches of a plan on the host, each of its own size, end to end.
+    """Some batches of a plan, each of its own size, side by side.
 
     Attributes
     ----------
     samples : int64 array, shape (T,)
+        On the plan's device (a NumPy array where that is the host); the rest is NumPy.
     starts, sizes, lengths, groups : int64 arrays, shape (K,)
         Batch k is ``samples[starts[k] : starts[k] + sizes[k]]``, of which ``lengths[k]`` count.
     """
 
-    samples: Int64
+    samples: Any
     starts: Int64
     sizes: Int64
     lengths: Int64
@@ -167,6 +169,23 @@ class EpochPlan:
             "partial": self.partial,
         }
 
+    @property
+    def sizes_by_patch(self) -> Int64:
+        """Batch size of each patch: int64, shape (G,), on the host."""
+        return np.asarray(self._tables.sizes)
+
+    @property
+    def batches_by_patch(self) -> Int64:
+        """Batches of each patch in an epoch: int64, shape (G,), on the host."""
+        return np.asarray(self._tables.batches)
+
+    def with_seed(self, seed: int) -> EpochPlan:
+        """Return the same plan under another seed; the tables are shared."""
+        plan = copy.copy(self)
+        plan.seed = checked_seed(seed)
+        plan._patch_order = None
+        return plan
+
     def evaluate(self, epoch: int, slots: Any) -> BatchBlock:
         """Return the batches at some slots of an epoch.
 
@@ -199,7 +218,7 @@ class EpochPlan:
         return self.evaluate_reference(epoch, slots)
 
     def evaluate_ragged(self, epoch: int, slots: Int64) -> RaggedBlock:
-        """Return the batches at some slots as iteration hands them out, on the host.
+        """Return the batches at some slots as iteration hands them out.
 
         Parameters
         ----------
@@ -214,8 +233,8 @@ class EpochPlan:
         else:
             xp = arrays.namespace(self.device)
             on_device = [arrays.to_device(part, self.device) for part in (at.group, at.j, sizes)]
-            ragged = self._lanes_reference(xp, epoch, *on_device, int(sizes.sum()))
-            samples, starts = arrays.to_numpy(ragged), np.cumsum(sizes) - sizes
+            samples = self._lanes_reference(xp, epoch, *on_device, int(sizes.sum()))
+            starts = np.cumsum(sizes) - sizes
         return RaggedBlock(samples, starts, sizes, at.length, at.group)
 
     def locate(self, epoch: int, slots: Int64) -> Located:
