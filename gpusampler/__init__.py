@@ -5,8 +5,8 @@ is made of. Importing the package imports neither torch nor CuPy.
 """
 
 from gpusampler.coverage import Coverage
-from gpusampler.grouping import PatchGroups
 from gpusampler.groundwater import GWPatchDataset
+from gpusampler.grouping import PatchGroups
 from gpusampler.iteration import Batch
 from gpusampler.plan import BatchBlock, EpochPlan
 from gpusampler.sampler import PatchBatchSampler

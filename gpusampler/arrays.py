@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import sys
 from dataclasses import dataclass
+from importlib import import_module
 from types import ModuleType
 from typing import Any, Literal
 
@@ -166,13 +167,7 @@ def process_group() -> tuple[int, int]:
 
 def namespace(device: Device) -> Any:
     """Return the array-api-compat namespace of a device's library."""
-    if device.library == "numpy":
-        import array_api_compat.numpy as xp
-    elif device.library == "torch":
-        import array_api_compat.torch as xp
-    else:
-        import array_api_compat.cupy as xp
-    return xp
+    return import_module(f"array_api_compat.{device.library}")
 
 
 def device_handle(device: Device) -> Any:
@@ -206,7 +201,7 @@ def to_device(array: Any, device: Device) -> Any:
         import torch
 
         if library_of(array) == "cupy":
-            return torch.from_dlpack(array).to(device.name)
+            return torch.utils.dlpack.from_dlpack(array).to(device.name)
         tensor = array if library_of(array) == "torch" else _from_numpy(array)
         return tensor.to(device.name)
     import cupy

@@ -107,8 +107,10 @@ def coverage_of(plan: EpochPlan, epoch: int, slots_handed_out: int) -> Coverage:
 def _times_seen(plan: EpochPlan, group: int, times: Int64) -> Int64:
     """How often each place of a patch is handed out, if batch j is handed out ``times[j]``."""
     count, size = int(plan.groups.counts[group]), int(plan.sizes_by_patch[group])
-    places = np.arange(times.size * size) if plan.partial == "pad" else np.arange(
-        min(times.size * size, count)
+    places = (
+        np.arange(times.size * size)
+        if plan.partial == "pad"
+        else np.arange(min(times.size * size, count))
     )
     weights = times[places // size]
     return np.bincount(places % count, weights=weights, minlength=count).astype(np.int64)

@@ -30,7 +30,7 @@ def _tables() -> NDArray[np.uint64]:
     level, digit = np.divmod(np.arange(LEVELS * 256, dtype=np.int64), 256)
     low, high = derive_key(0, _PURPOSE, level, digit)
     factors = (high.astype(np.uint64) << np.uint64(32)) | low.astype(np.uint64) | np.uint64(1)
-    return factors.reshape(LEVELS, 256)
+    return np.asarray(factors.reshape(LEVELS, 256))
 
 
 FACTORS = _tables()
@@ -58,7 +58,7 @@ def weights_before(index: NDArray[np.int64]) -> NDArray[np.uint64]:
 def weights_of(index: NDArray[Any]) -> NDArray[np.uint64]:
     """Return w(i) of arbitrary indices; an array of the same shape."""
     index = index.astype(np.int64, copy=False)
-    weight = _BLOCK_WEIGHTS[index & (BLOCK - 1)]
+    weight: NDArray[np.uint64] = _BLOCK_WEIGHTS[index & (BLOCK - 1)]
     for level in range(2, LEVELS):
         digit = (index >> (8 * level)) & 0xFF
         weight *= FACTORS[level][digit] if digit.any() else FACTORS[level][0]
@@ -123,9 +123,7 @@ def of_runs(
     return int((factor * span).sum(dtype=np.uint64))
 
 
-def of_order(
-    patch_ids: NDArray[np.int64], counts: NDArray[np.int64], order: NDArray[Any]
-) -> int:
+def of_order(patch_ids: NDArray[np.int64], counts: NDArray[np.int64], order: NDArray[Any]) -> int:
     """Return the fingerprint of samples sorted by patch."""
     factor = patch_ids.view(np.uint64) * np.uint64(2) + np.uint64(1)
     ends = np.cumsum(counts)

@@ -8,14 +8,13 @@ in whatever order of patches, it is not there at all.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from itertools import pairwise
 from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
 from gpusampler import arrays, fingerprint, lanes
-from gpusampler.sorting import group_on_device, group_on_host
-from gpusampler.validation import checked_seed
 from gpusampler.arrays import HOST, Device, Int64
 from gpusampler.permutation import (
     PURPOSE_SPLIT_PATCHES,
@@ -23,6 +22,8 @@ from gpusampler.permutation import (
     derive_key,
     grids_of,
 )
+from gpusampler.sorting import group_on_device, group_on_host
+from gpusampler.validation import checked_seed
 
 MAX_PATCH = 1 << 31
 """A patch holds fewer samples than this, so that its positions fit in 31 bits."""
@@ -174,9 +175,7 @@ class PatchGroups:
             else _as_int64(patch_ids, "patch_ids")
         )
         if ids.size != sizes.size:
-            raise ValueError(
-                f"patch_ids must be as many as counts ({sizes.size}), got {ids.size}"
-            )
+            raise ValueError(f"patch_ids must be as many as counts ({sizes.size}), got {ids.size}")
         if sizes.size and int(sizes.min()) < 0:
             raise ValueError(f"counts must be >= 0, got {int(sizes.min())}")
         by_id = np.argsort(ids, kind="stable")
@@ -238,7 +237,9 @@ class PatchGroups:
         """
         group = int(np.searchsorted(self.patch_ids, patch_id))
         if group == self.num_patches or int(self.patch_ids[group]) != patch_id:
-            raise KeyError(f"patch_id must be one of the {self.num_patches} patches, got {patch_id}")
+            raise KeyError(
+                f"patch_id must be one of the {self.num_patches} patches, got {patch_id}"
+            )
         start, count = int(self.starts[group]), int(self.counts[group])
         if self.order is None:
             return np.arange(start, start + count, dtype=np.int64)
@@ -350,7 +351,7 @@ class PatchGroups:
         grid = grids_of(_host(), self.counts)
         return [
             lanes.permute_runs(low, high - low, self.counts, key, grid, self.starts, order)[0]
-            for low, high in zip(bounds[:-1], bounds[1:], strict=True)
+            for low, high in pairwise(bounds)
         ]
 
     def _take(self, groups: Int64) -> PatchGroups:
@@ -463,8 +464,10 @@ def _checked_ids(ids: Any) -> Any:
     if not dtype.lstrip("<>=|").startswith(("int", "uint")):
         raise TypeError(f"ids must be integers, got dtype {dtype}")
     if dtype == "uint64":
-        largest = int(ids.max()) if arrays.device_of(ids).library != "torch" else int(
-            arrays.to_numpy(ids).max()
+        largest = (
+            int(ids.max())
+            if arrays.device_of(ids).library != "torch"
+            else int(arrays.to_numpy(ids).max())
         )
         if largest >= 1 << 63:
             raise ValueError(f"ids must fit in int64, got {largest}")

@@ -95,4 +95,6 @@ def distinct_ids(ids: NDArray[Any]) -> Int64:
 def _sorted_distinct(values: Int64) -> Int64:
     # np.unique hashes integers since NumPy 2.3, which is slower here than the vectorised sort.
     values = np.sort(values)
-    return values[np.concatenate([np.ones(1, np.bool_), values[1:] != values[:-1]])[: values.size]]
+    first = np.ones(values.size, np.bool_)
+    np.not_equal(values[1:], values[:-1], out=first[1:])
+    return np.asarray(values[first])

@@ -3,21 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from operator import length_hint
 from typing import TYPE_CHECKING, Any, Generic, NamedTuple, TypeVar
 
 import numpy as np
 
 from gpusampler import arrays
-from gpusampler.plan import EpochPlan, RaggedBlock
+from gpusampler.plan import EpochPlan, Located, RaggedBlock
 
 if TYPE_CHECKING:
     from gpusampler.sampler import PatchBatchSampler
 
 FIRST_LANES = 1 << 9
-MOST_LANES = 1 << 17
+MOST_LANES = 1 << 15
+"""Indices evaluated at once. The first batch comes at once; later ones come in blocks that spread
+the overhead and still lie in cache when they are made into lists."""
+
+FIRST_SLOTS = 8
 MOST_SLOTS = 1 << 13
-"""A block grows from the first size to the most: the first batch comes at once, later ones in
-blocks that spread the overhead and take about a megabyte."""
+"""Slots looked up at once; far cheaper than their indices, so further ahead."""
 
 T = TypeVar("T")
 
@@ -50,7 +54,7 @@ class Share(NamedTuple):
 
     @classmethod
     def of(cls, slot: int, total: int, num_replicas: int, rank: int, uneven: str) -> Share:
-        """Return the share from ``slot`` on: steps of ``num_replicas`` slots, equal on all ranks."""
+        """Return the share from ``slot`` on: equally many steps on every rank."""
         left = max(total - slot, 0)
         steps = -(-left // num_replicas) if uneven == "pad" else left // num_replicas
         return cls(slot, num_replicas, rank, steps)
@@ -74,10 +78,12 @@ class EpochIterator(Iterator[T], Generic[T]):
         self._sampler = sampler
         self._output = output
         self._fixed_epoch = epoch
-        self._epoch: int | None = None
+        self._epoch = 0
         self._plan: EpochPlan = sampler.plan
         self._share: Share | None = None
-        self._evaluated = 0
+        self._at: Located | None = None
+        self._row = 0
+        self._looked_up = 0
         self._ready: Iterator[T] = iter(())
 
     def __iter__(self) -> EpochIterator[T]:
@@ -100,19 +106,20 @@ class EpochIterator(Iterator[T], Generic[T]):
     @property
     def _steps_done(self) -> int:
         # A list iterator knows what it still holds, so nothing is counted batch by batch.
-        return self._evaluated - self._ready.__length_hint__()  # type: ignore[attr-defined]
+        ahead = 0 if self._at is None else self._at.group.size - self._row
+        return self._looked_up - ahead - length_hint(self._ready)
 
     def bind(self, epoch: int, slot: int) -> None:
         """Fix the epoch and the global slot to start at."""
         self._epoch = epoch
         self._plan = self._sampler.plan
         self._share = self._sampler.share_from(slot)
-        self._evaluated = 0
-        self._ready = iter([])
+        self._at, self._row, self._looked_up = None, 0, 0
+        self._ready = iter(())
 
     def position(self, step: int | None = None) -> tuple[int, int]:
         """Return (epoch, global slot) after ``step`` batches of this iterator, or where it is."""
-        if self._share is None or self._epoch is None:
+        if self._share is None:
             raise RuntimeError("the iterator has no position before its first batch")
         steps = self._steps_done if step is None else step
         return self._epoch, self._share.slot_after(steps, self._plan.num_batches)
@@ -139,26 +146,36 @@ class EpochIterator(Iterator[T], Generic[T]):
                 self._sampler.bind_next(self)
             else:
                 self.bind(self._fixed_epoch, 0)
-        share, epoch = self._share, self._epoch
-        assert share is not None
-        assert epoch is not None
-        left = share.steps - self._evaluated
-        if left <= 0:
-            self._ready = iter([])
-            raise StopIteration
-        lanes = FIRST_LANES if self._evaluated == 0 else MOST_LANES
-        if 0 < self._evaluated * self._plan.max_batch_size < MOST_LANES:
-            # Each block doubles what has been evaluated so far, at least.
-            lanes = max(FIRST_LANES, self._evaluated * self._plan.max_batch_size)
-        steps = min(left, MOST_SLOTS, max(1, lanes // self._plan.max_batch_size))
-        step = np.arange(self._evaluated, self._evaluated + steps, dtype=np.int64)
-        slots = share.slot + step * share.num_replicas + share.rank
-        if int(slots[-1]) >= self._plan.num_batches:
-            slots %= self._plan.num_batches
-        block = self._plan.evaluate_ragged(epoch, slots)
-        self._evaluated += steps
+        at = self._at
+        if at is None or self._row == at.group.size:
+            at = self._look_up()
+        width = self._plan.max_batch_size
+        # Each block is as large as all before it, up to the most.
+        done = self._looked_up - at.group.size + self._row
+        lanes = min(max(FIRST_LANES, done * width), MOST_LANES)
+        rows = slice(self._row, self._row + max(1, lanes // width))
+        block = self._plan.batches_at(self._epoch, at.rows(rows))
+        self._row += block.sizes.size
         self._ready = iter(_SPLITTERS[self._output](self._plan, block))
         return next(self._ready)
+
+    def _look_up(self) -> Located:
+        """Find out which batches the next slots of this rank are."""
+        share, total = self._share, self._plan.num_batches
+        assert share is not None
+        left = share.steps - self._looked_up
+        if left <= 0:
+            self._ready = iter(())
+            raise StopIteration
+        steps = min(left, max(FIRST_SLOTS, min(self._looked_up, MOST_SLOTS)))
+        step = np.arange(self._looked_up, self._looked_up + steps, dtype=np.int64)
+        slots = share.slot + step * share.num_replicas + share.rank
+        if int(slots[-1]) >= total:
+            slots %= total
+        self._at = self._plan.locate(self._epoch, slots)
+        self._row = 0
+        self._looked_up += steps
+        return self._at
 
 
 def _as_lists(plan: EpochPlan, block: RaggedBlock) -> list[list[int]]:

@@ -9,6 +9,8 @@ while ``m <= 2**16``, that is while n <= 2**32.
 
 from __future__ import annotations
 
+import threading
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -28,7 +30,9 @@ from gpusampler.permutation import (
 )
 
 TILE = 1 << 15
-"""Lanes worked on at a time: six buffers of 4 bytes a lane are 768 KiB."""
+"""Lanes worked on at a time: a buffer of them is 128 KiB."""
+
+_LANES = np.arange(TILE, dtype=np.int64)
 
 WIDEST = 1 << 32
 """Largest n of these forms: the sides of its grid are 2**16."""
@@ -69,41 +73,64 @@ def _rotate(line: NDU32, amount: NDU32, side: NDU32, scratch: NDU32) -> None:
     np.minimum(line, scratch, out=line)
 
 
+class Workspace(threading.local):
+    """Buffers of one tile, one set a thread.
+
+    Buffers of this size made anew for every tile would go back to the operating system each time,
+    and the page faults on the way in cost as much as the arithmetic.
+    """
+
+    def __init__(self) -> None:
+        self.u32 = np.empty((11, TILE), U32)
+        self.i64 = np.empty((2, TILE), np.int64)
+        self.i32 = np.empty(TILE, np.int32)
+        self.flag = np.empty(TILE, np.bool_)
+
+
+_WORK = Workspace()
+
+
 def permute_grid(
-    x: NDU32,
-    key: tuple[NDU32, NDU32],
+    x: NDArray[Any],
+    key: tuple[NDArray[Any], NDArray[Any]],
     grid: Grid,
     rounds: int,
+    spread: Callable[[NDArray[Any], NDU32], None] | None = None,
 ) -> NDU32:
     """Images of ``x`` under grid permutations that all have the same number of rounds.
 
     Parameters
     ----------
-    x : uint32 array, shape (T,)
-        Positions, each below its n, with ``32 < n <= 2**32``. Overwritten.
-    key : pair of uint32 arrays, shape (T,) or (1,)
-        The first is overwritten.
-    grid : Grid of uint32 arrays, shape (T,) or (1,)
+    x : integer array, shape (T,)
+        Positions, at most `TILE` of them, each below its n, with ``32 < n <= 2**32``.
+    key : pair of integer arrays, shape (K,)
+    grid : Grid of integer arrays, shape (K,)
         From `gpusampler.permutation.grids_of`.
     rounds : int
         `gpusampler.permutation.rounds_for` of every n.
+    spread : callable, optional
+        ``spread(row_values, out)`` writes to every position its row's value. Default: there is one
+        row, K = 1.
 
     Returns
     -------
     uint32 array, shape (T,)
+        A buffer of this thread's, good until the next call.
     """
-    round_key, step = key[0], key[1] | U32(1)
-    a, b, rem = grid
-    row = x // b
-    hashed = row * b
-    col = np.subtract(x, hashed, out=x)
-    scratch = np.empty_like(x)
-    flag = np.empty(x.shape, np.bool_)
-    side = np.empty_like(x)
-    last = a - U32(1)
-    shrink = rem - b
-    # 63 steps on from the key is where the parity coin's round key lies.
-    coin_key = round_key + step * U32(COIN_ROUND)
+    if spread is None:
+        spread = _spread_one
+    col, row, hashed, scratch, side, round_key, step, a, b, rem, last = _WORK.u32[:, : x.size]
+    flag = _WORK.flag[: x.size]
+    spread(key[0], round_key)
+    spread(key[1] | 1, step)
+    spread(grid.a, a)
+    spread(grid.b, b)
+    spread(grid.rem, rem)
+    np.copyto(col, x, casting="unsafe")
+    np.floor_divide(col, b, out=row)
+    np.multiply(row, b, out=hashed)
+    np.subtract(col, hashed, out=col)
+    np.subtract(a, U32(1), out=last)
     for r in range(rounds):
         if r % 2 == 0:
             _hash_into(hashed, col, round_key, scratch)
@@ -113,20 +140,28 @@ def permute_grid(
         else:
             _hash_into(hashed, row, round_key, scratch)
             np.equal(row, last, out=flag)
-            np.multiply(shrink, flag.view(np.uint8), out=side)
-            np.add(side, b, out=side)
+            # The last row is `b - rem` shorter.
+            np.subtract(b, rem, out=side)
+            np.multiply(side, flag.view(np.uint8), out=side)
+            np.subtract(b, side, out=side)
             _rotate(col, hashed, side, scratch)
         np.add(round_key, step, out=round_key)
     np.multiply(row, b, out=row)
     np.add(row, col, out=row)
-    low = np.flatnonzero(row < U32(2))
+    np.less(row, U32(2), out=flag)
+    low = np.flatnonzero(flag)
     if low.size:
+        coin_key = round_key[low] + step[low] * U32(COIN_ROUND - rounds)
         zero = np.zeros(low.size, U32)
         coin = np.empty_like(zero)
-        coin_key = np.broadcast_to(coin_key, row.shape)
-        _hash_into(coin, zero, coin_key[low], np.empty_like(zero))
+        _hash_into(coin, zero, coin_key, np.empty_like(zero))
         row[low] ^= coin >> U32(31)
-    return row
+    image: NDU32 = row
+    return image
+
+
+def _spread_one(values: NDArray[Any], out: NDU32) -> None:
+    out.fill(values[0])
 
 
 def permute_small(
@@ -166,7 +201,9 @@ def permute_small(
     return x
 
 
-def permute_one(x: NDArray[np.int64], n: int, key: tuple[int, int], grid: Grid) -> NDArray[np.int64]:
+def permute_one(
+    x: NDArray[np.int64], n: int, key: tuple[int, int], grid: Grid
+) -> NDArray[np.int64]:
     """Images of ``x`` under one permutation.
 
     Parameters
@@ -187,16 +224,15 @@ def permute_one(x: NDArray[np.int64], n: int, key: tuple[int, int], grid: Grid) 
     rounds = rounds_for(n)
     for first in range(0, x.size, TILE):
         tile = x[first : first + TILE]
+        keys = (np.array([key[0]]), np.array([key[1]]))
         if rounds == 0:
-            one = np.array([tile.size]), np.array([n]), (np.array([key[0]]), np.array([key[1]]))
-            out[first : first + TILE] = permute_small(tile.astype(np.uint8), *one)
-        else:
-            out[first : first + TILE] = permute_grid(
-                tile.astype(U32),
-                (np.array([key[0]], U32), np.array([key[1]], U32)),
-                Grid(*(np.array([side], U32) for side in grid)),
-                rounds,
+            size = np.array([tile.size])
+            out[first : first + TILE] = permute_small(
+                tile.astype(np.uint8), size, np.array([n]), keys
             )
+        else:
+            sides = Grid(*(np.array([side]) for side in grid))
+            out[first : first + TILE] = permute_grid(tile, keys, sides, rounds)
     return out
 
 
@@ -304,35 +340,63 @@ def permute_rows(
         key = (key[0][row], key[1][row])
         grid = Grid(*(side[row] for side in grid))
     ends = np.cumsum(lengths)
-    start = 0
-    done = 0
+    start = done = 0
     while start < lengths.size:
         stop = max(start + 1, int(np.searchsorted(ends, done + TILE, side="right")))
         rows = slice(start, stop)
-        count = lengths[rows]
-        total = int(ends[stop - 1]) - done
-        tile = out[done : done + total]
-        lane_start = ends[rows] - count - done
-        x = np.arange(total, dtype=np.int64)
-        x += np.repeat(first[rows] - lane_start, count)
-        if bool((first[rows] + count > n[rows]).any()):
-            np.remainder(x, np.repeat(n[rows], count), out=x)
-        if rounds == 0:
-            image: NDArray[Any] = permute_small(
-                x.astype(np.uint8), count, n[rows], (key[0][rows], key[1][rows])
-            )
-        elif rounds > 0:
-            image = permute_grid(
-                x.astype(U32),
-                (
-                    np.repeat(key[0][rows].astype(U32), count),
-                    np.repeat(key[1][rows].astype(U32), count),
-                ),
-                Grid(*(np.repeat(side[rows].astype(U32), count) for side in grid)),
-                rounds,
-            )
-        else:
-            image = x
-        np.add(image, np.repeat(base[rows], count), out=x)
-        tile[...] = x if order is None else order.take(x)
-        start, done = stop, done + total
+        end = int(ends[stop - 1])
+        tile_key = (key[0][rows], key[1][rows])
+        tile_grid = Grid(*(side[rows] for side in grid))
+        _permute_tile(
+            out[done:end],
+            first[rows],
+            lengths[rows],
+            n[rows],
+            tile_key,
+            tile_grid,
+            rounds,
+            base[rows],
+            order,
+        )
+        start, done = stop, end
+
+
+def _permute_tile(
+    out: NDArray[np.int64],
+    first: NDArray[np.int64],
+    lengths: NDArray[np.int64],
+    n: NDArray[np.int64],
+    key: tuple[NDArray[np.int64], NDArray[np.int64]],
+    grid: Grid,
+    rounds: int,
+    base: NDArray[np.int64],
+    order: NDArray[Any] | None,
+) -> None:
+    """`permute_rows` of at most `TILE` positions."""
+    x, lane_row = _WORK.i64[:, : out.size]
+    starts = np.cumsum(lengths) - lengths
+    lane_row.fill(0)
+    lane_row[starts[1:]] = 1
+    np.cumsum(lane_row, out=lane_row)
+
+    def spread(values: NDArray[Any], to: NDArray[Any]) -> None:
+        # Row numbers are in range, and only with "clip" does take write without a buffer.
+        np.take(values.astype(to.dtype, copy=False), lane_row, out=to, mode="clip")
+
+    spread(first - starts, x)
+    np.add(x, _LANES[: out.size], out=x)
+    if bool((first + lengths > n).any()):
+        np.remainder(x, n[lane_row], out=x)
+    if rounds == 0:
+        np.copyto(x, permute_small(x.astype(np.uint8), lengths, n, key))
+    elif rounds > 0:
+        np.copyto(x, permute_grid(x, key, grid, rounds, spread))
+    # Positions become places in the order, or samples, by where their patch starts.
+    spread(base, out)
+    np.add(x, out, out=x if order is not None else out)
+    if order is not None and order.dtype == np.int32:
+        samples = _WORK.i32[: out.size]
+        np.take(order, x, out=samples, mode="clip")
+        np.copyto(out, samples)
+    elif order is not None:
+        np.take(order, x, out=out, mode="clip")

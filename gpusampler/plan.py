@@ -71,11 +71,18 @@ class RaggedBlock(NamedTuple):
 
 
 class Located(NamedTuple):
-    """Where slots lead: ``group``, batch ``j`` of that group; and that batch's ``length``."""
+    """Where slots lead: ``group``, batch ``j`` of that group, and that batch's ``length``.
 
-    group: Any
-    j: Any
-    length: Any
+    Each an int64 NumPy array of shape (K,).
+    """
+
+    group: Int64
+    j: Int64
+    length: Int64
+
+    def rows(self, rows: slice) -> Located:
+        """Return some of the rows."""
+        return Located(self.group[rows], self.j[rows], self.length[rows])
 
 
 class EpochPlan:
@@ -141,9 +148,7 @@ class EpochPlan:
         self.groups = groups
         self.batch_size = checked_int(batch_size, "batch_size", least=1, below=1 << 31)
         self.seed = checked_seed(seed)
-        self.shuffle_within_batches = checked_bool(
-            shuffle_within_batches, "shuffle_within_batches"
-        )
+        self.shuffle_within_batches = checked_bool(shuffle_within_batches, "shuffle_within_batches")
         self.shuffle_patches = checked_bool(shuffle_patches, "shuffle_patches")
         self.interleave = checked_bool(interleave, "interleave")
         self.partial = checked_choice(partial, "partial", PARTIALS)
@@ -218,7 +223,7 @@ class EpochPlan:
         return self.evaluate_reference(epoch, slots)
 
     def evaluate_ragged(self, epoch: int, slots: Int64) -> RaggedBlock:
-        """Return the batches at some slots as iteration hands them out.
+        """Return the batches at some slots as iteration hands them out, without a check.
 
         Parameters
         ----------
@@ -226,14 +231,19 @@ class EpochPlan:
         slots : int64 array, shape (K,)
             Slots in 0 .. M-1.
         """
-        at = self.locate(epoch, slots)
+        return self.batches_at(epoch, self.locate(epoch, slots))
+
+    def batches_at(self, epoch: int, at: Located) -> RaggedBlock:
+        """Return the batches that `locate` found (the second half of `evaluate_ragged`)."""
         sizes = self._tables.sizes[at.group] if self.partial == "pad" else at.length
         if self.device.on_host:
             samples, starts = self._samples(epoch, at, sizes)
         else:
             xp = arrays.namespace(self.device)
-            on_device = [arrays.to_device(part, self.device) for part in (at.group, at.j, sizes)]
-            samples = self._lanes_reference(xp, epoch, *on_device, int(sizes.sum()))
+            group, j, widths = (
+                arrays.to_device(part, self.device) for part in (at.group, at.j, sizes)
+            )
+            samples = self._lanes_reference(xp, epoch, group, j, widths, int(sizes.sum()))
             starts = np.cumsum(sizes) - sizes
         return RaggedBlock(samples, starts, sizes, at.length, at.group)
 
@@ -392,7 +402,7 @@ class EpochPlan:
         for extreme in (int(slots.min()), int(slots.max())):
             if not 0 <= extreme < self.num_batches:
                 raise ValueError(f"slots must be in 0 .. {self.num_batches - 1}, got {extreme}")
-        return slots.astype(np.int64)
+        return np.asarray(slots, np.int64)
 
     def __getstate__(self) -> dict[str, Any]:
         """Travel without live device memory; it is rebuilt at first use."""

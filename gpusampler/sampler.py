@@ -264,9 +264,7 @@ class PatchBatchSampler:
         TypeError, ValueError
             If ``epoch`` is no integer in 0 .. 2**63 - 1.
         """
-        epoch = checked_int(
-            self._epoch if epoch is None else epoch, "epoch", least=0, below=EPOCHS
-        )
+        epoch = checked_int(self._epoch if epoch is None else epoch, "epoch", least=0, below=EPOCHS)
         return coverage_of(self.plan, epoch, len(self) * self.num_replicas)
 
     def state_dict(self, step: int | None = None) -> dict[str, Any]:

@@ -107,17 +107,14 @@ def counting_sort(ids: NDArray[Any], low: int, span: int) -> tuple[Int64, NDArra
         histogram += np.bincount(keys - low if low else keys, minlength=span)
 
     def keys_at(chunk: NDArray[Any]) -> Int64:
-        return np.subtract(chunk, low, dtype=np.int64)
+        return np.asarray(np.subtract(chunk, low, dtype=np.int64))
 
     dtype = np.int32 if ids.size < INT32_SAMPLES else np.int64
     if span <= DIGIT:
-        order = _scatter(
-            ids.size, histogram, lambda at: keys_at(ids[at]), lambda at: None, dtype
-        )
+        order = _scatter(ids.size, histogram, lambda at: keys_at(ids[at]), lambda at: None, dtype)
         return histogram, order
-    digits = np.zeros(-(-span // DIGIT) * DIGIT, np.int64)
-    digits[:span] = histogram
-    digits = digits.reshape(-1, DIGIT)
+    digits = np.zeros((-(-span // DIGIT), DIGIT), np.int64)
+    digits.ravel()[:span] = histogram
     by_low = _scatter(
         ids.size,
         digits.sum(axis=0),
@@ -147,7 +144,7 @@ def _scatter(
     ``keys_at`` gives the keys of a slice of the samples, in the order in which ``samples_at``
     names them (None: the slice itself).
     """
-    order = np.empty(size, dtype)
+    order: NDArray[Any] = np.empty(size, dtype)
     cursor = np.cumsum(histogram) - histogram
     # A chunk pays for a pass over all keys, so it is not much smaller than their number.
     step = max(CHUNK, 2 * histogram.size)
@@ -193,9 +190,7 @@ def group_on_device(ids: Any) -> Grouped:
             host_values, host_counts = arrays.to_numpy(values), arrays.to_numpy(counts)
             starts = np.cumsum(host_counts) - host_counts
             by_id = np.argsort(host_values, kind="stable")
-            return Grouped(
-                host_values[by_id], host_counts[by_id], starts[by_id], None, mark
-            )
+            return Grouped(host_values[by_id], host_counts[by_id], starts[by_id], None, mark)
     low, high = int(xp.min(ids)), int(xp.max(ids))
     if high - low < DIGIT:
         distinct, keys, span = None, ids - low, high - low + 1

@@ -198,9 +198,7 @@ def _read_samples(dataset: Any, size: int, progress: bool) -> NDArray[np.int64]:
     workers = min(32, (os.cpu_count() or 1) + 4)
     step = max(1, min(256, size // (workers * 8)))
     parts = [range(first, min(first + step, size)) for first in range(0, size, step)]
-    bar = tqdm(
-        total=size, desc="patch ids", unit=" samples", disable=None if progress else True
-    )
+    bar = tqdm(total=size, desc="patch ids", unit=" samples", disable=None if progress else True)
     pool = ThreadPoolExecutor(workers, thread_name_prefix="gpusampler-ids")
     try:
         with bar:

@@ -1,0 +1,30 @@
+"""``python -m gpusampler`` and the command ``gpusampler``."""
+
+from __future__ import annotations
+
+import sys
+
+
+def main() -> None:
+    """Run the command line.
+
+    Raises
+    ------
+    SystemExit
+        Always, with the exit code: 0 done, 2 bad usage, bad data or a missing extra, 130
+        interrupted.
+    """
+    try:
+        from gpusampler.cli import cli
+    except ModuleNotFoundError as error:
+        if error.name != "click":
+            raise
+        sys.stderr.write("the command line needs click: pip install 'gpusampler[demo]'\n")
+        raise SystemExit(2) from None
+    except KeyboardInterrupt:  # while importing; the commands see to it themselves
+        raise SystemExit(130) from None
+    cli.main(prog_name="gpusampler")
+
+
+if __name__ == "__main__":
+    main()
