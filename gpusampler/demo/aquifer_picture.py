@@ -1,0 +1,141 @@
+"""Draw the aquifer behind a patch folder: log K, head, concentration, patches."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .aquifer import Aquifer, build_aquifer
+from .patch_folder import SMALL_DATA
+from .patches import Patch, cut_patches
+from .provenance import PROVENANCE
+from .simulation_settings import SimulationSettings
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+__all__ = ["draw_aquifer"]
+
+Floats = NDArray[np.float64]
+
+
+def draw_aquifer(
+    out: str | os.PathLike[str],
+    folder: str | os.PathLike[str] = SMALL_DATA,
+    *,
+    step: int = -1,
+) -> Path:
+    """Draw log K, head, concentration and patches of a simulated patch folder, seen from above.
+
+    log K is drawn again from the seed and the settings in ``provenance.json``, so no MODFLOW is
+    needed; head and concentration come from the folder's arrays. All maps show the top layer.
+
+    Parameters
+    ----------
+    out : str or path-like
+        Picture to write; the ending chooses the format (``.png``, ``.svg``, ``.pdf``).
+    folder : str or path-like, default the committed data
+        A folder that `simulate` wrote.
+    step : int, default -1
+        Step shown; negative counts from the last.
+
+    Returns
+    -------
+    Path
+        The picture.
+
+    Raises
+    ------
+    FileNotFoundError
+        If the folder or its ``provenance.json`` is missing.
+    ValueError
+        If ``step`` is out of range.
+    ImportError
+        If matplotlib or gstools is not installed.
+    """
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ImportError("the picture needs matplotlib: pip install 'gpusampler[demo]'") from error
+
+    source = Path(folder)
+    record = json.loads((source / PROVENANCE).read_text(encoding="utf-8"))
+    settings = SimulationSettings.from_dict(record["settings"])
+    if not -settings.n_steps <= step < settings.n_steps:
+        raise ValueError(f"step must be within {settings.n_steps} steps, got {step}")
+    aquifer = build_aquifer(settings, record["seed"])
+    patches = cut_patches(
+        aquifer.active,
+        aquifer.x,
+        aquifer.y,
+        settings.patch_sizes,
+        seed=record["seed"],
+        rings=settings.ghost_rings,
+        neighbours=settings.ghost_neighbours,
+    )
+    figure = Figure(figsize=(9.0, 7.2), layout="constrained")
+    axes = figure.subplots(2, 2, sharex=True, sharey=True)
+    log_k = np.where(aquifer.active, np.log10(aquifer.conductivity[0]), np.nan)
+    day = record["time"]["first_day"] + record["time"]["step_days"] * (step % settings.n_steps)
+    maps = (
+        ("log10 K (K in m/d)", log_k, "viridis"),
+        (f"head, day {day:.0f} (m)", _top_layer(source, patches, 1, step), "cividis"),
+        (f"concentration, day {day:.0f} (g/m³)", _top_layer(source, patches, 0, step), "magma_r"),
+    )
+    for ax, (title, values, colours) in zip(axes.flat, maps, strict=False):
+        mesh = ax.pcolormesh(aquifer.x_edges, aquifer.y_edges, values, cmap=colours)
+        figure.colorbar(mesh, ax=ax, shrink=0.85)
+        ax.set_title(title, fontsize=10)
+    _draw_patches(axes[1, 1], aquifer, patches, settings.n_layers)
+    for ax in axes.flat:
+        ax.set_aspect("equal")
+    for ax in axes[1]:
+        ax.set_xlabel("east (m)")
+    for ax in axes[:, 0]:
+        ax.set_ylabel("north (m)")
+    _mark_wells(axes[0, 0], aquifer)
+    path = Path(out)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=100)
+    return path
+
+
+def _top_layer(folder: Path, patches: list[Patch], column: int, step: int) -> Floats:
+    values = np.full(patches[0].core.shape, np.nan)
+    for i, patch in enumerate(patches):
+        obs = np.load(folder / f"patch_{i}" / "core_obs.npy", mmap_mode="r")
+        # Points go layer by layer, so the top layer is a patch's first points.
+        values[patch.core] = obs[step, : int(patch.core.sum()), column]
+    return values
+
+
+def _draw_patches(ax: Axes, aquifer: Aquifer, patches: list[Patch], layers: int) -> None:
+    from matplotlib import colormaps
+
+    colours = np.ones((*aquifer.active.shape, 4))
+    palette = colormaps["tab20"]
+    for i, patch in enumerate(patches):
+        colours[patch.core] = palette(i % 20)
+    ax.pcolormesh(aquifer.x_edges, aquifer.y_edges, colours, edgecolors="white", linewidth=0.3)
+    grid_x, grid_y = np.meshgrid(aquifer.x, aquifer.y)
+    for patch in patches:
+        centre = (float(grid_x[patch.core].mean()), float(grid_y[patch.core].mean()))
+        points = str(int(patch.core.sum()) * layers)
+        ax.annotate(points, centre, ha="center", va="center", fontsize=8)
+    ax.set_title("patches, with their points", fontsize=10)
+
+
+def _mark_wells(ax: Axes, aquifer: Aquifer) -> None:
+    for injects, marker, name in ((False, "v", "pumping"), (True, "^", "injection")):
+        wells = [w for w in aquifer.wells if w.injects == injects]
+        if wells:
+            xs = [aquifer.x[w.col] for w in wells]
+            ys = [aquifer.y[w.row] for w in wells]
+            ax.plot(xs, ys, marker, color="red", markeredgecolor="white", label=name)
+    if aquifer.wells:
+        ax.legend(fontsize=8, loc="lower right")

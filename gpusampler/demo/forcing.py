@@ -1,0 +1,112 @@
+"""What drives the aquifer through time: recharge, boundary stages, and wells on and off."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .simulation_settings import SimulationSettings
+
+__all__ = ["PEAK_LOAD", "YEAR_DAYS", "Forcing", "build_forcing"]
+
+Floats = NDArray[np.float64]
+
+YEAR_DAYS = 365.25
+# Largest over mean concentration of the recharge.
+PEAK_LOAD = 1.6
+
+
+@dataclasses.dataclass(frozen=True)
+class Forcing:
+    """Forcing by stress period; ``P = 1 + warmup_steps + n_steps``, period 0 is steady.
+
+    Attributes
+    ----------
+    recharge : ndarray of float64, (P,)
+        Mean recharge over the aquifer, metres per day.
+    recharge_concentration : ndarray of float64, (P,)
+        Concentration of the recharge, grams per cubic metre.
+    inflow_shift, river_shift : ndarray of float64, (P,)
+        Stage of the western and the eastern boundary over its mean, metres.
+    well_rates : ndarray of float64, (P, W)
+        Rate of each well in the order of `Aquifer.wells`, cubic metres per day; negative takes
+        water out, 0 is off.
+    """
+
+    recharge: Floats
+    recharge_concentration: Floats
+    inflow_shift: Floats
+    river_shift: Floats
+    well_rates: Floats
+
+
+def build_forcing(settings: SimulationSettings, seed: int) -> Forcing:
+    """Draw the forcing of all stress periods.
+
+    Recharge is its mean times a seasonal cosine with its peak in mid-winter (day 0) times weather,
+    a gamma variate of mean 1 and shape 5. Stages follow the season with a lag, plus a first-order
+    autoregression. A well is on and off in runs of 3 to 8 periods, each on-run at a rate of its
+    own. In the steady period all is at its mean and every well is off.
+
+    Parameters
+    ----------
+    settings : SimulationSettings
+        Means and amplitudes.
+    seed : int
+        0 to 2^63 - 1.
+
+    Returns
+    -------
+    Forcing
+        Values rounded to what the MODFLOW input files carry.
+    """
+    rng = np.random.default_rng(np.random.SeedSequence(seed).spawn(4)[3])
+    periods = settings.warmup_steps + settings.n_steps
+    phase = 2 * np.pi * (np.arange(periods) + 0.5) * settings.step_days / YEAR_DAYS
+    weather = rng.gamma(5.0, 1 / 5.0, periods)
+    recharge = settings.recharge * (1 + settings.recharge_swing * np.cos(phase)) * weather
+    load = settings.recharge_concentration * (1 + (PEAK_LOAD - 1) * np.cos(phase - 0.4))
+    inflow = settings.stage_swing * (np.cos(phase - 1.1) + _noise(rng, periods))
+    river = settings.stage_swing * (np.cos(phase - 0.6) + _noise(rng, periods))
+    rates = [_well_rates(rng, periods, -settings.pumping_rate) for _ in range(settings.n_pumping)]
+    for _ in range(settings.n_injection):
+        rates.append(_well_rates(rng, periods, settings.injection_rate, starts_on=True))
+    wells = np.array(rates).reshape(-1, periods).T
+    return Forcing(
+        recharge=_with_steady(recharge, settings.recharge, 8),
+        recharge_concentration=_with_steady(load, settings.recharge_concentration, 4),
+        inflow_shift=_with_steady(inflow, 0.0, 4),
+        river_shift=_with_steady(river, 0.0, 4),
+        well_rates=np.concatenate([np.zeros((1, wells.shape[1])), np.round(wells, 2)]),
+    )
+
+
+def _with_steady(values: Floats, mean: float, digits: int) -> Floats:
+    return np.round(np.concatenate([[mean], values]), digits)
+
+
+def _noise(rng: np.random.Generator, periods: int) -> Floats:
+    shocks = 0.12 * rng.standard_normal(periods)
+    out = np.empty(periods)
+    state = 0.0
+    for i, shock in enumerate(shocks):
+        state = 0.7 * state + shock
+        out[i] = state
+    return out
+
+
+def _well_rates(
+    rng: np.random.Generator, periods: int, rate: float, *, starts_on: bool = False
+) -> Floats:
+    out = np.zeros(periods)
+    on = starts_on or bool(rng.integers(2))
+    at = 0
+    while at < periods:
+        run = int(rng.integers(3, 9))
+        if on:
+            out[at : at + run] = rate * rng.uniform(0.6, 1.4)
+        at += run
+        on = not on
+    return out

@@ -1,0 +1,105 @@
+"""Grid arithmetic: stretched cell edges, shifted maps, connected pieces of a map."""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+__all__ = ["connected_pieces", "shift_mask", "stretched_edges"]
+
+Floats = NDArray[np.float64]
+Bools = NDArray[np.bool_]
+
+
+def stretched_edges(
+    length: float, cells: int, centres: Floats, refinement: float, width: float
+) -> Floats:
+    """Cell edges that lie close together near some centres.
+
+    The edges are equal quantiles of the density
+    ``1 + (refinement - 1) * max over centres c of exp(-((s - c) / width)^2 / 2)``.
+
+    Parameters
+    ----------
+    length : float
+        Extent, metres.
+    cells : int
+        Number of cells.
+    centres : ndarray of float64, (n,)
+        Where to refine, as fractions of the length; may be empty.
+    refinement : float
+        Widest over narrowest cell width aimed at, >= 1.
+    width : float
+        Standard deviation of the refined zone, as a fraction of the length.
+
+    Returns
+    -------
+    ndarray of float64, (cells + 1,)
+        Rising edges from 0 to ``length``, rounded to centimetres.
+
+    Raises
+    ------
+    ValueError
+        If cells are so narrow that two edges round to the same centimetre.
+    """
+    s = np.linspace(0.0, 1.0, 4097)
+    near = np.zeros_like(s)
+    for centre in centres:
+        near = np.maximum(near, np.exp(-0.5 * ((s - centre) / width) ** 2))
+    density = 1.0 + (refinement - 1.0) * near
+    mass = np.concatenate([[0.0], np.cumsum(0.5 * (density[1:] + density[:-1]))])
+    edges = np.round(length * np.interp(np.linspace(0.0, mass[-1], cells + 1), mass, s), 2)
+    if np.any(np.diff(edges) <= 0):
+        raise ValueError(f"length must give {cells} cells of 1 cm or more, got {length} m")
+    return edges
+
+
+def shift_mask(mask: Bools, d_row: int, d_col: int) -> Bools:
+    """Move a map by rows and columns; what comes in from outside is False.
+
+    Parameters
+    ----------
+    mask : ndarray of bool, (R, K)
+        A map of columns.
+    d_row, d_col : int
+        ``out[i + d_row, j + d_col] = mask[i, j]``; -1, 0 or 1 each.
+
+    Returns
+    -------
+    ndarray of bool, (R, K)
+        A new array.
+    """
+    padded = np.pad(mask, 1)
+    rows, cols = mask.shape
+    return padded[1 - d_row : 1 - d_row + rows, 1 - d_col : 1 - d_col + cols]
+
+
+def connected_pieces(mask: Bools) -> list[Bools]:
+    """Split a map into pieces that are joined face to face.
+
+    Parameters
+    ----------
+    mask : ndarray of bool, (R, K)
+        A map of columns.
+
+    Returns
+    -------
+    list of ndarray of bool, (R, K)
+        The pieces, largest first; equal ones in the order of their first cell.
+    """
+    left = mask.copy()
+    pieces = []
+    while left.any():
+        piece = np.zeros_like(mask)
+        piece.flat[int(np.argmax(left))] = True
+        while True:
+            grown = piece.copy()
+            for d_row, d_col in ((0, 1), (0, -1), (1, 0), (-1, 0)):
+                grown |= shift_mask(piece, d_row, d_col)
+            grown &= left
+            if np.array_equal(grown, piece):
+                break
+            piece = grown
+        pieces.append(piece)
+        left &= ~piece
+    return sorted(pieces, key=lambda p: -int(p.sum()))

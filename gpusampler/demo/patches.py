@@ -1,0 +1,254 @@
+"""Cut a map into patches of unequal size, and find the ghost cells around them."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .grid import connected_pieces, shift_mask
+
+__all__ = ["Patch", "cut_patches", "ghost_ring", "power_diagram", "scale_sizes"]
+
+Floats = NDArray[np.float64]
+Bools = NDArray[np.bool_]
+Ints = NDArray[np.int64]
+
+_FACES = ((0, 1), (0, -1), (1, 0), (-1, 0))
+_CORNERS = ((1, 1), (1, -1), (-1, 1), (-1, -1))
+
+
+@dataclasses.dataclass(frozen=True)
+class Patch:
+    """The columns of one patch.
+
+    Attributes
+    ----------
+    core : ndarray of bool, (R, K)
+        Columns that belong to the patch and to no other.
+    ghost : ndarray of bool, (R, K)
+        Active columns of other patches, within the ring around the core.
+    """
+
+    core: Bools
+    ghost: Bools
+
+
+def cut_patches(
+    active: Bools,
+    x: Floats,
+    y: Floats,
+    sizes: Sequence[float],
+    *,
+    seed: int,
+    rings: int = 1,
+    neighbours: str = "face",
+) -> list[Patch]:
+    """Cut the active columns of a map into patches, each with its ring of ghosts.
+
+    The cut is a power diagram (`power_diagram`); a piece that the outline has severed from its
+    patch goes to the patch that it has most faces in common with, so every patch is connected
+    wherever the active area is.
+
+    Parameters
+    ----------
+    active : ndarray of bool, (R, K)
+        Columns to share out.
+    x : ndarray of float64, (K,)
+        Column centres, metres.
+    y : ndarray of float64, (R,)
+        Row centres, metres.
+    sizes : sequence of float
+        Relative sizes, one for each patch.
+    seed : int
+        Seed of the sites, 0 to 2^63 - 1.
+    rings : int, default 1
+        Width of the ghost ring, in columns; 0 for none.
+    neighbours : {"face", "corner"}, default "face"
+        Whether columns that touch in a corner only are neighbours.
+
+    Returns
+    -------
+    list of Patch
+        As many as ``sizes`` has, in its order. Cores are disjoint and cover ``active``.
+
+    Raises
+    ------
+    ValueError
+        If there are more patches than active columns, a size is not positive, ``rings`` is
+        negative or ``neighbours`` unknown.
+    """
+    rows, cols = np.nonzero(active)
+    targets = scale_sizes(sizes, len(rows))
+    points = np.column_stack([x[cols], y[rows]])
+    rng = np.random.default_rng(np.random.SeedSequence(seed).spawn(5)[4])
+    labels = np.full(active.shape, -1, dtype=np.int64)
+    labels[active] = power_diagram(points, targets, rng)
+    _join_severed(labels, len(targets))
+    return [
+        Patch(core, ghost_ring(core, active, rings, neighbours))
+        for core in (labels == p for p in range(len(targets)))
+    ]
+
+
+def scale_sizes(sizes: Sequence[float], total: int) -> Ints:
+    """Scale relative sizes to whole numbers with a given sum, by largest remainders.
+
+    Parameters
+    ----------
+    sizes : sequence of float
+        Relative sizes, all > 0.
+    total : int
+        The sum wanted, at least ``len(sizes)``.
+
+    Returns
+    -------
+    ndarray of int64, (len(sizes),)
+        At least 1 each, ``total`` together.
+
+    Raises
+    ------
+    ValueError
+        If a size is not positive or ``total`` is too small.
+    """
+    shares = np.asarray(sizes, dtype=np.float64)
+    if shares.ndim != 1 or len(shares) == 0 or not np.all(shares > 0):
+        raise ValueError(f"sizes must be positive numbers, at least one, got {list(sizes)}")
+    if total < len(shares):
+        raise ValueError(f"sizes must have at most {total} entries, got {len(shares)}")
+    # One each is set aside first, so that none can round to nothing.
+    exact = (total - len(shares)) * shares / shares.sum()
+    whole: Ints = np.floor(exact).astype(np.int64)
+    short = total - len(shares) - int(whole.sum())
+    whole[np.argsort(whole - exact, kind="stable")[:short]] += 1
+    whole += 1
+    return whole
+
+
+def power_diagram(points: Floats, targets: Ints, rng: np.random.Generator) -> Ints:
+    """Assign points to sites by a power diagram whose cells hold given numbers of points.
+
+    A point belongs to the site with the least ``|point - site|^2 - weight``. Weights with given
+    cell sizes exist for any sites (Aurenhammer, Hoffmann and Aronov 1998, "Minkowski-type theorems
+    and least-squares clustering", Algorithmica 20, 61-76) and are found here by ascending the
+    concave dual, whose gradient is the number of points missing; between ascents the sites move to
+    their cells' centroids. Points are finitely many, so the sizes come out close, not exact.
+
+    Parameters
+    ----------
+    points : ndarray of float64, (n, 2)
+        Coordinates, metres.
+    targets : ndarray of int64, (p,)
+        Points wanted in each cell; positive, n together.
+    rng : numpy.random.Generator
+        Draws the first sites.
+
+    Returns
+    -------
+    ndarray of int64, (n,)
+        Cell of each point, 0 to p - 1; no cell is empty.
+    """
+    sites = _first_sites(points, len(targets), rng)
+    weights = np.zeros(len(targets))
+    for _ in range(15):
+        labels, weights = _fit_weights(points, sites, weights, targets, rounds=120)
+        counts = np.bincount(labels, minlength=len(targets))
+        for axis in (0, 1):
+            sums = np.bincount(labels, weights=points[:, axis], minlength=len(targets))
+            sites[:, axis] = np.where(counts > 0, sums / np.maximum(counts, 1), sites[:, axis])
+    labels = _fit_weights(points, sites, weights, targets, rounds=1500)[0]
+    for cell in np.flatnonzero(np.bincount(labels, minlength=len(targets)) == 0):
+        # Sites that share a point can leave one of them empty-handed at any weights.
+        spare = np.bincount(labels, minlength=len(targets))[labels] > 1
+        gap = ((points - sites[cell]) ** 2).sum(-1)
+        labels[int(np.argmin(np.where(spare, gap, np.inf)))] = cell
+    return labels
+
+
+def ghost_ring(core: Bools, active: Bools, rings: int, neighbours: str = "face") -> Bools:
+    """Active columns within some rings of neighbours around a core.
+
+    Parameters
+    ----------
+    core : ndarray of bool, (R, K)
+        Columns of the patch.
+    active : ndarray of bool, (R, K)
+        Columns that a ghost may be; rings grow through these only.
+    rings : int
+        Number of rings, >= 0.
+    neighbours : {"face", "corner"}, default "face"
+        Whether columns that touch in a corner only are neighbours.
+
+    Returns
+    -------
+    ndarray of bool, (R, K)
+        The ring, without the core.
+
+    Raises
+    ------
+    ValueError
+        If ``rings`` is negative or ``neighbours`` unknown.
+    """
+    if rings < 0:
+        raise ValueError(f"rings must be >= 0, got {rings}")
+    if neighbours not in ("face", "corner"):
+        raise ValueError(f"neighbours must be one of face, corner, got {neighbours!r}")
+    steps = _FACES if neighbours == "face" else _FACES + _CORNERS
+    reached = core
+    for _ in range(rings):
+        grown = reached.copy()
+        for d_row, d_col in steps:
+            grown |= shift_mask(reached, d_row, d_col)
+        reached = grown & active
+    return reached & ~core
+
+
+def _first_sites(points: Floats, count: int, rng: np.random.Generator) -> Floats:
+    """Draw points that are far from each other: best of ten candidates each."""
+    sites = [points[rng.integers(len(points))]]
+    while len(sites) < count:
+        tries = points[rng.integers(len(points), size=10)]
+        gap = ((tries[:, None] - np.array(sites)[None]) ** 2).sum(-1).min(1)
+        sites.append(tries[int(np.argmax(gap))])
+    return np.array(sites)
+
+
+def _fit_weights(
+    points: Floats, sites: Floats, weights: Floats, targets: Ints, rounds: int
+) -> tuple[Ints, Floats]:
+    """Ascend the dual for some rounds; return the best labels and weights on the way."""
+    squares = ((points[:, None] - sites[None]) ** 2).sum(-1)
+    # One point more or less moves a cell's border by about this much, in squared metres.
+    area = np.ptp(points[:, 0]) * np.ptp(points[:, 1]) / len(points)
+    weights = weights.copy()
+    best: tuple[float, Ints, Floats] | None = None
+    for i in range(rounds):
+        labels = np.argmin(squares - weights, axis=1)
+        missing = targets - np.bincount(labels, minlength=len(targets))
+        worst = float(np.abs(missing).sum())
+        if best is None or worst < best[0]:
+            best = (worst, labels, weights.copy())
+        if worst == 0:
+            break
+        weights += area * missing / (1 + 4 * i / rounds)
+    assert best is not None
+    return best[1], best[2]
+
+
+def _join_severed(labels: Ints, count: int) -> None:
+    """Hand every piece but the largest of each patch to the neighbour with most common faces."""
+    changed = True
+    while changed:
+        changed = False
+        for patch in range(count):
+            for piece in connected_pieces(labels == patch)[1:]:
+                faces = np.zeros(count, dtype=np.int64)
+                for d_row, d_col in _FACES:
+                    beside = labels[shift_mask(piece, d_row, d_col)]
+                    faces += np.bincount(beside[beside >= 0], minlength=count)
+                faces[patch] = 0
+                if faces.max() > 0:
+                    labels[piece] = int(np.argmax(faces))
+                    changed = True

@@ -1,0 +1,126 @@
+"""Say, in a file that a machine can read, what made a patch folder and from what."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import platform
+from datetime import datetime, timezone
+from importlib.metadata import version
+from pathlib import Path
+
+from gpusampler import __version__
+
+from .mf6 import sha256_of
+from .modflow_run import RunReport
+from .patch_folder import COLUMNS, DENSITY, GRAVITY
+from .patches import Patch
+from .simulation_settings import SimulationSettings
+
+__all__ = ["PROVENANCE", "Maker", "write_provenance"]
+
+PROVENANCE = "provenance.json"
+
+
+@dataclasses.dataclass(frozen=True)
+class Maker:
+    """What a patch folder is made from.
+
+    Attributes
+    ----------
+    preset : str or None
+        Name of the preset; None for settings of the caller's own.
+    seed : int
+        The seed of everything that is drawn.
+    settings : SimulationSettings
+        All settings.
+    mf6_version, mf6_sha256 : str
+        Release and checksum of the MODFLOW 6 program.
+    """
+
+    preset: str | None
+    seed: int
+    settings: SimulationSettings
+    mf6_version: str
+    mf6_sha256: str
+
+
+def write_provenance(folder: Path, maker: Maker, report: RunReport, patches: list[Patch]) -> Path:
+    """Write ``provenance.json`` into a patch folder whose other files are complete.
+
+    Parameters
+    ----------
+    folder : Path
+        The patch folder.
+    maker : Maker
+        Seed, settings and program.
+    report : RunReport
+        Budget discrepancies of the run.
+    patches : list of Patch
+        The patches, in the order of their ids.
+
+    Returns
+    -------
+    Path
+        The file written. Paths in it are relative to ``folder``; the date is UTC, or that of
+        ``SOURCE_DATE_EPOCH``.
+
+    Raises
+    ------
+    OSError
+        If a file cannot be read or written.
+    """
+    s = maker.settings
+    files = sorted(p for p in folder.rglob("*") if p.is_file())
+    record = {
+        "format": 1,
+        "made_by": "gpusampler.demo.simulate.simulate",
+        "date": _date(),
+        "preset": maker.preset,
+        "seed": int(maker.seed),
+        "versions": {
+            "gpusampler": __version__,
+            "modflow6": maker.mf6_version,
+            "modflow6_sha256": maker.mf6_sha256,
+            "flopy": version("flopy"),
+            "gstools": version("gstools"),
+            "numpy": version("numpy"),
+            "python": platform.python_version(),
+        },
+        "columns": list(COLUMNS),
+        "units": {
+            "length": "m",
+            "time": "d",
+            "coords": "m: east, north, up",
+            "mass_concentration": "g/m3",
+            "head": "m",
+            "pressure": "kPa, gauge, at the cell centre",
+        },
+        "constants": {"density_kg_m3": DENSITY, "gravity_m_s2": GRAVITY},
+        "time": {
+            "steps": s.n_steps,
+            "step_days": s.step_days,
+            "first_day": 1.0 + s.step_days * (s.warmup_steps + 1),
+        },
+        "budget_discrepancy_percent": dataclasses.asdict(report),
+        "patches": {
+            f"patch_{i}": {
+                "core_points": int(p.core.sum()) * s.n_layers,
+                "ghost_points": int(p.ghost.sum()) * s.n_layers,
+            }
+            for i, p in enumerate(patches)
+        },
+        "settings": s.to_dict(),
+        "bytes": sum(p.stat().st_size for p in files),
+        "sha256": {p.relative_to(folder).as_posix(): sha256_of(p) for p in files},
+    }
+    path = folder / PROVENANCE
+    path.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    return path
+
+
+def _date() -> str:
+    epoch = os.environ.get("SOURCE_DATE_EPOCH")
+    now = datetime.fromtimestamp(int(epoch), timezone.utc) if epoch else datetime.now(timezone.utc)
+    return now.strftime("%Y-%m-%dT%H:%M:%SZ")

@@ -1,0 +1,257 @@
+"""Simulate groundwater with MODFLOW 6 and write it as a patch folder."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .aquifer import Aquifer, build_aquifer
+from .forcing import PEAK_LOAD, build_forcing
+from .mf6 import find_mf6, sha256_of
+from .modflow import write_model
+from .modflow_run import RunReport, SimulationError, read_steps, run_model
+from .patch_folder import COLUMNS, DENSITY, GRAVITY, pressure_from_head, write_patches
+from .patches import Patch, cut_patches
+from .provenance import Maker, write_provenance
+from .simulation_settings import PRESETS, SimulationSettings, preset_settings
+
+__all__ = [
+    "COLUMNS",
+    "DEFAULT_SEED",
+    "DENSITY",
+    "GRAVITY",
+    "PRESETS",
+    "SimulationError",
+    "SimulationSettings",
+    "pressure_from_head",
+    "simulate",
+]
+
+DEFAULT_SEED = 2
+
+
+def simulate(
+    out: str | os.PathLike[str],
+    preset: str = "small",
+    *,
+    settings: SimulationSettings | None = None,
+    seed: int = DEFAULT_SEED,
+    mf6: str | os.PathLike[str] | None = None,
+    fetch: bool = False,
+    overwrite: bool = False,
+    progress: bool = True,
+) -> Path:
+    """Simulate an aquifer with MODFLOW 6 and write its patches to a folder.
+
+    Draws an aquifer from the seed (`build_aquifer`), runs a coupled flow and transport model in a
+    temporary folder that is deleted afterwards, checks what came out, cuts the map into patches
+    (`cut_patches`) and writes::
+
+        out/provenance.json               what made it, settings, units, sizes, sha256 of each file
+        out/patch_<id>/core_coords.npy    float32 (Nc, 3)      x, y, z of cell centres, metres
+        out/patch_<id>/core_obs.npy       float32 (T, Nc, 3)   columns below
+        out/patch_<id>/ghost_coords.npy   float32 (Ng, 3)
+        out/patch_<id>/ghost_obs.npy      float32 (T, Ng, 3)
+
+    Columns are ``mass_concentration`` (grams per cubic metre), ``head`` (metres) and ``pressure``
+    (kilopascals above the atmosphere, at the cell centre). Points go layer by layer, row by row;
+    all layers of a column are in the same patch. The same seed, settings and programs give the same
+    bytes, the date in ``provenance.json`` aside (``SOURCE_DATE_EPOCH`` fixes that too).
+
+    Parameters
+    ----------
+    out : str or path-like
+        Folder to make. It appears in one step, complete, or not at all.
+    preset : {"small", "medium", "large"}, default "small"
+        Named settings; ignored when ``settings`` are given.
+    settings : SimulationSettings, optional
+        Settings of your own, as of ``dataclasses.replace(PRESETS["small"], n_steps=120)``.
+    seed : int, default 2
+        0 to 2^63 - 1. The committed data set is preset small with the default seed.
+    mf6 : str or path-like, optional
+        The MODFLOW 6 program; found by `find_mf6` when left out.
+    fetch : bool, default False
+        Whether to download the program when it is found nowhere (x86-64 Linux).
+    overwrite : bool, default False
+        Whether to replace ``out``. Only a folder with a ``provenance.json`` is ever replaced.
+    progress : bool, default True
+        Whether to show progress bars; they stay away where standard error is no terminal.
+
+    Returns
+    -------
+    Path
+        The folder, absolute.
+
+    Raises
+    ------
+    ValueError
+        If the preset is unknown, the seed out of range, or the settings leave no room for the
+        wells or the patches.
+    TypeError
+        If ``seed`` is no int or ``settings`` no SimulationSettings.
+    FileExistsError
+        If ``out`` is a file, or a folder with something in it that may not be replaced.
+    FileNotFoundError
+        If no ``mf6`` is found.
+    ImportError
+        If flopy or gstools is not installed.
+    SimulationError
+        If MODFLOW 6 fails, a budget does not close, a cell runs dry, or a value is not finite.
+
+    Examples
+    --------
+    >>> from gpusampler.demo.simulate import simulate
+    >>> folder = simulate("aquifer", "small")  # doctest: +SKIP
+    >>> sorted(p.name for p in folder.iterdir())[0]  # doctest: +SKIP
+    'patch_0'
+    """
+    if settings is not None and not isinstance(settings, SimulationSettings):
+        raise TypeError(f"settings must be a SimulationSettings, got {settings!r}")
+    chosen = preset_settings(preset) if settings is None else settings
+    _check_seed(seed)
+    target = Path(out).expanduser().absolute()
+    _check_target(target, overwrite)
+    program = find_mf6(mf6, fetch=fetch)
+    maker = Maker(
+        preset=preset if settings is None else None,
+        seed=seed,
+        settings=chosen,
+        mf6_version=_version_of(program),
+        mf6_sha256=sha256_of(program),
+    )
+    aquifer = build_aquifer(chosen, seed)
+    patches = cut_patches(
+        aquifer.active,
+        aquifer.x,
+        aquifer.y,
+        chosen.patch_sizes,
+        seed=seed,
+        rings=chosen.ghost_rings,
+        neighbours=chosen.ghost_neighbours,
+    )
+    with tempfile.TemporaryDirectory(prefix="gpusampler-mf6-") as tmp:
+        workspace = Path(tmp)
+        forcing = build_forcing(chosen, seed)
+        write_model(aquifer, forcing, chosen, workspace)
+        report = run_model(program, workspace, len(forcing.recharge), progress=progress)
+        with _staged(target, overwrite) as stage:
+            _write_results(stage, workspace, aquifer, patches, maker, report, progress)
+    return target
+
+
+def _write_results(
+    stage: Path,
+    workspace: Path,
+    aquifer: Aquifer,
+    patches: list[Patch],
+    maker: Maker,
+    report: RunReport,
+    progress: bool,
+) -> None:
+    # The mapped files die with this frame: Windows deletes no file that is still mapped.
+    settings = maker.settings
+    skip, steps = 1 + settings.warmup_steps, settings.n_steps
+    shape = (settings.n_layers, settings.n_rows, settings.n_cols)
+    head = read_steps(workspace / "gwf.bin", shape, skip, steps)
+    mass = read_steps(workspace / "gwt.bin", shape, skip, steps)
+    _check_fields(head, mass, aquifer, settings)
+    write_patches(stage, aquifer, patches, mass, head, progress=progress)
+    write_provenance(stage, maker, report, patches)
+
+
+def _check_fields(
+    head: NDArray[np.float64],
+    mass: NDArray[np.float64],
+    aquifer: Aquifer,
+    settings: SimulationSettings,
+) -> None:
+    loads = PEAK_LOAD * settings.recharge_concentration
+    strongest = max(settings.injection_concentration, loads, 1e-12)
+    floor = aquifer.bottoms[:, aquifer.active]
+    for step in range(settings.n_steps):
+        h, c = head[step][:, aquifer.active], mass[step][:, aquifer.active]
+        for name, values in (("head", h), ("concentration", c)):
+            # MODFLOW marks dry and inactive cells by +-1e30.
+            if not np.all(np.isfinite(values)) or np.abs(values).max() > 1e20:
+                raise SimulationError(f"{name} must be finite in every active cell, step {step}")
+        if dry := int(np.count_nonzero(h <= floor)):
+            raise SimulationError(
+                f"head must stay above the cell bottoms, got {dry} dry cells in step {step}; "
+                "lower pumping_rate or raise layer_thickness"
+            )
+        # The TVD scheme is not strictly monotone on a grid of unequal cells; 1% is its due.
+        if c.min() < -0.01 * strongest or c.max() > 1.01 * strongest:
+            raise SimulationError(
+                f"concentration must stay within 0 and its sources ({strongest:g}), got "
+                f"{c.min():g} to {c.max():g} in step {step}; raise substeps"
+            )
+
+
+def _check_seed(seed: object) -> None:
+    if not isinstance(seed, (int, np.integer)) or isinstance(seed, bool):
+        raise TypeError(f"seed must be an int, got {seed!r}")
+    if not 0 <= seed < 2**63:
+        raise ValueError(f"seed must be 0 to 2^63 - 1, got {seed}")
+
+
+def _version_of(program: Path) -> str:
+    try:
+        done = subprocess.run(
+            [str(program), "--version"], capture_output=True, text=True, timeout=60, check=False
+        )
+    except (OSError, subprocess.TimeoutExpired) as error:
+        raise SimulationError(f"mf6 could not be started: {program}: {error}") from error
+    match = re.search(r"mf6:\s*(\d[\w.]*)", done.stdout)
+    if match is None:
+        raise SimulationError(
+            f"mf6 --version must name a MODFLOW 6 release, got {done.stdout.strip()[:200]!r} "
+            f"from {program}"
+        )
+    return match[1]
+
+
+def _check_target(target: Path, overwrite: bool) -> None:
+    if not target.exists():
+        return
+    if not target.is_dir():
+        raise FileExistsError(f"out must be a folder, got the file {target}")
+    if not any(target.iterdir()):
+        return
+    if not overwrite:
+        raise FileExistsError(
+            f"out must not exist or be empty, got {target}; overwrite=True replaces it"
+        )
+    if not (target / "provenance.json").is_file():
+        raise FileExistsError(
+            f"out must hold a provenance.json to be replaced, got {target}; remove it yourself"
+        )
+
+
+@contextmanager
+def _staged(target: Path, overwrite: bool) -> Iterator[Path]:
+    """Give a folder beside the target, that takes its place if all goes well and goes if not."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{target.name}-", dir=target.parent) as tmp:
+        fresh = Path(tmp) / "new"
+        fresh.mkdir()
+        yield fresh
+        # Minutes have passed since the first look.
+        _check_target(target, overwrite)
+        old = Path(tmp) / "old"
+        if target.exists():
+            shutil.move(target, old)
+        try:
+            fresh.rename(target)
+        except BaseException:
+            if old.exists():
+                old.rename(target)
+            raise
