@@ -1,0 +1,53 @@
+"""Building the groups: 1e7 ids."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from gpusampler import PatchGroups
+
+N = 10_000_000
+MASKS = 50
+
+
+def _by_masks(ids, patch_ids):
+    """Group as the project's first document did: one mask a patch."""
+    return [np.flatnonzero(ids == patch_id) for patch_id in patch_ids]
+
+
+def test_dense_against_argsort(against, rng):
+    ids = rng.integers(0, 1000, N)
+    against(
+        "group 1e7 shuffled ids, 1,000 patches",
+        lambda: PatchGroups.from_ids(ids),
+        "np.argsort(ids, kind='stable')",
+        lambda: np.argsort(ids, kind="stable"),
+        limit=1 / 3,
+    )
+
+
+@pytest.mark.parametrize(("patches", "limit"), [(1000, 1 / 15), (20_000, 1 / 100)])
+def test_dense_against_masks(against, rng, patches, limit):
+    ids = rng.integers(0, patches, N)
+    against(
+        f"group 1e7 shuffled ids, {patches:,} patches",
+        lambda: PatchGroups.from_ids(ids),
+        f"a mask a patch ({MASKS} measured, x{patches // MASKS})",
+        lambda: _by_masks(ids, range(MASKS)),
+        limit=limit,
+        scale=patches / MASKS,
+    )
+
+
+@pytest.mark.parametrize("patches", [1000, 50_000])
+def test_sparse_against_argsort(against, rng, patches):
+    names = rng.integers(-(2**63), 2**63 - 1, patches)
+    ids = names[rng.integers(0, patches, N)]
+    against(
+        f"group 1e7 sparse 64-bit ids, {patches:,} patches",
+        lambda: PatchGroups.from_ids(ids),
+        "np.argsort(ids, kind='stable')",
+        lambda: np.argsort(ids, kind="stable"),
+        limit=1.0,
+    )
