@@ -80,7 +80,9 @@ def _need(task: str, *modules: str) -> None:
 _DIRECTORY = click.Path(path_type=Path)
 
 
-@click.group(cls=OneLineErrors, context_settings={"help_option_names": ["-h", "--help"]})
+@click.group(
+    "gpusampler", cls=OneLineErrors, context_settings={"help_option_names": ["-h", "--help"]}
+)
 @click.version_option(__version__, prog_name="gpusampler")
 def cli() -> None:
     """Batches that come from one patch each."""
@@ -198,7 +200,10 @@ def _patch_ids(source: Path, inputs: int, outputs: int, split: str) -> Any:
 @click.option("--seed", type=click.IntRange(0, 2**63 - 1), help="Of the aquifer.")
 @click.option("--mf6", type=click.Path(path_type=Path), help="The MODFLOW 6 program.")
 @click.option("--fetch-mf6", is_flag=True, help="Download MODFLOW 6 if it is not found.")
-def simulate(preset: str, out: Path, seed: int | None, mf6: Path | None, fetch_mf6: bool) -> None:
+@click.option("--overwrite", is_flag=True, help="Replace an earlier simulation in --out.")
+def simulate(
+    preset: str, out: Path, seed: int | None, mf6: Path | None, fetch_mf6: bool, overwrite: bool
+) -> None:
     """Simulate an aquifer with MODFLOW 6 and cut it into patches."""
     _need("the simulation", "flopy", "gstools")
     from gpusampler.demo.simulate import DEFAULT_SEED, SimulationError
@@ -212,6 +217,7 @@ def simulate(preset: str, out: Path, seed: int | None, mf6: Path | None, fetch_m
                 seed=DEFAULT_SEED if seed is None else seed,
                 mf6=mf6,
                 fetch=fetch_mf6,
+                overwrite=overwrite,
             )
     except (SimulationError, ImportError) as error:
         raise Refusal(str(error)) from error

@@ -257,9 +257,12 @@ def _draw_sizes(axes: Axes, found: Inspection) -> None:
 
 
 def _draw_fill(axes: Axes, found: Inspection) -> None:
+    from matplotlib.ticker import MaxNLocator
+
     size, short, full = found.batch_size, found.short_batches, found.full_batches
     step = max(1, -(-size // _BARS))
-    bars, edges = np.histogram(short, bins=np.arange(0.5, size + step, step))
+    first = min(0.5, size - 0.5 - step)  # a batch of one is never short: one empty bin then
+    bars, edges = np.histogram(short, bins=np.arange(first, size - 0.5 + step, step))
     axes.bar(edges[:-1], bars, width=step * 0.9, align="edge", color="tab:orange", label="short")
     # Full batches stand apart from the last bin of short ones, which ends at the same place.
     axes.bar(edges[-1], full, width=step * 0.9, align="edge", color="tab:green", label="full")
@@ -268,6 +271,7 @@ def _draw_fill(axes: Axes, found: Inspection) -> None:
         axes.set_yscale("log")
         axes.set_ylim(bottom=0.7)
     fill = 100 * found.num_samples / ((full + len(short)) * size)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.set_xlabel("samples in a batch")
     axes.set_ylabel("batches")
     axes.set_title(f"Batches, short ones kept: {fill:.1f} % full", fontsize=10)

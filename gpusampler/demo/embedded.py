@@ -1,0 +1,31 @@
+"""Where the data that come with the package lie."""
+
+from __future__ import annotations
+
+from importlib.resources import files
+from pathlib import Path
+
+
+def small_data() -> Path:
+    """Return the folder of the small aquifer: 9 patches of MODFLOW 6 output, 60 steps.
+
+    Returns
+    -------
+    pathlib.Path
+        A patch folder for `gpusampler.groundwater.GWPatchDataset`, with its provenance beside
+        the patches.
+
+    Raises
+    ------
+    FileNotFoundError
+        If the package was installed without its data, or from inside an archive.
+
+    Examples
+    --------
+    >>> small_data().name
+    'small'
+    """
+    folder = files("gpusampler.demo").joinpath("data", "small")
+    if not isinstance(folder, Path) or not folder.is_dir():
+        raise FileNotFoundError(f"the embedded data must be a folder on disk, got {folder}")
+    return folder

@@ -1,0 +1,94 @@
+"""Grouped batches against one sample at a time: same model, same samples, same run."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from time import perf_counter
+
+from tqdm import tqdm
+
+from gpusampler.demo.gino import PatchGino
+from gpusampler.demo.loading import DemoData, as_torch, loader
+from gpusampler.demo.report import Speed
+from gpusampler.demo.train import LEARNING_RATE, batch_loss
+from gpusampler.sampler import PatchBatchSampler
+
+SAMPLES = 64
+REPEATS = 3
+
+
+def compare_speed(
+    model: PatchGino,
+    data: DemoData,
+    *,
+    batch_size: int = 8,
+    seed: int = 0,
+    repeats: int = REPEATS,
+    progress: bool = True,
+) -> Speed:
+    """Time training on an epoch's first batches (64 samples or more), whole and taken apart.
+
+    Both ways read the same samples and do every part of a training step. They take turns, so
+    that a slow moment of the machine hits both; the best of each counts.
+
+    Parameters
+    ----------
+    model : PatchGino
+        Copied; left as it is.
+    data : DemoData
+        Where the samples come from.
+    batch_size : int, default 8
+        Samples in a grouped batch at most.
+    seed : int, default 0
+        Of the batches.
+    repeats : int, default 3
+        Turns of each.
+    progress : bool, default True
+        A bar on stderr, where that is a terminal.
+
+    Returns
+    -------
+    Speed
+        Samples a second of both.
+
+    Raises
+    ------
+    TypeError, ValueError
+        If `batch_size` or `seed` is invalid; see `PatchBatchSampler`.
+    """
+    grouped: list[list[int]] = []
+    for rows in PatchBatchSampler(data.train, batch_size, seed=seed):
+        grouped.append(rows)
+        if sum(map(len, grouped)) >= SAMPLES:
+            break
+    single = [[index] for batch in grouped for index in batch]
+    trial = copy.deepcopy(model)
+    _train_once(trial, data, grouped[:1])  # allocations and lazy set-up of both shapes
+    _train_once(trial, data, single[:1])
+    best = {"grouped": float("inf"), "single": float("inf")}
+    with tqdm(
+        total=2 * repeats, desc="speed", unit="turn", disable=None if progress else True
+    ) as bar:
+        for _ in range(repeats):
+            for name, batches in (("grouped", grouped), ("single", single)):
+                best[name] = min(best[name], _train_once(trial, data, batches))
+                bar.update()
+    return Speed(
+        grouped=len(single) / best["grouped"],
+        single=len(single) / best["single"],
+        samples=len(single),
+        repeats=repeats,
+    )
+
+
+def _train_once(model: PatchGino, data: DemoData, batches: Sequence[Sequence[int]]) -> float:
+    import torch
+
+    optimizer = torch.optim.Adam(model.net.parameters(), lr=LEARNING_RATE)
+    start = perf_counter()
+    for batch in loader(as_torch(data.train), batches):
+        optimizer.zero_grad()
+        batch_loss(model, batch).backward()  # type: ignore[no-untyped-call]
+        optimizer.step()
+    return perf_counter() - start

@@ -1,0 +1,109 @@
+"""Where the time goes: a stopwatch whose phases add up to the whole."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sized
+from contextlib import contextmanager
+from time import perf_counter
+from typing import Generic, TypeVar
+
+T = TypeVar("T")
+
+
+class Stopwatch:
+    """Seconds by phase; an inner phase is not counted in the outer one.
+
+    Attributes
+    ----------
+    seconds : dict of str to float
+        Time spent in each phase, without the phases inside it.
+
+    Examples
+    --------
+    >>> watch = Stopwatch()
+    >>> with watch.phase("outer"), watch.phase("inner"):
+    ...     pass
+    >>> sorted(watch.seconds)
+    ['inner', 'outer']
+    """
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+        self._inside: list[float] = []
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """Add the time of the block to a phase.
+
+        Parameters
+        ----------
+        name : str
+            The phase.
+
+        Yields
+        ------
+        None
+            Nothing.
+        """
+        self._inside.append(0.0)
+        start = perf_counter()
+        try:
+            yield
+        finally:
+            spent = perf_counter() - start
+            self.seconds[name] = self.seconds.get(name, 0.0) + spent - self._inside.pop()
+            if self._inside:
+                self._inside[-1] += spent
+
+    def shares(self) -> dict[str, float]:
+        """Return each phase's percentage of the time of all phases.
+
+        Returns
+        -------
+        dict of str to float
+            Percent, largest first; they add up to 100.
+
+        Raises
+        ------
+        ValueError
+            If nothing was timed.
+        """
+        total = sum(self.seconds.values())
+        if total <= 0:
+            raise ValueError("a phase must have been timed, got none")
+        ordered = sorted(self.seconds.items(), key=lambda item: -item[1])
+        return {name: 100.0 * spent / total for name, spent in ordered}
+
+
+class TimedIterable(Generic[T]):
+    """An iterable whose every step is timed as a phase.
+
+    Parameters
+    ----------
+    iterable : iterable with a length
+        E.g. a batch sampler, on its way into a DataLoader.
+    watch : Stopwatch
+        Where the time is added.
+    name : str
+        The phase.
+    """
+
+    def __init__(self, iterable: Iterable[T], watch: Stopwatch, name: str) -> None:
+        self._iterable = iterable
+        self._watch = watch
+        self._name = name
+
+    def __len__(self) -> int:
+        if not isinstance(self._iterable, Sized):
+            raise TypeError(f"the iterable must have a length, got {self._iterable!r}")
+        return len(self._iterable)
+
+    def __iter__(self) -> Iterator[T]:
+        steps = iter(self._iterable)
+        while True:
+            with self._watch.phase(self._name):
+                try:
+                    item = next(steps)
+                except StopIteration:
+                    return
+            yield item

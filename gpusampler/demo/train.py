@@ -1,0 +1,209 @@
+"""Training a GINO on batches of one patch each, with a probe and a clock."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from tqdm import tqdm
+
+from gpusampler.demo.gino import PatchGino
+from gpusampler.demo.loading import DemoData, as_torch, loader, probe_loader
+from gpusampler.demo.report import Training
+from gpusampler.demo.timing import Stopwatch
+from gpusampler.sampler import PatchBatchSampler
+from gpusampler.validation import checked_int
+
+if TYPE_CHECKING:
+    import torch
+
+LEARNING_RATE = 6e-3
+_HEAD = "head"
+
+
+@dataclass(frozen=True)
+class Probe:
+    """Mean squared errors on the probe set: of scaled values, and of the head in m²."""
+
+    loss: float
+    persistence: float
+    head: float
+    head_persistence: float
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Run torch on one thread: these tensors are too small to share out.
+
+    Yields
+    ------
+    None
+        Nothing; the number of threads is put back afterwards.
+
+    Examples
+    --------
+    >>> with one_thread():
+    ...     pass
+    """
+    import torch
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+def batch_loss(model: PatchGino, batch: dict[str, Any]) -> torch.Tensor:
+    """Return the mean squared error of a batch at the core points.
+
+    Parameters
+    ----------
+    model : PatchGino
+        The model.
+    batch : dict
+        A collated batch.
+
+    Returns
+    -------
+    torch.Tensor of float32, 0-d
+        Of scaled values, over samples, steps, points and target columns.
+    """
+    truth: torch.Tensor = batch["core_out"]
+    return (model(batch) - truth).square().mean()
+
+
+def probe(model: PatchGino, data: DemoData, batch_size: int) -> Probe:
+    """Measure the errors on the probe set.
+
+    Parameters
+    ----------
+    model : PatchGino
+        The model; unchanged.
+    data : DemoData
+        Its probe is read in a fixed order.
+    batch_size : int
+        Samples at a time at most.
+
+    Returns
+    -------
+    Probe
+        Means over the samples, each sample with the same weight whatever its patch's size.
+    """
+    import torch
+
+    columns, targets = data.normalize.columns, data.normalize.target_columns
+    last_step = [columns.index(name) for name in targets]
+    head = targets.index(_HEAD)
+    unit = data.normalize.std[columns.index(_HEAD)]
+    sums, count = torch.zeros(4, dtype=torch.float64), 0
+    with torch.no_grad():
+        for batch in probe_loader(data, batch_size):
+            truth = batch["core_out"]
+            still = batch["core_in"][:, -1:, :, last_step]
+            for place, forecast in enumerate((model(batch), still)):
+                error = (forecast - truth).square()
+                sums[place] += error.mean() * len(truth)
+                sums[place + 2] += error[..., head].mean() * unit**2 * len(truth)
+            count += len(truth)
+    return Probe(*(sums / count).tolist())
+
+
+def train(
+    model: PatchGino,
+    data: DemoData,
+    *,
+    epochs: int = 10,
+    batch_size: int = 8,
+    seed: int = 0,
+    progress: bool = True,
+) -> Training:
+    """Train with Adam on batches of one patch each, the rate falling to 0 along a cosine.
+
+    Parameters
+    ----------
+    model : PatchGino
+        Trained in place.
+    data : DemoData
+        What to train and probe on.
+    epochs : int, default 10
+        Passes over the training samples.
+    batch_size : int, default 8
+        Samples in a batch at most.
+    seed : int, default 0
+        Of the batches; nothing else is random here.
+    progress : bool, default True
+        A bar on stderr, where that is a terminal.
+
+    Returns
+    -------
+    Training
+        Losses, times and the batches' patches.
+
+    Raises
+    ------
+    TypeError, ValueError
+        If `epochs`, `batch_size` or `seed` is invalid; see `PatchBatchSampler`.
+    FloatingPointError
+        If a loss is not finite.
+    """
+    import torch
+
+    epochs = checked_int(epochs, "epochs", least=1)
+    watch = Stopwatch()
+    sampler = PatchBatchSampler(data.train, batch_size, seed=seed)
+    batches = loader(as_torch(data.train), sampler, watch)
+    optimizer = torch.optim.Adam(model.net.parameters(), lr=LEARNING_RATE)
+    probes = [probe(model, data, batch_size)]
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs * len(sampler))
+    losses: list[float] = []
+    patches: list[tuple[int, ...]] = []
+    with tqdm(
+        total=epochs * len(sampler), desc="train", unit="batch", disable=None if progress else True
+    ) as bar:
+        for epoch in range(epochs):
+            sampler.set_epoch(epoch)
+            seen: list[int] = []
+            with watch.phase("other"):
+                reader = iter(batches)
+                while True:
+                    with watch.phase("read"):
+                        batch = next(reader, None)
+                    if batch is None:
+                        break
+                    with watch.phase("forward"):
+                        loss = batch_loss(model, batch)
+                    with watch.phase("backward"):
+                        optimizer.zero_grad()
+                        loss.backward()  # type: ignore[no-untyped-call]
+                    with watch.phase("optimizer"):
+                        optimizer.step()
+                        schedule.step()
+                    losses.append(loss.item())
+                    if not math.isfinite(losses[-1]):
+                        raise FloatingPointError(
+                            f"the loss must stay finite, got {losses[-1]} in batch {len(losses)}"
+                        )
+                    seen.append(batch["patch_id"])
+                    bar.update()
+            patches.append(tuple(seen))
+            probes.append(probe(model, data, batch_size))
+            bar.set_postfix(probe_loss=f"{probes[-1].loss:.3f}")
+    return Training(
+        epochs=epochs,
+        batch_size=batch_size,
+        seed=seed,
+        parameters=model.num_parameters,
+        probe_loss=tuple(found.loss for found in probes),
+        batch_loss=tuple(losses),
+        persistence_loss=probes[-1].persistence,
+        head_rmse=math.sqrt(probes[-1].head),
+        head_rmse_persistence=math.sqrt(probes[-1].head_persistence),
+        batch_patches=tuple(patches),
+        seconds=sum(watch.seconds.values()),
+        shares=watch.shares(),
+    )

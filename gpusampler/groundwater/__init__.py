@@ -1,0 +1,12 @@
+"""Groundwater patch folders as a map-style dataset, one point cloud per batch.
+
+The folder, the windows, the scaling and the collating of samples live in a file each;
+the names below are the ones to import.
+"""
+
+from gpusampler.groundwater.collate import collate_fn
+from gpusampler.groundwater.dataset import GWPatchDataset
+from gpusampler.groundwater.folder import COLUMNS
+from gpusampler.groundwater.normalize import Normalize
+
+__all__ = ["COLUMNS", "GWPatchDataset", "Normalize", "collate_fn"]

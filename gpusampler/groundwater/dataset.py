@@ -1,0 +1,328 @@
+"""The patch folder as a map-style dataset of sliding windows."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from gpusampler.groundwater.checks import check_columns, check_origin, check_targets
+from gpusampler.groundwater.collate import collate_fn
+from gpusampler.groundwater.folder import COLUMNS, Patch, PatchArrays, read_folder
+from gpusampler.groundwater.normalize import Normalize
+from gpusampler.groundwater.reader import WindowReader
+from gpusampler.groundwater.windows import Windows
+from gpusampler.validation import checked_int
+
+if TYPE_CHECKING:
+    import torch
+
+    Sample = dict[str, Any]
+    Transform = Callable[[Sample], Sample]
+
+
+class GWPatchDataset:
+    """Sliding windows over the patches of a groundwater model.
+
+    ``root`` holds a folder ``patch_<id>`` a patch with ``core_coords.npy`` [Nc, 3],
+    ``core_obs.npy`` [T, Nc, C], ``ghost_coords.npy`` [Ng, 3] and ``ghost_obs.npy``
+    [T, Ng, C]. Ghost points lie around a patch and belong to its neighbours. Hidden entries
+    are skipped; patches are sorted by the folder's name as text (patch_10 before patch_2).
+    The files stay on disk as memory maps that are opened when a sample is asked for, in each
+    worker process anew. Samples of a patch follow one another, in order of time.
+
+    It has the interface of `torch.utils.data.Dataset` without being one, so that importing it
+    does not import torch. `gpusampler.PatchBatchSampler` finds its patch ids without reading a
+    sample.
+
+    Parameters
+    ----------
+    root : str or os.PathLike
+        The folder of patches.
+    input_window_size, output_window_size : int
+        Time steps that go into a sample, and the steps right after them that come out.
+    split : {"train", "val", "all"}, default "train"
+        Train: the first ``floor((1 - val_ratio) * T)`` steps. Val: the rest. All: both, and
+        windows then lie across the cut too.
+    val_ratio : float, default 0.2
+        Share of the series for validation, in [0, 1).
+    gap : int, default 0
+        Time steps after the cut that belong to neither part. Without a gap no window crosses
+        the cut, but the last training step and the first validation step are neighbours.
+    stride : int, optional
+        Time steps from one window's start to the next one's. Default: `output_window_size`,
+        so that every step is an output once.
+    target_columns : str or int or sequence of them, optional
+        Columns of ``core_out`` and ``ghost_out``, by name or position. Default: all.
+    transform : callable, optional
+        Takes a sample and returns one, e.g. `Normalize`. Must be picklable for workers.
+    columns : sequence of str, default ("mass_concentration", "head", "pressure")
+        Names of the C columns of the observations.
+    origin : (3,) floats, default (0, 0, 0)
+        Subtracted from every point, in the files' unit, before it becomes float32. A projected
+        northing of 5,000,000 m has steps of half a metre in float32: give the corner of
+        the domain then.
+    max_open_patches : int, default 64
+        Patches whose files are open at a time, four file descriptors each.
+
+    Attributes
+    ----------
+    columns, target_columns : tuple of str
+        Names of the columns of the inputs and of the outputs.
+    num_points : int
+        Points of all patches, core and ghost.
+    nbytes : int
+        Bytes of all arrays on disk.
+    windows : gpusampler.groundwater.windows.Windows
+        Where the windows of each patch lie in time.
+
+    Raises
+    ------
+    TypeError
+        If an argument is of the wrong type (a bool where an int is due included).
+    ValueError
+        If an argument is out of range, the folder holds no patch, a file's shape or dtype does
+        not fit, patches differ in T or C, or T is shorter than one window of the split. The
+        text names the patch and the file.
+    FileNotFoundError
+        If `root` is no folder, or a patch lacks a file.
+
+    Examples
+    --------
+    >>> from gpusampler.demo.embedded import small_data
+    >>> dataset = GWPatchDataset(small_data(), 6, 1, target_columns="head")
+    >>> len(dataset)
+    378
+    >>> sample = dataset[0]
+    >>> sample["core_in"].shape[0], sample["core_out"].shape[-1], sample["patch_id"]
+    (6, 1, 0)
+    """
+
+    def __init__(
+        self,
+        root: str | os.PathLike[str],
+        input_window_size: int,
+        output_window_size: int,
+        *,
+        split: str = "train",
+        val_ratio: float = 0.2,
+        gap: int = 0,
+        stride: int | None = None,
+        target_columns: str | int | Iterable[str | int] | None = None,
+        transform: Transform | None = None,
+        columns: Sequence[str] = COLUMNS,
+        origin: Sequence[float] = (0.0, 0.0, 0.0),
+        max_open_patches: int = 64,
+    ) -> None:
+        inputs = checked_int(input_window_size, "input_window_size", least=1)
+        outputs = checked_int(output_window_size, "output_window_size", least=1)
+        Windows(0, inputs, outputs, split, val_ratio, gap, stride)  # arguments before files
+        self.columns = check_columns(columns)
+        self.target_columns = check_targets(target_columns, self.columns)
+        self.transform = transform
+        corner = check_origin(origin)
+        max_open = checked_int(max_open_patches, "max_open_patches", least=1)
+        self.root = Path(root)
+        self._patches = read_folder(self.root, self.columns)
+        first = self._patches[0]
+        self.windows = Windows(first.steps, inputs, outputs, split, val_ratio, gap, stride)
+        if self.windows.count == 0:
+            part = max(self.windows.last - self.windows.first, 0)
+            raise ValueError(
+                f"split {split!r} must have at least input_window_size + output_window_size = "
+                f"{self.windows.length} time steps, got {part} of the {first.steps} in "
+                f"{first.path.name}/core_obs.npy"
+            )
+        targets = [self.columns.index(name) for name in self.target_columns]
+        self._reader = WindowReader(self._patches, self.windows, targets, corner, max_open)
+        self._ids: NDArray[np.int64] | None = None
+        self.num_points = sum(patch.core + patch.ghost for patch in self._patches)
+        self.nbytes = sum(patch.nbytes for patch in self._patches)
+
+    @property
+    def transform(self) -> Transform | None:
+        """What every sample goes through; may be set once the statistics are known.
+
+        Raises
+        ------
+        TypeError
+            When set to something that cannot be called.
+        ValueError
+            When set to a `Normalize` of other columns.
+        """
+        return self._transform
+
+    @transform.setter
+    def transform(self, transform: Transform | None) -> None:
+        if transform is not None and not callable(transform):
+            raise TypeError(f"transform must be callable or None, got {transform!r}")
+        if isinstance(transform, Normalize):
+            transform.check_columns(self.columns, self.target_columns)
+        self._transform = transform
+
+    def __len__(self) -> int:
+        return len(self._patches) * self.windows.count
+
+    def __repr__(self) -> str:
+        return (
+            f"GWPatchDataset({str(self.root)!r}, {self.windows.inputs}, {self.windows.outputs}, "
+            f"split={self.windows.split!r}: {len(self._patches)} patches, {len(self)} samples)"
+        )
+
+    def __getitem__(self, index: int) -> Sample:
+        return self.__getitems__([index])[0]
+
+    def __getitems__(
+        self, indices: Sequence[int] | NDArray[np.integer[Any]] | torch.Tensor
+    ) -> list[Sample]:
+        """Return several samples; each patch's files are read once.
+
+        Parameters
+        ----------
+        indices : list of int, or integer array or tensor, shape (B,)
+            Sample numbers; negative ones count from the end. Device tensors are copied to the
+            host.
+
+        Returns
+        -------
+        list of dict
+            Per sample, as float32 CPU tensors of their own memory: ``core_in`` [Tin, Nc, C],
+            ``ghost_in`` [Tin, Ng, C], ``core_out`` [Tout, Nc, Ct], ``ghost_out``
+            [Tout, Ng, Ct], ``core_coords`` [Nc, 3], ``ghost_coords`` [Ng, 3]; and ``patch_id``,
+            an int. Units are those of the files; the transform has been applied.
+
+        Raises
+        ------
+        IndexError
+            If an index is out of range.
+        TypeError
+            If the indices are no integers.
+        """
+        rows = self._rows(indices)
+        samples: dict[int, Sample] = {}
+        patches, windows = np.divmod(rows, self.windows.count)
+        for position in np.unique(patches).tolist():
+            at = np.flatnonzero(patches == position)
+            read = self._reader.read(position, windows[at])
+            for place, sample in zip(at.tolist(), read, strict=True):
+                samples[place] = self._transform(sample) if self._transform else sample
+        return [samples[place] for place in range(len(rows))]
+
+    def _rows(self, indices: Any) -> NDArray[np.int64]:
+        host = indices.cpu() if hasattr(indices, "cpu") else indices
+        rows = np.asarray(host)
+        if rows.size == 0:
+            return np.empty(0, dtype=np.int64)
+        if rows.dtype.kind not in "iu":
+            raise TypeError(f"indices must be integers, got dtype {rows.dtype}")
+        if rows.ndim != 1:
+            raise TypeError(f"indices must be one-dimensional, got shape {rows.shape}")
+        rows = rows.astype(np.int64)
+        rows = np.where(rows < 0, rows + len(self), rows)
+        outside = np.flatnonzero((rows < 0) | (rows >= len(self)))
+        if outside.size:
+            raise IndexError(
+                f"index must be in [{-len(self)}, {len(self)}), "
+                f"got {int(np.asarray(host)[outside[0]])}"
+            )
+        return rows
+
+    @property
+    def origin(self) -> tuple[float, float, float]:
+        """What is subtracted from every point, in the files' unit."""
+        x, y, z = self._reader.origin.tolist()
+        return x, y, z
+
+    @property
+    def patches(self) -> tuple[Patch, ...]:
+        """The checked patches, in order of their samples."""
+        return tuple(self._patches)
+
+    def arrays(self, patch_id: int) -> PatchArrays:
+        """Return one patch's four arrays.
+
+        Parameters
+        ----------
+        patch_id : int
+            A patch id of this dataset.
+
+        Returns
+        -------
+        PatchArrays
+            Read-only memory maps in the files' own dtype, before any transform.
+
+        Raises
+        ------
+        KeyError
+            If there is no such patch.
+        """
+        for position, patch in enumerate(self._patches):
+            if patch.patch_id == patch_id:
+                return self._reader.arrays(position)
+        raise KeyError(f"patch_id must be one of the dataset's patches, got {patch_id}")
+
+    def get_all_patch_ids(self) -> NDArray[np.int64]:
+        """Return the patch id of every sample, without reading one.
+
+        Returns
+        -------
+        ndarray of int64, shape (len(self),)
+            Read-only; computed once.
+
+        Examples
+        --------
+        >>> from gpusampler.demo.embedded import small_data
+        >>> GWPatchDataset(small_data(), 6, 1).get_all_patch_ids()[:3].tolist()
+        [0, 0, 0]
+        """
+        if self._ids is None:
+            ids = np.array([patch.patch_id for patch in self._patches], dtype=np.int64)
+            self._ids = np.repeat(ids, self.windows.count)
+            self._ids.flags.writeable = False
+        return self._ids
+
+    @property
+    def patch_ids(self) -> NDArray[np.int64]:
+        """The patch id of every sample: `get_all_patch_ids` as an attribute."""
+        return self.get_all_patch_ids()
+
+    def patch_costs(self) -> dict[int, int]:
+        """Return what a sample of each patch costs: its points, core and ghost.
+
+        Returns
+        -------
+        dict of int to int
+            By patch id, in order of the samples.
+
+        Examples
+        --------
+        >>> from gpusampler.demo.embedded import small_data
+        >>> dataset = GWPatchDataset(small_data(), 6, 1)
+        >>> sum(dataset.patch_costs().values()) == dataset.num_points
+        True
+        """
+        return {patch.patch_id: patch.core + patch.ghost for patch in self._patches}
+
+    def collate_fn(self, samples: Sequence[Sample]) -> Sample:
+        """Stack samples of one patch; see `gpusampler.groundwater.collate_fn`.
+
+        Parameters
+        ----------
+        samples : sequence of dict
+            Samples of one patch.
+
+        Returns
+        -------
+        dict
+            The batch, its point cloud once.
+
+        Raises
+        ------
+        ValueError
+            If the samples are of several patches, or none.
+        """
+        return collate_fn(samples)

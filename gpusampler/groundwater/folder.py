@@ -1,0 +1,227 @@
+"""The patch folder: which patches there are, and whether their files fit together.
+
+A patch is a folder ``patch_<id>`` with ``core_coords.npy`` [Nc, 3], ``core_obs.npy``
+[T, Nc, C], ``ghost_coords.npy`` [Ng, 3] and ``ghost_obs.npy`` [T, Ng, C]. Only headers
+are read here, so that a folder larger than memory is checked in a moment.
+"""
+
+from __future__ import annotations
+
+import re
+import tokenize
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.lib.format import open_memmap
+from numpy.typing import NDArray
+
+COLUMNS = ("mass_concentration", "head", "pressure")
+
+_NAME = re.compile(r"patch_(.*)", re.DOTALL)
+_ID = re.compile(r"-?[0-9]+")
+_INT64 = np.iinfo(np.int64)
+# What NumPy raised on 20,000 damaged headers: it evaluates, and even tokenizes, what they hold.
+_UNREADABLE = (
+    ValueError,
+    TypeError,
+    OverflowError,
+    EOFError,
+    SyntaxError,
+    tokenize.TokenError,
+)
+
+
+class PatchArrays(NamedTuple):
+    """The four arrays of a patch, as read-only memory maps."""
+
+    core_coords: NDArray[Any]
+    core_obs: NDArray[Any]
+    ghost_coords: NDArray[Any]
+    ghost_obs: NDArray[Any]
+
+
+@dataclass(frozen=True)
+class Patch:
+    """A checked patch: what its files hold, without holding them open.
+
+    Attributes
+    ----------
+    patch_id : int
+        The number in the folder's name.
+    path : pathlib.Path
+        The folder.
+    steps, columns : int
+        T and C.
+    core, ghost : int
+        Nc and Ng, points.
+    nbytes : int
+        Bytes of the four arrays.
+    """
+
+    patch_id: int
+    path: Path
+    steps: int
+    columns: int
+    core: int
+    ghost: int
+    nbytes: int
+
+    def open(self) -> PatchArrays:
+        """Map the four files.
+
+        Returns
+        -------
+        PatchArrays
+            Read-only memory maps; nothing is read yet.
+
+        Raises
+        ------
+        FileNotFoundError
+            If a file is gone since the folder was checked.
+        ValueError
+            If a file is no longer an array of the shape that was checked.
+        """
+        arrays = open_arrays(self.path)
+        if arrays.core_obs.shape != (self.steps, self.core, self.columns) or (
+            arrays.ghost_obs.shape != (self.steps, self.ghost, self.columns)
+        ):
+            raise ValueError(f"{self.path.name} changed on disk since the dataset was made")
+        return arrays
+
+
+def _open_array(path: Path) -> NDArray[Any]:
+    where = f"{path.parent.name}/{path.name}"
+    try:
+        return open_memmap(path, mode="r")
+    except FileNotFoundError:
+        raise FileNotFoundError(f"{where} is missing: no file {path}") from None
+    except _UNREADABLE as error:
+        raise ValueError(f"{where} cannot be mapped as a .npy array: {error}") from error
+
+
+def open_arrays(path: Path) -> PatchArrays:
+    """Map the four files of the patch in `path`.
+
+    Parameters
+    ----------
+    path : pathlib.Path
+        A folder ``patch_<id>``.
+
+    Returns
+    -------
+    PatchArrays
+        Read-only memory maps.
+
+    Raises
+    ------
+    FileNotFoundError
+        If a file is missing.
+    ValueError
+        If a file is no .npy array.
+    """
+    return PatchArrays(*(_open_array(path / f"{name}.npy") for name in PatchArrays._fields))
+
+
+def _check_patch(path: Path, patch_id: int, columns: Sequence[str]) -> Patch:
+    arrays = open_arrays(path)
+    for name, array in arrays._asdict().items():
+        where = f"{path.name}/{name}.npy"
+        if array.dtype.kind not in "fiu":
+            raise ValueError(f"{where} must hold real numbers, got dtype {array.dtype}")
+        if name.endswith("coords"):
+            if array.ndim != 2 or array.shape[1] != 3:
+                raise ValueError(f"{where} must have shape [N, 3], got {list(array.shape)}")
+        elif array.ndim != 3:
+            raise ValueError(f"{where} must have shape [T, N, C], got {list(array.shape)}")
+        elif array.shape[2] != len(columns):
+            raise ValueError(
+                f"{where} must have {len(columns)} columns ({', '.join(columns)}), "
+                f"got {array.shape[2]}"
+            )
+    for kind in ("core", "ghost"):
+        coords, obs = getattr(arrays, f"{kind}_coords"), getattr(arrays, f"{kind}_obs")
+        if len(coords) != obs.shape[1]:
+            raise ValueError(
+                f"{path.name}/{kind}_obs.npy must have the {len(coords)} points of "
+                f"{kind}_coords.npy, got {obs.shape[1]}"
+            )
+    if len(arrays.core_coords) == 0:
+        raise ValueError(f"{path.name}/core_coords.npy must have at least one point, got 0")
+    steps = arrays.core_obs.shape[0]
+    if arrays.ghost_obs.shape[0] != steps:
+        raise ValueError(
+            f"{path.name}/ghost_obs.npy must have the {steps} time steps of core_obs.npy, "
+            f"got {arrays.ghost_obs.shape[0]}"
+        )
+    return Patch(
+        patch_id,
+        path,
+        steps,
+        len(columns),
+        len(arrays.core_coords),
+        len(arrays.ghost_coords),
+        sum(array.nbytes for array in arrays),
+    )
+
+
+def read_folder(root: Path, columns: Sequence[str] = COLUMNS) -> list[Patch]:
+    """Find and check the patches of a folder.
+
+    Parameters
+    ----------
+    root : pathlib.Path
+        Folder with one folder ``patch_<id>`` a patch. Hidden entries, files and folders of
+        other names are passed over.
+    columns : sequence of str
+        Names of the C columns of the observations.
+
+    Returns
+    -------
+    list of Patch
+        Sorted by the folder's name as text, so patch_10 stands before patch_2.
+
+    Raises
+    ------
+    FileNotFoundError
+        If `root` is no folder or a patch lacks a file.
+    ValueError
+        If there is no patch, an id is no int64 or comes twice, or a patch's arrays do not fit
+        one another or those of the first patch. The text names the patch and the file.
+
+    Examples
+    --------
+    >>> from gpusampler.demo.embedded import small_data
+    >>> len(read_folder(small_data()))
+    9
+    """
+    if not root.is_dir():
+        raise FileNotFoundError(f"root must be a folder of patches, got {str(root)!r}")
+    patches: list[Patch] = []
+    names: dict[int, str] = {}
+    for path in sorted(root.iterdir(), key=lambda entry: entry.name):
+        match = _NAME.fullmatch(path.name)
+        if match is None or not path.is_dir():
+            continue
+        number = match[1]
+        if not _ID.fullmatch(number) or not _INT64.min <= int(number) <= _INT64.max:
+            raise ValueError(f"the id in a patch folder's name must be an int64, got {path.name!r}")
+        patch_id = int(number)
+        if patch_id in names:
+            raise ValueError(
+                f"patch ids must be unique, got {patch_id} from {names[patch_id]!r} "
+                f"and {path.name!r}"
+            )
+        names[patch_id] = path.name
+        patch = _check_patch(path, patch_id, columns)
+        if patches and patch.steps != patches[0].steps:
+            raise ValueError(
+                f"{path.name}/core_obs.npy must have the {patches[0].steps} time steps of "
+                f"{patches[0].path.name}/core_obs.npy, got {patch.steps}"
+            )
+        patches.append(patch)
+    if not patches:
+        raise ValueError(f"root must hold folders named patch_<id>, got none in {str(root)!r}")
+    return patches

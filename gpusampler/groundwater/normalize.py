@@ -1,0 +1,287 @@
+"""Scaling that is learnt from the training part alone, and its inverse."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+
+from gpusampler.groundwater.statistics import training_statistics
+
+if TYPE_CHECKING:
+    import torch
+
+    from gpusampler.groundwater.dataset import GWPatchDataset
+
+_FORMAT = 1
+
+
+@dataclass(frozen=True)
+class Normalize:
+    """Columns to mean 0 and standard deviation 1, points into the unit cube.
+
+    Values are ``(value - mean) / std`` per column; a column that never changes gets std 1.
+    Points are scaled axis by axis (aquifers are a hundred times wider than thick, and the
+    latent grid of a GINO is a cube):
+
+    - ``coords="patch"``, the default: the box around the patch's own core and ghost points
+      becomes [0, 1]^3. A GINO sees one patch at a time, and its latent grid then lies over
+      that patch; in the domain's box a ninth of the area would use a ninth of the grid, and
+      the radii of the graph would have to follow the number of patches. On the embedded data
+      the demo's GINO ends at a loss of 0.064 this way, at 0.09 to 0.11 the other.
+    - ``coords="domain"``: the box around all patches becomes [0, 1]^3. Place and true
+      distances are kept, for models that must know where a patch lies.
+
+    An axis without extent becomes 0.5. Made by `from_dataset`; the constructor is for
+    statistics from elsewhere.
+
+    Parameters
+    ----------
+    columns, target_columns : tuple of str
+        Columns of the inputs and of the outputs.
+    mean, std : tuple of float
+        Per input column, in its unit; std > 0.
+    low, high : tuple of three floats
+        Corners of the domain's box, in the unit of the points.
+    coords : {"patch", "domain"}
+        Which box becomes the unit cube.
+
+    Raises
+    ------
+    ValueError
+        If lengths differ, a target is no column, a std is not above 0, a number is not finite,
+        or `coords` is unknown.
+
+    Examples
+    --------
+    >>> from gpusampler.demo.embedded import small_data
+    >>> from gpusampler.groundwater import GWPatchDataset
+    >>> dataset = GWPatchDataset(small_data(), 6, 1, target_columns="head")
+    >>> dataset.transform = Normalize.from_dataset(dataset)
+    >>> sample = dataset[0]
+    >>> bool(sample["core_coords"].min() >= 0), bool(sample["core_coords"].max() <= 1)
+    (True, True)
+    >>> head = dataset.transform.inverse(sample["core_out"])  # metres again
+    """
+
+    columns: tuple[str, ...]
+    target_columns: tuple[str, ...]
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    low: tuple[float, ...]
+    high: tuple[float, ...]
+    coords: Literal["patch", "domain"] = "patch"
+
+    def __post_init__(self) -> None:
+        for name in ("mean", "std"):
+            if len(getattr(self, name)) != len(self.columns):
+                raise ValueError(
+                    f"{name} must have {len(self.columns)} numbers, got {len(getattr(self, name))}"
+                )
+        for name in ("low", "high"):
+            if len(getattr(self, name)) != 3:
+                raise ValueError(f"{name} must have 3 numbers, got {len(getattr(self, name))}")
+        for name in ("mean", "std", "low", "high"):
+            if not np.isfinite(getattr(self, name)).all():
+                raise ValueError(f"{name} must be finite, got {getattr(self, name)}")
+        if min(self.std) <= 0:
+            raise ValueError(f"std must be > 0, got {min(self.std)}")
+        for target in self.target_columns:
+            if target not in self.columns:
+                raise ValueError(
+                    f"target_columns must be among {', '.join(self.columns)}, got {target!r}"
+                )
+        if self.coords not in ("patch", "domain"):
+            raise ValueError(f"coords must be 'patch' or 'domain', got {self.coords!r}")
+
+    @classmethod
+    def from_dataset(
+        cls, dataset: GWPatchDataset, coords: Literal["patch", "domain"] = "patch"
+    ) -> Normalize:
+        """Learn the statistics from the training steps of a dataset.
+
+        Whatever the dataset's split, only the steps before the cut are read, and only core
+        points: a ghost point is a core point of the patch next door and would count twice. The
+        files are streamed in blocks of about 8 MB, with sums in float64.
+
+        Parameters
+        ----------
+        dataset : GWPatchDataset
+            Where the files are; its transform plays no part.
+        coords : {"patch", "domain"}, default "patch"
+            Which box becomes the unit cube.
+
+        Returns
+        -------
+        Normalize
+            The transform.
+
+        Raises
+        ------
+        ValueError
+            If there are no training steps, or a value is not finite (named by patch and file).
+        """
+        found = training_statistics(dataset)
+        origin = dataset.origin
+        return cls(
+            columns=dataset.columns,
+            target_columns=dataset.target_columns,
+            mean=tuple(found.mean.tolist()),
+            std=tuple(found.std.tolist()),
+            low=tuple((found.low - origin).tolist()),
+            high=tuple((found.high - origin).tolist()),
+            coords=coords,
+        )
+
+    def check_columns(self, columns: Sequence[str], target_columns: Sequence[str]) -> None:
+        """Refuse a dataset whose columns are not those of the statistics.
+
+        Parameters
+        ----------
+        columns, target_columns : sequence of str
+            Columns of the dataset's inputs and outputs.
+
+        Raises
+        ------
+        ValueError
+            If they differ from this transform's.
+        """
+        for name, mine, theirs in (
+            ("columns", self.columns, tuple(columns)),
+            ("target_columns", self.target_columns, tuple(target_columns)),
+        ):
+            if mine != theirs:
+                raise ValueError(f"transform must have the {name} {theirs}, got {mine}")
+
+    def __call__(self, sample: Mapping[str, Any]) -> dict[str, Any]:
+        """Scale one sample.
+
+        Parameters
+        ----------
+        sample : dict
+            A sample of `GWPatchDataset`.
+
+        Returns
+        -------
+        dict
+            A new sample; the one given is left as it was.
+
+        Raises
+        ------
+        ValueError
+            If a value's last axis is not as long as the columns.
+        """
+        scaled = dict(sample)
+        for key, columns in (
+            ("core_in", self.columns),
+            ("ghost_in", self.columns),
+            ("core_out", self.target_columns),
+            ("ghost_out", self.target_columns),
+        ):
+            mean, std = self._statistics(sample[key], columns)
+            scaled[key] = (sample[key] - mean) / std
+        core, ghost = sample["core_coords"], sample["ghost_coords"]
+        if self.coords == "domain":
+            low, high = core.new_tensor(self.low), core.new_tensor(self.high)
+        else:
+            low, high = core.amin(0), core.amax(0)
+            if len(ghost):
+                low, high = low.minimum(ghost.amin(0)), high.maximum(ghost.amax(0))
+        extent = high - low
+        flat = extent <= 0
+        extent = extent.masked_fill(flat, 1.0)
+        for key, points in (("core_coords", core), ("ghost_coords", ghost)):
+            scaled[key] = ((points - low) / extent).masked_fill(flat, 0.5)
+        return scaled
+
+    def inverse(
+        self, values: torch.Tensor, columns: str | Sequence[str] | None = None
+    ) -> torch.Tensor:
+        """Give scaled values their unit back.
+
+        Parameters
+        ----------
+        values : torch.Tensor, shape (..., k)
+            Scaled values, on any device, of any floating dtype.
+        columns : str or sequence of str, optional
+            The k columns. Default: the target columns.
+
+        Returns
+        -------
+        torch.Tensor, shape (..., k)
+            ``values * std + mean``, same dtype and device.
+
+        Raises
+        ------
+        ValueError
+            If a column is unknown or the last axis is not as long as the columns.
+        """
+        if columns is None:
+            names = self.target_columns
+        else:
+            names = (columns,) if isinstance(columns, str) else tuple(columns)
+        for name in names:
+            if name not in self.columns:
+                raise ValueError(f"columns must be among {', '.join(self.columns)}, got {name!r}")
+        mean, std = self._statistics(values, names)
+        return values * std + mean
+
+    def _statistics(
+        self, values: torch.Tensor, names: tuple[str, ...]
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        if values.ndim == 0 or values.shape[-1] != len(names):
+            raise ValueError(
+                f"the last axis must have {len(names)} columns ({', '.join(names)}), "
+                f"got shape {list(values.shape)}"
+            )
+        at = [self.columns.index(name) for name in names]
+        mean = values.new_tensor([self.mean[i] for i in at])
+        return mean, values.new_tensor([self.std[i] for i in at])
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the transform as JSON-safe values.
+
+        Returns
+        -------
+        dict
+            Strings, lists of strings and floats, and the format's version.
+        """
+        listed = {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self).items()}
+        return {"format": _FORMAT, **listed}
+
+    @classmethod
+    def from_dict(cls, state: Mapping[str, Any]) -> Normalize:
+        """Make the transform that `to_dict` described.
+
+        Parameters
+        ----------
+        state : dict
+            What `to_dict` returned, also after a round through JSON.
+
+        Returns
+        -------
+        Normalize
+            An equal transform.
+
+        Raises
+        ------
+        ValueError
+            If the format is another one, a field is missing or unknown, or a value is invalid.
+        """
+        fields = dict(state)
+        version = fields.pop("format", None)
+        if version != _FORMAT:
+            raise ValueError(f"format must be {_FORMAT}, got {version!r}")
+        expected = set(cls.__dataclass_fields__)
+        if set(fields) != expected:
+            raise ValueError(
+                f"state must have the fields {', '.join(sorted(expected))}, "
+                f"got {', '.join(sorted(fields))}"
+            )
+        values: dict[str, Any] = {
+            name: tuple(value) if isinstance(value, list) else value
+            for name, value in fields.items()
+        }
+        return cls(**values)

@@ -1,0 +1,130 @@
+"""Windows read from memory maps into tensors, with a bounded number of files open."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from gpusampler.groundwater.folder import Patch, PatchArrays
+from gpusampler.groundwater.windows import Windows
+
+if TYPE_CHECKING:
+    import torch
+
+_KEYS = (
+    *("core_in", "ghost_in", "core_out", "ghost_out"),
+    *("patch_id", "core_coords", "ghost_coords"),
+)
+
+
+class WindowReader:
+    """Reads windows of one patch at a time.
+
+    Parameters
+    ----------
+    patches : sequence of Patch
+        The checked patches.
+    windows : Windows
+        Where the windows of a patch lie in time.
+    targets : sequence of int
+        Columns of the outputs.
+    origin : ndarray of float64, shape (3,)
+        Subtracted from every point.
+    max_open : int
+        Patches whose files stay open; each holds four file descriptors.
+    """
+
+    def __init__(
+        self,
+        patches: Sequence[Patch],
+        windows: Windows,
+        targets: Sequence[int],
+        origin: NDArray[np.float64],
+        max_open: int,
+    ) -> None:
+        self.origin = origin
+        self._patches = patches
+        self._windows = windows
+        self._starts = windows.starts()
+        self._targets = list(targets)
+        self._max_open = max_open
+        self._open: dict[int, PatchArrays] = {}
+
+    def arrays(self, position: int) -> PatchArrays:
+        """Map the files of a patch, or return them from the last few.
+
+        Parameters
+        ----------
+        position : int
+            The patch's place in `patches`.
+
+        Returns
+        -------
+        PatchArrays
+            Read-only memory maps.
+
+        Raises
+        ------
+        FileNotFoundError, ValueError
+            If the files went away or changed shape since they were checked.
+        """
+        arrays = self._open.pop(position, None) or self._patches[position].open()
+        self._open[position] = arrays
+        for oldest in list(self._open)[: -self._max_open]:
+            self._open.pop(oldest, None)
+        return arrays
+
+    def read(self, position: int, windows: NDArray[np.int64]) -> list[dict[str, Any]]:
+        """Read some windows of a patch.
+
+        Parameters
+        ----------
+        position : int
+            The patch's place in `patches`.
+        windows : ndarray of int64, shape (B,)
+            Which of its windows.
+
+        Returns
+        -------
+        list of dict
+            Samples as `GWPatchDataset` describes them, before any transform.
+
+        Raises
+        ------
+        FileNotFoundError, ValueError
+            If the files went away or changed shape since they were checked.
+        """
+        import torch
+
+        patch, arrays = self._patches[position], self.arrays(position)
+        starts = self._starts[windows]
+        tensors: dict[str, Sequence[torch.Tensor]] = {}
+        for kind in ("core", "ghost"):
+            obs = getattr(arrays, f"{kind}_obs")
+            values = _gather(obs, starts, self._windows.inputs)
+            tensors[f"{kind}_in"] = torch.from_numpy(values).unbind(0)
+            values = _gather(obs, starts + self._windows.inputs, self._windows.outputs)
+            if self._targets != list(range(patch.columns)):
+                values = np.ascontiguousarray(values[..., self._targets])
+            tensors[f"{kind}_out"] = torch.from_numpy(values).unbind(0)
+            points = getattr(arrays, f"{kind}_coords").astype(np.float64) - self.origin
+            cloud = torch.from_numpy(points.astype(np.float32))
+            # A transform may work in place: no two samples share memory.
+            tensors[f"{kind}_coords"] = [cloud.clone() for _ in starts]
+        return [
+            {key: patch.patch_id if key == "patch_id" else tensors[key][i] for key in _KEYS}
+            for i in range(len(starts))
+        ]
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A memory map pickles as the whole array: a spawned worker maps the files itself.
+        return {**self.__dict__, "_open": {}}
+
+
+def _gather(obs: NDArray[Any], starts: NDArray[np.int64], length: int) -> NDArray[np.float32]:
+    steps = starts[:, None] + np.arange(length)
+    # Indexing by an array copies, so that no tensor ever wraps a read-only map.
+    return np.ascontiguousarray(obs[steps], dtype=np.float32)
