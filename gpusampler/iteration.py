@@ -117,18 +117,14 @@ class EpochIterator(Iterator[T], Generic[T]):
         self._at, self._row, self._looked_up = None, 0, 0
         self._ready = iter(())
 
-    def position(self, step: int | None = None) -> tuple[int, int]:
-        """Return (epoch, global slot) after ``step`` batches of this iterator, or where it is."""
+    def state_dict(self, step: int | None = None) -> dict[str, Any]:
+        """Return the sampler's state after ``step`` batches of this iterator, or those drawn."""
         if self._share is None:
-            raise RuntimeError("the iterator has no position before its first batch")
-        steps = self._steps_done if step is None else step
-        return self._epoch, self._share.slot_after(steps, self._plan.num_batches)
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return the sampler's state after the batches drawn from this iterator."""
-        if self._share is None:
-            return self._sampler.state_dict()
-        return self._sampler.state_at(*self.position())
+            return self._sampler.state_dict(step)
+        if step is None:
+            step = self._steps_done
+        slot = self._share.slot_after(step, self._plan.num_batches)
+        return self._sampler.state_at(self._plan, self._epoch, slot)
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from a state of the sampler or of one of its iterators.

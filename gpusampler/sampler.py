@@ -290,11 +290,11 @@ class PatchBatchSampler:
         if step is not None:
             step = checked_int(step, "step", least=0)
         if self._active is not None:
-            return self.state_at(*self._active.position(step))
+            return self._active.state_dict(step)
         epoch, slot = self._loaded or (self._epoch, self._slot)
         if step is not None:
             slot = self.share_from(slot).slot_after(step, self.plan.num_batches)
-        return self.state_at(epoch, slot)
+        return self.state_at(self.plan, epoch, slot)
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Go on where a state was taken: the next iterator hands out the batches after it.
@@ -321,13 +321,13 @@ class PatchBatchSampler:
         finished = slot == self.plan.num_batches
         self._epoch, self._slot = (epoch + 1, 0) if finished else (epoch, slot)
 
-    def state_at(self, epoch: int, slot: int) -> dict[str, Any]:
-        """Return the state at a global slot of an epoch (the number of slots: finished)."""
+    def state_at(self, plan: EpochPlan, epoch: int, slot: int) -> dict[str, Any]:
+        """Return the state at a global slot of a plan's epoch (the number of slots: finished)."""
         return {
             "version": STATE_VERSION,
             "epoch": epoch,
             "slot": slot,
-            "seed": self.seed,
+            "seed": plan.seed,
             "fingerprint": self._fingerprint(),
         }
 

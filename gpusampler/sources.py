@@ -53,7 +53,7 @@ def resolve(source: Any, *, progress: bool = True) -> tuple[PatchGroups, bool]:
     if _is_ids(source):
         return PatchGroups.from_ids(np.asarray(source)), False
     ids = dataset_patch_ids(source, progress=progress)
-    return PatchGroups.from_ids(ids), arrays.library_of(ids) != "numpy"
+    return PatchGroups.from_ids(ids), not arrays.device_of(ids).on_host
 
 
 def _is_ids(source: Any) -> bool:
