@@ -9,6 +9,7 @@ from __future__ import annotations
 import sys
 from dataclasses import dataclass
 from importlib import import_module
+from importlib.util import find_spec
 from types import ModuleType
 from typing import Any, Literal
 
@@ -64,6 +65,17 @@ def library_of(obj: Any) -> Library | None:
     if cupy is not None and isinstance(obj, cupy.ndarray):
         return "cupy"
     return None
+
+
+def dtype_name(array: Any) -> str:
+    """Return the name of an array's dtype, such as "int64", in any byte order."""
+    name = getattr(array.dtype, "name", None)
+    return str(array.dtype).rpartition(".")[2] if name is None else str(name)
+
+
+def is_integer(array: Any) -> bool:
+    """Whether an array holds integers; booleans are none."""
+    return dtype_name(array).startswith(("int", "uint"))
 
 
 def device_of(array: Any) -> Device:
@@ -157,12 +169,17 @@ def in_worker() -> bool:
     return data is not None and data.get_worker_info() is not None
 
 
-def process_group() -> tuple[int, int]:
-    """Return (number of ranks, this rank) of torch's initialised process group, else (1, 0)."""
+def has_torch() -> bool:
+    """Whether torch can be imported."""
+    return find_spec("torch") is not None
+
+
+def process_group() -> tuple[int, int] | None:
+    """Return (number of ranks, this rank) of torch's process group, None if there is none."""
     distributed = loaded("torch.distributed")
     if distributed is not None and distributed.is_available() and distributed.is_initialized():
         return distributed.get_world_size(), distributed.get_rank()
-    return 1, 0
+    return None
 
 
 def namespace(device: Device) -> Any:

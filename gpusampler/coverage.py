@@ -11,7 +11,7 @@ from gpusampler.arrays import Int64
 from gpusampler.plan import EpochPlan
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Coverage:
     """How often an epoch hands out the samples of each patch, over all ranks.
 
@@ -23,6 +23,14 @@ class Coverage:
         Samples handed out exactly once, more than once, not at all; they add up to ``counts``.
     batches : int64 array, shape (G,)
         Batches of each patch that are handed out, repeated ones included.
+
+    Examples
+    --------
+    >>> from gpusampler import PatchBatchSampler
+    >>> sampler = PatchBatchSampler([1, 1, 1, 2, 2], 2, seed=0, partial="drop")
+    >>> coverage = sampler.coverage()
+    >>> coverage.missed.tolist(), coverage.exact
+    ([1, 0], False)
     """
 
     patch_ids: Int64
@@ -53,6 +61,15 @@ class Coverage:
         """Return the number of patches."""
         return int(self.patch_ids.size)
 
+    def __eq__(self, other: object) -> bool:
+        """Return whether the other counts the same."""
+        if not isinstance(other, Coverage):
+            return NotImplemented
+        mine, theirs = vars(self), vars(other)
+        return all(np.array_equal(mine[name], theirs[name]) for name in mine)
+
+    __hash__ = None  # type: ignore[assignment]
+
     def __repr__(self) -> str:
         """Return the totals."""
         listed = ", ".join(f"{name}={value}" for name, value in self.totals().items())
@@ -72,8 +89,7 @@ def coverage_of(plan: EpochPlan, epoch: int, slots_handed_out: int) -> Coverage:
     Returns
     -------
     Coverage
-        Counted batch by batch for the few patches whose batches are left out or come again, in
-        closed form for all others.
+        In closed form: only batches that are left out or come again are looked at.
     """
     groups, batches = plan.groups, plan.batches_by_patch.copy()
     counts = groups.counts
@@ -88,12 +104,12 @@ def coverage_of(plan: EpochPlan, epoch: int, slots_handed_out: int) -> Coverage:
         at = plan.locate(epoch, np.arange(few, many, dtype=np.int64) % total)
         change = 1 if slots_handed_out > total else -1
         for group in np.unique(at.group).tolist():
-            times = np.ones(int(batches[group]), np.int64)
-            np.add.at(times, at.j[at.group == group], change)
-            seen = _times_seen(plan, group, times)
-            repeated[group] = int((seen > 1).sum())
-            missed[group] = int((seen == 0).sum())
-            batches[group] = int(times.sum())
+            changed, times = np.unique(at.j[at.group == group], return_counts=True)
+            seen = dict(zip(changed.tolist(), (1 + change * times).tolist(), strict=True))
+            parts = _parts_of_patch(plan, group, seen)
+            repeated[group] = sum(size for size, times in parts if times > 1)
+            missed[group] += sum(size for size, times in parts if times == 0)
+            batches[group] += sum(times - 1 for times in seen.values())
     return Coverage(
         patch_ids=groups.patch_ids,
         counts=counts,
@@ -104,13 +120,28 @@ def coverage_of(plan: EpochPlan, epoch: int, slots_handed_out: int) -> Coverage:
     )
 
 
-def _times_seen(plan: EpochPlan, group: int, times: Int64) -> Int64:
-    """How often each place of a patch is handed out, if batch j is handed out ``times[j]``."""
+def _parts_of_patch(plan: EpochPlan, group: int, seen: dict[int, int]) -> list[tuple[int, int]]:
+    """Cut a patch into parts whose samples are all handed out equally often.
+
+    ``seen`` says how often some batches of the patch are handed out; the others are once. Returns
+    (samples, times) of each part that differs from "once", and maybe of some that do not. Samples
+    that no batch holds (under "drop") are in none.
+    """
     count, size = int(plan.groups.counts[group]), int(plan.sizes_by_patch[group])
-    places = (
-        np.arange(times.size * size)
-        if plan.partial == "pad"
-        else np.arange(min(times.size * size, count))
-    )
-    weights = times[places // size]
-    return np.bincount(places % count, weights=weights, minlength=count).astype(np.int64)
+    last = int(plan.batches_by_patch[group]) - 1
+    filled = plan.partial == "pad"
+    if last == 0 and filled:
+        # The only batch goes round the patch, perhaps several times.
+        rounds, rest = divmod(size, count)
+        times = seen.get(0, 1)
+        return [(rest, times * (rounds + 1)), (count - rest, times * rounds)]
+    over = (last + 1) * size - count if filled else 0
+    parts = [
+        (min(size, count - j * size), times) for j, times in seen.items() if j not in (0, last)
+    ]
+    # The last batch is filled up with the first samples of batch 0.
+    parts.append((over, seen.get(0, 1) + seen.get(last, 1)))
+    parts.append((min(size, count) - over, seen.get(0, 1)))
+    if last > 0:
+        parts.append((min(size, count - last * size), seen.get(last, 1)))
+    return parts

@@ -1,10 +1,11 @@
 """A 64-bit fingerprint of which sample carries which patch id.
 
-The fingerprint is the wrapping sum over all samples i of ``(2 * id_i + 1) * w(i)``, where the
-weight w(i) is the product of eight odd pseudo-random numbers, one for each byte of i. A sum does
-not depend on the order in which, the device on which or the chunks in which it is computed; a
-product of per-byte factors can be summed in closed form over any range of samples, so a dataset
-of 1e12 samples given by counts alone has the same fingerprint as its ids written out would have.
+The fingerprint is the wrapping sum over all samples i of ``(2 * m(id_i) + 1) * w(i)``. m mixes all
+64 bits of a patch id; the weight w(i) is the product of eight odd pseudo-random numbers, one for
+each byte of i. A sum does not depend on the order in which, the device on which or the chunks in
+which it is computed; a product of per-byte factors can be summed in closed form over any range of
+samples, so a dataset of 1e12 samples given by counts alone has the same fingerprint as its ids
+written out would have.
 
 It tells apart configurations that differ by accident. It is no cryptographic hash.
 """
@@ -20,6 +21,8 @@ from gpusampler.arrays import to_numpy
 from gpusampler.permutation import MASK, derive_key
 
 LEVELS = 8
+_HALF = np.uint64(32)
+_ODD = np.uint64(0x9E3779B97F4A7C15)  # the golden ratio's bits, odd
 BLOCK = 1 << 16
 _WRAP = (1 << 64) - 1
 _PURPOSE = 0x46505250
@@ -41,6 +44,18 @@ _BLOCK_WEIGHTS = np.multiply.outer(FACTORS[1], FACTORS[0]).ravel()
 
 def _digits(index: NDArray[np.int64]) -> list[NDArray[np.int64]]:
     return [(index >> (8 * level)) & 0xFF for level in range(LEVELS)]
+
+
+def mix_ids(ids: NDArray[np.int64]) -> NDArray[np.uint64]:
+    """Return m(id): a bijection of the 64-bit integers that takes high bits down to low ones.
+
+    Without it the sum, which is taken modulo 2**64, would not see ids that differ in their highest
+    bits only.
+    """
+    mixed = ids.view(np.uint64)
+    mixed = (mixed ^ (mixed >> _HALF)) * _ODD
+    mixed ^= mixed >> _HALF
+    return mixed
 
 
 def weights_before(index: NDArray[np.int64]) -> NDArray[np.uint64]:
@@ -75,7 +90,7 @@ def of_ids(ids: NDArray[Any]) -> int:
     """
     total = 0
     for first in range(0, ids.shape[0], BLOCK):
-        block = ids[first : first + BLOCK].astype(np.int64).view(np.uint64)
+        block = mix_ids(ids[first : first + BLOCK].astype(np.int64, copy=False))
         part = int(np.dot(block, _BLOCK_WEIGHTS[: block.size]))
         scale = 1
         for level in range(2, LEVELS):
@@ -101,7 +116,7 @@ def of_ids_on(xp: Any, ids: Any, device: Any) -> int:
     step = 64 * BLOCK
     total = 0
     for first in range(0, size, step):
-        part = ids[first : first + step]
+        part = _mix_ids_on(ids[first : first + step])
         whole = int(part.shape[0]) // BLOCK * BLOCK
         rows = [xp.reshape(part[:whole], (-1, BLOCK))] if whole else []
         if whole < int(part.shape[0]):
@@ -114,18 +129,24 @@ def of_ids_on(xp: Any, ids: Any, device: Any) -> int:
     return (2 * total + int(weights_before(np.array([size], np.int64))[0])) & _WRAP
 
 
+def _mix_ids_on(ids: Any) -> Any:
+    """`mix_ids` in int64 arithmetic of any library, whose shifts keep the sign: so mask it off."""
+    mixed = (ids ^ ((ids >> 32) & MASK)) * int(_ODD.astype(np.int64))
+    return mixed ^ ((mixed >> 32) & MASK)
+
+
 def of_runs(
     patch_ids: NDArray[np.int64], starts: NDArray[np.int64], counts: NDArray[np.int64]
 ) -> int:
     """Return the fingerprint of patches that are runs of consecutive samples, in closed form."""
     span = weights_before(starts + counts) - weights_before(starts)
-    factor = patch_ids.view(np.uint64) * np.uint64(2) + np.uint64(1)
+    factor = mix_ids(patch_ids) * np.uint64(2) + np.uint64(1)
     return int((factor * span).sum(dtype=np.uint64))
 
 
 def of_order(patch_ids: NDArray[np.int64], counts: NDArray[np.int64], order: NDArray[Any]) -> int:
     """Return the fingerprint of samples sorted by patch."""
-    factor = patch_ids.view(np.uint64) * np.uint64(2) + np.uint64(1)
+    factor = mix_ids(patch_ids) * np.uint64(2) + np.uint64(1)
     ends = np.cumsum(counts)
     total = 0
     for first in range(0, order.shape[0], BLOCK):

@@ -8,22 +8,16 @@ in whatever order of patches, it is not there at all.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from itertools import pairwise
 from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
-from gpusampler import arrays, fingerprint, lanes
+from gpusampler import arrays, fingerprint
 from gpusampler.arrays import HOST, Device, Int64
-from gpusampler.permutation import (
-    PURPOSE_SPLIT_PATCHES,
-    PURPOSE_SPLIT_SAMPLES,
-    derive_key,
-    grids_of,
-)
 from gpusampler.sorting import group_on_device, group_on_host
-from gpusampler.validation import checked_seed
+from gpusampler.splitting import checked_fractions, split_patches, split_samples
+from gpusampler.validation import as_int64, checked_choice, checked_ids, checked_seed
 
 MAX_PATCH = 1 << 31
 """A patch holds fewer samples than this, so that its positions fit in 31 bits."""
@@ -82,18 +76,16 @@ class PatchGroups:
         fingerprint: int | None = None,
     ) -> None:
         if counts.size == 0:
-            raise ValueError("ids must name at least one sample, got none")
+            raise ValueError("counts must hold at least one patch, got none")
         if int(counts.max()) >= MAX_PATCH:
             large = int(counts.argmax())
             raise ValueError(
                 f"a patch must have fewer than 2**31 samples, got {int(counts[large])} "
                 f"in patch {int(patch_ids[large])}"
             )
-        for table in (patch_ids, counts, starts):
-            table.flags.writeable = False
-        self.patch_ids = patch_ids
-        self.counts = counts
-        self.starts = starts
+        self.patch_ids = _read_only(patch_ids)
+        self.counts = _read_only(counts)
+        self.starts = _read_only(starts)
         self.order = order
         self.device = device
         self.source_size = source_size
@@ -121,7 +113,7 @@ class PatchGroups:
         ValueError
             If ``ids`` are not 1-D, are empty, do not fit in int64, or a patch has 2**31 samples.
         """
-        ids = _checked_ids(ids)
+        ids = checked_ids(ids)
         device = arrays.device_of(ids)
         size = int(ids.shape[0])
         if device.on_host:
@@ -168,11 +160,11 @@ class PatchGroups:
             If they are not 1-D or differ in length, a count is negative or 2**31 or more, all are
             0, ids repeat, or there are 2**62 samples or more.
         """
-        sizes = _as_int64(counts, "counts")
+        sizes = as_int64(counts, "counts")
         ids = (
             np.arange(sizes.size, dtype=np.int64)
             if patch_ids is None
-            else _as_int64(patch_ids, "patch_ids")
+            else as_int64(patch_ids, "patch_ids")
         )
         if ids.size != sizes.size:
             raise ValueError(f"patch_ids must be as many as counts ({sizes.size}), got {ids.size}")
@@ -186,6 +178,8 @@ class PatchGroups:
             raise ValueError("counts must add up to less than 2**62 samples")
         starts = np.cumsum(sizes) - sizes
         kept = by_id[sizes[by_id] > 0]
+        if kept.size == 0:
+            raise ValueError("counts must add up to at least one sample, got none")
         return cls(ids[kept], sizes[kept], starts[kept], None, source_size=int(sizes.sum()))
 
     @property
@@ -313,46 +307,21 @@ class PatchGroups:
             If the fractions are not positive or do not add up to 1, ``by`` is unknown, or a part
             would be empty.
         """
-        cuts = _checked_fractions(fractions)
+        shares = checked_fractions(fractions)
         seed = checked_seed(seed)
-        if by not in ("patch", "sample"):
-            raise ValueError(f"by must be 'patch' or 'sample', got {by!r}")
+        checked_choice(by, "by", ("patch", "sample"))
         if by == "patch":
-            parts = self._split_patches(cuts, seed)
+            parts = split_patches(self.num_patches, shares, seed)
         else:
-            parts = self._split_samples(cuts, seed)
-        for part, low, high in zip(parts, cuts[:-1], cuts[1:], strict=True):
+            order = None if self.order is None else arrays.to_numpy(self.order)
+            parts = split_samples(self.counts, self.starts, order, shares, seed)
+        for part, share in zip(parts, shares.tolist(), strict=True):
             if part.size == 0:
                 raise ValueError(
-                    f"fractions must leave no part empty, got {high - low:g} of "
+                    f"fractions must leave no part empty, got {share:g} of "
                     f"{self.num_patches} patches and {self.num_samples} samples by {by}"
                 )
-        return [self._take(p) if by == "patch" else self.select(p) for p in parts]
-
-    def _split_patches(self, cuts: NDArray[np.float64], seed: int) -> list[Int64]:
-        size = self.num_patches
-        every = np.array([size], np.int64)
-        low, high = derive_key(seed, PURPOSE_SPLIT_PATCHES, 0, 0)
-        zero = np.zeros(1, np.int64)
-        shuffled, _ = lanes.permute_runs(
-            zero, every, every, (zero + low, zero + high), grids_of(_host(), every), zero, None
-        )
-        bounds = np.rint(cuts * size).astype(np.int64)
-        return [np.sort(part) for part in np.split(shuffled, bounds[1:-1])]
-
-    def _split_samples(self, cuts: NDArray[np.float64], seed: int) -> list[Int64]:
-        # Rounding the running total, not each patch, keeps the parts' sizes true to the fractions.
-        running = np.floor(np.multiply.outer(cuts, self.offsets) + 0.5).astype(np.int64)
-        bounds = np.maximum.accumulate(np.diff(running, axis=1), axis=0)
-        bounds[-1] = self.counts
-        group = np.arange(self.num_patches, dtype=np.int64)
-        key = derive_key(seed, PURPOSE_SPLIT_SAMPLES, 0, group)
-        order = None if self.order is None else arrays.to_numpy(self.order)
-        grid = grids_of(_host(), self.counts)
-        return [
-            lanes.permute_runs(low, high - low, self.counts, key, grid, self.starts, order)[0]
-            for low, high in pairwise(bounds)
-        ]
+        return [self._take(part) if by == "patch" else self.select(part) for part in parts]
 
     def _take(self, groups: Int64) -> PatchGroups:
         """Keep whole patches."""
@@ -386,8 +355,8 @@ class PatchGroups:
                 raise ValueError(
                     f"indices must be a mask of shape ({self.source_size},), got {chosen.shape}"
                 )
-            return np.flatnonzero(chosen).astype(np.int64)
-        chosen = np.sort(_as_int64(chosen, "indices"))
+            chosen = np.flatnonzero(chosen)
+        chosen = np.sort(as_int64(chosen, "indices"))
         if chosen.size == 0:
             raise ValueError("indices must name at least one sample, got none")
         same = np.flatnonzero(chosen[1:] == chosen[:-1])
@@ -433,53 +402,7 @@ class PatchGroups:
         return state
 
 
-def _host() -> Any:
-    return arrays.namespace(HOST)
-
-
-def _as_int64(values: Any, name: str) -> Int64:
-    array = arrays.to_numpy(values)
-    if array.ndim != 1:
-        raise ValueError(f"{name} must be 1-D, got shape {array.shape}")
-    if array.size == 0:
-        return array.astype(np.int64)
-    if array.dtype.kind not in "iu":
-        raise TypeError(f"{name} must be integers, got dtype {array.dtype}")
-    if array.dtype == np.uint64 and int(array.max()) >= 1 << 63:
-        raise ValueError(f"{name} must fit in int64, got {int(array.max())}")
-    return array.astype(np.int64)
-
-
-def _checked_ids(ids: Any) -> Any:
-    if arrays.library_of(ids) is None:
-        try:
-            ids = np.asarray(ids)
-        except (ValueError, OverflowError) as error:
-            raise ValueError(f"ids must be a 1-D array of int64 integers: {error}") from error
-    if len(ids.shape) != 1:
-        raise ValueError(f"ids must be 1-D, one id a sample, got shape {tuple(ids.shape)}")
-    if int(ids.shape[0]) == 0:
-        raise ValueError("ids must name at least one sample, got none")
-    dtype = str(ids.dtype).rpartition(".")[2]
-    if not dtype.lstrip("<>=|").startswith(("int", "uint")):
-        raise TypeError(f"ids must be integers, got dtype {dtype}")
-    if dtype == "uint64":
-        largest = (
-            int(ids.max())
-            if arrays.device_of(ids).library != "torch"
-            else int(arrays.to_numpy(ids).max())
-        )
-        if largest >= 1 << 63:
-            raise ValueError(f"ids must fit in int64, got {largest}")
-    return ids
-
-
-def _checked_fractions(fractions: Iterable[float]) -> NDArray[np.float64]:
-    parts = np.asarray(list(fractions), np.float64)
-    if parts.size == 0 or not (np.isfinite(parts).all() and (parts > 0).all()):
-        raise ValueError(f"fractions must each be > 0, got {parts.tolist()}")
-    if abs(float(parts.sum()) - 1.0) > 1e-6:
-        raise ValueError(f"fractions must add up to 1, got {float(parts.sum()):g}")
-    cuts = np.concatenate([np.zeros(1), np.cumsum(parts)])
-    cuts[-1] = 1.0
-    return cuts
+def _read_only(table: Int64) -> Int64:
+    view = table.view()
+    view.flags.writeable = False
+    return view

@@ -4,15 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from operator import length_hint
-from typing import TYPE_CHECKING, Any, Generic, NamedTuple, TypeVar
+from typing import Any, Generic, NamedTuple, TypeVar
 
 import numpy as np
 
 from gpusampler import arrays
 from gpusampler.plan import EpochPlan, Located, RaggedBlock
-
-if TYPE_CHECKING:
-    from gpusampler.sampler import PatchBatchSampler
+from gpusampler.state import Progress, Share
 
 FIRST_LANES = 1 << 9
 MOST_LANES = 1 << 15
@@ -37,33 +35,18 @@ class Batch(NamedTuple):
         On the sampler's device.
     valid : int
         How many of them count; the rest, under ``partial="pad"``, fills the batch up.
+
+    Examples
+    --------
+    >>> from gpusampler import PatchBatchSampler
+    >>> sampler = PatchBatchSampler([7, 7, 7], 2, seed=0, partial="pad")
+    >>> [(batch.patch_id, len(batch.indices), batch.valid) for batch in sampler.batches(epoch=1)]
+    [(7, 2, 2), (7, 2, 1)]
     """
 
     patch_id: int
     indices: Any
     valid: int
-
-
-class Share(NamedTuple):
-    """A rank's part of an epoch from a global slot on."""
-
-    slot: int
-    num_replicas: int
-    rank: int
-    steps: int
-
-    @classmethod
-    def of(cls, slot: int, total: int, num_replicas: int, rank: int, uneven: str) -> Share:
-        """Return the share from ``slot`` on: equally many steps on every rank."""
-        left = max(total - slot, 0)
-        steps = -(-left // num_replicas) if uneven == "pad" else left // num_replicas
-        return cls(slot, num_replicas, rank, steps)
-
-    def slot_after(self, steps: int, total: int) -> int:
-        """Return the global slot after some steps; ``total`` once the share is done."""
-        if steps >= self.steps:
-            return total
-        return min(self.slot + steps * self.num_replicas, total)
 
 
 class EpochIterator(Iterator[T], Generic[T]):
@@ -74,16 +57,16 @@ class EpochIterator(Iterator[T], Generic[T]):
     with the sampler's.
     """
 
-    def __init__(self, sampler: PatchBatchSampler, output: str, epoch: int | None = None) -> None:
-        self._sampler = sampler
+    def __init__(self, progress: Progress, output: str, epoch: int | None = None) -> None:
+        self._progress = progress
         self._output = output
-        self._fixed_epoch = epoch
-        self._epoch = 0
-        self._plan: EpochPlan = sampler.plan
-        self._share: Share | None = None
+        # A pass over a given epoch is nobody else's business.
+        self._share: Share | None = None if epoch is None else progress.share(epoch, 0)
         self._at: Located | None = None
+        self._ends = np.zeros(0, np.int64)
         self._row = 0
         self._looked_up = 0
+        self._lanes = 0
         self._ready: Iterator[T] = iter(())
 
     def __iter__(self) -> EpochIterator[T]:
@@ -99,8 +82,7 @@ class EpochIterator(Iterator[T], Generic[T]):
     def __len__(self) -> int:
         """Return the number of batches that remain on this rank."""
         if self._share is None:
-            slot = 0 if self._fixed_epoch is not None else self._sampler.pending_slot
-            return self._sampler.share_from(slot).steps
+            return self._progress.pending().steps
         return self._share.steps - self._steps_done
 
     @property
@@ -109,22 +91,17 @@ class EpochIterator(Iterator[T], Generic[T]):
         ahead = 0 if self._at is None else self._at.group.size - self._row
         return self._looked_up - ahead - length_hint(self._ready)
 
-    def bind(self, epoch: int, slot: int) -> None:
-        """Fix the epoch and the global slot to start at."""
-        self._epoch = epoch
-        self._plan = self._sampler.plan
-        self._share = self._sampler.share_from(slot)
-        self._at, self._row, self._looked_up = None, 0, 0
-        self._ready = iter(())
-
     def state_dict(self, step: int | None = None) -> dict[str, Any]:
-        """Return the sampler's state after ``step`` batches of this iterator, or those drawn."""
+        """Return the state after ``step`` batches of this iterator, or those drawn.
+
+        Raises
+        ------
+        TypeError, ValueError
+            If ``step`` is no integer or negative.
+        """
         if self._share is None:
-            return self._sampler.state_dict(step)
-        if step is None:
-            step = self._steps_done
-        slot = self._share.slot_after(step, self._plan.num_batches)
-        return self._sampler.state_at(self._plan, self._epoch, slot)
+            return self._progress.pending_state(step)
+        return self._progress.state_after(self._share, self._steps_done if step is None else step)
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from a state of the sampler or of one of its iterators.
@@ -134,41 +111,40 @@ class EpochIterator(Iterator[T], Generic[T]):
         TypeError, ValueError
             As `PatchBatchSampler.load_state_dict` does.
         """
-        self._sampler.bind_loaded(self, state)
+        self._share = self._progress.bind_state(self, state)
+        self._at, self._row, self._looked_up, self._lanes = None, 0, 0, 0
+        self._ready = iter(())
 
     def _refill(self) -> T:
+        """Evaluate some more of the batches that have been looked up."""
         if self._share is None:
-            if self._fixed_epoch is None:
-                self._sampler.bind_next(self)
-            else:
-                self.bind(self._fixed_epoch, 0)
+            self._share = self._progress.bind(self)
         at = self._at
         if at is None or self._row == at.group.size:
-            at = self._look_up()
-        width = self._plan.max_batch_size
-        # Each block is as large as all before it, up to the most.
-        done = self._looked_up - at.group.size + self._row
-        lanes = min(max(FIRST_LANES, done * width), MOST_LANES)
-        rows = slice(self._row, self._row + max(1, lanes // width))
-        block = self._plan.batches_at(self._epoch, at.rows(rows))
-        self._row += block.sizes.size
-        self._ready = iter(_SPLITTERS[self._output](self._plan, block))
+            at = self._look_up(self._share)
+        # Each block is as large as all before it, up to the most, and a batch at least.
+        before = int(self._ends[self._row - 1]) if self._row else 0
+        most = before + min(max(FIRST_LANES, self._lanes), MOST_LANES)
+        stop = max(self._row + 1, int(np.searchsorted(self._ends, most, side="right")))
+        block = self._share.plan.batches_at(self._share.epoch, at.rows(slice(self._row, stop)))
+        self._row = stop
+        self._lanes += int(self._ends[stop - 1]) - before
+        self._ready = iter(_SPLITTERS[self._output](self._share.plan, block))
         return next(self._ready)
 
-    def _look_up(self) -> Located:
+    def _look_up(self, share: Share) -> Located:
         """Find out which batches the next slots of this rank are."""
-        share, total = self._share, self._plan.num_batches
-        assert share is not None
         left = share.steps - self._looked_up
         if left <= 0:
             self._ready = iter(())
             raise StopIteration
         steps = min(left, max(FIRST_SLOTS, min(self._looked_up, MOST_SLOTS)))
         step = np.arange(self._looked_up, self._looked_up + steps, dtype=np.int64)
-        slots = share.slot + step * share.num_replicas + share.rank
-        if int(slots[-1]) >= total:
-            slots %= total
-        self._at = self._plan.locate(self._epoch, slots)
+        slots = share.slot + step * self._progress.num_replicas + self._progress.rank
+        if int(slots[-1]) >= share.plan.num_batches:
+            slots %= share.plan.num_batches
+        self._at = share.plan.locate(share.epoch, slots)
+        self._ends = np.cumsum(self._at.size)
         self._row = 0
         self._looked_up += steps
         return self._at
@@ -204,8 +180,7 @@ def _as_tensors(plan: EpochPlan, block: RaggedBlock) -> list[Any]:
 def _as_batches(plan: EpochPlan, block: RaggedBlock) -> list[Batch]:
     samples = arrays.to_device(block.samples, plan.device)
     patch_ids = plan.groups.patch_ids[block.groups].tolist()
-    views = _views(samples, block)
-    return list(map(Batch, patch_ids, views, block.lengths.tolist()))
+    return list(map(Batch, patch_ids, _views(samples, block), block.lengths.tolist()))
 
 
 _SPLITTERS: dict[str, Any] = {

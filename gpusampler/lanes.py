@@ -11,11 +11,13 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
-from typing import Any
+from itertools import pairwise
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
+from gpusampler.arrays import Int64
 from gpusampler.permutation import (
     COIN_ROUND,
     MAX_ROUNDS,
@@ -166,9 +168,9 @@ def _spread_one(values: NDArray[Any], out: NDU32) -> None:
 
 def permute_small(
     x: NDArray[np.uint8],
-    lengths: NDArray[np.int64],
-    n: NDArray[np.int64],
-    key: tuple[NDArray[np.int64], NDArray[np.int64]],
+    lengths: Int64,
+    n: Int64,
+    key: tuple[Int64, Int64],
 ) -> NDArray[np.uint8]:
     """Images of ``x`` under Fisher-Yates permutations of at most 32 elements.
 
@@ -201,9 +203,7 @@ def permute_small(
     return x
 
 
-def permute_one(
-    x: NDArray[np.int64], n: int, key: tuple[int, int], grid: Grid
-) -> NDArray[np.int64]:
+def permute_one(x: Int64, n: int, key: tuple[int, int], grid: Grid) -> Int64:
     """Images of ``x`` under one permutation.
 
     Parameters
@@ -236,21 +236,54 @@ def permute_one(
     return out
 
 
+class Runs(NamedTuple):
+    """Rows of consecutive positions, one patch a row; int64 arrays of shape (K,).
+
+    ``first`` position and ``lengths``, the size ``n`` of the patch and where it starts (``base``),
+    the key and the grid of its permutation.
+    """
+
+    first: Int64
+    lengths: Int64
+    n: Int64
+    base: Int64
+    k0: Int64
+    k1: Int64
+    a: Int64
+    b: Int64
+    rem: Int64
+
+    def rows(self, which: Any) -> Runs:
+        """Return some of the rows."""
+        return Runs(*(column[which] for column in self))
+
+
 def permute_runs(
-    first: NDArray[np.int64],
-    lengths: NDArray[np.int64],
-    n: NDArray[np.int64],
-    key: tuple[NDArray[np.int64], NDArray[np.int64]] | None,
+    first: Int64,
+    lengths: Int64,
+    n: Int64,
+    key: tuple[Int64, Int64] | None,
     grid: Grid,
-    base: NDArray[np.int64],
+    base: Int64,
     order: NDArray[Any] | None,
-) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Permute runs of positions of patches of any sizes, and look the samples up.
+) -> tuple[Int64, Int64]:
+    """Permute runs of consecutive positions of patches of any sizes, and look the samples up.
 
     Parameters
     ----------
-    first, lengths, n, key, grid, base, order
-        As `permute_rows` takes them; ``key`` is None where nothing is to be permuted.
+    first, lengths : int64 arrays, shape (K,)
+        Each row's first position and number of positions, 0 or more; the lengths add up to T.
+        Positions at or beyond n start again at 0.
+    n : int64 array, shape (K,)
+        Size of each row's patch, 1 .. 2**31 - 1.
+    key : pair of int64 arrays, shape (K,), or None
+        None where nothing is to be permuted.
+    grid : Grid of int64 arrays, shape (K,)
+        From `gpusampler.permutation.grids_of`, of ``n``.
+    base : int64 array, shape (K,)
+        Where each row's patch starts.
+    order : integer array or None
+        Samples sorted by patch; None where a patch's samples are contiguous.
 
     Returns
     -------
@@ -259,122 +292,61 @@ def permute_runs(
     starts : int64 array, shape (K,)
         Where each row's run starts in ``samples``.
     """
-    samples = np.empty(int(lengths.sum()), np.int64)
-    if key is None:
-        kinds, spans = np.array([-1]), [slice(None)]
-        rows: Any = None
-    else:
-        rounds = np.where(n <= SMALL, 0, MAX_ROUNDS)
-        for start, fewer in ROUNDS_FROM:
-            rounds[n >= start] = fewer
-        kinds = np.unique(rounds)
-        rows = None if kinds.size == 1 else np.argsort(rounds, kind="stable")
-        cuts = np.searchsorted(rounds if rows is None else rounds[rows], [*kinds, MAX_ROUNDS + 1])
-        spans = [slice(int(cuts[i]), int(cuts[i + 1])) for i in range(kinds.size)]
-    if rows is not None:
-        first, lengths, n, base = first[rows], lengths[rows], n[rows], base[rows]
-        grid = Grid(*(side[rows] for side in grid))
-        key = None if key is None else (key[0][rows], key[1][rows])
-    ends = np.cumsum(lengths)
-    starts = ends - lengths
-    for kind, span in zip(kinds.tolist(), spans, strict=True):
-        if not lengths[span].size:
-            continue
-        permute_rows(
-            samples[int(starts[span][0]) : int(ends[span][-1])],
-            first[span],
-            lengths[span],
-            n[span],
-            (first[span], first[span]) if key is None else (key[0][span], key[1][span]),
-            Grid(*(side[span] for side in grid)),
-            kind,
-            base[span],
-            order,
-        )
-    if rows is not None:
-        unsorted = np.empty_like(starts)
-        unsorted[rows] = starts
-        starts = unsorted
+    k0, k1 = (first, first) if key is None else key
+    runs = Runs(first, lengths, n, base, k0, k1, *grid)
+    rounds = np.full(n.shape, -1) if key is None else _rounds_of(n)
+    in_order = bool((rounds[1:] >= rounds[:-1]).all()) and bool((lengths > 0).all())
+    rows: Any = slice(None)
+    if not in_order:
+        rows = np.argsort(rounds, kind="stable")
+        rows = rows[lengths[rows] > 0]
+        runs, rounds = runs.rows(rows), rounds[rows]
+    ends = np.cumsum(runs.lengths)
+    starts = np.zeros(n.shape, np.int64)
+    starts[rows] = ends - runs.lengths
+    samples = np.empty(int(ends[-1]) if ends.size else 0, np.int64)
+    cuts = [0, *(np.flatnonzero(np.diff(rounds)) + 1).tolist(), rounds.size]
+    for low, high in pairwise(cuts if rounds.size else []):
+        part = slice(int(ends[low - 1]) if low else 0, int(ends[high - 1]))
+        _permute_rows(samples[part], runs.rows(slice(low, high)), int(rounds[low]), order)
     return samples, starts
 
 
-def permute_rows(
-    out: NDArray[np.int64],
-    first: NDArray[np.int64],
-    lengths: NDArray[np.int64],
-    n: NDArray[np.int64],
-    key: tuple[NDArray[np.int64], NDArray[np.int64]],
-    grid: Grid,
-    rounds: int,
-    base: NDArray[np.int64],
-    order: NDArray[Any] | None,
-) -> None:
-    """Permute runs of consecutive positions, one run a row, and look the samples up.
+def _rounds_of(n: Int64) -> Int64:
+    """`rounds_for` of an array."""
+    rounds = np.where(n <= SMALL, 0, MAX_ROUNDS)
+    for start, fewer in ROUNDS_FROM:
+        rounds[n >= start] = fewer
+    return rounds
 
-    Parameters
-    ----------
-    out : int64 array, shape (T,)
-        Receives the samples, row after row.
-    first, lengths : int64 arrays, shape (K,)
-        Each row's first position and number of positions; the lengths add up to T. Positions at
-        or beyond n start again at 0.
-    n : int64 array, shape (K,)
-        Size of each row's patch, below 2**31.
-    key : pair of int64 arrays, shape (K,)
-    grid : Grid of int64 arrays, shape (K,)
-    rounds : int
-        The same for all rows; 0 for patches of up to 32, -1 for no permutation at all.
-    base : int64 array, shape (K,)
-        Where each row's patch starts.
-    order : integer array or None
-        Samples sorted by patch; None where a patch's samples are contiguous.
+
+def _permute_rows(out: Int64, runs: Runs, rounds: int, order: NDArray[Any] | None) -> None:
+    """Permute rows, each of a position at least, that have equally many rounds, tile by tile.
+
+    ``rounds`` is 0 for patches of up to 32, -1 for no permutation at all.
     """
-    if lengths.size and int(lengths.max()) > TILE:
+    if int(runs.lengths.max()) > TILE:
         # A row longer than a tile is cut into rows that share its key.
-        pieces = -(-lengths // TILE)
-        row = np.repeat(np.arange(lengths.size), pieces)
-        piece = np.arange(row.size) - np.repeat(np.cumsum(pieces) - pieces, pieces)
-        first = first[row] + piece * TILE
-        lengths = np.minimum(lengths[row] - piece * TILE, TILE)
-        n, base = n[row], base[row]
-        key = (key[0][row], key[1][row])
-        grid = Grid(*(side[row] for side in grid))
-    ends = np.cumsum(lengths)
-    start = done = 0
-    while start < lengths.size:
-        stop = max(start + 1, int(np.searchsorted(ends, done + TILE, side="right")))
-        rows = slice(start, stop)
-        end = int(ends[stop - 1])
-        tile_key = (key[0][rows], key[1][rows])
-        tile_grid = Grid(*(side[rows] for side in grid))
-        _permute_tile(
-            out[done:end],
-            first[rows],
-            lengths[rows],
-            n[rows],
-            tile_key,
-            tile_grid,
-            rounds,
-            base[rows],
-            order,
+        pieces = -(-runs.lengths // TILE)
+        row = np.repeat(np.arange(pieces.size), pieces)
+        skipped = (np.arange(row.size) - np.repeat(np.cumsum(pieces) - pieces, pieces)) * TILE
+        runs = runs.rows(row)
+        runs = runs._replace(
+            first=runs.first + skipped, lengths=np.minimum(runs.lengths - skipped, TILE)
         )
+    ends = np.cumsum(runs.lengths)
+    start = done = 0
+    while start < ends.size:
+        stop = int(np.searchsorted(ends, done + TILE, side="right"))
+        end = int(ends[stop - 1])
+        _permute_tile(out[done:end], runs.rows(slice(start, stop)), rounds, order)
         start, done = stop, end
 
 
-def _permute_tile(
-    out: NDArray[np.int64],
-    first: NDArray[np.int64],
-    lengths: NDArray[np.int64],
-    n: NDArray[np.int64],
-    key: tuple[NDArray[np.int64], NDArray[np.int64]],
-    grid: Grid,
-    rounds: int,
-    base: NDArray[np.int64],
-    order: NDArray[Any] | None,
-) -> None:
-    """`permute_rows` of at most `TILE` positions."""
+def _permute_tile(out: Int64, runs: Runs, rounds: int, order: NDArray[Any] | None) -> None:
+    """`_permute_rows` of at most `TILE` positions."""
     x, lane_row = _WORK.i64[:, : out.size]
-    starts = np.cumsum(lengths) - lengths
+    starts = np.cumsum(runs.lengths) - runs.lengths
     lane_row.fill(0)
     lane_row[starts[1:]] = 1
     np.cumsum(lane_row, out=lane_row)
@@ -383,16 +355,18 @@ def _permute_tile(
         # Row numbers are in range, and only with "clip" does take write without a buffer.
         np.take(values.astype(to.dtype, copy=False), lane_row, out=to, mode="clip")
 
-    spread(first - starts, x)
+    spread(runs.first - starts, x)
     np.add(x, _LANES[: out.size], out=x)
-    if bool((first + lengths > n).any()):
-        np.remainder(x, n[lane_row], out=x)
+    if bool((runs.first + runs.lengths > runs.n).any()):
+        np.remainder(x, runs.n[lane_row], out=x)
+    key = (runs.k0, runs.k1)
     if rounds == 0:
-        np.copyto(x, permute_small(x.astype(np.uint8), lengths, n, key))
+        np.copyto(x, permute_small(x.astype(np.uint8), runs.lengths, runs.n, key))
     elif rounds > 0:
+        grid = Grid(runs.a, runs.b, runs.rem)
         np.copyto(x, permute_grid(x, key, grid, rounds, spread))
     # Positions become places in the order, or samples, by where their patch starts.
-    spread(base, out)
+    spread(runs.base, out)
     np.add(x, out, out=x if order is not None else out)
     if order is not None and order.dtype == np.int32:
         samples = _WORK.i32[: out.size]

@@ -45,6 +45,13 @@ class BatchBlock(NamedTuple):
         Samples of each batch that count, 1 .. B.
     groups : int64 array, shape (K,)
         The batch's patch, as a place among the sorted patch ids.
+
+    Examples
+    --------
+    >>> plan = EpochPlan(PatchGroups.from_counts([2, 3]), 2, seed=0, shuffle_patches=False)
+    >>> block = plan.evaluate(epoch=0, slots=[2, 0])
+    >>> block.lengths.tolist(), block.groups.tolist()
+    ([1, 2], [1, 0])
     """
 
     indices: Any
@@ -71,18 +78,19 @@ class RaggedBlock(NamedTuple):
 
 
 class Located(NamedTuple):
-    """Where slots lead: ``group``, batch ``j`` of that group, and that batch's ``length``.
+    """Where slots lead: int64 NumPy arrays of shape (K,).
 
-    Each an int64 NumPy array of shape (K,).
+    Batch ``j`` of patch ``group``, of which ``length`` samples count and ``size`` are handed out.
     """
 
     group: Int64
     j: Int64
     length: Int64
+    size: Int64
 
     def rows(self, rows: slice) -> Located:
         """Return some of the rows."""
-        return Located(self.group[rows], self.j[rows], self.length[rows])
+        return Located(*(part[rows] for part in self))
 
 
 class EpochPlan:
@@ -185,7 +193,13 @@ class EpochPlan:
         return np.asarray(self._tables.batches)
 
     def with_seed(self, seed: int) -> EpochPlan:
-        """Return the same plan under another seed; the tables are shared."""
+        """Return the same plan under another seed; the tables are shared.
+
+        Raises
+        ------
+        TypeError, ValueError
+            If ``seed`` is no integer in 0 .. 2**64 - 1.
+        """
         plan = copy.copy(self)
         plan.seed = checked_seed(seed)
         plan._patch_order = None
@@ -199,8 +213,8 @@ class EpochPlan:
         epoch : int
             0 .. 2**63 - 1.
         slots : integer array or sequence, shape (K,)
-            Slots in 0 .. M-1, in any order, repeated or not. An array on the plan's device stays
-            there and is not inspected.
+            Slots in 0 .. M-1, in any order, repeated or not. On a GPU, an array on the plan's
+            device stays there and is not inspected.
 
         Returns
         -------
@@ -235,17 +249,16 @@ class EpochPlan:
 
     def batches_at(self, epoch: int, at: Located) -> RaggedBlock:
         """Return the batches that `locate` found (the second half of `evaluate_ragged`)."""
-        sizes = self._tables.sizes[at.group] if self.partial == "pad" else at.length
         if self.device.on_host:
-            samples, starts = self._samples(epoch, at, sizes)
+            samples, starts = self._samples(epoch, at, at.size)
         else:
             xp = arrays.namespace(self.device)
             group, j, widths = (
-                arrays.to_device(part, self.device) for part in (at.group, at.j, sizes)
+                arrays.to_device(part, self.device) for part in (at.group, at.j, at.size)
             )
-            samples = self._lanes_reference(xp, epoch, group, j, widths, int(sizes.sum()))
-            starts = np.cumsum(sizes) - sizes
-        return RaggedBlock(samples, starts, sizes, at.length, at.group)
+            samples = self._lanes_reference(xp, epoch, group, j, widths, int(at.size.sum()))
+            starts = np.cumsum(at.size) - at.size
+        return RaggedBlock(samples, starts, at.size, at.length, at.group)
 
     def locate(self, epoch: int, slots: Int64) -> Located:
         """Return which batch of which patch slots lead to: NumPy, on the small host tables."""
@@ -260,8 +273,9 @@ class EpochPlan:
                 batch = self._permute_slots(epoch, slots)
             group = np.searchsorted(tables.batch_offsets, batch, side="right") - 1
             j = batch - tables.batch_offsets[group]
-        length = np.minimum(tables.sizes[group], tables.counts[group] - j * tables.sizes[group])
-        return Located(group, j, length)
+        size = tables.sizes[group]
+        length = np.minimum(size, tables.counts[group] - j * size)
+        return Located(group, j, length, size if self.partial == "pad" else length)
 
     def _permute_slots(self, epoch: int, slots: Int64) -> Int64:
         size = self.num_batches

@@ -11,12 +11,11 @@ import numpy as np
 
 from gpusampler import arrays, sources
 from gpusampler.coverage import Coverage, coverage_of
-from gpusampler.iteration import Batch, EpochIterator, Share
-from gpusampler.permutation import VERSION
+from gpusampler.iteration import Batch, EpochIterator
 from gpusampler.plan import EPOCHS, EpochPlan, Partial
+from gpusampler.state import Progress
 from gpusampler.validation import checked_bool, checked_choice, checked_int, checked_seed
 
-STATE_VERSION = 1
 UNEVENS = ("pad", "drop")
 OUTPUTS = ("list", "numpy", "tensor")
 
@@ -65,8 +64,6 @@ class PatchBatchSampler:
 
     Attributes
     ----------
-    plan : EpochPlan
-    num_replicas, rank : int
     sampler : object
         With ``set_epoch``, for the frameworks that look for it there.
 
@@ -112,21 +109,22 @@ class PatchBatchSampler:
     ) -> None:
         # Cheap arguments are checked before a source is read, which may take minutes.
         batch_size = checked_int(batch_size, "batch_size", least=1, below=1 << 31)
-        self._seed_given = seed is not None
-        self.num_replicas, self.rank = _checked_ranks(num_replicas, rank)
-        if seed is None:
-            seed = 0 if self.num_replicas > 1 else secrets.randbits(64)
-        seed = checked_seed(seed)
-        self.uneven = checked_choice(uneven, "uneven", UNEVENS)
+        num_replicas, rank = _checked_ranks(num_replicas, rank)
+        seed_given = seed is not None
+        seed = _default_seed(num_replicas) if seed is None else checked_seed(seed)
+        checked_choice(uneven, "uneven", UNEVENS)
         self.output = checked_choice(output, "output", OUTPUTS)
-        if output == "tensor":
-            arrays.parse_device("cpu")
+        if output == "tensor" and not arrays.has_torch():
+            raise RuntimeError(
+                "output must be 'list' or 'numpy' where torch is not installed, got 'tensor'; "
+                "install gpusampler[torch]"
+            )
         auto = isinstance(device, str) and device == "auto"
         where = None if auto else arrays.parse_device(device)
         groups, placed = sources.resolve(source, progress=checked_bool(progress, "progress"))
         if where is None:
             where = groups.device if placed else arrays.default_device()
-        self.plan = EpochPlan(
+        plan = EpochPlan(
             groups,
             batch_size,
             seed,
@@ -136,21 +134,29 @@ class PatchBatchSampler:
             partial=partial,
             device=where,
         )
+        self._progress = Progress(plan, num_replicas, rank, uneven, seed_given)
         self._warn_of_small_patches()
-        if self.share_from(0).steps == 0:
+        if len(self) == 0:
             raise ValueError(
                 "num_replicas must be at most the number of batches under uneven='drop', got "
-                f"{self.num_replicas} for {self.plan.num_batches} batches"
+                f"{num_replicas} for {plan.num_batches} batches"
             )
-        self.sampler = EpochSetter(self)
-        # The next iterator binds (epoch, slot). A loaded state stays known until then, so that
-        # set_epoch can tell its own epoch from another.
-        self._epoch = 0
-        self._slot = 0
-        self._loaded: tuple[int, int] | None = None
-        self._active: EpochIterator[Any] | None = None
-        self._epoch_is_set = False
-        self._passes = 0
+        self.sampler = EpochSetter(self._progress)
+
+    @property
+    def plan(self) -> EpochPlan:
+        """The plan of every epoch; another one after a state with another drawn seed is loaded."""
+        return self._progress.plan
+
+    @property
+    def num_replicas(self) -> int:
+        """Number of ranks that share an epoch."""
+        return self._progress.num_replicas
+
+    @property
+    def rank(self) -> int:
+        """Number of this rank, 0 .. num_replicas - 1."""
+        return self._progress.rank
 
     @property
     def seed(self) -> int:
@@ -168,11 +174,11 @@ class PatchBatchSampler:
     @property
     def epoch(self) -> int:
         """The epoch that the next iterator hands out."""
-        return self._epoch
+        return self._progress.epoch
 
     def __len__(self) -> int:
         """Return the number of batches of a full epoch on this rank; equal on every rank."""
-        return self.share_from(0).steps
+        return self._progress.steps_from(0)
 
     def __iter__(self) -> Iterator[Any]:
         """Return an iterator over this rank's batches of the next epoch.
@@ -180,7 +186,7 @@ class PatchBatchSampler:
         It binds the epoch when its first batch is drawn, and has ``len``, ``state_dict`` and
         ``load_state_dict``.
         """
-        return EpochIterator(self, self.output)
+        return EpochIterator(self._progress, self.output)
 
     def batches(self, epoch: int | None = None) -> Iterator[Batch]:
         """Iterate over this rank's batches with their indices on the device.
@@ -203,7 +209,7 @@ class PatchBatchSampler:
         """
         if epoch is not None:
             epoch = checked_int(epoch, "epoch", least=0, below=EPOCHS)
-        return EpochIterator(self, "batch", epoch)
+        return EpochIterator(self._progress, "batch", epoch)
 
     def set_epoch(self, epoch: int) -> None:
         """Choose the epoch that the next iterator hands out.
@@ -220,32 +226,18 @@ class PatchBatchSampler:
         UserWarning
             If a loaded position in the middle of another epoch is dropped.
         """
-        epoch = checked_int(epoch, "epoch", least=0, below=EPOCHS)
-        self._epoch_is_set = True
-        loaded, self._active = self._loaded, None
-        if loaded is not None and loaded[0] == epoch:
-            self._epoch, self._slot = loaded
-            return
-        if loaded is not None and self._slot > 0:
-            warnings.warn(
-                f"set_epoch({epoch}) drops the loaded position: epoch {loaded[0]}, "
-                f"slot {loaded[1]}",
-                stacklevel=2,
-            )
-        self._loaded = None
-        self._epoch, self._slot = epoch, 0
+        self._progress.set_epoch(epoch, stacklevel=2)
 
     def reshuffle(self) -> None:
         """Skip an epoch: the next iterator hands out the one after the next.
 
         Every epoch is shuffled anew by itself; this is for loops that want another order now.
         """
-        self._loaded = self._active = None
-        self._epoch, self._slot = self._epoch + 1, 0
+        self._progress.skip()
 
     def get_epoch_count(self) -> int:
         """Return `epoch`: how many epochs have been begun or skipped."""
-        return self._epoch
+        return self.epoch
 
     def coverage(self, epoch: int | None = None) -> Coverage:
         """Count samples seen once, repeated and missed by patch, over all ranks.
@@ -264,7 +256,7 @@ class PatchBatchSampler:
         TypeError, ValueError
             If ``epoch`` is no integer in 0 .. 2**63 - 1.
         """
-        epoch = checked_int(self._epoch if epoch is None else epoch, "epoch", least=0, below=EPOCHS)
+        epoch = checked_int(self.epoch if epoch is None else epoch, "epoch", least=0, below=EPOCHS)
         return coverage_of(self.plan, epoch, len(self) * self.num_replicas)
 
     def state_dict(self, step: int | None = None) -> dict[str, Any]:
@@ -287,14 +279,7 @@ class PatchBatchSampler:
         TypeError, ValueError
             If ``step`` is no integer or negative.
         """
-        if step is not None:
-            step = checked_int(step, "step", least=0)
-        if self._active is not None:
-            return self._active.state_dict(step)
-        epoch, slot = self._loaded or (self._epoch, self._slot)
-        if step is not None:
-            slot = self.share_from(slot).slot_after(step, self.plan.num_batches)
-        return self.state_at(self.plan, epoch, slot)
+        return self._progress.state_dict(step)
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Go on where a state was taken: the next iterator hands out the batches after it.
@@ -315,101 +300,7 @@ class PatchBatchSampler:
             If its format version, ids, settings or (explicit) seed differ from this sampler's; the
             error names what differs.
         """
-        epoch, slot = self._checked_state(state_dict)
-        self._active = None
-        self._loaded = epoch, slot
-        finished = slot == self.plan.num_batches
-        self._epoch, self._slot = (epoch + 1, 0) if finished else (epoch, slot)
-
-    def state_at(self, plan: EpochPlan, epoch: int, slot: int) -> dict[str, Any]:
-        """Return the state at a global slot of a plan's epoch (the number of slots: finished)."""
-        return {
-            "version": STATE_VERSION,
-            "epoch": epoch,
-            "slot": slot,
-            "seed": plan.seed,
-            "fingerprint": self._fingerprint(),
-        }
-
-    @property
-    def pending_slot(self) -> int:
-        """The global slot at which the next iterator starts; 0 unless a state was loaded."""
-        return self._slot
-
-    def share_from(self, slot: int) -> Share:
-        """Return this rank's share of an epoch from a global slot on."""
-        return Share.of(slot, self.plan.num_batches, self.num_replicas, self.rank, self.uneven)
-
-    def bind_next(self, iterator: EpochIterator[Any]) -> None:
-        """Give an iterator the next epoch, from the pending slot on."""
-        if self.num_replicas > 1 and self._passes == 1 and not self._epoch_is_set:
-            warnings.warn(
-                f"a second pass on {self.num_replicas} ranks without set_epoch: call "
-                "sampler.set_epoch(epoch) before each pass, or a rank that has drawn one batch "
-                "more often runs an epoch ahead of the others",
-                stacklevel=4,
-            )
-        self._passes += 1
-        iterator.bind(self._epoch, self._slot)
-        self._begun(iterator, self._epoch)
-
-    def bind_loaded(self, iterator: EpochIterator[Any], state_dict: Mapping[str, Any]) -> None:
-        """Give an iterator the epoch and position of a state."""
-        epoch, slot = self._checked_state(state_dict)
-        iterator.bind(epoch, slot)
-        self._begun(iterator, epoch)
-
-    def _begun(self, iterator: EpochIterator[Any], epoch: int) -> None:
-        self._epoch, self._slot = epoch + 1, 0
-        self._loaded, self._active = None, iterator
-
-    def _fingerprint(self) -> dict[str, Any]:
-        groups = self.plan.groups
-        return {
-            "ids": groups.fingerprint,
-            "num_samples": groups.num_samples,
-            "num_patches": groups.num_patches,
-            "permutation": VERSION,
-            **self.plan.settings,
-        }
-
-    def _checked_state(self, state: Mapping[str, Any]) -> tuple[int, int]:
-        """Return (epoch, slot) of a state that fits this sampler, and take over its seed."""
-        if not isinstance(state, Mapping):
-            raise TypeError(f"state_dict must be a mapping, got {type(state).__name__}")
-        missing = {"version", "epoch", "slot", "seed", "fingerprint"} - set(state)
-        if missing:
-            raise TypeError(f"state_dict must come from state_dict(): it lacks {sorted(missing)}")
-        if state["version"] != STATE_VERSION:
-            raise ValueError(
-                f"state_dict must have format version {STATE_VERSION}, got {state['version']!r}"
-            )
-        theirs, ours = state["fingerprint"], self._fingerprint()
-        if not isinstance(theirs, Mapping):
-            raise TypeError(
-                f"state_dict fingerprint must be a mapping, got {type(theirs).__name__}"
-            )
-        differing = [
-            f"{name} is {theirs.get(name)!r} there and {ours.get(name)!r} here"
-            for name in {**ours, **theirs}
-            if theirs.get(name) != ours.get(name)
-        ]
-        if differing:
-            raise ValueError(
-                f"state_dict must be of the same ids and settings, but {'; '.join(differing)}"
-            )
-        seed = checked_seed(state["seed"])
-        if seed != self.seed and self._seed_given:
-            raise ValueError(
-                f"state_dict must be of seed {self.seed}, which was given here, got seed {seed}"
-            )
-        epoch = checked_int(state["epoch"], "state_dict epoch", least=0, below=EPOCHS)
-        slot = checked_int(
-            state["slot"], "state_dict slot", least=0, below=self.plan.num_batches + 1
-        )
-        if seed != self.seed:
-            self.plan = self.plan.with_seed(seed)
-        return epoch, slot
+        self._progress.load_state_dict(state_dict)
 
     def _warn_of_small_patches(self) -> None:
         left_out = np.flatnonzero(self.plan.batches_by_patch == 0)
@@ -421,12 +312,6 @@ class PatchBatchSampler:
                 f"batch_size={self.plan.batch_size}",
                 stacklevel=3,
             )
-
-    def __getstate__(self) -> dict[str, Any]:
-        """Travel without the iterator in progress: a copy begins at the next epoch."""
-        state = self.__dict__.copy()
-        state["_active"] = None
-        return state
 
     def __repr__(self) -> str:
         """Return sizes, epoch and settings."""
@@ -443,24 +328,33 @@ class PatchBatchSampler:
 class EpochSetter:
     """Passes ``set_epoch`` on to a sampler, for frameworks that look for it on ``.sampler``."""
 
-    def __init__(self, sampler: PatchBatchSampler) -> None:
-        self._sampler = sampler
+    def __init__(self, progress: Progress) -> None:
+        self._progress = progress
 
     def set_epoch(self, epoch: int) -> None:
-        """Call `PatchBatchSampler.set_epoch`."""
-        self._sampler.set_epoch(epoch)
+        """Do what `PatchBatchSampler.set_epoch` does."""
+        self._progress.set_epoch(epoch, stacklevel=2)
+
+
+def _default_seed(num_replicas: int) -> int:
+    """Draw a seed, or return 0 where other ranks of the world need the same one."""
+    world = arrays.process_group()
+    if num_replicas > 1 or (world is not None and world[0] > 1):
+        return 0
+    return secrets.randbits(64)
 
 
 def _checked_ranks(num_replicas: int | None, rank: int | None) -> tuple[int, int]:
-    world, own = arrays.process_group()
-    if (num_replicas is None) != (rank is None) and world == 1:
+    world = arrays.process_group()
+    if (num_replicas is None) != (rank is None) and world is None:
         missing = "rank" if rank is None else "num_replicas"
         raise ValueError(
-            f"num_replicas and rank must be given together where torch.distributed is not "
+            "num_replicas and rank must be given together where torch.distributed is not "
             f"initialised, got no {missing}"
         )
+    size, own = world or (1, 0)
     num_replicas = checked_int(
-        world if num_replicas is None else num_replicas, "num_replicas", least=1, below=1 << 31
+        size if num_replicas is None else num_replicas, "num_replicas", least=1, below=1 << 31
     )
     rank = checked_int(own if rank is None else rank, "rank", least=0)
     if rank >= num_replicas:

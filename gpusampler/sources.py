@@ -19,6 +19,7 @@ from tqdm import tqdm
 
 from gpusampler import arrays
 from gpusampler.grouping import PatchGroups
+from gpusampler.validation import as_int64
 
 THREADED_ABOVE = 1000
 """Samples above which a dataset is read by a pool of threads, with a progress bar."""
@@ -116,8 +117,12 @@ def _known_ids(dataset: Any, progress: bool) -> Any:
     if isinstance(dataset, data.Subset):
         return _subset_ids(dataset, progress)
     if isinstance(dataset, data.ConcatDataset):
-        parts = [dataset_patch_ids(part, progress=progress) for part in dataset.datasets]
-        return np.concatenate([_integers(part, "ConcatDataset") for part in parts])
+        parts = [
+            as_int64(dataset_patch_ids(part, progress=progress), "ids of a part of ConcatDataset")
+            for part in dataset.datasets
+            if len(part)
+        ]
+        return np.concatenate(parts)
     return None
 
 
@@ -147,17 +152,10 @@ def _can_tell(dataset: Any) -> bool:
     return False
 
 
-def _integers(ids: Any, name: str) -> NDArray[Any]:
-    array = arrays.to_numpy(ids)
-    if array.dtype.kind not in "iu":
-        raise TypeError(f"ids must be integers, got dtype {array.dtype} in a part of {name}")
-    return array
-
-
 def _size_of(dataset: Any) -> int:
     if not hasattr(dataset, "__getitem__") or isinstance(dataset, (str, bytes, Mapping)):
         extra = ""
-        if type(dataset).__name__.endswith("Sampler"):
+        if _is_sampler(dataset):
             # Lightning rebuilds batch samplers with another sampler where our source stood.
             extra = (
                 "; if Lightning put it there, pass Trainer(use_distributed_sampler=False): "
@@ -173,6 +171,13 @@ def _size_of(dataset: Any) -> int:
         raise TypeError(
             f"source must have a length (a map-style dataset), got {_name(dataset)}"
         ) from error
+
+
+def _is_sampler(obj: Any) -> bool:
+    data = arrays.loaded("torch.utils.data")
+    if data is not None and isinstance(obj, data.Sampler):
+        return True
+    return type(obj).__name__.endswith("Sampler")
 
 
 def _name(obj: Any) -> str:
@@ -238,9 +243,11 @@ def _id_of_sample(dataset: Any, i: int) -> int:
             "source must have get_all_patch_ids(), patch_ids or samples with a 'patch_id', "
             f"got a {_name(sample)} without one as sample {i} of {_name(dataset)}"
         ) from error
+    if isinstance(value, int) and not -(1 << 63) <= value < 1 << 63:
+        raise ValueError(f"patch_id must fit in int64, got {value} in sample {i}")
     array = np.asarray(arrays.to_numpy(value) if arrays.library_of(value) else value)
     if array.size != 1 or array.dtype.kind not in "iu":
         raise TypeError(f"patch_id must be an int, got {value!r} in sample {i}")
-    if not -(1 << 63) <= int(array.item()) < 1 << 63:
+    if int(array.item()) >= 1 << 63:
         raise ValueError(f"patch_id must fit in int64, got {value!r} in sample {i}")
     return int(array.item())

@@ -6,6 +6,10 @@ import operator
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
+
+from gpusampler import arrays
+from gpusampler.arrays import Int64
 
 
 def checked_int(value: Any, name: str, *, least: int, below: int | None = None) -> int:
@@ -49,3 +53,49 @@ def checked_choice(value: Any, name: str, choices: tuple[str, ...]) -> str:
         return value
     listed = ", ".join(repr(choice) for choice in choices)
     raise ValueError(f"{name} must be one of {listed}, got {value!r}")
+
+
+def checked_ids(ids: Any) -> Any:
+    """Return patch ids as an array of one of the libraries, 1-D, of integers that fit in int64.
+
+    Raises
+    ------
+    TypeError
+        If they are no integers (booleans and floats included).
+    ValueError
+        If they are not 1-D, are empty, or do not fit.
+    """
+    if arrays.library_of(ids) is None:
+        try:
+            ids = np.asarray(ids)
+        except (ValueError, OverflowError) as error:
+            raise ValueError(f"ids must be a 1-D array of int64 integers: {error}") from error
+    if len(ids.shape) != 1:
+        raise ValueError(f"ids must be 1-D, one id a sample, got shape {tuple(ids.shape)}")
+    if int(ids.shape[0]) == 0:
+        raise ValueError("ids must name at least one sample, got none")
+    if not arrays.is_integer(ids):
+        raise TypeError(f"ids must be integers, got dtype {str(ids.dtype).rpartition('.')[2]}")
+    _check_fits(ids, "ids")
+    return ids
+
+
+def as_int64(values: Any, name: str) -> Int64:
+    """Return an argument as a 1-D int64 NumPy array, a copy, or raise TypeError or ValueError."""
+    array: NDArray[Any] = arrays.to_numpy(values)
+    if array.ndim != 1:
+        raise ValueError(f"{name} must be 1-D, got shape {array.shape}")
+    if array.size == 0:
+        return array.astype(np.int64)
+    if not arrays.is_integer(array):
+        raise TypeError(f"{name} must be integers, got dtype {array.dtype}")
+    _check_fits(array, name)
+    return array.astype(np.int64)
+
+
+def _check_fits(array: Any, name: str) -> None:
+    # Nothing else is wider than int64 on one side only.
+    if arrays.dtype_name(array) == "uint64":
+        largest = int(arrays.to_numpy(array).max())
+        if largest >= 1 << 63:
+            raise ValueError(f"{name} must fit in int64, got {largest}")

@@ -21,13 +21,14 @@ PACKAGE = Path(gpusampler.__file__).parent
 
 # The rooms of DESIGN.md from the ground up: a room imports rooms of lower floors only.
 FLOORS = [
-    ["arrays", "validation", "permutation", "telemetry"],
-    ["lanes", "fingerprint", "idtable", "kernels", "sizing"],
-    ["sorting"],
+    ["arrays", "permutation", "telemetry"],
+    ["validation", "lanes", "fingerprint", "idtable", "kernels", "sizing"],
+    ["sorting", "splitting"],
     ["grouping"],
     ["sources", "tables"],
     ["plan"],
-    ["coverage", "iteration"],
+    ["coverage", "state"],
+    ["iteration"],
     ["sampler"],
     ["groundwater"],
     ["inspection"],
@@ -38,8 +39,8 @@ FLOORS = [
 ]
 FLOOR = {room: height for height, rooms in enumerate(FLOORS) for room in rooms}
 
-# For annotations only, and nowhere else: the iterator asks its sampler for the next epoch.
-ONLY_FOR_TYPES = {("iteration", "sampler")}
+# Imports for annotations only that may run up: none.
+ONLY_FOR_TYPES: set[tuple[str, str]] = set()
 
 NAMES_LIBRARIES = {"arrays", "kernels", "groundwater", "demo"}
 HEAVY = {"torch", "cupy", "click", "matplotlib", "flopy", "gstools", "neuralop", "scipy"}

@@ -208,7 +208,7 @@ def test_by_sample_draws_from_the_whole_patch():
         (([0.5, 0.4],), ValueError, "fractions must add up to 1, got 0.9"),
         (([1.5, -0.5],), ValueError, "fractions must each be > 0"),
         (([float("nan"), 1.0],), ValueError, "fractions must each be > 0"),
-        (([0.5, 0.5], "sampel"), ValueError, "by must be 'patch' or 'sample', got 'sampel'"),
+        (([0.5, 0.5], "sampel"), ValueError, "by must be one of 'patch', 'sample', got 'sampel'"),
         (([0.5, 0.5], "patch", -1), ValueError, "seed must be >= 0, got -1"),
         (([0.5, 0.5], "patch", 1.0), TypeError, "seed must be an int, got 1.0"),
         (([0.9, 0.1],), ValueError, "fractions must leave no part empty, got 0.1 of 2 patches"),

@@ -1,0 +1,215 @@
+"""Where a run stands: the next epoch, a rank's share of it, and the state that is saved."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping
+from typing import Any, NamedTuple, Protocol
+
+from gpusampler.permutation import VERSION
+from gpusampler.plan import EPOCHS, EpochPlan
+from gpusampler.validation import checked_int, checked_seed
+
+STATE_VERSION = 1
+STATE_KEYS = frozenset({"version", "epoch", "slot", "seed", "fingerprint"})
+
+
+class Share(NamedTuple):
+    """A rank's part of a plan's epoch, from a global slot on."""
+
+    plan: EpochPlan
+    epoch: int
+    slot: int
+    steps: int
+
+    def slot_after(self, steps: int, num_replicas: int) -> int:
+        """Return the global slot after some steps; the number of slots once it is done."""
+        total = self.plan.num_batches
+        return total if steps >= self.steps else min(self.slot + steps * num_replicas, total)
+
+
+class Pass(Protocol):
+    """A pass over an epoch that has begun: an iterator, seen from here."""
+
+    def state_dict(self, step: int | None = None) -> dict[str, Any]:
+        """Return the state after ``step`` batches of the pass, or those drawn."""
+
+
+class Progress:
+    """Epochs, ranks and state of a sampler.
+
+    The next pass binds (epoch, slot). The slot is 0 unless a state was loaded; the loaded state is
+    remembered until a pass binds it, so that `set_epoch` can tell its epoch from another.
+
+    Parameters
+    ----------
+    plan : EpochPlan
+        Replaced when a state with another (drawn) seed is loaded.
+    num_replicas, rank : int
+    uneven : {"pad", "drop"}
+    seed_given : bool
+        Whether the seed was explicit, so that a state of another is refused.
+    """
+
+    def __init__(
+        self, plan: EpochPlan, num_replicas: int, rank: int, uneven: str, seed_given: bool
+    ) -> None:
+        self.plan = plan
+        self.num_replicas = num_replicas
+        self.rank = rank
+        self.epoch = 0
+        self._uneven = uneven
+        self._seed_given = seed_given
+        self._slot = 0
+        self._loaded: tuple[int, int] | None = None
+        self._begun: Pass | None = None
+        self._passes = 0
+        self._epoch_chosen = False
+        self._warned = False
+
+    def steps_from(self, slot: int) -> int:
+        """Return how many batches a rank has from a global slot on; equal on all ranks."""
+        left = max(self.plan.num_batches - slot, 0)
+        if self._uneven == "pad":
+            return -(-left // self.num_replicas)
+        return left // self.num_replicas
+
+    def share(self, epoch: int, slot: int) -> Share:
+        """Return this rank's share of an epoch from a global slot on."""
+        return Share(self.plan, epoch, slot, self.steps_from(slot))
+
+    def pending(self) -> Share:
+        """Return the share that the next pass will bind."""
+        return self.share(self.epoch, self._slot)
+
+    def bind(self, begun: Pass) -> Share:
+        """Give the next epoch, from the pending slot on, to a pass that begins."""
+        if self.num_replicas > 1 and self._passes and not (self._epoch_chosen or self._warned):
+            self._warned = True
+            warnings.warn(
+                f"a second pass on {self.num_replicas} ranks without set_epoch: call "
+                "sampler.set_epoch(epoch) before each pass, or a rank that has drawn one batch "
+                "more often runs an epoch ahead of the others",
+                stacklevel=4,
+            )
+        return self._bound(begun, self.pending())
+
+    def bind_state(self, begun: Pass, state: Mapping[str, Any]) -> Share:
+        """Give the epoch and the position of a state to a pass that goes on there."""
+        return self._bound(begun, self.share(*self._checked(state)))
+
+    def _bound(self, begun: Pass, share: Share) -> Share:
+        self.epoch, self._slot = share.epoch + 1, 0
+        self._loaded, self._begun = None, begun
+        self._passes += 1
+        self._epoch_chosen = False
+        return share
+
+    def set_epoch(self, epoch: int, stacklevel: int) -> None:
+        """Choose the epoch of the next pass."""
+        epoch = checked_int(epoch, "epoch", least=0, below=EPOCHS)
+        self._epoch_chosen, self._begun = True, None
+        if self._loaded is not None and self._loaded[0] == epoch:
+            self.epoch, self._slot = self._loaded
+            return
+        if self._loaded is not None and 0 < self._loaded[1] < self.plan.num_batches:
+            warnings.warn(
+                f"set_epoch({epoch}) drops the loaded position: epoch {self._loaded[0]}, "
+                f"slot {self._loaded[1]}",
+                stacklevel=stacklevel + 1,
+            )
+        self._loaded = None
+        self.epoch, self._slot = epoch, 0
+
+    def skip(self) -> None:
+        """Leave the next epoch out."""
+        self._loaded = self._begun = None
+        self.epoch, self._slot = self.epoch + 1, 0
+
+    def state_dict(self, step: int | None = None) -> dict[str, Any]:
+        """Return where the pass that began last is, or what the next one will bind."""
+        if self._begun is not None:
+            return self._begun.state_dict(step)
+        return self.pending_state(step)
+
+    def pending_state(self, step: int | None = None) -> dict[str, Any]:
+        """Return the state of the next pass, after ``step`` of its batches."""
+        share = self.share(*(self._loaded or (self.epoch, self._slot)))
+        return self.state_after(share, 0 if step is None else step)
+
+    def state_after(self, share: Share, steps: int) -> dict[str, Any]:
+        """Return the state after some steps of a share: a fresh dictionary of plain values."""
+        steps = checked_int(steps, "step", least=0)
+        # No step of a share is a share that has not begun, even if there are none to do.
+        slot = share.slot_after(steps, self.num_replicas) if steps else share.slot
+        return {
+            "version": STATE_VERSION,
+            "epoch": share.epoch,
+            "slot": slot if share.steps else share.plan.num_batches,
+            "seed": share.plan.seed,
+            "fingerprint": fingerprint_of(share.plan),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Let the next pass go on from a state; a finished one leads to the next epoch."""
+        epoch, slot = self._checked(state)
+        self._begun = None
+        self._loaded = epoch, slot
+        finished = slot == self.plan.num_batches
+        self.epoch, self._slot = (epoch + 1, 0) if finished else (epoch, slot)
+        self._epoch_chosen = True
+
+    def _checked(self, state: Mapping[str, Any]) -> tuple[int, int]:
+        """Return (epoch, slot) of a state that fits, and take over its seed."""
+        if not isinstance(state, Mapping):
+            raise TypeError(f"state_dict must be a mapping, got {type(state).__name__}")
+        missing = sorted(STATE_KEYS - set(state))
+        if missing:
+            raise TypeError(f"state_dict must come from state_dict(): it lacks {missing}")
+        if state["version"] != STATE_VERSION:
+            raise ValueError(
+                f"state_dict must have format version {STATE_VERSION}, got {state['version']!r}"
+            )
+        _check_fingerprint(state["fingerprint"], fingerprint_of(self.plan))
+        seed = checked_seed(state["seed"])
+        if seed != self.plan.seed and self._seed_given:
+            raise ValueError(
+                f"state_dict must be of seed {self.plan.seed}, which was given here, "
+                f"got seed {seed}"
+            )
+        epoch = checked_int(state["epoch"], "state_dict epoch", least=0, below=EPOCHS)
+        slot = checked_int(
+            state["slot"], "state_dict slot", least=0, below=self.plan.num_batches + 1
+        )
+        if seed != self.plan.seed:
+            self.plan = self.plan.with_seed(seed)
+        return epoch, slot
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Travel without the pass that has begun: a copy begins at the next epoch."""
+        return {**self.__dict__, "_begun": None}
+
+
+def fingerprint_of(plan: EpochPlan) -> dict[str, Any]:
+    """Return what decides a plan's batches besides the seed, one JSON-safe value a name."""
+    return {
+        "ids": plan.groups.fingerprint,
+        "num_samples": plan.groups.num_samples,
+        "num_patches": plan.groups.num_patches,
+        "permutation": VERSION,
+        **plan.settings,
+    }
+
+
+def _check_fingerprint(theirs: Any, ours: Mapping[str, Any]) -> None:
+    if not isinstance(theirs, Mapping):
+        raise TypeError(f"state_dict fingerprint must be a mapping, got {type(theirs).__name__}")
+    differing = [
+        f"{name} is {theirs.get(name)!r} there and {ours.get(name)!r} here"
+        for name in {**ours, **theirs}
+        if theirs.get(name) != ours.get(name)
+    ]
+    if differing:
+        raise ValueError(
+            f"state_dict must be of the same ids and settings, but {'; '.join(differing)}"
+        )
