@@ -385,5 +385,6 @@ def test_a_subset_of_a_dataset_that_cannot_tell_reads_its_own_samples_only():
 
 def test_floats_in_a_part_of_a_concatenation():
     data = pytest.importorskip("torch.utils.data")
-    with pytest.raises(TypeError, match="part of ConcatDataset must be integers, got dtype float64"):
+    problem = "part of ConcatDataset must be integers, got dtype float64"
+    with pytest.raises(TypeError, match=problem):
         groups_of(data.ConcatDataset([ByMethod(IDS), ByMethod(np.array([0.5]))]))
