@@ -219,6 +219,7 @@ def permute(
     int64 array
         Of the broadcast shape, on the device of ``x``; no value is ever inspected on the host.
     """
+    x = xp.broadcast_arrays(x, n)[0]
     if largest <= SMALL:
         return _permute_small(xp, x, n, key, largest)
     fewest = rounds_for(largest)
