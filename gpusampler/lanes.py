@@ -11,8 +11,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
-from itertools import pairwise
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,11 +19,8 @@ from numpy.typing import NDArray
 from gpusampler.arrays import Int64
 from gpusampler.permutation import (
     COIN_ROUND,
-    MAX_ROUNDS,
     MIX_1,
     MIX_2,
-    ROUNDS_FROM,
-    SMALL,
     SPREAD,
     Grid,
     keyed_hash,
@@ -33,8 +29,6 @@ from gpusampler.permutation import (
 
 TILE = 1 << 15
 """Lanes worked on at a time: a buffer of them is 128 KiB."""
-
-_LANES = np.arange(TILE, dtype=np.int64)
 
 WIDEST = 1 << 32
 """Largest n of these forms: the sides of its grid are 2**16."""
@@ -89,7 +83,7 @@ class Workspace(threading.local):
         self.flag = np.empty(TILE, np.bool_)
 
 
-_WORK = Workspace()
+WORK = Workspace()
 
 
 def permute_grid(
@@ -121,8 +115,8 @@ def permute_grid(
     """
     if spread is None:
         spread = _spread_one
-    col, row, hashed, scratch, side, round_key, step, a, b, rem, last = _WORK.u32[:, : x.size]
-    flag = _WORK.flag[: x.size]
+    col, row, hashed, scratch, side, round_key, step, a, b, rem, last = WORK.u32[:, : x.size]
+    flag = WORK.flag[: x.size]
     spread(key[0], round_key)
     spread(key[1] | 1, step)
     spread(grid.a, a)
@@ -234,143 +228,3 @@ def permute_one(x: Int64, n: int, key: tuple[int, int], grid: Grid) -> Int64:
             sides = Grid(*(np.array([side]) for side in grid))
             out[first : first + TILE] = permute_grid(tile, keys, sides, rounds)
     return out
-
-
-class Runs(NamedTuple):
-    """Rows of consecutive positions, one patch a row; int64 arrays of shape (K,).
-
-    ``first`` position and ``lengths``, the size ``n`` of the patch and where it starts (``base``),
-    the key and the grid of its permutation.
-    """
-
-    first: Int64
-    lengths: Int64
-    n: Int64
-    base: Int64
-    k0: Int64
-    k1: Int64
-    a: Int64
-    b: Int64
-    rem: Int64
-
-    def rows(self, which: Any) -> Runs:
-        """Return some of the rows."""
-        return Runs(*(column[which] for column in self))
-
-
-def permute_runs(
-    first: Int64,
-    lengths: Int64,
-    n: Int64,
-    key: tuple[Int64, Int64] | None,
-    grid: Grid,
-    base: Int64,
-    order: NDArray[Any] | None,
-) -> tuple[Int64, Int64]:
-    """Permute runs of consecutive positions of patches of any sizes, and look the samples up.
-
-    Parameters
-    ----------
-    first, lengths : int64 arrays, shape (K,)
-        Each row's first position and number of positions, 0 or more; the lengths add up to T.
-        Positions at or beyond n start again at 0.
-    n : int64 array, shape (K,)
-        Size of each row's patch, 1 .. 2**31 - 1.
-    key : pair of int64 arrays, shape (K,), or None
-        None where nothing is to be permuted.
-    grid : Grid of int64 arrays, shape (K,)
-        From `gpusampler.permutation.grids_of`, of ``n``.
-    base : int64 array, shape (K,)
-        Where each row's patch starts.
-    order : integer array or None
-        Samples sorted by patch; None where a patch's samples are contiguous.
-
-    Returns
-    -------
-    samples : int64 array, shape (T,)
-        The runs end to end, those with equally many rounds side by side.
-    starts : int64 array, shape (K,)
-        Where each row's run starts in ``samples``.
-    """
-    k0, k1 = (first, first) if key is None else key
-    runs = Runs(first, lengths, n, base, k0, k1, *grid)
-    rounds = np.full(n.shape, -1) if key is None else _rounds_of(n)
-    in_order = bool((rounds[1:] >= rounds[:-1]).all()) and bool((lengths > 0).all())
-    rows: Any = slice(None)
-    if not in_order:
-        rows = np.argsort(rounds, kind="stable")
-        rows = rows[lengths[rows] > 0]
-        runs, rounds = runs.rows(rows), rounds[rows]
-    ends = np.cumsum(runs.lengths)
-    starts = np.zeros(n.shape, np.int64)
-    starts[rows] = ends - runs.lengths
-    samples = np.empty(int(ends[-1]) if ends.size else 0, np.int64)
-    cuts = [0, *(np.flatnonzero(np.diff(rounds)) + 1).tolist(), rounds.size]
-    for low, high in pairwise(cuts if rounds.size else []):
-        part = slice(int(ends[low - 1]) if low else 0, int(ends[high - 1]))
-        _permute_rows(samples[part], runs.rows(slice(low, high)), int(rounds[low]), order)
-    return samples, starts
-
-
-def _rounds_of(n: Int64) -> Int64:
-    """`rounds_for` of an array."""
-    rounds = np.where(n <= SMALL, 0, MAX_ROUNDS)
-    for start, fewer in ROUNDS_FROM:
-        rounds[n >= start] = fewer
-    return rounds
-
-
-def _permute_rows(out: Int64, runs: Runs, rounds: int, order: NDArray[Any] | None) -> None:
-    """Permute rows, each of a position at least, that have equally many rounds, tile by tile.
-
-    ``rounds`` is 0 for patches of up to 32, -1 for no permutation at all.
-    """
-    if int(runs.lengths.max()) > TILE:
-        # A row longer than a tile is cut into rows that share its key.
-        pieces = -(-runs.lengths // TILE)
-        row = np.repeat(np.arange(pieces.size), pieces)
-        skipped = (np.arange(row.size) - np.repeat(np.cumsum(pieces) - pieces, pieces)) * TILE
-        runs = runs.rows(row)
-        runs = runs._replace(
-            first=runs.first + skipped, lengths=np.minimum(runs.lengths - skipped, TILE)
-        )
-    ends = np.cumsum(runs.lengths)
-    start = done = 0
-    while start < ends.size:
-        stop = int(np.searchsorted(ends, done + TILE, side="right"))
-        end = int(ends[stop - 1])
-        _permute_tile(out[done:end], runs.rows(slice(start, stop)), rounds, order)
-        start, done = stop, end
-
-
-def _permute_tile(out: Int64, runs: Runs, rounds: int, order: NDArray[Any] | None) -> None:
-    """`_permute_rows` of at most `TILE` positions."""
-    x, lane_row = _WORK.i64[:, : out.size]
-    starts = np.cumsum(runs.lengths) - runs.lengths
-    lane_row.fill(0)
-    lane_row[starts[1:]] = 1
-    np.cumsum(lane_row, out=lane_row)
-
-    def spread(values: NDArray[Any], to: NDArray[Any]) -> None:
-        # Row numbers are in range, and only with "clip" does take write without a buffer.
-        np.take(values.astype(to.dtype, copy=False), lane_row, out=to, mode="clip")
-
-    spread(runs.first - starts, x)
-    np.add(x, _LANES[: out.size], out=x)
-    if bool((runs.first + runs.lengths > runs.n).any()):
-        np.remainder(x, runs.n[lane_row], out=x)
-    key = (runs.k0, runs.k1)
-    if rounds == 0:
-        np.copyto(x, permute_small(x.astype(np.uint8), runs.lengths, runs.n, key))
-    elif rounds > 0:
-        grid = Grid(runs.a, runs.b, runs.rem)
-        np.copyto(x, permute_grid(x, key, grid, rounds, spread))
-    # Positions become places in the order, or samples, by where their patch starts.
-    spread(runs.base, out)
-    np.add(x, out, out=x if order is not None else out)
-    if order is not None and order.dtype == np.int32:
-        samples = _WORK.i32[: out.size]
-        np.take(order, x, out=samples, mode="clip")
-        np.copyto(out, samples)
-    elif order is not None:
-        np.take(order, x, out=out, mode="clip")

@@ -25,6 +25,8 @@ from gpusampler.permutation import (
     grid_of,
     permute,
 )
+from gpusampler.reference import Reference
+from gpusampler.runs import permute_runs
 from gpusampler.tables import PatchTables
 from gpusampler.validation import checked_bool, checked_choice, checked_int, checked_seed
 
@@ -167,7 +169,7 @@ class EpochPlan:
         self._tables = PatchTables.build(groups, self.batch_size, self.partial)
         self.num_batches = self._tables.num_batches
         self.max_batch_size = self._tables.max_batch_size
-        self._on_device: PatchTables | None = None
+        self._on_device: Reference | None = None
         self._host_order: Any = None
         self._patch_order: tuple[int, Int64, Int64] | None = None
 
@@ -252,11 +254,7 @@ class EpochPlan:
         if self.device.on_host:
             samples, starts = self._samples(epoch, at, at.size)
         else:
-            xp = arrays.namespace(self.device)
-            group, j, widths = (
-                arrays.to_device(part, self.device) for part in (at.group, at.j, at.size)
-            )
-            samples = self._lanes_reference(xp, epoch, group, j, widths, int(at.size.sum()))
+            samples = self._reference().ragged(self.seed, epoch, at.group, at.j, at.size)
             starts = np.cumsum(at.size) - at.size
         return RaggedBlock(samples, starts, at.size, at.length, at.group)
 
@@ -313,7 +311,7 @@ class EpochPlan:
         key = None
         if self.shuffle_within_batches:
             key = derive_key(self.seed, PURPOSE_SAMPLES, epoch, at.group)
-        return lanes.permute_runs(
+        return permute_runs(
             at.j * tables.sizes[at.group],
             sizes,
             tables.counts[at.group],
@@ -338,69 +336,19 @@ class EpochPlan:
         epoch : int
         slots : int64 array on the plan's device, shape (K,)
         """
-        xp = arrays.namespace(self.device)
-        tables = self._device_tables(xp)
-        group, j = self._locate_reference(xp, epoch, slots)
-        size = tables.sizes[group]
-        length = xp.minimum(size, tables.counts[group] - j * size)
-        column = xp.arange(
-            self.max_batch_size, dtype=xp.int64, device=arrays.device_handle(self.device)
-        )
-        indices = self._indices_reference(
-            xp, epoch, group[:, None], (j * size)[:, None] + column[None, :]
-        )
-        return BatchBlock(indices, length, group)
+        patch_order = None if self.interleave else self._patches_of(epoch)[1:]
+        return BatchBlock(*self._reference().block(self.seed, epoch, slots, patch_order))
 
-    def _lanes_reference(
-        self, xp: Any, epoch: int, group: Any, j: Any, sizes: Any, total: int
-    ) -> Any:
-        """Samples of batches end to end, ``sizes`` of each, shape (total,)."""
-        tables = self._device_tables(xp)
-        handle = arrays.device_handle(self.device)
-        row = arrays.repeat_rows(sizes, total)
-        before = xp.cumulative_sum(sizes) - sizes
-        within = xp.arange(total, dtype=xp.int64, device=handle) - before[row]
-        return self._indices_reference(
-            xp, epoch, group[row], (j * tables.sizes[group])[row] + within
-        )
-
-    def _locate_reference(self, xp: Any, epoch: int, slots: Any) -> tuple[Any, Any]:
-        tables = self._device_tables(xp)
-        if not self.interleave:
-            _, patches, before = self._patches_of(epoch)
-            patches = arrays.to_device(patches, self.device)
-            before = arrays.to_device(before, self.device)
-            place = xp.searchsorted(before, slots, side="right") - 1
-            return patches[place], slots - before[place]
-        if self.shuffle_patches and self.num_batches > 1:
-            size = self.num_batches
-            key = derive_key(self.seed, PURPOSE_BATCHES, epoch, 0)
-            sides = grid_of(size)
-            full = xp.full_like
-            grid = Grid(*(full(slots, side) for side in sides))
-            lane_key = (full(slots, key[0]), full(slots, key[1]))
-            slots = permute(xp, slots, full(slots, size), lane_key, grid, size, size)
-        group = xp.searchsorted(tables.batch_offsets, slots, side="right") - 1
-        return group, slots - tables.batch_offsets[group]
-
-    def _indices_reference(self, xp: Any, epoch: int, group: Any, position: Any) -> Any:
-        """Samples at positions (any, from 0 on) of groups; the two broadcast."""
-        tables = self._device_tables(xp)
-        n = tables.counts[group]
-        position = position % n
-        if self.shuffle_within_batches:
-            key = derive_key(self.seed, PURPOSE_SAMPLES, epoch, group)
-            grid = Grid(*(side[group] for side in tables.grid))
-            position = permute(
-                xp, position, n, key, grid, self._tables.smallest, self._tables.largest
-            )
-        index = tables.starts[group] + position
-        return index if tables.order is None else xp.astype(tables.order[index], xp.int64)
-
-    def _device_tables(self, xp: Any) -> PatchTables:
-        """Tables on the plan's device, made at first use."""
+    def _reference(self) -> Reference:
+        """Return the evaluation on the plan's device; its tables are made at first use."""
         if self._on_device is None:
-            self._on_device = self._tables.on(self.device, self.groups.order)
+            self._on_device = Reference(
+                self._tables,
+                self.device,
+                self.groups.order,
+                shuffle_within_batches=self.shuffle_within_batches,
+                shuffle_patches=self.shuffle_patches,
+            )
         return self._on_device
 
     def _checked_slots(self, slots: Any) -> Int64:

@@ -18,6 +18,7 @@ from gpusampler.permutation import (
     grid_of,
     grids_of,
 )
+from gpusampler.runs import permute_runs
 
 _GOLDEN = 0.6180339887498949
 
@@ -64,7 +65,7 @@ def split_samples(
     key = derive_key(seed, PURPOSE_SPLIT_SAMPLES, 0, group)
     grid = grids_of(arrays.namespace(HOST), counts)
     return [
-        lanes.permute_runs(low, high - low, counts, key, grid, starts, order)[0]
+        permute_runs(low, high - low, counts, key, grid, starts, order)[0]
         for low, high in pairwise(bounds)
     ]
 

@@ -15,7 +15,7 @@ import make_golden
 import numpy as np
 import pytest
 
-from gpusampler import EpochPlan, PatchGroups, lanes
+from gpusampler import EpochPlan, PatchGroups, lanes, runs
 from gpusampler.permutation import VERSION, Grid, derive_key, grid_of, grids_of, permute
 
 GOLDEN = json.loads(make_golden.PATH.read_text())
@@ -96,7 +96,7 @@ def test_lanes_runs(vectors):
     ]
     x, n, k0, k1, images = np.array(wanted, np.int64).T
     grid = Grid(*(np.array(side) for side in zip(*(grid_of(int(m)) for m in n), strict=True)))
-    samples, starts = lanes.permute_runs(
+    samples, starts = runs.permute_runs(
         x, np.ones_like(x), n, (k0, k1), grid, np.zeros_like(x), None
     )
     assert samples[starts].tolist() == images.tolist()

@@ -23,9 +23,11 @@ PACKAGE = Path(gpusampler.__file__).parent
 FLOORS = [
     ["arrays", "permutation", "telemetry"],
     ["validation", "lanes", "fingerprint", "idtable", "kernels", "sizing"],
-    ["sorting", "splitting"],
+    ["sorting", "runs"],
+    ["splitting"],
     ["grouping"],
     ["sources", "tables"],
+    ["reference"],
     ["plan"],
     ["coverage", "state"],
     ["iteration"],

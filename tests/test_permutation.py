@@ -22,6 +22,7 @@ from gpusampler.permutation import (
     permute,
     rounds_for,
 )
+from gpusampler.runs import permute_runs
 
 NAMESPACES = {"numpy": array_api_compat.numpy, "torch": array_api_compat.torch}
 every_namespace = pytest.mark.parametrize("xp", NAMESPACES.values(), ids=NAMESPACES.keys())
@@ -127,7 +128,7 @@ def runs(rows: list[tuple[int, int, int, int, int]], base: list[int], order: Any
     columns = np.array(rows, np.int64).reshape(-1, 5).T
     first, lengths, n, k0, k1 = (np.ascontiguousarray(column) for column in columns)
     grid = grids_of(array_api_compat.numpy, n)
-    samples, starts = lanes.permute_runs(
+    samples, starts = permute_runs(
         first, lengths, n, (k0, k1), grid, np.array(base, np.int64), order
     )
     assert samples.size == lengths.sum()
@@ -216,7 +217,7 @@ def test_runs_longer_than_a_tile(n):
 def test_runs_without_a_key_stay_where_they_are():
     zero = np.zeros(2, np.int64)
     n = np.array([5, 100])
-    samples, starts = lanes.permute_runs(
+    samples, starts = permute_runs(
         np.array([3, 98]),
         np.array([4, 3]),
         n,
@@ -233,7 +234,7 @@ def test_runs_without_a_key_stay_where_they_are():
 def test_no_runs_at_all(keyed):
     none = np.zeros(0, np.int64)
     key = (none, none) if keyed else None
-    samples, starts = lanes.permute_runs(none, none, none, key, Grid(none, none, none), none, None)
+    samples, starts = permute_runs(none, none, none, key, Grid(none, none, none), none, None)
     assert (samples.size, starts.size) == (0, 0)
 
 
