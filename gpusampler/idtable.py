@@ -37,7 +37,8 @@ class IdTable:
         for attempt in range(_TRIES if ids.size <= CHUNK else 1):
             low, high = derive_key(0, _PURPOSE, attempt, 0)
             factor = np.uint64((high << 32) | low | 1)
-            filled = np.bincount((ids.view(np.uint64) * factor) >> self._shift, minlength=1 << bits)
+            bucket = ((ids.view(np.uint64) * factor) >> self._shift).astype(np.int64)
+            filled = np.bincount(bucket, minlength=1 << bits)
             if best is None or int(filled.max()) < best[0]:
                 best = int(filled.max()), factor, filled
         assert best is not None
