@@ -7,11 +7,12 @@ algorithms elsewhere take the namespace from here and never ask which library it
 from __future__ import annotations
 
 import sys
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from importlib import import_module
 from importlib.util import find_spec
 from types import ModuleType
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -78,6 +79,15 @@ def is_integer(array: Any) -> bool:
     return dtype_name(array).startswith(("int", "uint"))
 
 
+def as_signed(array: Any) -> Any:
+    """Return the bits of a uint64 array as int64, without a copy."""
+    if library_of(array) == "torch":
+        import torch
+
+        return array.view(torch.int64)
+    return array.view(np.int64)
+
+
 def device_of(array: Any) -> Device:
     """Return the device of a NumPy, torch or CuPy array."""
     library = library_of(array)
@@ -135,7 +145,17 @@ def parse_device(device: Any) -> Device:
                 f"got {name!r}"
             )
         return Device("torch", f"cuda:{index}")
-    return Device("torch", str(parsed))
+    if parsed.type == "cpu":
+        return Device("torch", "cpu")
+    try:
+        # The name in full, as arrays that lie there have it: "mps" is "mps:0".
+        there = str(torch.empty(0, device=parsed).device)
+    except (RuntimeError, NotImplementedError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise RuntimeError(f"device must be there: {reason} (got {name!r})") from error
+    if parsed.type == "meta":
+        raise ValueError(f"device must hold values, got {name!r}")
+    return Device("torch", there)
 
 
 def _parse_cupy(name: str) -> Device:
@@ -146,13 +166,19 @@ def _parse_cupy(name: str) -> Device:
             f"device must be there: cupy is not installed, got {name!r}; "
             "install gpusampler[cupy12] or gpusampler[cupy13]"
         ) from error
-    # `import cupy` succeeds without a driver; the first array would raise.
-    if not cupy.cuda.is_available():
-        raise RuntimeError(f"device must be there: cupy sees no CUDA device, got {name!r}")
     _, _, index = name.partition(":")
     if index and not index.isdecimal():
         raise ValueError(f"device must be 'cupy' or 'cupy:<index>', got {name!r}")
-    return Device("cupy", index or str(cupy.cuda.Device().id))
+    # `import cupy` succeeds without a driver, and with a wrong one even the question raises.
+    try:
+        count = cupy.cuda.runtime.getDeviceCount()
+    except cupy.cuda.runtime.CUDARuntimeError as error:
+        raise RuntimeError(
+            f"device must be there: cupy sees no CUDA device ({error}), got {name!r}"
+        ) from error
+    if int(index or 0) >= count:
+        raise RuntimeError(f"device must be there: cupy sees {count} devices, got {name!r}")
+    return Device("cupy", str(int(index)) if index else str(cupy.cuda.Device().id))
 
 
 def default_device() -> Device:
@@ -185,6 +211,18 @@ def process_group() -> tuple[int, int] | None:
 def namespace(device: Device) -> Any:
     """Return the array-api-compat namespace of a device's library."""
     return import_module(f"array_api_compat.{device.library}")
+
+
+def on(device: Device) -> AbstractContextManager[Any]:
+    """Return the context in which a library's functions work on ``device``.
+
+    CuPy makes new arrays on the current device, whatever its functions are told.
+    """
+    if device.library != "cupy":
+        return nullcontext()
+    import cupy
+
+    return cast("AbstractContextManager[Any]", cupy.cuda.Device(int(device.name)))
 
 
 def device_handle(device: Device) -> Any:
@@ -232,8 +270,11 @@ def to_device(array: Any, device: Device) -> Any:
 def _from_numpy(array: NDArray[Any]) -> Any:
     import torch
 
-    # torch warns of, and could write through, a view of read-only memory.
-    return torch.from_numpy(array if array.flags.writeable else array.copy())
+    # torch warns of, and could write through, a view of read-only memory; it knows no negative
+    # strides.
+    if not array.flags.writeable or any(stride < 0 for stride in array.strides):
+        array = array.copy()
+    return torch.from_numpy(array)
 
 
 def tensor_from_numpy(array: NDArray[Any]) -> Any:
@@ -245,11 +286,8 @@ def tensor_from_numpy(array: NDArray[Any]) -> Any:
 
 def stable_argsort(array: Any) -> Any:
     """Return the stable ascending argsort of a 1-D array as int64, on its device."""
-    if library_of(array) == "torch":
-        # On CUDA the default is not stable.
-        return array.argsort(stable=True)
-    # CuPy's argsort is a stable radix sort, whatever its kind is called.
-    return array.argsort(kind="stable")
+    # Libraries differ in what their own method takes, and in whether its default is stable.
+    return namespace(device_of(array)).argsort(array, stable=True)
 
 
 def unique_consecutive(array: Any) -> tuple[Any, Any]:

@@ -17,7 +17,7 @@ from gpusampler import arrays, fingerprint
 from gpusampler.arrays import HOST, Device, Int64
 from gpusampler.sorting import group_on_device, group_on_host
 from gpusampler.splitting import checked_fractions, split_patches, split_samples
-from gpusampler.validation import as_int64, checked_choice, checked_ids, checked_seed
+from gpusampler.validation import as_int64, checked_choice, checked_ids, checked_int, checked_seed
 
 MAX_PATCH = 1 << 31
 """A patch holds fewer samples than this, so that its positions fit in 31 bits."""
@@ -89,6 +89,7 @@ class PatchGroups:
         self.order = order
         self.device = device
         self.source_size = source_size
+        self._num_samples = int(counts.sum())
         self._fingerprint = fingerprint
 
     @classmethod
@@ -174,8 +175,9 @@ class PatchGroups:
         same = np.flatnonzero(np.diff(ids[by_id]) == 0)
         if same.size:
             raise ValueError(f"patch_ids must be distinct, got {int(ids[by_id][same[0]])} twice")
-        if sizes.size and float(sizes.astype(np.float64).sum()) >= 2.0**62:
-            raise ValueError("counts must add up to less than 2**62 samples")
+        total = float(sizes.astype(np.float64).sum())
+        if total >= 2.0**62:
+            raise ValueError(f"counts must add up to less than 2**62 samples, got {total:g}")
         starts = np.cumsum(sizes) - sizes
         kept = by_id[sizes[by_id] > 0]
         if kept.size == 0:
@@ -190,7 +192,7 @@ class PatchGroups:
     @property
     def num_samples(self) -> int:
         """Number of samples N in these groups."""
-        return int(self.counts.sum())
+        return self._num_samples
 
     @property
     def offsets(self) -> Int64:
@@ -228,7 +230,10 @@ class PatchGroups:
         ------
         KeyError
             If there is no such patch.
+        TypeError, ValueError
+            If ``patch_id`` is no int64 integer.
         """
+        patch_id = checked_int(patch_id, "patch_id", least=-(1 << 63), below=1 << 63)
         group = int(np.searchsorted(self.patch_ids, patch_id))
         if group == self.num_patches or int(self.patch_ids[group]) != patch_id:
             raise KeyError(
@@ -266,12 +271,7 @@ class PatchGroups:
         samples = chosen if found.order is None else chosen[found.order]
         offsets = np.cumsum(found.counts) - found.counts
         if found.order is None:
-            samples = np.concatenate(
-                [
-                    samples[start : start + count]
-                    for start, count in zip(found.starts, found.counts, strict=True)
-                ]
-            )
+            samples = samples[_places(found.starts, found.counts)]
         first, last = samples[offsets], samples[offsets + found.counts - 1]
         if bool((last - first + 1 == found.counts).all()):
             return self._like(patch_ids, found.counts, first, None)
@@ -328,10 +328,8 @@ class PatchGroups:
         counts, starts = self.counts[groups], self.starts[groups]
         if self.order is None:
             return self._like(self.patch_ids[groups], counts, starts, None)
-        order = arrays.to_numpy(self.order)
-        offsets = np.cumsum(counts) - counts
-        taken = order[np.repeat(starts - offsets, counts) + np.arange(int(counts.sum()))]
-        return self._like(self.patch_ids[groups], counts, offsets, taken)
+        taken = arrays.to_numpy(self.order)[_places(starts, counts)]
+        return self._like(self.patch_ids[groups], counts, np.cumsum(counts) - counts, taken)
 
     def _like(self, patch_ids: Int64, counts: Int64, starts: Int64, order: Any) -> PatchGroups:
         if order is not None:
@@ -400,6 +398,12 @@ class PatchGroups:
         state["order"] = None if self.order is None else arrays.to_numpy(self.order)
         state["device"] = HOST
         return state
+
+
+def _places(starts: Int64, counts: Int64) -> Int64:
+    """Return the places of runs, end to end: int64, shape (sum of counts,)."""
+    offsets = np.cumsum(counts) - counts
+    return np.repeat(starts - offsets, counts) + np.arange(int(counts.sum()))
 
 
 def _read_only(table: Int64) -> Int64:

@@ -54,7 +54,7 @@ class EpochIterator(Iterator[T], Generic[T]):
 
     The epoch, and where in it to start, are bound when the first batch is drawn (a DataLoader
     calls ``iter`` more often than it draws). It has a ``state_dict`` of its own, interchangeable
-    with the sampler's.
+    with the sampler's. One thread at a time may draw from it.
     """
 
     def __init__(self, progress: Progress, output: str, epoch: int | None = None) -> None:
@@ -174,7 +174,9 @@ def _as_numpy(plan: EpochPlan, block: RaggedBlock) -> list[Any]:
 
 
 def _as_tensors(plan: EpochPlan, block: RaggedBlock) -> list[Any]:
-    return _views(arrays.tensor_from_numpy(arrays.to_numpy(block.samples)), block)
+    # Each has memory of its own: a tensor that is sent to a worker takes its whole storage along.
+    views = _views(arrays.to_numpy(block.samples), block)
+    return [arrays.tensor_from_numpy(view.copy()) for view in views]
 
 
 def _as_batches(plan: EpochPlan, block: RaggedBlock) -> list[Batch]:

@@ -171,7 +171,12 @@ class EpochPlan:
         self.max_batch_size = self._tables.max_batch_size
         self._on_device: Reference | None = None
         self._host_order: Any = None
-        self._patch_order: tuple[int, Int64, Int64] | None = None
+        self._patch_orders: dict[int, tuple[Int64, Int64]] = {}
+
+    @property
+    def _works_on_host(self) -> bool:
+        # A DataLoader's worker must not touch a GPU: NumPy makes the same batches there.
+        return self.device.on_host or arrays.in_worker()
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -204,7 +209,7 @@ class EpochPlan:
         """
         plan = copy.copy(self)
         plan.seed = checked_seed(seed)
-        plan._patch_order = None
+        plan._patch_orders = {}
         return plan
 
     def evaluate(self, epoch: int, slots: Any) -> BatchBlock:
@@ -231,12 +236,15 @@ class EpochPlan:
             If one is out of range, or ``slots`` is not 1-D.
         """
         epoch = checked_int(epoch, "epoch", least=0, below=EPOCHS)
-        if self.device.on_host:
+        if self._works_on_host:
             block = self._evaluate_on_host(epoch, self._checked_slots(slots))
-            return BatchBlock(*(arrays.to_device(part, self.device) for part in block))
+            where = self.device if self.device.on_host else HOST
+            return BatchBlock(*(arrays.to_device(part, where) for part in block))
         if arrays.library_of(slots) is None or arrays.device_of(slots) != self.device:
             slots = arrays.to_device(self._checked_slots(slots), self.device)
-        return self.evaluate_reference(epoch, slots)
+        self._check_kind(slots)
+        xp = arrays.namespace(self.device)
+        return self.evaluate_reference(epoch, xp.astype(slots, xp.int64, copy=False))
 
     def evaluate_ragged(self, epoch: int, slots: Int64) -> RaggedBlock:
         """Return the batches at some slots as iteration hands them out, without a check.
@@ -251,7 +259,7 @@ class EpochPlan:
 
     def batches_at(self, epoch: int, at: Located) -> RaggedBlock:
         """Return the batches that `locate` found (the second half of `evaluate_ragged`)."""
-        if self.device.on_host:
+        if self._works_on_host:
             samples, starts = self._samples(epoch, at, at.size)
         else:
             samples = self._reference().ragged(self.seed, epoch, at.group, at.j, at.size)
@@ -262,7 +270,7 @@ class EpochPlan:
         """Return which batch of which patch slots lead to: NumPy, on the small host tables."""
         tables = self._tables
         if not self.interleave:
-            _, patches, before = self._patches_of(epoch)
+            patches, before = self._patches_of(epoch)
             place = np.searchsorted(before, slots, side="right") - 1
             group, j = patches[place], slots - before[place]
         else:
@@ -284,17 +292,20 @@ class EpochPlan:
         xp = arrays.namespace(HOST)
         return np.asarray(permute(xp, slots, size, key, grid, size, size))
 
-    def _patches_of(self, epoch: int) -> tuple[int, Int64, Int64]:
-        """Patches in this epoch's order, and the slots before each; kept for the last epoch."""
-        if self._patch_order is None or self._patch_order[0] != epoch:
+    def _patches_of(self, epoch: int) -> tuple[Int64, Int64]:
+        """Patches in an epoch's order, and the slots before each; the last two are kept."""
+        found = self._patch_orders.get(epoch)
+        if found is None:
             tables = self._tables
             patches = np.arange(tables.counts.size, dtype=np.int64)
             if self.shuffle_patches:
                 key = derive_key(self.seed, PURPOSE_PATCHES, epoch, 0)
                 patches = lanes.permute_one(patches, patches.size, key, grid_of(patches.size))
             batches = tables.batches[patches]
-            self._patch_order = epoch, patches, np.cumsum(batches) - batches
-        return self._patch_order
+            found = patches, np.cumsum(batches) - batches
+            # Replaced, not changed: another thread may be reading.
+            self._patch_orders = {**dict([*self._patch_orders.items()][-1:]), epoch: found}
+        return found
 
     def _evaluate_on_host(self, epoch: int, slots: Int64) -> BatchBlock:
         at = self.locate(epoch, slots)
@@ -336,7 +347,7 @@ class EpochPlan:
         epoch : int
         slots : int64 array on the plan's device, shape (K,)
         """
-        patch_order = None if self.interleave else self._patches_of(epoch)[1:]
+        patch_order = None if self.interleave else self._patches_of(epoch)
         return BatchBlock(*self._reference().block(self.seed, epoch, slots, patch_order))
 
     def _reference(self) -> Reference:
@@ -355,21 +366,25 @@ class EpochPlan:
         if arrays.library_of(slots) is None:
             slots = np.asarray(slots)
         slots = arrays.to_numpy(slots)
-        if slots.ndim != 1:
-            raise ValueError(f"slots must be 1-D, got shape {slots.shape}")
-        if slots.size == 0:
+        if slots.size == 0 and slots.ndim == 1:
             return np.zeros(0, np.int64)
-        if slots.dtype.kind not in "iu":
-            raise TypeError(f"slots must be integers, got dtype {slots.dtype}")
+        self._check_kind(slots)
         for extreme in (int(slots.min()), int(slots.max())):
             if not 0 <= extreme < self.num_batches:
                 raise ValueError(f"slots must be in 0 .. {self.num_batches - 1}, got {extreme}")
         return np.asarray(slots, np.int64)
 
+    @staticmethod
+    def _check_kind(slots: Any) -> None:
+        if slots.ndim != 1:
+            raise ValueError(f"slots must be 1-D, got shape {tuple(slots.shape)}")
+        if not arrays.is_integer(slots):
+            raise TypeError(f"slots must be integers, got dtype {arrays.dtype_name(slots)}")
+
     def __getstate__(self) -> dict[str, Any]:
         """Travel without live device memory; it is rebuilt at first use."""
         state = self.__dict__.copy()
-        state.update(_on_device=None, _host_order=None, _patch_order=None)
+        state.update(_on_device=None, _host_order=None, _patch_orders={})
         return state
 
     def __repr__(self) -> str:

@@ -45,7 +45,9 @@ class Reference:
     ) -> None:
         self._device = device
         self._xp = arrays.namespace(device)
-        self._tables = tables.on(device, order)
+        with arrays.on(device):
+            self._tables = tables.on(device, order)
+        self._patch_order: tuple[Any, Any] | None = None
         self._shuffle_within_batches = shuffle_within_batches
         self._shuffle_patches = shuffle_patches
 
@@ -57,22 +59,24 @@ class Reference:
         ``patch_order`` is None where batches are interleaved; else the patches in this epoch's
         order, and the slots before each.
         """
-        xp, tables = self._xp, self._tables
-        group, j = self._locate(seed, epoch, slots, patch_order)
-        size = tables.sizes[group]
-        length = xp.minimum(size, tables.counts[group] - j * size)
-        column = self._numbers(tables.max_batch_size)
-        position = (j * size)[:, None] + column[None, :]
-        return self._samples(seed, epoch, group[:, None], position), length, group
+        tables = self._tables
+        with arrays.on(self._device):
+            group, j = self._locate(seed, epoch, slots, patch_order)
+            size = tables.sizes[group]
+            length = self._xp.minimum(size, tables.counts[group] - j * size)
+            column = self._numbers(tables.max_batch_size)
+            position = (j * size)[:, None] + column[None, :]
+            return self._samples(seed, epoch, group[:, None], position), length, group
 
     def ragged(self, seed: int, epoch: int, group: Int64, j: Int64, sizes: Int64) -> Any:
         """Return the samples of batches end to end, ``sizes`` of each; the arguments are NumPy."""
         total = int(sizes.sum())
         group, j, sizes = (arrays.to_device(part, self._device) for part in (group, j, sizes))
-        row = arrays.repeat_rows(sizes, total)
-        before = self._xp.cumulative_sum(sizes) - sizes
-        position = (j * self._tables.sizes[group] - before)[row] + self._numbers(total)
-        return self._samples(seed, epoch, group[row], position)
+        with arrays.on(self._device):
+            row = arrays.repeat_rows(sizes, total)
+            before = self._xp.cumulative_sum(sizes) - sizes
+            position = (j * self._tables.sizes[group] - before)[row] + self._numbers(total)
+            return self._samples(seed, epoch, group[row], position)
 
     def _numbers(self, count: int) -> Any:
         handle = arrays.device_handle(self._device)
@@ -84,7 +88,7 @@ class Reference:
         """Return the patch, and which batch of it, that each slot leads to."""
         xp, tables = self._xp, self._tables
         if patch_order is not None:
-            patches, before = (arrays.to_device(part, self._device) for part in patch_order)
+            patches, before = self._uploaded(patch_order)
             place = xp.searchsorted(before, slots, side="right") - 1
             return patches[place], slots - before[place]
         size = tables.num_batches
@@ -96,6 +100,14 @@ class Reference:
             slots = permute(xp, slots, full(slots, size), lane_key, grid, size, size)
         group = xp.searchsorted(tables.batch_offsets, slots, side="right") - 1
         return group, slots - tables.batch_offsets[group]
+
+    def _uploaded(self, patch_order: tuple[Int64, Int64]) -> list[Any]:
+        """Return an epoch's order of the patches on the device; the last one is kept."""
+        if self._patch_order is None or self._patch_order[0] is not patch_order:
+            there = [arrays.to_device(part, self._device) for part in patch_order]
+            self._patch_order = patch_order, there
+        uploaded: list[Any] = self._patch_order[1]
+        return uploaded
 
     def _samples(self, seed: int, epoch: int, group: Any, position: Any) -> Any:
         """Return the samples at positions (any, from 0 on) of groups; the two broadcast."""

@@ -1,9 +1,10 @@
 """Sorting samples by patch: the work behind `PatchGroups`.
 
 On the host it is a stable counting sort in chunks: every chunk is sorted by an 8- or 16-bit key
-while it lies in cache, then written to where its samples belong. Nothing but the result is as
-large as the input, and the input is read in order, so a memory map will do. Above 65,536 keys it
-takes a second pass for the high digit.
+while it lies in cache, then written to where its samples belong. Up to 65,536 patches of dense ids
+nothing but the result is as large as the input, and the input is read in order, so a memory map
+will do. Sparse ids are first numbered, in one to four bytes a sample; above 65,536 keys a second
+pass sorts by the high digit, with another order of the result's size.
 
 On a device it is one stable argsort of the narrowest type, and unique_consecutive.
 """
@@ -17,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gpusampler import arrays, fingerprint
-from gpusampler.arrays import Int64
+from gpusampler.arrays import Device, Int64
 from gpusampler.idtable import IdTable, distinct_ids
 
 DIGIT = 1 << 16
@@ -52,7 +53,8 @@ def group_on_host(ids: NDArray[Any]) -> Grouped:
     low, high = int(ids.min()), int(ids.max())
     span = high - low + 1
     keys: NDArray[Any] = ids
-    if span <= max(DIGIT, ids.size):
+    # The histogram of a wide span costs more than a table of the ids that are there.
+    if span <= DIGIT or span <= min(ids.size // 8, 1 << 32):
         histogram, order = counting_sort(ids, low, span)
         patch_ids = np.flatnonzero(histogram)
         counts = histogram[patch_ids]
@@ -92,7 +94,7 @@ def counting_sort(ids: NDArray[Any], low: int, span: int) -> tuple[Int64, NDArra
     ----------
     ids : integer array, shape (N,)
     low, span : int
-        The span is at most ``max(2**16, N)`` and below 2**32.
+        The span is at most 2**32.
 
     Returns
     -------
@@ -175,6 +177,11 @@ def group_on_device(ids: Any) -> Grouped:
         If there are 2**31 samples or more: a device's sort takes no more at once.
     """
     device = arrays.device_of(ids)
+    with arrays.on(device):
+        return _group_on(device, ids)
+
+
+def _group_on(device: Device, ids: Any) -> Grouped:
     xp = arrays.namespace(device)
     size = int(ids.shape[0])
     if size >= INT32_SAMPLES:

@@ -52,7 +52,7 @@ def resolve(source: Any, *, progress: bool = True) -> tuple[PatchGroups, bool]:
     if arrays.library_of(source) is not None:
         return PatchGroups.from_ids(source), True
     if _is_ids(source):
-        return PatchGroups.from_ids(np.asarray(source)), False
+        return PatchGroups.from_ids(source), False
     ids = dataset_patch_ids(source, progress=progress)
     return PatchGroups.from_ids(ids), not arrays.device_of(ids).on_host
 
@@ -63,7 +63,7 @@ def _is_ids(source: Any) -> bool:
         return True
     if not isinstance(source, (list, tuple)):
         return False
-    return all(isinstance(item, (int, float, np.generic)) for item in source[:1])
+    return all(isinstance(item, (int, float, np.generic, list, tuple)) for item in source[:1])
 
 
 def dataset_patch_ids(dataset: Any, *, progress: bool = True) -> Any:

@@ -24,8 +24,11 @@ _GOLDEN = 0.6180339887498949
 
 
 def checked_fractions(fractions: Iterable[float]) -> NDArray[np.float64]:
-    """Return the parts' shares, shape (P,), or raise ValueError."""
-    parts = np.asarray(list(fractions), np.float64)
+    """Return the parts' shares, shape (P,), or raise TypeError or ValueError."""
+    try:
+        parts = np.asarray(list(fractions), np.float64)
+    except (TypeError, ValueError):
+        raise TypeError(f"fractions must be a sequence of numbers, got {fractions!r}") from None
     if parts.size == 0 or not (np.isfinite(parts).all() and (parts > 0).all()):
         raise ValueError(f"fractions must each be > 0, got {parts.tolist()}")
     if abs(float(parts.sum()) - 1.0) > 1e-6:

@@ -66,6 +66,8 @@ class Progress:
         self._passes = 0
         self._epoch_chosen = False
         self._warned = False
+        # Taken now, not at the first state_dict: it may need a pass over all samples.
+        self._fingerprint = fingerprint_of(plan)
 
     def steps_from(self, slot: int) -> int:
         """Return how many batches a rank has from a global slot on; equal on all ranks."""
@@ -134,8 +136,9 @@ class Progress:
 
     def pending_state(self, step: int | None = None) -> dict[str, Any]:
         """Return the state of the next pass, after ``step`` of its batches."""
-        share = self.share(*(self._loaded or (self.epoch, self._slot)))
-        return self.state_after(share, 0 if step is None else step)
+        if step is None and self._loaded is not None:
+            return self.state_after(self.share(*self._loaded), 0)
+        return self.state_after(self.pending(), 0 if step is None else step)
 
     def state_after(self, share: Share, steps: int) -> dict[str, Any]:
         """Return the state after some steps of a share: a fresh dictionary of plain values."""
@@ -147,7 +150,7 @@ class Progress:
             "epoch": share.epoch,
             "slot": slot if share.steps else share.plan.num_batches,
             "seed": share.plan.seed,
-            "fingerprint": fingerprint_of(share.plan),
+            "fingerprint": dict(self._fingerprint),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -155,7 +158,7 @@ class Progress:
         epoch, slot = self._checked(state)
         self._begun = None
         self._loaded = epoch, slot
-        finished = slot == self.plan.num_batches
+        finished = self.steps_from(slot) == 0
         self.epoch, self._slot = (epoch + 1, 0) if finished else (epoch, slot)
         self._epoch_chosen = True
 
@@ -170,7 +173,7 @@ class Progress:
             raise ValueError(
                 f"state_dict must have format version {STATE_VERSION}, got {state['version']!r}"
             )
-        _check_fingerprint(state["fingerprint"], fingerprint_of(self.plan))
+        _check_fingerprint(state["fingerprint"], self._fingerprint)
         seed = checked_seed(state["seed"])
         if seed != self.plan.seed and self._seed_given:
             raise ValueError(

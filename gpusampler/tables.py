@@ -68,6 +68,7 @@ class PatchTables:
                 f"{batch_size}: all {counts.size} patches are smaller (the largest has "
                 f"{int(counts.max())} samples), so no batch is left"
             )
+        batches.flags.writeable = False
         filled = sizes if partial == "pad" else np.minimum(sizes, counts)
         return cls(
             counts=counts,

@@ -65,16 +65,16 @@ def checked_ids(ids: Any) -> Any:
     ValueError
         If they are not 1-D, are empty, or do not fit.
     """
-    if arrays.library_of(ids) is None:
-        try:
-            ids = np.asarray(ids)
-        except (ValueError, OverflowError) as error:
-            raise ValueError(f"ids must be a 1-D array of int64 integers: {error}") from error
+    given = ids
+    ids = _as_array(ids, "ids")
+    if isinstance(ids, np.ma.MaskedArray):
+        raise TypeError("ids must have a value for every sample, got a masked array")
     if len(ids.shape) != 1:
         raise ValueError(f"ids must be 1-D, one id a sample, got shape {tuple(ids.shape)}")
     if int(ids.shape[0]) == 0:
         raise ValueError("ids must name at least one sample, got none")
     if not arrays.is_integer(ids):
+        _check_python_integers(given, "ids")
         raise TypeError(f"ids must be integers, got dtype {str(ids.dtype).rpartition('.')[2]}")
     _check_fits(ids, "ids")
     return ids
@@ -82,20 +82,37 @@ def checked_ids(ids: Any) -> Any:
 
 def as_int64(values: Any, name: str) -> Int64:
     """Return an argument as a 1-D int64 NumPy array, a copy, or raise TypeError or ValueError."""
-    array: NDArray[Any] = arrays.to_numpy(values)
+    array: NDArray[Any] = arrays.to_numpy(_as_array(values, name))
     if array.ndim != 1:
         raise ValueError(f"{name} must be 1-D, got shape {array.shape}")
     if array.size == 0:
         return array.astype(np.int64)
     if not arrays.is_integer(array):
+        _check_python_integers(values, name)
         raise TypeError(f"{name} must be integers, got dtype {array.dtype}")
     _check_fits(array, name)
     return array.astype(np.int64)
 
 
+def _as_array(values: Any, name: str) -> Any:
+    if arrays.library_of(values) is not None:
+        return values
+    try:
+        return np.asarray(values)
+    except (ValueError, OverflowError) as error:
+        raise ValueError(f"{name} must be a 1-D array of int64 integers: {error}") from error
+
+
+def _check_python_integers(values: Any, name: str) -> None:
+    """Tell a list of integers that NumPy made objects or floats of, for want of a wider type."""
+    if isinstance(values, (list, tuple)) and all(type(value) is int for value in values):
+        largest = max(values, key=abs)
+        raise ValueError(f"{name} must fit in int64, got {largest}")
+
+
 def _check_fits(array: Any, name: str) -> None:
     # Nothing else is wider than int64 on one side only.
     if arrays.dtype_name(array) == "uint64":
-        largest = int(arrays.to_numpy(array).max())
-        if largest >= 1 << 63:
-            raise ValueError(f"{name} must fit in int64, got {largest}")
+        smallest = int(arrays.as_signed(array).min())
+        if smallest < 0:
+            raise ValueError(f"{name} must fit in int64, got {smallest + (1 << 64)}")
