@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -77,6 +78,23 @@ def _need(task: str, *modules: str) -> None:
         raise Refusal(f"{task} needs {', '.join(missing)}: pip install 'gpusampler[demo]'")
 
 
+@contextmanager
+def _ending_at_once() -> Iterator[None]:
+    """Let Ctrl-C end the process at once while large libraries are imported.
+
+    Broken off in an import, they turn a KeyboardInterrupt into errors of their own. Nothing has
+    been written yet.
+    """
+    if signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
+        yield  # someone has other plans for it
+        return
+    signal.signal(signal.SIGINT, lambda number, frame: os._exit(INTERRUPTED))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
 _DIRECTORY = click.Path(path_type=Path)
 
 
@@ -111,8 +129,14 @@ def cli() -> None:
 def demo(out: Path, epochs: int, batch_size: int, data: Path | None, seed: int) -> None:
     """Train a GINO on groundwater patches, about a quarter of a minute."""
     _need("the demo", "torch", "neuralop", "matplotlib")
-    from gpusampler.demo.job import PICTURE, REPORT, run_demo
-    from gpusampler.demo.loading import load
+    with _ending_at_once():
+        import matplotlib.figure  # noqa: F401
+
+        from gpusampler.demo.gino import import_gino
+        from gpusampler.demo.job import PICTURE, REPORT, run_demo
+        from gpusampler.demo.loading import load
+
+        import_gino()
 
     with _refusing():
         loaded = load(data)

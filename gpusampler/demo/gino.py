@@ -44,7 +44,8 @@ class GinoConfig:
     out_radius: float = 0.2
 
 
-def _import_gino() -> Any:
+def import_gino() -> Any:
+    """Return the class `neuralop.models.GINO`, leaving the caller's warning filters as they are."""
     # neuralop puts warnings.filterwarnings("once") in front of the caller's filters on import.
     with warnings.catch_warnings():
         from neuralop.models import GINO
@@ -96,7 +97,7 @@ class PatchGino:
         import torch
 
         config = GinoConfig() if config is None else config
-        gino = _import_gino()
+        gino = import_gino()
         channels = inputs * columns
         with torch.random.fork_rng(devices=[]):
             torch.random.manual_seed(seed)
@@ -233,7 +234,7 @@ def fast_segment_csr() -> Iterator[None]:
     """
     from importlib import import_module
 
-    _import_gino()
+    import_gino()
     # The package's attribute of that name may be the function: ask for the module.
     module: Any = import_module("neuralop.layers.integral_transform")
     original = module.segment_csr
