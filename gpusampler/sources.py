@@ -58,8 +58,9 @@ def resolve(source: Any, *, progress: bool = True) -> tuple[PatchGroups, bool]:
 
 
 def _is_ids(source: Any) -> bool:
-    """Whether a source is a plain sequence of numbers, not a list of samples."""
-    if isinstance(source, range):
+    """Whether a source is numbers in a list or a column, not a dataset or a list of samples."""
+    # A column of a table (pandas, polars, Arrow) says that it is an array by this method.
+    if isinstance(source, range) or hasattr(source, "__array__"):
         return True
     if not isinstance(source, (list, tuple)):
         return False

@@ -388,3 +388,25 @@ def test_floats_in_a_part_of_a_concatenation():
     problem = "part of ConcatDataset must be integers, got dtype float64"
     with pytest.raises(TypeError, match=problem):
         groups_of(data.ConcatDataset([ByMethod(IDS), ByMethod(np.array([0.5]))]))
+
+
+class Column:
+    """What a table's column looks like: indexable, and an array when asked."""
+
+    def __init__(self, values):
+        self.values = values
+
+    def __len__(self):
+        return len(self.values)
+
+    def __getitem__(self, i):
+        return self.values[i]
+
+    def __array__(self, dtype=None, copy=None):
+        return np.array(self.values, dtype=dtype)
+
+
+def test_a_column_of_a_table_is_ids():
+    assert groups_of(Column([3, 1, 3])).patch_ids.tolist() == [1, 3]
+    with pytest.raises(TypeError, match="ids must be integers, got dtype float64"):
+        groups_of(Column([0.5]))
