@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 
 
@@ -15,7 +16,7 @@ def main() -> None:
         interrupted.
     """
     try:
-        from gpusampler.cli import cli
+        from gpusampler.cli import INTERRUPTED, cli
     except ModuleNotFoundError as error:
         if error.name != "click":
             raise
@@ -23,7 +24,16 @@ def main() -> None:
         raise SystemExit(2) from None
     except KeyboardInterrupt:  # while importing; the commands see to it themselves
         raise SystemExit(130) from None
-    cli.main(prog_name="gpusampler")
+    try:
+        cli.main(prog_name="gpusampler")
+    except SystemExit as end:
+        if end.code == INTERRUPTED:
+            # CPython remembers a Ctrl-C that passed through exec'd source (a library that makes a
+            # dataclass), though it was handled, and would end by the signal instead of the code.
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(INTERRUPTED)
+        raise
 
 
 if __name__ == "__main__":

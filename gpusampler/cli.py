@@ -54,7 +54,20 @@ class OneLineErrors(click.Group):
             # The reader (head, less) went away. Nothing may be flushed into the pipe at exit.
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             sys.exit(1)
+        except Exception as error:
+            if _was_interrupted(error):
+                sys.exit(INTERRUPTED)
+            raise
         sys.exit(code if isinstance(code, int) else 0)
+
+
+def _was_interrupted(error: BaseException | None) -> bool:
+    """Whether an error is what became of Ctrl-C, as when it breaks off the making of a class."""
+    while error is not None:
+        if isinstance(error, KeyboardInterrupt):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
 
 
 @contextmanager

@@ -105,6 +105,31 @@ def test_ctrl_c(tmp_path):
     assert stderr.strip() == ""
 
 
+@pytest.mark.skipif(os.name != "posix", reason="signals as on POSIX")
+@pytest.mark.parametrize("source", ["interrupt()", "exec('interrupt()')", "mangled()"])
+def test_ctrl_c_wherever_it_strikes(source, tmp_path):
+    code = (
+        "from gpusampler import cli\n"
+        "def interrupt():\n"
+        "    raise KeyboardInterrupt\n"
+        "def mangled():\n"
+        "    try:\n"
+        "        interrupt()\n"
+        "    except BaseException as error:\n"
+        "        raise RuntimeError('of a library') from error\n"
+        f"cli.cli.commands['inspect'].callback = lambda **_: {source}\n"
+        "import sys; sys.argv = ['gpusampler', 'inspect', 'x', '--batch-size', '4']\n"
+        "from gpusampler.__main__ import main\n"
+        "main()\n"
+    )
+    (tmp_path / "probe.py").write_text(code)
+    done = subprocess.run(
+        [sys.executable, "-m", "probe"], cwd=tmp_path, capture_output=True, text=True
+    )
+    assert done.returncode == 130
+    assert done.stdout == done.stderr.strip() == ""
+
+
 @pytest.mark.skipif(os.name != "posix", reason="pipes as on POSIX")
 def test_a_closed_pipe_is_quiet(tmp_path):
     folder = tmp_path / "ids"
