@@ -17,7 +17,14 @@ from gpusampler import arrays, fingerprint
 from gpusampler.arrays import HOST, Device, Int64
 from gpusampler.sorting import group_on_device, group_on_host
 from gpusampler.splitting import checked_fractions, split_patches, split_samples
-from gpusampler.validation import as_int64, checked_choice, checked_ids, checked_int, checked_seed
+from gpusampler.validation import (
+    as_array,
+    as_int64,
+    checked_choice,
+    checked_ids,
+    checked_int,
+    checked_seed,
+)
 
 MAX_PATCH = 1 << 31
 """A patch holds fewer samples than this, so that its positions fit in 31 bits."""
@@ -345,9 +352,7 @@ class PatchGroups:
         )
 
     def _checked_indices(self, indices: Any) -> Int64:
-        if arrays.library_of(indices) is None:
-            indices = np.asarray(indices)
-        chosen = arrays.to_numpy(indices)
+        chosen = arrays.to_numpy(as_array(indices, "indices"))
         if chosen.dtype == np.bool_:
             if chosen.shape != (self.source_size,):
                 raise ValueError(

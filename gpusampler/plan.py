@@ -28,7 +28,7 @@ from gpusampler.permutation import (
 from gpusampler.reference import Reference
 from gpusampler.runs import permute_runs
 from gpusampler.tables import PatchTables
-from gpusampler.validation import checked_bool, checked_choice, checked_int, checked_seed
+from gpusampler.validation import as_array, checked_bool, checked_choice, checked_int, checked_seed
 
 Partial = Literal["keep", "drop", "pad"]
 PARTIALS = ("keep", "drop", "pad")
@@ -363,9 +363,7 @@ class EpochPlan:
         return self._on_device
 
     def _checked_slots(self, slots: Any) -> Int64:
-        if arrays.library_of(slots) is None:
-            slots = np.asarray(slots)
-        slots = arrays.to_numpy(slots)
+        slots = arrays.to_numpy(as_array(slots, "slots"))
         if slots.size == 0 and slots.ndim == 1:
             return np.zeros(0, np.int64)
         self._check_kind(slots)

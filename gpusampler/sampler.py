@@ -266,7 +266,8 @@ class PatchBatchSampler:
         ----------
         step : int, optional
             Take the position after that many batches of the pass that was begun last, instead of
-            after those that were drawn: a loader that prefetches draws ahead of training.
+            after those that were drawn: a loader that prefetches draws ahead of training. A pass
+            that resumed in the middle of an epoch counts its own batches, from 0.
 
         Returns
         -------
@@ -277,7 +278,7 @@ class PatchBatchSampler:
         Raises
         ------
         TypeError, ValueError
-            If ``step`` is no integer or negative.
+            If ``step`` is no integer, negative, or more than the pass has batches.
         """
         return self._progress.state_dict(step)
 

@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from gpusampler import arrays
 from gpusampler.grouping import PatchGroups
-from gpusampler.validation import as_int64
+from gpusampler.validation import as_array, as_int64
 
 THREADED_ABOVE = 1000
 """Samples above which a dataset is read by a pool of threads, with a progress bar."""
@@ -94,8 +94,7 @@ def dataset_patch_ids(dataset: Any, *, progress: bool = True) -> Any:
     ids = _known_ids(dataset, progress)
     if ids is None:
         return _read_samples(dataset, size, progress)
-    if arrays.library_of(ids) is None:
-        ids = np.asarray(ids)
+    ids = as_array(ids, f"ids of {_name(dataset)}")
     if tuple(ids.shape[:1]) != (size,):
         raise ValueError(
             f"source must give one patch id a sample: {_name(dataset)} has {size} samples, "

@@ -143,6 +143,10 @@ class Progress:
     def state_after(self, share: Share, steps: int) -> dict[str, Any]:
         """Return the state after some steps of a share: a fresh dictionary of plain values."""
         steps = checked_int(steps, "step", least=0)
+        if steps > share.steps:
+            raise ValueError(
+                f"step must be <= {share.steps}, the batches of this pass, got {steps}"
+            )
         # No step of a share is a share that has not begun, even if there are none to do.
         slot = share.slot_after(steps, self.num_replicas) if steps else share.slot
         return {

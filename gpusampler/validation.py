@@ -66,7 +66,7 @@ def checked_ids(ids: Any) -> Any:
         If they are not 1-D, are empty, or do not fit.
     """
     given = ids
-    ids = _as_array(ids, "ids")
+    ids = as_array(ids, "ids")
     if isinstance(ids, np.ma.MaskedArray):
         raise TypeError("ids must have a value for every sample, got a masked array")
     if len(ids.shape) != 1:
@@ -82,7 +82,7 @@ def checked_ids(ids: Any) -> Any:
 
 def as_int64(values: Any, name: str) -> Int64:
     """Return an argument as a 1-D int64 NumPy array, a copy, or raise TypeError or ValueError."""
-    array: NDArray[Any] = arrays.to_numpy(_as_array(values, name))
+    array: NDArray[Any] = arrays.to_numpy(as_array(values, name))
     if array.ndim != 1:
         raise ValueError(f"{name} must be 1-D, got shape {array.shape}")
     if array.size == 0:
@@ -94,9 +94,22 @@ def as_int64(values: Any, name: str) -> Int64:
     return array.astype(np.int64)
 
 
-def _as_array(values: Any, name: str) -> Any:
+def as_array(values: Any, name: str) -> Any:
+    """Return an array of one of the libraries as it is, a list or a column as a NumPy array.
+
+    Raises
+    ------
+    TypeError
+        If it is neither: NumPy would ask a dataset for sample after sample, without an end.
+    ValueError
+        If NumPy can make no array of it.
+    """
     if arrays.library_of(values) is not None:
         return values
+    if not (isinstance(values, (list, tuple, range, int, float)) or hasattr(values, "__array__")):
+        raise TypeError(
+            f"{name} must be an array or a list of integers, got {type(values).__name__}"
+        )
     try:
         return np.asarray(values)
     except (ValueError, OverflowError) as error:

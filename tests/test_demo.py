@@ -190,6 +190,15 @@ def test_bad_arguments(data):
         run_demo("nowhere")
 
 
+def test_divergence_in_training_is_an_error(data, monkeypatch):
+    from gpusampler.demo import train as training
+
+    original = training.batch_loss
+    monkeypatch.setattr(training, "batch_loss", lambda *args: original(*args) * float("nan"))
+    with fast_segment_csr(), pytest.raises(FloatingPointError, match="the loss must stay finite"):
+        training.train(PatchGino(6, 1, 3, 3), data, epochs=1, progress=False)
+
+
 def test_divergence_is_an_error(data):
     from gpusampler.demo.train import train
 
@@ -198,7 +207,7 @@ def test_divergence_is_an_error(data):
         next(model.net.parameters()).fill_(float("nan"))
         for weight in model.net.projection.fcs[-1].parameters():
             weight.fill_(1.0)
-    with fast_segment_csr(), pytest.raises(FloatingPointError, match="the loss must stay finite"):
+    with fast_segment_csr(), pytest.raises(FloatingPointError, match="errors must be finite"):
         train(model, data, epochs=1, batch_size=64, progress=False)
 
 

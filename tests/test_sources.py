@@ -410,3 +410,27 @@ def test_a_column_of_a_table_is_ids():
     assert groups_of(Column([3, 1, 3])) == {1: [1], 3: [0, 2]}
     with pytest.raises(TypeError, match="ids must be integers, got dtype float64"):
         groups_of(Column([0.5]))
+
+
+class Endless:
+    """A dataset whose samples never end for one who does not ask its length."""
+
+    def __len__(self):
+        return 3
+
+    def __getitem__(self, i):
+        return i
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda: PatchGroups.from_ids(Endless()),
+        lambda: PatchGroups.from_counts(Endless()),
+        lambda: PatchGroups.from_ids([1, 2]).select(Endless()),
+        lambda: PatchBatchSampler([1, 2], 1).plan.evaluate(0, Endless()),
+    ],
+)
+def test_a_dataset_where_an_array_is_due_is_refused(call):
+    with pytest.raises(TypeError, match="must be an array or a list of integers, got Endless"):
+        call()

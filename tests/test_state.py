@@ -181,14 +181,22 @@ def test_at_the_end_of_an_epoch_the_slot_is_the_number_of_batches():
     assert (before_stop["epoch"], before_stop["slot"]) == (0, sampler.plan.num_batches)
 
 
-@pytest.mark.parametrize("step", [0, 1, 4, 23, 24, 99])
+@pytest.mark.parametrize("step", [0, 1, 4, 23, 24])
 def test_state_after_a_step_whatever_was_prefetched(step):
     sampler, careful = make(), make()
     list(sampler)
     list(careful)
     draw(iter(sampler), 12)
-    draw(iter(careful), min(step, 24)) if step else careful.set_epoch(1)
+    draw(iter(careful), step) if step else careful.set_epoch(1)
     assert sampler.state_dict(step=step) == careful.state_dict()
+
+
+@pytest.mark.parametrize("drawn", [0, 12])
+def test_a_pass_has_no_more_steps_than_batches(drawn):
+    sampler = make()
+    draw(iter(sampler), drawn)
+    with pytest.raises(ValueError, match="step must be <= 24, the batches of this pass, got 25"):
+        sampler.state_dict(step=25)
 
 
 def test_state_after_a_step_before_the_first_batch():

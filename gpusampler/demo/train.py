@@ -110,6 +110,11 @@ def probe(model: PatchGino, data: DemoData, batch_size: int) -> Probe:
                 sums[place] += error.mean() * len(truth)
                 sums[place + 2] += error[..., head].mean() * unit**2 * len(truth)
             count += len(truth)
+    if not bool(torch.isfinite(sums).all()):
+        raise FloatingPointError(
+            "the probe's errors must be finite: the held-out steps hold NaN or infinity, or "
+            "training diverged"
+        )
     return Probe(*(sums / count).tolist())
 
 
