@@ -220,9 +220,7 @@ def on(device: Device) -> AbstractContextManager[Any]:
     """
     if device.library != "cupy":
         return nullcontext()
-    import cupy
-
-    return cast("AbstractContextManager[Any]", cupy.cuda.Device(int(device.name)))
+    return cast("AbstractContextManager[Any]", device_handle(device))
 
 
 def device_handle(device: Device) -> Any:
@@ -261,20 +259,18 @@ def to_device(array: Any, device: Device) -> Any:
         return tensor.to(device.name)
     import cupy
 
-    with cupy.cuda.Device(int(device.name)):
+    with on(device):
         if library_of(array) == "torch" and array.is_cuda:
             return cupy.from_dlpack(array)
         return cupy.asarray(to_numpy(array))
 
 
 def _from_numpy(array: NDArray[Any]) -> Any:
-    import torch
-
     # torch warns of, and could write through, a view of read-only memory; it knows no negative
     # strides.
     if not array.flags.writeable or any(stride < 0 for stride in array.strides):
         array = array.copy()
-    return torch.from_numpy(array)
+    return tensor_from_numpy(array)
 
 
 def tensor_from_numpy(array: NDArray[Any]) -> Any:

@@ -10,6 +10,8 @@ import numpy as np
 from gpusampler.arrays import Int64
 from gpusampler.plan import EpochPlan
 
+_COUNTED = ("counts", "seen_once", "repeated", "missed", "batches")
+
 
 @dataclass(frozen=True, eq=False)
 class Coverage:
@@ -47,14 +49,12 @@ class Coverage:
 
     def totals(self) -> dict[str, int]:
         """Return the sums over all patches, as plain integers."""
-        names = ("counts", "seen_once", "repeated", "missed", "batches")
-        return {name: int(getattr(self, name).sum()) for name in names}
+        return {name: int(getattr(self, name).sum()) for name in _COUNTED}
 
     def __iter__(self) -> Iterator[dict[str, int]]:
         """Yield one mapping a patch."""
-        names = ("counts", "seen_once", "repeated", "missed", "batches")
         for group, patch_id in enumerate(self.patch_ids.tolist()):
-            row = {name: int(getattr(self, name)[group]) for name in names}
+            row = {name: int(getattr(self, name)[group]) for name in _COUNTED}
             yield {"patch_id": patch_id, **row}
 
     def __len__(self) -> int:
