@@ -195,6 +195,21 @@ def in_worker() -> bool:
     return data is not None and data.get_worker_info() is not None
 
 
+def is_compiling() -> bool:
+    """Whether torch.compile is tracing the caller."""
+    torch = loaded("torch")
+    return torch is not None and bool(torch.compiler.is_compiling())
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that a device's memory has run out."""
+    torch, cupy = loaded("torch"), loaded("cupy")
+    return isinstance(error, MemoryError) or (
+        (torch is not None and isinstance(error, torch.cuda.OutOfMemoryError))
+        or (cupy is not None and isinstance(error, cupy.cuda.memory.OutOfMemoryError))
+    )
+
+
 def has_torch() -> bool:
     """Whether torch can be imported."""
     return find_spec("torch") is not None
@@ -278,6 +293,22 @@ def tensor_from_numpy(array: NDArray[Any]) -> Any:
     import torch
 
     return torch.from_numpy(array)
+
+
+def upload(array: NDArray[Any], device: Device) -> Any:
+    """Return a NumPy array on ``device`` without waiting for the copy, where that is possible."""
+    if device.library == "torch" and device.name.startswith("cuda"):
+        # The allocator of pinned memory keeps it until the copy is done; CuPy does so by itself.
+        pinned = _from_numpy(np.ascontiguousarray(array)).pin_memory()
+        return pinned.to(device.name, non_blocking=True)
+    return to_device(array, device)
+
+
+def contiguous(array: Any) -> Any:
+    """Return a 1-D array whose elements lie side by side: itself, or a copy on its device."""
+    if library_of(array) == "torch":
+        return array.contiguous()
+    return array if array.flags.c_contiguous else array.copy()
 
 
 def stable_argsort(array: Any) -> Any:

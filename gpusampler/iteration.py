@@ -9,8 +9,9 @@ from typing import Any, Generic, NamedTuple, TypeVar
 import numpy as np
 
 from gpusampler import arrays
-from gpusampler.plan import EpochPlan, Located, RaggedBlock
+from gpusampler.plan import EpochPlan, RaggedBlock
 from gpusampler.state import Progress, Share
+from gpusampler.tables import Located
 
 FIRST_LANES = 1 << 9
 MOST_LANES = 1 << 15

@@ -79,6 +79,16 @@ def absorb_pair(state: tuple[Any, Any], value: Any) -> tuple[Any, Any]:
     return absorb(absorb(state, value & MASK), (value >> 32) & MASK)
 
 
+def seed_state(seed: int, purpose: int) -> tuple[int, int]:
+    """State of the keys of one (seed, purpose): what `key_of` goes on from."""
+    return absorb(absorb_pair(KEY_START, seed), purpose)
+
+
+def key_of(state: tuple[Any, Any], pass_: Any, group: Any) -> tuple[Any, Any]:
+    """Key of one permutation, from its `seed_state`; arguments as for `derive_key`."""
+    return absorb_pair(absorb_pair(state, pass_), group)
+
+
 def derive_key(seed: int, purpose: int, pass_: Any, group: Any) -> tuple[Any, Any]:
     """Key of one permutation.
 
@@ -100,8 +110,21 @@ def derive_key(seed: int, purpose: int, pass_: Any, group: Any) -> tuple[Any, An
         absorbed one after the other, never added: (seed, epoch + 1) and (seed + 1, epoch) have
         nothing in common.
     """
-    state = absorb(absorb_pair(KEY_START, seed), purpose)
-    return absorb_pair(absorb_pair(state, pass_), group)
+    return key_of(seed_state(seed, purpose), pass_, group)
+
+
+class Streams(NamedTuple):
+    """The `seed_state` of each purpose of a plan: pairs of 32-bit integers."""
+
+    batches: tuple[int, int]
+    patches: tuple[int, int]
+    samples: tuple[int, int]
+
+    @classmethod
+    def of(cls, seed: int) -> Streams:
+        """Return the streams of a seed."""
+        purposes = (PURPOSE_BATCHES, PURPOSE_PATCHES, PURPOSE_SAMPLES)
+        return cls(*(seed_state(seed, purpose) for purpose in purposes))
 
 
 def keyed_hash(key: tuple[Any, Any], r: int, v: Any) -> Any:

@@ -15,19 +15,11 @@ import numpy as np
 
 from gpusampler import arrays, lanes
 from gpusampler.arrays import HOST, Device, Int64
+from gpusampler.evaluation import Evaluator
 from gpusampler.grouping import PatchGroups
-from gpusampler.permutation import (
-    PURPOSE_BATCHES,
-    PURPOSE_PATCHES,
-    PURPOSE_SAMPLES,
-    Grid,
-    derive_key,
-    grid_of,
-    permute,
-)
-from gpusampler.reference import Reference
+from gpusampler.permutation import Grid, Streams, grid_of, key_of, permute
 from gpusampler.runs import permute_runs
-from gpusampler.tables import PatchTables
+from gpusampler.tables import Located, PatchOrder, PatchTables, Shuffles
 from gpusampler.validation import as_array, checked_bool, checked_choice, checked_int, checked_seed
 
 Partial = Literal["keep", "drop", "pad"]
@@ -77,22 +69,6 @@ class RaggedBlock(NamedTuple):
     sizes: Int64
     lengths: Int64
     groups: Int64
-
-
-class Located(NamedTuple):
-    """Where slots lead: int64 NumPy arrays of shape (K,).
-
-    Batch ``j`` of patch ``group``, of which ``length`` samples count and ``size`` are handed out.
-    """
-
-    group: Int64
-    j: Int64
-    length: Int64
-    size: Int64
-
-    def rows(self, rows: slice) -> Located:
-        """Return some of the rows."""
-        return Located(*(part[rows] for part in self))
 
 
 class EpochPlan:
@@ -158,6 +134,7 @@ class EpochPlan:
         self.groups = groups
         self.batch_size = checked_int(batch_size, "batch_size", least=1, below=1 << 31)
         self.seed = checked_seed(seed)
+        self._streams = Streams.of(self.seed)
         self.shuffle_within_batches = checked_bool(shuffle_within_batches, "shuffle_within_batches")
         self.shuffle_patches = checked_bool(shuffle_patches, "shuffle_patches")
         self.interleave = checked_bool(interleave, "interleave")
@@ -169,9 +146,9 @@ class EpochPlan:
         self._tables = PatchTables.build(groups, self.batch_size, self.partial)
         self.num_batches = self._tables.num_batches
         self.max_batch_size = self._tables.max_batch_size
-        self._on_device: Reference | None = None
+        self._on_device: Evaluator | None = None
         self._host_order: Any = None
-        self._patch_orders: dict[int, tuple[Int64, Int64]] = {}
+        self._patch_orders: dict[int, PatchOrder] = {}
 
     @property
     def _works_on_host(self) -> bool:
@@ -209,10 +186,33 @@ class EpochPlan:
         """
         plan = copy.copy(self)
         plan.seed = checked_seed(seed)
+        plan._streams = Streams.of(plan.seed)
         plan._patch_orders = {}
         return plan
 
-    def evaluate(self, epoch: int, slots: Any) -> BatchBlock:
+    def on(self, device: Any) -> EpochPlan:
+        """Return the same plan, with the same batches, evaluated on another device.
+
+        Parameters
+        ----------
+        device : str, torch.device or Device
+
+        Raises
+        ------
+        ValueError
+            If the name is not known.
+        RuntimeError
+            If the device is not there.
+        """
+        device = device if isinstance(device, Device) else arrays.parse_device(device)
+        if device == self.device:
+            return self
+        plan = copy.copy(self)
+        plan.device = device
+        plan._on_device = None
+        return plan
+
+    def evaluate(self, epoch: int, slots: Any, dtype: str = "int64") -> BatchBlock:
         """Return the batches at some slots of an epoch.
 
         Parameters
@@ -222,6 +222,9 @@ class EpochPlan:
         slots : integer array or sequence, shape (K,)
             Slots in 0 .. M-1, in any order, repeated or not. On a GPU, an array on the plan's
             device stays there and is not inspected.
+        dtype : {"int64", "int32"}
+            Of the indices; int32 halves the memory and what is written, for datasets of up to
+            2**31 samples.
 
         Returns
         -------
@@ -233,18 +236,72 @@ class EpochPlan:
         TypeError
             If ``epoch`` or ``slots`` are no integers.
         ValueError
-            If one is out of range, or ``slots`` is not 1-D.
+            If one is out of range, ``slots`` is not 1-D, or ``dtype`` cannot hold the samples.
         """
         epoch = checked_int(epoch, "epoch", least=0, below=EPOCHS)
+        checked_choice(dtype, "dtype", ("int64", "int32"))
+        if dtype == "int32" and self.groups.source_size > 1 << 31:
+            raise ValueError(
+                "dtype must be 'int64' for more than 2**31 samples, got 'int32' for "
+                f"{self.groups.source_size}"
+            )
         if self._works_on_host:
             block = self._evaluate_on_host(epoch, self._checked_slots(slots))
+            block = block._replace(indices=block.indices.astype(dtype, copy=False))
             where = self.device if self.device.on_host else HOST
             return BatchBlock(*(arrays.to_device(part, where) for part in block))
-        if arrays.library_of(slots) is None or arrays.device_of(slots) != self.device:
-            slots = arrays.to_device(self._checked_slots(slots), self.device)
-        self._check_kind(slots)
-        xp = arrays.namespace(self.device)
-        return self.evaluate_reference(epoch, xp.astype(slots, xp.int64, copy=False))
+        slots = self._slots_there(slots)
+        return BatchBlock(
+            *self._evaluator().block(
+                self._streams, epoch, slots, self._order_of_patches(epoch), dtype
+            )
+        )
+
+    def batch(self, epoch: Any, slot: Any) -> Any:
+        """Return one batch, as a function that torch.compile and CUDA graphs can take in.
+
+        Nothing is checked or inspected on the host, and the shape is always the same. Compile
+        with fullgraph=True: one graph serves a whole run, whatever ``epoch`` and ``slot`` hold.
+        What no patch of this plan needs is left out of it. `BatchCursor` drives it.
+
+        Parameters
+        ----------
+        epoch, slot : int64 tensors, 0-d
+            On the plan's device, a torch one: 0 .. 2**63 - 1 and 0 .. M-1.
+
+        Returns
+        -------
+        int64 tensor, shape (B,)
+            Samples; those beyond the batch's length repeat samples of the same patch.
+
+        Raises
+        ------
+        RuntimeError
+            If the plan is first used while it is compiled: its tables go to the device by
+            copies that are no part of a graph.
+        """
+        return self.batch_of_tensors(epoch, slot).indices
+
+    def batch_of_tensors(self, epoch: Any, slot: Any) -> BatchBlock:
+        """Return `batch` with its length and its group, 0-d int64 tensors each."""
+        if self._on_device is None or not self._on_device.prepared:
+            self._prepare_batch()
+        evaluator = self._on_device
+        assert evaluator is not None
+        return BatchBlock(*evaluator.batch(self._streams, epoch, slot))
+
+    def _prepare_batch(self) -> None:
+        if self.device.library != "torch":
+            raise RuntimeError(
+                f"device must be one of torch for plan.batch, got {str(self.device)!r}; "
+                "plan.on('cpu') is the same plan on torch"
+            )
+        if arrays.is_compiling():
+            raise RuntimeError(
+                "plan.batch must have been called once before it is compiled: call it, or make "
+                "sampler.cursor(), outside the compiled function"
+            )
+        self._evaluator().prepare()
 
     def evaluate_ragged(self, epoch: int, slots: Int64) -> RaggedBlock:
         """Return the batches at some slots as iteration hands them out, without a check.
@@ -262,7 +319,8 @@ class EpochPlan:
         if self._works_on_host:
             samples, starts = self._samples(epoch, at, at.size)
         else:
-            samples = self._reference().ragged(self.seed, epoch, at.group, at.j, at.size)
+            order = self._order_of_patches(epoch)
+            samples = self._evaluator().ragged(self._streams, epoch, at, order)
             starts = np.cumsum(at.size) - at.size
         return RaggedBlock(samples, starts, at.size, at.length, at.group)
 
@@ -281,28 +339,31 @@ class EpochPlan:
             j = batch - tables.batch_offsets[group]
         size = tables.sizes[group]
         length = np.minimum(size, tables.counts[group] - j * size)
-        return Located(group, j, length, size if self.partial == "pad" else length)
+        return Located(slots, group, j, length, size if self.partial == "pad" else length)
 
     def _permute_slots(self, epoch: int, slots: Int64) -> Int64:
         size = self.num_batches
-        key = derive_key(self.seed, PURPOSE_BATCHES, epoch, 0)
+        key = key_of(self._streams.batches, epoch, 0)
         grid = grid_of(size)
         if size <= lanes.WIDEST:
             return lanes.permute_one(slots, size, key, grid)
         xp = arrays.namespace(HOST)
         return np.asarray(permute(xp, slots, size, key, grid, size, size))
 
-    def _patches_of(self, epoch: int) -> tuple[Int64, Int64]:
+    def _order_of_patches(self, epoch: int) -> PatchOrder | None:
+        return None if self.interleave else self._patches_of(epoch)
+
+    def _patches_of(self, epoch: int) -> PatchOrder:
         """Patches in an epoch's order, and the slots before each; the last two are kept."""
         found = self._patch_orders.get(epoch)
         if found is None:
             tables = self._tables
             patches = np.arange(tables.counts.size, dtype=np.int64)
             if self.shuffle_patches:
-                key = derive_key(self.seed, PURPOSE_PATCHES, epoch, 0)
+                key = key_of(self._streams.patches, epoch, 0)
                 patches = lanes.permute_one(patches, patches.size, key, grid_of(patches.size))
             batches = tables.batches[patches]
-            found = patches, np.cumsum(batches) - batches
+            found = PatchOrder(patches, np.cumsum(batches) - batches)
             # Replaced, not changed: another thread may be reading.
             self._patch_orders = {**dict([*self._patch_orders.items()][-1:]), epoch: found}
         return found
@@ -321,7 +382,7 @@ class EpochPlan:
         tables = self._tables
         key = None
         if self.shuffle_within_batches:
-            key = derive_key(self.seed, PURPOSE_SAMPLES, epoch, at.group)
+            key = key_of(self._streams.samples, epoch, at.group)
         return permute_runs(
             at.j * tables.sizes[at.group],
             sizes,
@@ -347,20 +408,31 @@ class EpochPlan:
         epoch : int
         slots : int64 array on the plan's device, shape (K,)
         """
-        patch_order = None if self.interleave else self._patches_of(epoch)
-        return BatchBlock(*self._reference().block(self.seed, epoch, slots, patch_order))
+        evaluator = self._evaluator()
+        order = evaluator.uploaded(self._order_of_patches(epoch))
+        return BatchBlock(*evaluator.reference.block(self._streams, epoch, slots, order))
 
-    def _reference(self) -> Reference:
+    def _evaluator(self) -> Evaluator:
         """Return the evaluation on the plan's device; its tables are made at first use."""
         if self._on_device is None:
-            self._on_device = Reference(
-                self._tables,
-                self.device,
-                self.groups.order,
-                shuffle_within_batches=self.shuffle_within_batches,
-                shuffle_patches=self.shuffle_patches,
+            shuffles = Shuffles(
+                samples=self.shuffle_within_batches,
+                batches=self.shuffle_patches,
+                interleave=self.interleave,
+                pad=self.partial == "pad",
             )
+            self._on_device = Evaluator(self._tables, self.device, self.groups.order, shuffles)
         return self._on_device
+
+    def _slots_there(self, slots: Any) -> Any:
+        """Return slots as int64 on the plan's device; checked only if they came from elsewhere."""
+        if arrays.library_of(slots) is None or arrays.device_of(slots) != self.device:
+            slots = arrays.upload(self._checked_slots(slots), self.device)
+        self._check_kind(slots)
+        xp = arrays.namespace(self.device)
+        slots = xp.astype(slots, xp.int64, copy=False)
+        # Kernels read rows of memory.
+        return arrays.contiguous(slots)
 
     def _checked_slots(self, slots: Any) -> Int64:
         slots = arrays.to_numpy(as_array(slots, "slots"))

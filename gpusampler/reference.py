@@ -1,24 +1,20 @@
 """A plan's arithmetic in plain array operations, on any device of any array library.
 
 The form that the host's fast one and every kernel must equal, integer for integer. No value is
-inspected on the host, and no shape depends on one.
+inspected on the host, and no shape depends on one: torch.compile traces it, and a CUDA graph
+captures it.
 """
 
 from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
+
 from gpusampler import arrays
-from gpusampler.arrays import Device, Int64
-from gpusampler.permutation import (
-    PURPOSE_BATCHES,
-    PURPOSE_SAMPLES,
-    Grid,
-    derive_key,
-    grid_of,
-    permute,
-)
-from gpusampler.tables import PatchTables
+from gpusampler.arrays import Device
+from gpusampler.permutation import Grid, Streams, grid_of, key_of, permute
+from gpusampler.tables import Located, PatchOrder, PatchTables, Shuffles
 
 
 class Reference:
@@ -27,95 +23,125 @@ class Reference:
     Parameters
     ----------
     tables : PatchTables
-        The plan's, on the host.
+        The plan's, on the device.
     device : Device
-    order : integer array, shape (N,), or None
-        Samples sorted by patch, anywhere; uploaded if it is elsewhere.
-    shuffle_within_batches, shuffle_patches : bool
+    shuffles : Shuffles
     """
 
-    def __init__(
-        self,
-        tables: PatchTables,
-        device: Device,
-        order: Any,
-        *,
-        shuffle_within_batches: bool,
-        shuffle_patches: bool,
-    ) -> None:
+    def __init__(self, tables: PatchTables, device: Device, shuffles: Shuffles) -> None:
         self._device = device
         self._xp = arrays.namespace(device)
-        with arrays.on(device):
-            self._tables = tables.on(device, order)
-        self._patch_order: tuple[Any, Any] | None = None
-        self._shuffle_within_batches = shuffle_within_batches
-        self._shuffle_patches = shuffle_patches
+        self._tables = tables
+        self._shuffles = shuffles
+        self._numbers_kept: dict[int, Any] = {}
 
     def block(
-        self, seed: int, epoch: int, slots: Any, patch_order: tuple[Int64, Int64] | None
+        self,
+        streams: Streams,
+        epoch: int,
+        slots: Any,
+        patch_order: PatchOrder | None,
+        dtype: str = "int64",
     ) -> tuple[Any, Any, Any]:
         """Return indices (K, B), lengths (K,) and groups (K,) of the batches at ``slots``.
 
-        ``patch_order`` is None where batches are interleaved; else the patches in this epoch's
-        order, and the slots before each.
+        ``patch_order``, on the device, is None where batches are interleaved.
         """
-        tables = self._tables
         with arrays.on(self._device):
-            group, j = self._locate(seed, epoch, slots, patch_order)
-            size = tables.sizes[group]
-            length = self._xp.minimum(size, tables.counts[group] - j * size)
-            column = self._numbers(tables.max_batch_size)
-            position = (j * size)[:, None] + column[None, :]
-            return self._samples(seed, epoch, group[:, None], position), length, group
+            column = self._numbers(self._tables.max_batch_size)
+            block, length, group = self._block(streams, epoch, slots, patch_order, column)
+            return self._xp.astype(block, getattr(self._xp, dtype), copy=False), length, group
 
-    def ragged(self, seed: int, epoch: int, group: Int64, j: Int64, sizes: Int64) -> Any:
-        """Return the samples of batches end to end, ``sizes`` of each; the arguments are NumPy."""
-        total = int(sizes.sum())
-        group, j, sizes = (arrays.to_device(part, self._device) for part in (group, j, sizes))
+    def batch(self, streams: Streams, epoch: Any, slot: Any) -> tuple[Any, Any, Any]:
+        """Return indices (B,), length and group of one batch; ``epoch`` and ``slot`` are 0-d."""
+        patch_order = None
+        if not self._shuffles.interleave:
+            patch_order = self._patch_order(streams, epoch)
+        # Numbers made inside a compiled graph would be 32-bit there (pytorch #175966).
+        column = self._numbers_kept[self._tables.max_batch_size]
+        slots = self._xp.reshape(slot, (1,))
+        samples, length, group = self._block(streams, epoch, slots, patch_order, column)
+        return samples[0], length[0], group[0]
+
+    def prepare_batch(self) -> None:
+        """Make what `batch` needs beforehand; nothing of it may be made while it is traced."""
+        wanted = [self._tables.max_batch_size]
+        if not self._shuffles.interleave:
+            wanted.append(self._tables.counts.shape[0])
         with arrays.on(self._device):
+            for count in wanted:
+                if count not in self._numbers_kept:
+                    self._numbers_kept[count] = self._numbers(count)
+
+    def ragged(
+        self, streams: Streams, epoch: int, at: Located, patch_order: PatchOrder | None
+    ) -> Any:
+        """Return the samples of located batches end to end, ``at.size`` of each.
+
+        ``patch_order`` is not needed: where the batches lie has been found out.
+        """
+        total = int(at.size.sum())
+        with arrays.on(self._device):
+            group, j, sizes = arrays.upload(np.stack([at.group, at.j, at.size]), self._device)
             row = arrays.repeat_rows(sizes, total)
             before = self._xp.cumulative_sum(sizes) - sizes
             position = (j * self._tables.sizes[group] - before)[row] + self._numbers(total)
-            return self._samples(seed, epoch, group[row], position)
+            return self._samples(streams, epoch, group[row], position)
 
     def _numbers(self, count: int) -> Any:
         handle = arrays.device_handle(self._device)
         return self._xp.arange(count, dtype=self._xp.int64, device=handle)
 
+    def _block(
+        self, streams: Streams, epoch: Any, slots: Any, patch_order: PatchOrder | None, column: Any
+    ) -> tuple[Any, Any, Any]:
+        tables = self._tables
+        group, j = self._locate(streams, epoch, slots, patch_order)
+        size = tables.sizes[group]
+        length = self._xp.minimum(size, tables.counts[group] - j * size)
+        position = (j * size)[:, None] + column[None, :]
+        return self._samples(streams, epoch, group[:, None], position), length, group
+
     def _locate(
-        self, seed: int, epoch: int, slots: Any, patch_order: tuple[Int64, Int64] | None
+        self, streams: Streams, epoch: Any, slots: Any, patch_order: PatchOrder | None
     ) -> tuple[Any, Any]:
         """Return the patch, and which batch of it, that each slot leads to."""
         xp, tables = self._xp, self._tables
         if patch_order is not None:
-            patches, before = self._uploaded(patch_order)
+            patches, before = patch_order
             place = xp.searchsorted(before, slots, side="right") - 1
             return patches[place], slots - before[place]
-        size = tables.num_batches
-        if self._shuffle_patches and size > 1:
-            full = xp.full_like
-            key = derive_key(seed, PURPOSE_BATCHES, epoch, 0)
-            lane_key = (full(slots, key[0]), full(slots, key[1]))
-            grid = Grid(*(full(slots, side) for side in grid_of(size)))
-            slots = permute(xp, slots, full(slots, size), lane_key, grid, size, size)
+        if self._shuffles.batches:
+            slots = self._permute_all(slots, tables.num_batches, streams.batches, epoch)
         group = xp.searchsorted(tables.batch_offsets, slots, side="right") - 1
         return group, slots - tables.batch_offsets[group]
 
-    def _uploaded(self, patch_order: tuple[Int64, Int64]) -> list[Any]:
-        """Return an epoch's order of the patches on the device; the last one is kept."""
-        if self._patch_order is None or self._patch_order[0] is not patch_order:
-            there = [arrays.to_device(part, self._device) for part in patch_order]
-            self._patch_order = patch_order, there
-        uploaded: list[Any] = self._patch_order[1]
-        return uploaded
+    def _patch_order(self, streams: Streams, epoch: Any) -> PatchOrder:
+        """Return an epoch's order of the patches, worked out on the device."""
+        count = int(self._tables.counts.shape[0])
+        patches = self._numbers_kept[count]
+        if self._shuffles.batches:
+            patches = self._permute_all(patches, count, streams.patches, epoch)
+        batches = self._tables.batches[patches]
+        return PatchOrder(patches, self._xp.cumulative_sum(batches) - batches)
 
-    def _samples(self, seed: int, epoch: int, group: Any, position: Any) -> Any:
+    def _permute_all(self, x: Any, n: int, stream: tuple[int, int], epoch: Any) -> Any:
+        """Return the images of ``x`` under the one permutation of 0 .. n-1 of an epoch."""
+        if n == 1:
+            return x
+        # Added to zeros of x's shape: the key is an array itself where the epoch is one.
+        zero = x * 0
+        k0, k1 = key_of(stream, epoch, 0)
+        grid = Grid(*(zero + side for side in grid_of(n)))
+        return permute(self._xp, x, zero + n, (zero + k0, zero + k1), grid, n, n)
+
+    def _samples(self, streams: Streams, epoch: Any, group: Any, position: Any) -> Any:
         """Return the samples at positions (any, from 0 on) of groups; the two broadcast."""
         tables = self._tables
         n = tables.counts[group]
         position = position % n
-        if self._shuffle_within_batches:
-            key = derive_key(seed, PURPOSE_SAMPLES, epoch, group)
+        if self._shuffles.samples:
+            key = key_of(streams.samples, epoch, group)
             grid = Grid(*(side[group] for side in tables.grid))
             position = permute(self._xp, position, n, key, grid, tables.smallest, tables.largest)
         index = tables.starts[group] + position

@@ -1,16 +1,61 @@
-"""The small tables of a plan: a few numbers for each patch, on the host and on a device."""
+"""The small tables of a plan, on the host and on a device, and what evaluation hands around."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from gpusampler import arrays
-from gpusampler.arrays import HOST, Device
+from gpusampler.arrays import HOST, Device, Int64
 from gpusampler.grouping import PatchGroups
 from gpusampler.permutation import Grid, grids_of
+
+
+class Shuffles(NamedTuple):
+    """What a plan permutes, and how its batches are filled.
+
+    ``samples`` inside every patch; ``batches`` of an epoch, or its patches where the batches of a
+    patch come in a row, which is what ``interleave`` being false means; ``pad``: a short batch is
+    filled up to its patch's size.
+    """
+
+    samples: bool
+    batches: bool
+    interleave: bool
+    pad: bool
+
+
+class PatchOrder(NamedTuple):
+    """An epoch's order of the patches, where the batches of a patch come in a row.
+
+    Attributes
+    ----------
+    patches, before : int64 arrays, shape (G,)
+        The patches in order, and the slots before each.
+    """
+
+    patches: Any
+    before: Any
+
+
+class Located(NamedTuple):
+    """Where slots lead: int64 NumPy arrays of shape (K,).
+
+    ``slot`` leads to batch ``j`` of patch ``group``, of which ``length`` samples count and ``size``
+    are handed out.
+    """
+
+    slot: Int64
+    group: Int64
+    j: Int64
+    length: Int64
+    size: Int64
+
+    def rows(self, rows: slice) -> Located:
+        """Return some of the rows."""
+        return Located(*(part[rows] for part in self))
 
 
 @dataclass(frozen=True)
@@ -85,21 +130,19 @@ class PatchTables:
         )
 
     def on(self, device: Device, order: Any) -> PatchTables:
-        """Return the same tables on a device, with the order."""
+        """Return the same tables on a device, with the order (uploaded if it is elsewhere)."""
 
         def there(table: Any) -> Any:
             return arrays.to_device(np.ascontiguousarray(table), device)
 
-        return PatchTables(
-            counts=there(self.counts),
-            starts=there(self.starts),
-            sizes=there(self.sizes),
-            batches=there(self.batches),
-            batch_offsets=there(self.batch_offsets),
-            grid=Grid(*(there(side) for side in self.grid)),
-            order=None if order is None else arrays.to_device(order, device),
-            num_batches=self.num_batches,
-            max_batch_size=self.max_batch_size,
-            smallest=self.smallest,
-            largest=self.largest,
-        )
+        with arrays.on(device):
+            return replace(
+                self,
+                counts=there(self.counts),
+                starts=there(self.starts),
+                sizes=there(self.sizes),
+                batches=there(self.batches),
+                batch_offsets=there(self.batch_offsets),
+                grid=Grid(*(there(side) for side in self.grid)),
+                order=None if order is None else arrays.to_device(order, device),
+            )

@@ -22,12 +22,13 @@ PACKAGE = Path(gpusampler.__file__).parent
 # The rooms of DESIGN.md from the ground up: a room imports rooms of lower floors only.
 FLOORS = [
     ["arrays", "permutation", "telemetry"],
-    ["validation", "lanes", "fingerprint", "idtable", "kernels", "sizing"],
+    ["validation", "lanes", "fingerprint", "idtable", "sizing"],
     ["sorting", "runs"],
     ["splitting"],
     ["grouping"],
     ["sources", "tables"],
-    ["reference"],
+    ["kernels", "reference"],
+    ["evaluation"],
     ["plan"],
     ["coverage", "state"],
     ["iteration"],

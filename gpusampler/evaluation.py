@@ -1,0 +1,141 @@
+"""Evaluation on a plan's device: by a kernel where there is one, else by array operations."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+from gpusampler import arrays
+from gpusampler.arrays import Device
+from gpusampler.kernels.fused import Fused, fused_on
+from gpusampler.permutation import Streams
+from gpusampler.reference import Reference
+from gpusampler.tables import Located, PatchOrder, PatchTables, Shuffles
+
+T = TypeVar("T")
+
+_warned: set[str] = set()
+"""Libraries whose kernel could not be built, as this process has said already."""
+
+
+class Evaluator:
+    """Batches of a plan on its device; the methods are those of `Reference`.
+
+    A kernel that cannot be built (no Triton, no compiler, a driver that does not fit) is given up
+    with one warning that says why, and array operations make the same batches from then on.
+
+    Parameters
+    ----------
+    tables : PatchTables
+        The plan's, on the host.
+    device : Device
+    order : integer array, shape (N,), or None
+        Samples sorted by patch, anywhere; uploaded if it is elsewhere.
+    shuffles : Shuffles
+    """
+
+    def __init__(
+        self, tables: PatchTables, device: Device, order: Any, shuffles: Shuffles
+    ) -> None:
+        self.device = device
+        there = tables.on(device, order)
+        self.reference = Reference(there, device, shuffles)
+        self._interleave = shuffles.interleave
+        self._patch_order: tuple[PatchOrder, PatchOrder] | None = None
+        self._built: set[str] = set()
+        self._prepared = False
+        self._fused: Fused | None = None
+        try:
+            self._fused = fused_on(there, device, shuffles)
+        except ImportError as error:
+            self._give_up(error)
+
+    @property
+    def has_kernel(self) -> bool:
+        """Whether a kernel does the work; it may turn out at first use that it cannot."""
+        return self._fused is not None
+
+    @property
+    def prepared(self) -> bool:
+        """Whether `batch` may be traced."""
+        return self._prepared
+
+    def prepare(self) -> None:
+        """Make what `batch` needs beforehand; nothing of it may be made while it is traced."""
+        self.reference.prepare_batch()
+        self._prepared = True
+
+    def block(
+        self,
+        streams: Streams,
+        epoch: int,
+        slots: Any,
+        patch_order: PatchOrder | None,
+        dtype: str = "int64",
+    ) -> tuple[Any, Any, Any]:
+        """Return indices (K, B), lengths (K,) and groups (K,) of the batches at ``slots``.
+
+        ``patch_order``, on the host, is None where batches are interleaved.
+        """
+        there = self.uploaded(patch_order)
+        return self._by_kernel(
+            "block",
+            lambda fused: fused.block(streams, epoch, slots, there, dtype),
+            lambda: self.reference.block(streams, epoch, slots, there, dtype),
+        )
+
+    def ragged(
+        self, streams: Streams, epoch: int, at: Located, patch_order: PatchOrder | None
+    ) -> Any:
+        """Return the samples of located batches end to end, ``at.size`` of each."""
+        there = self.uploaded(patch_order)
+        return self._by_kernel(
+            "ragged",
+            lambda fused: fused.ragged(streams, epoch, at, there),
+            lambda: self.reference.ragged(streams, epoch, at, there),
+        )
+
+    def batch(self, streams: Streams, epoch: Any, slot: Any) -> tuple[Any, Any, Any]:
+        """Return indices (B,), length and group of one batch; ``epoch`` and ``slot`` are 0-d."""
+        if arrays.is_compiling() or not self._interleave:
+            return self.reference.batch(streams, epoch, slot)
+        return self._by_kernel(
+            "batch",
+            lambda fused: fused.batch(streams, epoch, slot),
+            lambda: self.reference.batch(streams, epoch, slot),
+        )
+
+    def uploaded(self, patch_order: PatchOrder | None) -> PatchOrder | None:
+        """Return an epoch's order of the patches on the device; the last one is kept."""
+        if patch_order is None:
+            return None
+        if self._patch_order is None or self._patch_order[0] is not patch_order:
+            there = PatchOrder(*(arrays.upload(part, self.device) for part in patch_order))
+            self._patch_order = patch_order, there
+        return self._patch_order[1]
+
+    def _by_kernel(self, name: str, run: Callable[[Fused], T], instead: Callable[[], T]) -> T:
+        if self._fused is None:
+            return instead()
+        try:
+            found = run(self._fused)
+        except Exception as error:
+            # Once it has run, a failure is no matter of building it.
+            if name in self._built or arrays.is_out_of_memory(error):
+                raise
+            self._give_up(error)
+            return instead()
+        self._built.add(name)
+        return found
+
+    def _give_up(self, error: Exception) -> None:
+        self._fused = None
+        if self.device.library not in _warned:
+            _warned.add(self.device.library)
+            reason = str(error).strip().splitlines() or [""]
+            warnings.warn(
+                f"the kernel for {self.device} could not be built, so array operations make the "
+                f"same batches, more slowly: {type(error).__name__}: {reason[0]}",
+                stacklevel=2,
+            )

@@ -1,0 +1,182 @@
+"""A plan's evaluation by one of the kernels: the same interface as `gpusampler.reference`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from gpusampler import arrays
+from gpusampler.arrays import Device
+from gpusampler.kernels.form import Form, Geometry, cuda_geometry, triton_geometry
+from gpusampler.permutation import Streams, absorb_pair, grid_of, key_of, rounds_for
+from gpusampler.tables import Located, PatchOrder, PatchTables, Shuffles
+
+Launch = Callable[[Form, Geometry, tuple[Any, ...]], None]
+
+
+class Fused:
+    """Batches of a plan, evaluated on a device by a kernel.
+
+    Parameters
+    ----------
+    tables : PatchTables
+        The plan's, on the device.
+    device : Device
+    shuffles : Shuffles
+    launch : callable
+        ``launch(form, geometry, args)`` runs the kernel over the arrays and numbers of `_args`.
+    geometry : callable
+        Cuts ``(form, num_rows, width)`` for it.
+    """
+
+    def __init__(
+        self,
+        tables: PatchTables,
+        device: Device,
+        shuffles: Shuffles,
+        launch: Launch,
+        geometry: Callable[[Form, int, int], Geometry],
+    ) -> None:
+        self._tables = tables
+        self._device = device
+        self._shuffles = shuffles
+        self._launch = launch
+        self._geometry = geometry
+        self._xp = arrays.namespace(device)
+
+    def block(
+        self,
+        streams: Streams,
+        epoch: int,
+        slots: Any,
+        patch_order: PatchOrder | None,
+        dtype: str = "int64",
+    ) -> tuple[Any, Any, Any]:
+        """Return indices (K, B), lengths (K,) and groups (K,) of the batches at ``slots``."""
+        num_rows, width = int(slots.shape[0]), self._tables.max_batch_size
+        with arrays.on(self._device):
+            out = self._empty((num_rows, width), dtype)
+            lengths, groups = self._empty((num_rows,)), self._empty((num_rows,))
+            form = Form.of(self._tables, self._shuffles, ragged=False)
+            keys = self._keys(streams, epoch)
+            self._run(form, (slots, None, None, out, lengths, groups), patch_order, width, keys)
+        return out, lengths, groups
+
+    def batch(self, streams: Streams, epoch: Any, slot: Any) -> tuple[Any, Any, Any]:
+        """Return indices (B,), length and group of one batch; ``epoch`` and ``slot`` are 0-d.
+
+        Both are read by the kernel, so that a CUDA graph replays it for other values. Batches must
+        be interleaved.
+        """
+        width = self._tables.max_batch_size
+        with arrays.on(self._device):
+            out = self._empty((1, width))
+            lengths, groups = self._empty((1,)), self._empty((1,))
+            form = Form.of(self._tables, self._shuffles, ragged=False, epoch_there=True)
+            slots = self._xp.reshape(slot, (1,))
+            self._run(
+                form,
+                (slots, None, epoch, out, lengths, groups),
+                None,
+                width,
+                (*streams.batches, *streams.samples),
+            )
+        return out[0], lengths[0], groups[0]
+
+    def ragged(
+        self, streams: Streams, epoch: int, at: Located, patch_order: PatchOrder | None
+    ) -> Any:
+        """Return the samples of located batches end to end, ``at.size`` of each."""
+        num_rows = at.size.size
+        if num_rows == 0:
+            return self._empty((0,))
+        total, width = int(at.size.sum()), int(at.size.max())
+        keys = self._keys(streams, epoch)
+        # One small array goes up, and nothing is waited for.
+        if total == num_rows * width:
+            slots, starts = arrays.upload(at.slot, self._device), None
+        else:
+            starts = np.cumsum(at.size) - at.size
+            slots, starts = arrays.upload(np.stack([at.slot, starts]), self._device)
+        form = Form.of(self._tables, self._shuffles, ragged=starts is not None)
+        with arrays.on(self._device):
+            out = self._empty((total,))
+            self._run(form, (slots, starts, None, out, None, None), patch_order, width, keys)
+        return out
+
+    def _empty(self, shape: tuple[int, ...], dtype: str = "int64") -> Any:
+        handle = arrays.device_handle(self._device)
+        return self._xp.empty(shape, dtype=getattr(self._xp, dtype), device=handle)
+
+    def _keys(self, streams: Streams, epoch: int) -> tuple[int, int, int, int]:
+        return *key_of(streams.batches, epoch, 0), *absorb_pair(streams.samples, epoch)
+
+    def _run(
+        self,
+        form: Form,
+        arrays_of_rows: tuple[Any, ...],
+        patch_order: PatchOrder | None,
+        width: int,
+        keys: tuple[int, ...],
+    ) -> None:
+        tables = self._tables
+        num_rows = int(arrays_of_rows[0].shape[0])
+        if num_rows == 0:
+            return
+        num_groups = int(tables.counts.shape[0])
+        search = tables.batch_offsets if patch_order is None else patch_order.before
+        grid = grid_of(tables.num_batches)
+        # What is not used is 0: a side of a grid above 2**31 is no 32-bit number.
+        slot_grid = grid if form.slots > 1 else (0, 0, 0)
+        args = (
+            *arrays_of_rows,
+            tables.counts,
+            tables.sizes,
+            search,
+            None if patch_order is None else patch_order.patches,
+            tables.starts,
+            *tables.grid,
+            tables.order,
+            num_rows,
+            width,
+            num_groups,
+            (num_groups - 1).bit_length(),
+            tables.num_batches if form.slots == 1 else 0,
+            *slot_grid,
+            rounds_for(tables.num_batches) // 2,
+            *map(_signed, keys),
+        )
+        self._launch(form, self._geometry(form, num_rows, width), args)
+
+
+def _signed(word: int) -> int:
+    """Return a 32-bit word as the signed number of the same bits."""
+    return word - (1 << 32) if word >> 31 else word
+
+
+def fused_on(tables: PatchTables, device: Device, shuffles: Shuffles) -> Fused | None:
+    """Return the evaluation by the kernel for a device; None where there is none for it.
+
+    Raises
+    ------
+    ImportError
+        If the library that the kernel is written in is not there.
+    """
+    if device.library == "cupy":
+        from gpusampler.kernels.cuda_batches import launch as launch_cuda
+
+        return Fused(tables, device, shuffles, launch_cuda, cuda_geometry)
+    if device.library == "torch" and device.name.startswith("cuda"):
+        import torch
+
+        from gpusampler.kernels.triton_batches import launch as launch_triton
+
+        def launch(form: Form, geometry: Geometry, args: tuple[Any, ...]) -> None:
+            # Triton launches on the current device, which need not be the plan's.
+            with torch.cuda.device(device.name):
+                launch_triton(form, geometry, args)
+
+        return Fused(tables, device, shuffles, launch, triton_geometry)
+    return None
