@@ -1,13 +1,15 @@
 """Batches that come from one patch each: exact, seekable, the same on every backend, fast.
 
 ``PatchBatchSampler`` is what a ``DataLoader`` holds; ``PatchGroups`` and ``EpochPlan`` are what it
-is made of. Importing the package imports neither torch nor CuPy.
+is made of; ``PatchTensorLoader`` takes a loader's place where the data is in memory. Importing the
+package imports neither torch nor CuPy.
 """
 
 from gpusampler.coverage import Coverage
 from gpusampler.groundwater import GWPatchDataset
 from gpusampler.grouping import PatchGroups
 from gpusampler.iteration import Batch
+from gpusampler.loader import PatchTensorLoader
 from gpusampler.plan import BatchBlock, EpochPlan
 from gpusampler.sampler import PatchBatchSampler
 
@@ -21,4 +23,5 @@ __all__ = [
     "GWPatchDataset",
     "PatchBatchSampler",
     "PatchGroups",
+    "PatchTensorLoader",
 ]

@@ -11,7 +11,7 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from importlib import import_module
 from importlib.util import find_spec
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any, Literal, cast
 
 import numpy as np
@@ -201,6 +201,16 @@ def is_compiling() -> bool:
     return torch is not None and bool(torch.compiler.is_compiling())
 
 
+def keep_in_place(array: Any) -> None:
+    """Tell torch.compile that a tensor stays where it is.
+
+    Graphs that it captures would otherwise copy the tensor, however large, at every replay.
+    """
+    from torch._dynamo import mark_static_address
+
+    mark_static_address(array)
+
+
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether an error says that a device's memory has run out."""
     torch, cupy = loaded("torch"), loaded("cupy")
@@ -223,9 +233,40 @@ def process_group() -> tuple[int, int] | None:
     return None
 
 
+def on_torch(device: Device) -> Device:
+    """Return the device by which torch knows where arrays of ``device`` are."""
+    if device.library == "torch":
+        return device
+    return Device("torch", "cpu" if device.on_host else f"cuda:{device.name}")
+
+
 def namespace(device: Device) -> Any:
     """Return the array-api-compat namespace of a device's library."""
     return import_module(f"array_api_compat.{device.library}")
+
+
+def reference_namespace(device: Device) -> Any:
+    """Return the functions that the reference evaluation uses, in a form that can be compiled.
+
+    array-api-compat's, but for torch, where torch.compile takes its dispatch for code to trace
+    (and warns of the caches in it): there the same functions are torch's own.
+    """
+    if device.library != "torch":
+        return namespace(device)
+    import torch
+
+    return SimpleNamespace(
+        int32=torch.int32,
+        int64=torch.int64,
+        arange=torch.arange,
+        astype=lambda x, dtype, copy=True: x.to(dtype, copy=copy),
+        broadcast_arrays=torch.broadcast_tensors,
+        cumulative_sum=lambda x: torch.cumsum(x, 0),
+        minimum=torch.minimum,
+        reshape=torch.reshape,
+        searchsorted=torch.searchsorted,
+        where=torch.where,
+    )
 
 
 def on(device: Device) -> AbstractContextManager[Any]:
@@ -345,6 +386,56 @@ def unique_consecutive(array: Any) -> tuple[Any, Any]:
     starts = xp.concat([xp.zeros(1, dtype=xp.int64), starts])
     counts = xp.diff(starts, append=xp.full(1, size, dtype=xp.int64))
     return array[starts], counts
+
+
+def to_index(index: Any, device: Device) -> Any:
+    """Return int64 row numbers in the form that `take` takes on a device."""
+    if device.library == "numpy" or device.on_host:
+        return index if library_of(index) == "numpy" else to_numpy(index)
+    return upload(index, device) if library_of(index) == "numpy" else to_device(index, device)
+
+
+def take(array: Any, index: Any) -> Any:
+    """Return rows of an array, by `to_index` of its device: a new array of its library."""
+    library = library_of(array)
+    if library == "torch":
+        import torch
+
+        if library_of(index) == "numpy":
+            index = _from_numpy(index)
+        return torch.index_select(array, 0, index)
+    if library == "cupy":
+        with on(device_of(array)):
+            return array.take(index, axis=0)
+    # The numbers are known to be rows; "raise" would copy by way of a buffer.
+    return np.take(array, index, axis=0, mode="clip")
+
+
+def take_into(pinned: Any, array: Any, index: Int64) -> None:
+    """Gather rows of a host array into pinned memory, which is flat and of their size."""
+    shape = (index.size, *array.shape[1:])
+    if library_of(array) == "torch":
+        import torch
+
+        flat = pinned if library_of(pinned) == "torch" else torch.from_numpy(pinned)
+        torch.index_select(array.detach(), 0, _from_numpy(index), out=flat.view(shape))
+        return
+    flat = pinned.numpy() if library_of(pinned) == "torch" else pinned
+    np.take(array, index, axis=0, out=flat.reshape(shape), mode="clip")
+
+
+def split(array: Any, sizes: list[int]) -> list[Any]:
+    """Return views of an array, side by side, of these numbers of rows (they add up to its own)."""
+    if library_of(array) == "torch":
+        # One call for all of them: a slice at a time costs several times as much.
+        if sizes and sizes.count(sizes[0]) == len(sizes):
+            return list(array.unflatten(0, (len(sizes), sizes[0])).unbind())
+        return list(array.split(sizes))
+    views, start = [], 0
+    for size in sizes:
+        views.append(array[start : start + size])
+        start += size
+    return views
 
 
 def repeat_rows(counts: Any, total: int) -> Any:

@@ -35,9 +35,7 @@ class Evaluator:
     shuffles : Shuffles
     """
 
-    def __init__(
-        self, tables: PatchTables, device: Device, order: Any, shuffles: Shuffles
-    ) -> None:
+    def __init__(self, tables: PatchTables, device: Device, order: Any, shuffles: Shuffles) -> None:
         self.device = device
         there = tables.on(device, order)
         self.reference = Reference(there, device, shuffles)

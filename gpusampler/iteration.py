@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from operator import length_hint
-from typing import Any, Generic, NamedTuple, TypeVar
+from typing import Any, Generic, NamedTuple, Protocol, TypeVar
 
 import numpy as np
 
 from gpusampler import arrays
+from gpusampler.arrays import Device
 from gpusampler.plan import EpochPlan, RaggedBlock
 from gpusampler.state import Progress, Share
+from gpusampler.streams import ToHost, side_of
 from gpusampler.tables import Located
 
 FIRST_LANES = 1 << 9
-MOST_LANES = 1 << 15
-"""Indices evaluated at once. The first batch comes at once; later ones come in blocks that spread
-the overhead and still lie in cache when they are made into lists."""
+"""Indices evaluated at first, so that the first batch comes at once; then as many as before."""
 
 FIRST_SLOTS = 8
 MOST_SLOTS = 1 << 13
@@ -50,24 +50,121 @@ class Batch(NamedTuple):
     valid: int
 
 
+class Blocks:
+    """A rank's batches of one epoch, evaluated a block at a time.
+
+    Parameters
+    ----------
+    share : Share
+    plan : EpochPlan
+        The share's, on the device where batches are to be evaluated.
+    """
+
+    def __init__(self, share: Share, plan: EpochPlan) -> None:
+        self.plan = plan
+        self._share = share
+        self._at: Located | None = None
+        self._ends = np.zeros(0, np.int64)
+        self._row = 0
+        self._looked_up = 0
+        self._lanes = 0
+
+    def read(self) -> RaggedBlock | None:
+        """Return the next block of batches, None after the last."""
+        at = self._at
+        if at is None or self._row == at.group.size:
+            at = self._look_up()
+            if at is None:
+                return None
+        # Each block is as large as all before it, up to the most, and a batch at least.
+        before = int(self._ends[self._row - 1]) if self._row else 0
+        most = before + min(max(FIRST_LANES, self._lanes), self.plan.block_lanes)
+        stop = max(self._row + 1, int(np.searchsorted(self._ends, most, side="right")))
+        block = self.plan.batches_at(self._share.epoch, at.rows(slice(self._row, stop)))
+        self._row = stop
+        self._lanes += int(self._ends[stop - 1]) - before
+        return block
+
+    def _look_up(self) -> Located | None:
+        """Find out which batches the next slots of this rank are."""
+        left = self._share.steps - self._looked_up
+        if left <= 0:
+            return None
+        steps = min(left, max(FIRST_SLOTS, min(self._looked_up, MOST_SLOTS)))
+        step = np.arange(self._looked_up, self._looked_up + steps, dtype=np.int64)
+        slots = self._share.slot + step * self._share.num_replicas + self._share.rank
+        if int(slots[-1]) >= self.plan.num_batches:
+            slots %= self.plan.num_batches
+        self._at = self.plan.locate(self._share.epoch, slots)
+        self._ends = np.cumsum(self._at.size)
+        self._row = 0
+        self._looked_up += steps
+        return self._at
+
+
+class BlocksToHost:
+    """`Blocks` of a plan on a device, whose samples travel to the host a block ahead.
+
+    What `read` returns is good until the next call.
+    """
+
+    def __init__(self, blocks: Blocks, pipe: ToHost) -> None:
+        self._blocks = blocks
+        self._pipe = pipe
+        self._sent: RaggedBlock | None = None
+        self._begun = False
+
+    def read(self) -> RaggedBlock | None:
+        """Return the next block of batches, with its samples in NumPy; None after the last."""
+        if not self._begun:
+            self._begun = True
+            self._sent = self._send()
+        block = self._sent
+        if block is None:
+            return None
+        # The next is evaluated and sent before this one is waited for.
+        self._sent = self._send()
+        return block._replace(samples=self._pipe.take())
+
+    def _send(self) -> RaggedBlock | None:
+        block = self._blocks.read()
+        if block is not None:
+            self._pipe.send(block.samples)
+        return block
+
+
+class Reader(Protocol[T]):
+    """What an `EpochIterator` takes a rank's batches of one epoch from."""
+
+    def read(self) -> list[T] | None:
+        """Return the next batches, None after the last."""
+
+
 class EpochIterator(Iterator[T], Generic[T]):
     """Iterator over a rank's batches of one epoch.
 
     The epoch, and where in it to start, are bound when the first batch is drawn (a DataLoader
     calls ``iter`` more often than it draws). It has a ``state_dict`` of its own, interchangeable
     with the sampler's. One thread at a time may draw from it.
+
+    Parameters
+    ----------
+    progress : Progress
+    begin : callable
+        Makes the reader of a share of an epoch.
+    epoch : int, optional
+        Default: the next one.
     """
 
-    def __init__(self, progress: Progress, output: str, epoch: int | None = None) -> None:
+    def __init__(
+        self, progress: Progress, begin: Callable[[Share], Reader[T]], epoch: int | None = None
+    ) -> None:
         self._progress = progress
-        self._output = output
+        self._begin = begin
         # A pass over a given epoch is nobody else's business.
         self._share: Share | None = None if epoch is None else progress.share(epoch, 0)
-        self._at: Located | None = None
-        self._ends = np.zeros(0, np.int64)
-        self._row = 0
-        self._looked_up = 0
-        self._lanes = 0
+        self._reader: Reader[T] | None = None
+        self._taken = 0
         self._ready: Iterator[T] = iter(())
 
     def __iter__(self) -> EpochIterator[T]:
@@ -88,9 +185,9 @@ class EpochIterator(Iterator[T], Generic[T]):
 
     @property
     def _steps_done(self) -> int:
-        # A list iterator knows what it still holds, so nothing is counted batch by batch.
-        ahead = 0 if self._at is None else self._at.group.size - self._row
-        return self._looked_up - ahead - length_hint(self._ready)
+        # A list iterator knows what it still holds, so nothing is counted batch by batch; what a
+        # reader has evaluated beyond it, or has on its way, has not been taken.
+        return self._taken - length_hint(self._ready)
 
     def state_dict(self, step: int | None = None) -> dict[str, Any]:
         """Return the state after ``step`` batches of this iterator, or those drawn.
@@ -113,42 +210,72 @@ class EpochIterator(Iterator[T], Generic[T]):
             As `PatchBatchSampler.load_state_dict` does.
         """
         self._share = self._progress.bind_state(self, state)
-        self._at, self._row, self._looked_up, self._lanes = None, 0, 0, 0
+        self._reader = None
+        self._taken = 0
         self._ready = iter(())
 
     def _refill(self) -> T:
-        """Evaluate some more of the batches that have been looked up."""
+        """Take the next batches from the reader."""
         if self._share is None:
             self._share = self._progress.bind(self)
-        at = self._at
-        if at is None or self._row == at.group.size:
-            at = self._look_up(self._share)
-        # Each block is as large as all before it, up to the most, and a batch at least.
-        before = int(self._ends[self._row - 1]) if self._row else 0
-        most = before + min(max(FIRST_LANES, self._lanes), MOST_LANES)
-        stop = max(self._row + 1, int(np.searchsorted(self._ends, most, side="right")))
-        block = self._share.plan.batches_at(self._share.epoch, at.rows(slice(self._row, stop)))
-        self._row = stop
-        self._lanes += int(self._ends[stop - 1]) - before
-        self._ready = iter(_SPLITTERS[self._output](self._share.plan, block))
-        return next(self._ready)
-
-    def _look_up(self, share: Share) -> Located:
-        """Find out which batches the next slots of this rank are."""
-        left = share.steps - self._looked_up
-        if left <= 0:
+        if self._reader is None:
+            self._reader = self._begin(self._share)
+        batches = self._reader.read()
+        if batches is None:
             self._ready = iter(())
             raise StopIteration
-        steps = min(left, max(FIRST_SLOTS, min(self._looked_up, MOST_SLOTS)))
-        step = np.arange(self._looked_up, self._looked_up + steps, dtype=np.int64)
-        slots = share.slot + step * self._progress.num_replicas + self._progress.rank
-        if int(slots[-1]) >= share.plan.num_batches:
-            slots %= share.plan.num_batches
-        self._at = share.plan.locate(share.epoch, slots)
-        self._ends = np.cumsum(self._at.size)
-        self._row = 0
-        self._looked_up += steps
-        return self._at
+        self._taken += len(batches)
+        self._ready = iter(batches)
+        return next(self._ready)
+
+
+class BatchReader(Generic[T]):
+    """A rank's batches of one epoch, in one of the forms that are handed out.
+
+    Parameters
+    ----------
+    share : Share
+    output : {"list", "numpy", "tensor", "batch"}
+
+    Raises
+    ------
+    RuntimeError
+        If arrays of a GPU are asked for in a worker of a DataLoader.
+    """
+
+    def __init__(self, share: Share, output: str) -> None:
+        plan = share.plan
+        self._plan = plan
+        self._output = output
+        self._blocks: Blocks | BlocksToHost = Blocks(share, plan)
+        self._overwritten = False
+        if output == "batch":
+            check_not_in_worker(plan.device)
+        elif not plan.works_on_host:
+            side = side_of(plan.device)
+            if side is not None:
+                self._blocks = BlocksToHost(self._blocks, ToHost(side))
+                self._overwritten = True
+
+    def read(self) -> list[T] | None:
+        """Return the next batches, None after the last."""
+        block = self._blocks.read()
+        if block is None:
+            return None
+        if self._overwritten and self._output == "numpy":
+            # What is handed out may be kept; pinned memory is used again.
+            block = block._replace(samples=block.samples.copy())
+        batches: list[T] = _SPLITTERS[self._output](self._plan, block)
+        return batches
+
+
+def check_not_in_worker(device: Device) -> None:
+    """Raise if arrays of a GPU are about to be made in a worker of a DataLoader."""
+    if not device.on_host and arrays.in_worker():
+        raise RuntimeError(
+            f"device must be the host in a worker of a DataLoader, got {str(device)!r}: a worker "
+            "can hand out no arrays of a GPU. Iterate in the main process, or use device='numpy'"
+        )
 
 
 def _as_lists(plan: EpochPlan, block: RaggedBlock) -> list[list[int]]:
@@ -166,8 +293,11 @@ def _as_lists(plan: EpochPlan, block: RaggedBlock) -> list[list[int]]:
 
 
 def _views(samples: Any, block: RaggedBlock) -> list[Any]:
-    ends = (block.starts + block.sizes).tolist()
-    return [samples[start:end] for start, end in zip(block.starts.tolist(), ends, strict=True)]
+    ends = block.starts + block.sizes
+    if bool((block.starts[1:] == ends[:-1]).all()):
+        return arrays.split(samples, block.sizes.tolist())
+    pairs = zip(block.starts.tolist(), ends.tolist(), strict=True)
+    return [samples[start:end] for start, end in pairs]
 
 
 def _as_numpy(plan: EpochPlan, block: RaggedBlock) -> list[Any]:

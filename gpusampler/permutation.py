@@ -130,7 +130,7 @@ class Streams(NamedTuple):
 def keyed_hash(key: tuple[Any, Any], r: int, v: Any) -> Any:
     """Round function: 32 bits from round ``r`` and value ``v`` (below 2**31) under ``key``."""
     k0, k1 = key
-    return mix(((v * SPREAD) & MASK) ^ ((k0 + r * (k1 | 1)) & MASK))
+    return mix(((v * SPREAD) ^ (k0 + r * (k1 | 1))) & MASK)
 
 
 def rounds_for(n: int) -> int:
@@ -188,13 +188,14 @@ def _permute_grid(
     a, b, rem = grid
     row = x // b
     col = x - row * b
+    last = a - 1
     for r in range(most):
         if r % 2 == 0:
             # Columns beyond the last row's cells are one cell shorter.
-            side = a - xp.astype(col >= rem, xp.int64)
+            side = xp.where(col >= rem, last, a)
             moved = row + ((keyed_hash(key, r, col) * side) >> 32)
         else:
-            side = xp.where(row == a - 1, rem, b)
+            side = xp.where(row == last, rem, b)
             moved = col + ((keyed_hash(key, r, row) * side) >> 32)
         moved = xp.where(moved >= side, moved - side, moved)
         if r >= fewest:

@@ -151,9 +151,21 @@ class EpochPlan:
         self._patch_orders: dict[int, PatchOrder] = {}
 
     @property
-    def _works_on_host(self) -> bool:
+    def works_on_host(self) -> bool:
+        """Whether NumPy does the work here."""
         # A DataLoader's worker must not touch a GPU: NumPy makes the same batches there.
         return self.device.on_host or arrays.in_worker()
+
+    @property
+    def block_lanes(self) -> int:
+        """Indices that are best evaluated at once: enough to spread the cost of a call.
+
+        On the host they still lie in cache when they are made into lists. On a device a kernel
+        needs no room but for its result; array operations need a few dozen arrays of it.
+        """
+        if self.works_on_host:
+            return 1 << 15
+        return 1 << 18 if self._evaluator().has_kernel else 1 << 16
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -245,7 +257,7 @@ class EpochPlan:
                 "dtype must be 'int64' for more than 2**31 samples, got 'int32' for "
                 f"{self.groups.source_size}"
             )
-        if self._works_on_host:
+        if self.works_on_host:
             block = self._evaluate_on_host(epoch, self._checked_slots(slots))
             block = block._replace(indices=block.indices.astype(dtype, copy=False))
             where = self.device if self.device.on_host else HOST
@@ -284,13 +296,19 @@ class EpochPlan:
 
     def batch_of_tensors(self, epoch: Any, slot: Any) -> BatchBlock:
         """Return `batch` with its length and its group, 0-d int64 tensors each."""
-        if self._on_device is None or not self._on_device.prepared:
-            self._prepare_batch()
         evaluator = self._on_device
-        assert evaluator is not None
+        if evaluator is None or not evaluator.prepared:
+            evaluator = self.prepare_batch()
         return BatchBlock(*evaluator.batch(self._streams, epoch, slot))
 
-    def _prepare_batch(self) -> None:
+    def prepare_batch(self) -> Evaluator:
+        """Put on the device what `batch` needs; its first call does, unless it is compiled.
+
+        Raises
+        ------
+        RuntimeError
+            If the device is none of torch's, or the caller is being compiled.
+        """
         if self.device.library != "torch":
             raise RuntimeError(
                 f"device must be one of torch for plan.batch, got {str(self.device)!r}; "
@@ -298,10 +316,12 @@ class EpochPlan:
             )
         if arrays.is_compiling():
             raise RuntimeError(
-                "plan.batch must have been called once before it is compiled: call it, or make "
-                "sampler.cursor(), outside the compiled function"
+                "plan.batch must be called once before it is compiled, or sampler.cursor() made: "
+                "its tables go to the device by copies that are no part of a graph"
             )
-        self._evaluator().prepare()
+        evaluator = self._evaluator()
+        evaluator.prepare()
+        return evaluator
 
     def evaluate_ragged(self, epoch: int, slots: Int64) -> RaggedBlock:
         """Return the batches at some slots as iteration hands them out, without a check.
@@ -316,7 +336,7 @@ class EpochPlan:
 
     def batches_at(self, epoch: int, at: Located) -> RaggedBlock:
         """Return the batches that `locate` found (the second half of `evaluate_ragged`)."""
-        if self._works_on_host:
+        if self.works_on_host:
             samples, starts = self._samples(epoch, at, at.size)
         else:
             order = self._order_of_patches(epoch)

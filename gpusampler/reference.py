@@ -30,7 +30,7 @@ class Reference:
 
     def __init__(self, tables: PatchTables, device: Device, shuffles: Shuffles) -> None:
         self._device = device
-        self._xp = arrays.namespace(device)
+        self._xp = arrays.reference_namespace(device)
         self._tables = tables
         self._shuffles = shuffles
         self._numbers_kept: dict[int, Any] = {}
@@ -65,13 +65,15 @@ class Reference:
 
     def prepare_batch(self) -> None:
         """Make what `batch` needs beforehand; nothing of it may be made while it is traced."""
-        wanted = [self._tables.max_batch_size]
+        tables = self._tables
+        wanted = {tables.max_batch_size}
         if not self._shuffles.interleave:
-            wanted.append(self._tables.counts.shape[0])
+            wanted.add(int(tables.counts.shape[0]))
         with arrays.on(self._device):
-            for count in wanted:
-                if count not in self._numbers_kept:
-                    self._numbers_kept[count] = self._numbers(count)
+            for count in wanted - set(self._numbers_kept):
+                self._numbers_kept[count] = self._numbers(count)
+        for array in (*tables.arrays(), *self._numbers_kept.values()):
+            arrays.keep_in_place(array)
 
     def ragged(
         self, streams: Streams, epoch: int, at: Located, patch_order: PatchOrder | None

@@ -4,20 +4,25 @@ from __future__ import annotations
 
 import secrets
 import warnings
-from collections.abc import Iterator, Mapping
-from typing import Any, Literal
+from collections.abc import Callable, Iterator, Mapping
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import numpy as np
 
 from gpusampler import arrays, sources
 from gpusampler.coverage import Coverage, coverage_of
-from gpusampler.iteration import Batch, EpochIterator
+from gpusampler.iteration import Batch, BatchReader, EpochIterator, Reader
 from gpusampler.plan import EPOCHS, EpochPlan, Partial
-from gpusampler.state import Progress
+from gpusampler.state import Progress, Share
 from gpusampler.validation import checked_bool, checked_choice, checked_int, checked_seed
+
+if TYPE_CHECKING:
+    from gpusampler.cursor import BatchCursor
 
 UNEVENS = ("pad", "drop")
 OUTPUTS = ("list", "numpy", "tensor")
+
+T = TypeVar("T")
 
 
 class PatchBatchSampler:
@@ -186,7 +191,7 @@ class PatchBatchSampler:
         It binds the epoch when its first batch is drawn, and has ``len``, ``state_dict`` and
         ``load_state_dict``.
         """
-        return EpochIterator(self._progress, self.output)
+        return self.iterate(lambda share: BatchReader(share, self.output))
 
     def batches(self, epoch: int | None = None) -> Iterator[Batch]:
         """Iterate over this rank's batches with their indices on the device.
@@ -207,9 +212,48 @@ class PatchBatchSampler:
         TypeError, ValueError
             If ``epoch`` is no integer in 0 .. 2**63 - 1.
         """
+        return self.iterate(lambda share: BatchReader(share, "batch"), epoch)
+
+    def iterate(
+        self, begin: Callable[[Share], Reader[T]], epoch: int | None = None
+    ) -> EpochIterator[T]:
+        """Return an iterator over what a reader makes of this rank's share of an epoch.
+
+        What `iter`, `batches` and `PatchTensorLoader` are made of; arguments as for
+        `EpochIterator`.
+
+        Raises
+        ------
+        TypeError, ValueError
+            If ``epoch`` is no integer in 0 .. 2**63 - 1.
+        """
         if epoch is not None:
             epoch = checked_int(epoch, "epoch", least=0, below=EPOCHS)
-        return EpochIterator(self._progress, "batch", epoch)
+        return EpochIterator(self._progress, begin, epoch)
+
+    def cursor(self) -> BatchCursor:
+        """Return a torch module that hands out this rank's batches inside compiled loops.
+
+        It begins where the next iterator would, on the sampler's device (torch's CPU for NumPy,
+        torch's CUDA for CuPy), and goes its own way from there: the sampler's epoch and state do
+        not follow it. Its own ``state_dict`` holds its place.
+
+        Returns
+        -------
+        gpusampler.cursor.BatchCursor
+        """
+        from gpusampler.cursor import BatchCursor
+
+        share = self._progress.pending()
+        return BatchCursor(
+            share.plan.on(arrays.on_torch(share.plan.device)),
+            epoch=share.epoch,
+            slot=share.slot,
+            num_replicas=self.num_replicas,
+            rank=self.rank,
+            uneven=self._progress.uneven,
+            seed_given=self._progress.seed_given,
+        )
 
     def set_epoch(self, epoch: int) -> None:
         """Choose the epoch that the next iterator hands out.

@@ -21,11 +21,13 @@ class Share(NamedTuple):
     epoch: int
     slot: int
     steps: int
+    num_replicas: int
+    rank: int
 
-    def slot_after(self, steps: int, num_replicas: int) -> int:
+    def slot_after(self, steps: int) -> int:
         """Return the global slot after some steps; the number of slots once it is done."""
         total = self.plan.num_batches
-        return total if steps >= self.steps else min(self.slot + steps * num_replicas, total)
+        return total if steps >= self.steps else min(self.slot + steps * self.num_replicas, total)
 
 
 class Pass(Protocol):
@@ -58,8 +60,8 @@ class Progress:
         self.num_replicas = num_replicas
         self.rank = rank
         self.epoch = 0
-        self._uneven = uneven
-        self._seed_given = seed_given
+        self.uneven = uneven
+        self.seed_given = seed_given
         self._slot = 0
         self._loaded: tuple[int, int] | None = None
         self._begun: Pass | None = None
@@ -72,13 +74,14 @@ class Progress:
     def steps_from(self, slot: int) -> int:
         """Return how many batches a rank has from a global slot on; equal on all ranks."""
         left = max(self.plan.num_batches - slot, 0)
-        if self._uneven == "pad":
+        if self.uneven == "pad":
             return -(-left // self.num_replicas)
         return left // self.num_replicas
 
     def share(self, epoch: int, slot: int) -> Share:
         """Return this rank's share of an epoch from a global slot on."""
-        return Share(self.plan, epoch, slot, self.steps_from(slot))
+        steps = self.steps_from(slot)
+        return Share(self.plan, epoch, slot, steps, self.num_replicas, self.rank)
 
     def pending(self) -> Share:
         """Return the share that the next pass will bind."""
@@ -148,7 +151,7 @@ class Progress:
                 f"step must be <= {share.steps}, the batches of this pass, got {steps}"
             )
         # No step of a share is a share that has not begun, even if there are none to do.
-        slot = share.slot_after(steps, self.num_replicas) if steps else share.slot
+        slot = share.slot_after(steps) if steps else share.slot
         return {
             "version": STATE_VERSION,
             "epoch": share.epoch,
@@ -177,9 +180,9 @@ class Progress:
             raise ValueError(
                 f"state_dict must have format version {STATE_VERSION}, got {state['version']!r}"
             )
-        _check_fingerprint(state["fingerprint"], self._fingerprint)
+        check_fingerprint(state["fingerprint"], self._fingerprint)
         seed = checked_seed(state["seed"])
-        if seed != self.plan.seed and self._seed_given:
+        if seed != self.plan.seed and self.seed_given:
             raise ValueError(
                 f"state_dict must be of seed {self.plan.seed}, which was given here, "
                 f"got seed {seed}"
@@ -208,7 +211,8 @@ def fingerprint_of(plan: EpochPlan) -> dict[str, Any]:
     }
 
 
-def _check_fingerprint(theirs: Any, ours: Mapping[str, Any]) -> None:
+def check_fingerprint(theirs: Any, ours: Mapping[str, Any]) -> None:
+    """Raise, naming what differs, if a saved fingerprint is of other ids or settings."""
     if not isinstance(theirs, Mapping):
         raise TypeError(f"state_dict fingerprint must be a mapping, got {type(theirs).__name__}")
     differing = [

@@ -129,6 +129,11 @@ class PatchTables:
             largest=int(counts.max()),
         )
 
+    def arrays(self) -> list[Any]:
+        """Return the arrays."""
+        tables = (self.counts, self.starts, self.sizes, self.batches, self.batch_offsets)
+        return [*tables, *self.grid, *([] if self.order is None else [self.order])]
+
     def on(self, device: Device, order: Any) -> PatchTables:
         """Return the same tables on a device, with the order (uploaded if it is elsewhere)."""
 

@@ -5,7 +5,7 @@ Imported at first use only.
 
 from __future__ import annotations
 
-from functools import lru_cache
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,7 @@ def defines(form: Form, order: str, out: str) -> tuple[str, ...]:
     return tuple(f"-D{name}={value}" for name, value in flags.items())
 
 
-@lru_cache(maxsize=None)
+@cache
 def _kernel(form: Form, order: str, out: str) -> Any:
     return cupy.RawKernel(
         SOURCE.read_text(),

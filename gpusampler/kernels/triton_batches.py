@@ -20,8 +20,8 @@ from gpusampler.kernels.form import Form, Geometry
 WARPS = 4
 
 
-@triton.jit  # type: ignore[untyped-decorator]
-def _mix(h):  # type: ignore[no-untyped-def]
+@triton.jit
+def _mix(h):
     h ^= h >> 16
     h *= 0x21F0AAAD
     h ^= h >> 15
@@ -29,38 +29,38 @@ def _mix(h):  # type: ignore[no-untyped-def]
     return h ^ (h >> 15)
 
 
-@triton.jit  # type: ignore[untyped-decorator]
-def _absorb(s0, s1, word):  # type: ignore[no-untyped-def]
+@triton.jit
+def _absorb(s0, s1, word):
     s0 = _mix(s0 ^ word)
     return s0, _mix((s1 + s0) ^ (word * 0x2C1B3C6D))
 
 
-@triton.jit  # type: ignore[untyped-decorator]
-def _hash(value, round_key):  # type: ignore[no-untyped-def]
+@triton.jit
+def _hash(value, round_key):
     return _mix((value * 0x2C1B3C6D) ^ round_key)
 
 
-@triton.jit  # type: ignore[untyped-decorator]
-def _rotate(line, amount, side):  # type: ignore[no-untyped-def]
+@triton.jit
+def _rotate(line, amount, side):
     # Below `side` the difference wraps to something huge: the minimum is the conditional.
     moved = line + tl.umulhi(amount, side)
     return tl.minimum(moved, moved - side)
 
 
-@triton.jit  # type: ignore[untyped-decorator]
-def _coin(key, step):  # type: ignore[no-untyped-def]
+@triton.jit
+def _coin(key, step):
     return _mix(key + 63 * step) >> 31
 
 
-@triton.jit  # type: ignore[untyped-decorator]
-def _round_pair(line, col, a, b, rem, key, step):  # type: ignore[no-untyped-def]
+@triton.jit
+def _round_pair(line, col, a, b, rem, key, step):
     line = _rotate(line, _hash(col, key), a - (col >= rem).to(tl.uint32))
     col = _rotate(col, _hash(line, key + step), tl.where(line == a - 1, rem, b))
     return line, col
 
 
-@triton.jit  # type: ignore[untyped-decorator]
-def _fisher_yates(x, n, key, step, MOST: tl.constexpr):  # type: ignore[no-untyped-def]
+@triton.jit
+def _fisher_yates(x, n, key, step, MOST: tl.constexpr):
     """Transpositions (i, j_i) from i = MOST-1 down to 1; those from n on change nothing."""
     for done in range(MOST - 1):
         # Of the key's shape: one hash a row, not one a lane.
@@ -71,14 +71,14 @@ def _fisher_yates(x, n, key, step, MOST: tl.constexpr):  # type: ignore[no-untyp
     return x
 
 
-@triton.jit  # type: ignore[untyped-decorator]
-def _absorb_epoch(s0, s1, epoch):  # type: ignore[no-untyped-def]
+@triton.jit
+def _absorb_epoch(s0, s1, epoch):
     s0, s1 = _absorb(s0, s1, epoch.to(tl.uint32))
     return _absorb(s0, s1, (epoch >> 32).to(tl.uint32))
 
 
-@triton.jit  # type: ignore[untyped-decorator]
-def _permute_slots(slot, n, a, b, rem, pairs, key, step, FORM: tl.constexpr):  # type: ignore[no-untyped-def]
+@triton.jit
+def _permute_slots(slot, n, a, b, rem, pairs, key, step, FORM: tl.constexpr):
     if FORM == 1:
         few = _fisher_yates(slot.to(tl.uint32), n.to(tl.uint32), key, step, 32)
         image = few.to(tl.int64)
@@ -90,7 +90,7 @@ def _permute_slots(slot, n, a, b, rem, pairs, key, step, FORM: tl.constexpr):  #
         col = (slot - line.to(tl.int64) * b).to(tl.uint32)
         side_a, side_b, side_rem = a.to(tl.uint32), b.to(tl.uint32), rem.to(tl.uint32)
         round_key = key
-        for pair in range(pairs):
+        for _pair in range(pairs):
             line, col = _round_pair(line, col, side_a, side_b, side_rem, round_key, step)
             round_key += 2 * step
         image = line.to(tl.int64) * b + col.to(tl.int64)
@@ -101,13 +101,24 @@ def _permute_slots(slot, n, a, b, rem, pairs, key, step, FORM: tl.constexpr):  #
 
 # Not specialised: that one of these happens to be 1, or a multiple of 16, is no other kernel. (The
 # width is: rows of a multiple of 16 are written 16 bytes at a time.)
-_VALUES = (
-    "num_rows num_groups steps slot_n slot_a slot_b slot_rem slot_pairs key0 key1 state0 state1"
-).split()
+_VALUES = [
+    "num_rows",
+    "num_groups",
+    "steps",
+    "slot_n",
+    "slot_a",
+    "slot_b",
+    "slot_rem",
+    "slot_pairs",
+    "key0",
+    "key1",
+    "state0",
+    "state1",
+]
 
 
-@triton.jit(do_not_specialize=_VALUES)  # type: ignore[untyped-decorator]
-def batches_kernel(  # type: ignore[no-untyped-def]
+@triton.jit(do_not_specialize=_VALUES)
+def batches_kernel(
     slots,
     starts,
     epoch,
@@ -163,9 +174,7 @@ def batches_kernel(  # type: ignore[no-untyped-def]
         k0, k1 = _absorb_epoch(k0, k1, now * 0)
         s0, s1 = _absorb_epoch(s0, s1, now)
     if SLOTS > 0:
-        slot = _permute_slots(
-            slot, slot_n, slot_a, slot_b, slot_rem, slot_pairs, k0, k1 | 1, SLOTS
-        )
+        slot = _permute_slots(slot, slot_n, slot_a, slot_b, slot_rem, slot_pairs, k0, k1 | 1, SLOTS)
 
     # The last place whose entry is not above the slot.
     place = tl.zeros([ROWS], tl.int32)
@@ -241,14 +250,12 @@ def batches_kernel(  # type: ignore[no-untyped-def]
                 line += (col >= b).to(tl.uint32)
                 col = tl.minimum(col, col - b)
                 round_key = tile_key
-                for common in tl.static_range(FEWEST):
+                for _common in tl.static_range(FEWEST):
                     line, col = _round_pair(line, col, a, b, rem, round_key, row_step)
                     round_key += 2 * row_step
                 if MOST > FEWEST:
                     for pair in range(FEWEST, pairs):
-                        more_line, more_col = _round_pair(
-                            line, col, a, b, rem, round_key, row_step
-                        )
+                        more_line, more_col = _round_pair(line, col, a, b, rem, round_key, row_step)
                         line = tl.where(pair < own, more_line, line)
                         col = tl.where(pair < own, more_col, col)
                         round_key += 2 * row_step
@@ -261,9 +268,7 @@ def batches_kernel(  # type: ignore[no-untyped-def]
         sample = row_base + image.to(tl.int64)
         if ORDERED:
             sample = tl.load(order + sample, mask=mask, other=0).to(tl.int64)
-        tl.store(
-            out + row_begin + lane.to(tl.int64), sample.to(out.dtype.element_ty), mask=mask
-        )
+        tl.store(out + row_begin + lane.to(tl.int64), sample.to(out.dtype.element_ty), mask=mask)
 
 
 def launch(form: Form, geometry: Geometry, args: tuple[Any, ...]) -> None:

@@ -1,0 +1,201 @@
+"""BatchCursor: a plan's batches one after the other inside a compiled loop or a CUDA graph.
+
+Imports torch, so it is imported by `PatchBatchSampler.cursor` only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from gpusampler.arrays import Device
+from gpusampler.plan import EPOCHS, EpochPlan
+from gpusampler.state import check_fingerprint, fingerprint_of
+from gpusampler.validation import checked_choice, checked_int, checked_seed
+
+UNEVENS = ("pad", "drop")
+
+
+class CursorBatch(NamedTuple):
+    """One batch of a `BatchCursor`, all of it on the device.
+
+    Attributes
+    ----------
+    indices : int64 tensor, shape (B,)
+        Samples; those beyond ``valid`` repeat samples of the same patch.
+    valid : int64 tensor, 0-d
+        How many of them count.
+    group : int64 tensor, 0-d
+        The batch's patch, as a place among the sorted patch ids: what indexes a tensor of
+        geometries.
+    """
+
+    indices: Tensor
+    valid: Tensor
+    group: Tensor
+
+
+class BatchCursor(torch.nn.Module):
+    """Hands out a batch a call, without the host: its place is a tensor that is counted up.
+
+    `forward` reads nothing back, has one shape for ever and changes its buffers in place, so it
+    may stand in a function that is compiled with fullgraph=True, once for a whole run, or in a CUDA
+    graph, each replay of which is the next batch. At the end of an epoch it runs on into the next.
+
+    Parameters
+    ----------
+    plan : EpochPlan
+        On a torch device. With ``interleave=False`` every call works out the order of all patches
+        anew, which costs as much as a batch of as many samples as there are patches.
+    epoch, slot : int
+        Where to begin: an epoch, and a global slot in it, 0 .. M (M is the end of the epoch).
+    num_replicas, rank : int
+        Ranks that share an epoch, and which one this is; a step takes ``num_replicas`` slots.
+    uneven : {"pad", "drop"}
+        When slots are left that are fewer than ``num_replicas``: the epoch's first come again, or
+        they are left out.
+    seed_given : bool
+        Whether a saved state of another seed is refused, rather than taken over.
+
+    Attributes
+    ----------
+    epoch, slot : int64 tensors, 0-d
+        Buffers, saved by ``state_dict``: where the next call begins.
+
+    Raises
+    ------
+    TypeError, ValueError
+        If an argument is not as described, or no step is left.
+
+    Examples
+    --------
+    >>> from gpusampler import PatchBatchSampler
+    >>> sampler = PatchBatchSampler([7, 7, 7, 2, 2], 2, seed=0, partial="pad")
+    >>> cursor = sampler.cursor()
+    >>> cursor().indices.shape, cursor.position()
+    (torch.Size([2]), (0, 1))
+    """
+
+    epoch: Tensor
+    slot: Tensor
+
+    def __init__(
+        self,
+        plan: EpochPlan,
+        *,
+        epoch: int = 0,
+        slot: int = 0,
+        num_replicas: int = 1,
+        rank: int = 0,
+        uneven: str = "pad",
+        seed_given: bool = True,
+    ) -> None:
+        super().__init__()
+        if not isinstance(plan, EpochPlan):
+            raise TypeError(f"plan must be an EpochPlan, got {type(plan).__name__}")
+        if plan.device.library != "torch":
+            raise ValueError(
+                f"plan must be on a torch device, got {str(plan.device)!r}; plan.on('cpu') is the "
+                "same plan there"
+            )
+        self.num_replicas = checked_int(num_replicas, "num_replicas", least=1, below=1 << 31)
+        self.rank = checked_int(rank, "rank", least=0, below=self.num_replicas)
+        self._drop = checked_choice(uneven, "uneven", UNEVENS) == "drop"
+        self._seed_given = seed_given
+        self._plan = plan
+        if self._steps_from(0) == 0:
+            raise ValueError(
+                "num_replicas must be at most the number of batches under uneven='drop', got "
+                f"{self.num_replicas} for {plan.num_batches} batches"
+            )
+        for name in ("epoch", "slot"):
+            self.register_buffer(name, torch.zeros((), dtype=torch.int64, device=plan.device.name))
+        self.seek(epoch, slot)
+        plan.prepare_batch()
+
+    @property
+    def plan(self) -> EpochPlan:
+        """The plan, on the device of the buffers."""
+        return self._plan
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Calls that make up an epoch on this rank; equal on every rank."""
+        return self._steps_from(0)
+
+    def forward(self) -> CursorBatch:
+        """Return this rank's next batch, and go on."""
+        total = self._plan.num_batches
+        block = self._plan.batch_of_tensors(self.epoch, (self.slot + self.rank) % total)
+        following = self.slot + self.num_replicas
+        # Under "drop" the next step must have a slot for every rank.
+        done = following + (self.num_replicas - 1 if self._drop else 0) >= total
+        self.epoch.add_(done)
+        self.slot.copy_(torch.where(done, 0, following))
+        return CursorBatch(*block)
+
+    def seek(self, epoch: int, slot: int = 0) -> None:
+        """Go to a place, in place: a graph that was captured goes on from there.
+
+        Parameters
+        ----------
+        epoch, slot : int
+            As for the constructor.
+
+        Raises
+        ------
+        TypeError, ValueError
+            If one is no integer or out of range.
+        """
+        epoch = checked_int(epoch, "epoch", least=0, below=EPOCHS)
+        slot = checked_int(slot, "slot", least=0, below=self._plan.num_batches + 1)
+        if self._steps_from(slot) == 0:
+            epoch, slot = epoch + 1, 0
+        self.epoch.fill_(epoch)
+        self.slot.fill_(slot)
+
+    def position(self) -> tuple[int, int]:
+        """Return (epoch, slot) of the next call as integers; waits for the device."""
+        return int(self.epoch), int(self.slot)
+
+    def _steps_from(self, slot: int) -> int:
+        left = self._plan.num_batches - slot
+        return left // self.num_replicas if self._drop else -(-left // self.num_replicas)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> BatchCursor:
+        """Move with the module: the plan is evaluated where the buffers are."""
+        super()._apply(fn, recurse)
+        self._plan = self._plan.on(Device("torch", str(self.epoch.device)))
+        self._plan.prepare_batch()
+        return self
+
+    def get_extra_state(self) -> dict[str, Any]:
+        """Return what a saved place must fit: the seed, ids and settings."""
+        return {"seed": self._plan.seed, "fingerprint": fingerprint_of(self._plan)}
+
+    def set_extra_state(self, state: Mapping[str, Any]) -> None:
+        """Check that a saved place is of the same ids and settings, and take over its seed.
+
+        Raises
+        ------
+        ValueError
+            If it is not, or the seed was given and is another.
+        """
+        check_fingerprint(state["fingerprint"], fingerprint_of(self._plan))
+        seed = checked_seed(state["seed"])
+        if seed == self._plan.seed:
+            return
+        if self._seed_given:
+            raise ValueError(
+                f"state_dict must be of seed {self._plan.seed}, which was given here, "
+                f"got seed {seed}"
+            )
+        self._plan = self._plan.with_seed(seed)
+
+    def extra_repr(self) -> str:
+        """Return the plan and the ranks."""
+        ranks = f", rank {self.rank} of {self.num_replicas}" if self.num_replicas > 1 else ""
+        return f"{self._plan!r}, device={str(self._plan.device)!r}{ranks}"

@@ -1,0 +1,177 @@
+"""Side streams, events and pinned memory: arrays that travel while something else is done.
+
+`ToHost` brings arrays from a device to the host a step ahead of their use. What a library calls
+its streams is behind `Side`, of which tests have one that copies as late as it may.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from gpusampler import arrays
+from gpusampler.arrays import Device
+
+
+class Event(Protocol):
+    """A point in the work of a stream."""
+
+    def synchronize(self) -> None:
+        """Wait on the host until the point is passed."""
+
+
+class Side(Protocol):
+    """A stream beside the one that computes, on a device of one library."""
+
+    def pinned(self, size: int, dtype: str) -> Any:
+        """Return page-locked host memory as a 1-D array of the library (NumPy's for CuPy)."""
+
+    def to_host(self, source: Any, target: Any) -> Event:
+        """Begin to copy a device array to pinned memory, after what computes it.
+
+        The caller keeps ``source`` until the event is passed, and ``target`` alone.
+        """
+
+    def to_device(self, source: Any, shape: tuple[int, ...]) -> tuple[Any, Event]:
+        """Begin to copy pinned memory to a new device array.
+
+        The caller keeps ``source`` as it is until the event is passed.
+        """
+
+    def wait_for(self, event: Event, array: Any) -> None:
+        """Let the stream that computes use an array from `to_device`, once its copy is done."""
+
+
+class TorchSide:
+    """A side stream of torch on CUDA."""
+
+    def __init__(self, device: Device) -> None:
+        import torch
+
+        self._torch = torch
+        self._device = torch.device(device.name)
+        self._stream = torch.cuda.Stream(self._device)
+
+    def pinned(self, size: int, dtype: str) -> Any:
+        """Return a page-locked tensor."""
+        return self._torch.empty(size, dtype=getattr(self._torch, dtype), pin_memory=True)
+
+    def to_host(self, source: Any, target: Any) -> Event:
+        """Begin to copy a device array to pinned memory, after what computes it."""
+        self._stream.wait_stream(self._torch.cuda.current_stream(self._device))
+        with self._torch.cuda.stream(self._stream):
+            target.copy_(source, non_blocking=True)
+            return self._recorded()
+
+    def to_device(self, source: Any, shape: tuple[int, ...]) -> tuple[Any, Event]:
+        """Begin to copy pinned memory to a new device array."""
+        with self._torch.cuda.stream(self._stream):
+            there = self._torch.empty(shape, dtype=source.dtype, device=self._device)
+            there.view(-1).copy_(source, non_blocking=True)
+            return there, self._recorded()
+
+    def wait_for(self, event: Any, array: Any) -> None:
+        """Let the current stream use an array from `to_device`, once its copy is done."""
+        current = self._torch.cuda.current_stream(self._device)
+        current.wait_event(event)
+        # It was made on the side stream: its memory must not be used anew before this stream is
+        # done with it.
+        array.record_stream(current)
+
+    def _recorded(self) -> Event:
+        event = self._torch.cuda.Event()
+        event.record(self._stream)
+        recorded: Event = event
+        return recorded
+
+
+class CupySide:
+    """A side stream of CuPy."""
+
+    def __init__(self, device: Device) -> None:
+        import cupy
+
+        self._cupy = cupy
+        self._device = device
+        with arrays.on(device):
+            self._stream = cupy.cuda.Stream(non_blocking=True)
+
+    def pinned(self, size: int, dtype: str) -> Any:
+        """Return page-locked memory as a NumPy array."""
+        import cupyx
+
+        return cupyx.empty_pinned(size, dtype)
+
+    def to_host(self, source: Any, target: Any) -> Event:
+        """Begin to copy a device array to pinned memory, after what computes it."""
+        with arrays.on(self._device):
+            self._stream.wait_event(self._cupy.cuda.get_current_stream().record())
+            source.data.copy_to_host_async(target.ctypes.data, source.nbytes, self._stream)
+            event: Event = self._stream.record()
+            return event
+
+    def to_device(self, source: Any, shape: tuple[int, ...]) -> tuple[Any, Event]:
+        """Begin to copy pinned memory to a new device array."""
+        with arrays.on(self._device):
+            # Made on the stream that will use it, whose earlier work on the same memory comes
+            # first.
+            there = self._cupy.empty(shape, dtype=source.dtype)
+            self._stream.wait_event(self._cupy.cuda.get_current_stream().record())
+            there.data.copy_from_host_async(source.ctypes.data, source.nbytes, self._stream)
+            return there, self._stream.record()
+
+    def wait_for(self, event: Any, array: Any) -> None:
+        """Let the current stream use an array from `to_device`, once its copy is done."""
+        with arrays.on(self._device):
+            self._cupy.cuda.get_current_stream().wait_event(event)
+
+
+def side_of(device: Device) -> Side | None:
+    """Return a side stream on a device; None where copies are not asynchronous."""
+    if device.library == "cupy":
+        return CupySide(device)
+    if device.library == "torch" and device.name.startswith("cuda"):
+        return TorchSide(device)
+    return None
+
+
+class ToHost:
+    """Device arrays on their way to the host, through two pinned buffers.
+
+    `send` begins a copy, `take` waits for the oldest one. What `take` returned is good until the
+    next `send` but one.
+
+    Parameters
+    ----------
+    side : Side
+    """
+
+    BUFFERS = 2
+
+    def __init__(self, side: Side) -> None:
+        self._side = side
+        self._buffers: list[Any] = [None] * self.BUFFERS
+        self._on_the_way: list[tuple[int, int, Any, Event]] = []
+        self._next = 0
+
+    def send(self, array: Any) -> None:
+        """Begin to copy a 1-D array; at most two may be on their way."""
+        if len(self._on_the_way) == self.BUFFERS:
+            raise RuntimeError("take must be called before a third array is sent")
+        size = int(array.shape[0])
+        buffer = self._buffers[self._next]
+        if buffer is None or int(buffer.shape[0]) < size:
+            buffer = self._side.pinned(size, arrays.dtype_name(array))
+            self._buffers[self._next] = buffer
+        event = self._side.to_host(array, buffer[:size])
+        # The array is kept until then: its memory could be used anew while it is read.
+        self._on_the_way.append((self._next, size, array, event))
+        self._next = (self._next + 1) % self.BUFFERS
+
+    def take(self) -> NDArray[Any]:
+        """Wait for the oldest array and return it as NumPy, in pinned memory."""
+        which, size, _, event = self._on_the_way.pop(0)
+        event.synchronize()
+        return np.asarray(self._buffers[which][:size])
