@@ -113,8 +113,15 @@ def parse_device(device: Any) -> Device:
     ValueError
         If the name is not known to the library.
     RuntimeError
-        If the library or the device is not there.
+        If the library or the device is not there, or the caller is a DataLoader's worker and the
+        device is no host.
     """
+    parsed = _parse(device)
+    check_not_in_worker(parsed)
+    return parsed
+
+
+def _parse(device: Any) -> Device:
     name = str(device)
     if name == "numpy":
         return HOST
@@ -218,6 +225,15 @@ def is_out_of_memory(error: BaseException) -> bool:
         (torch is not None and isinstance(error, torch.cuda.OutOfMemoryError))
         or (cupy is not None and isinstance(error, cupy.cuda.memory.OutOfMemoryError))
     )
+
+
+def check_not_in_worker(device: Device) -> None:
+    """Raise RuntimeError if arrays of a GPU are about to be made in a worker of a DataLoader."""
+    if not device.on_host and in_worker():
+        raise RuntimeError(
+            f"device must be the host in a worker of a DataLoader, got {str(device)!r}: a worker "
+            "can hand out no arrays of a GPU. Iterate in the main process, or use device='numpy'"
+        )
 
 
 def has_torch() -> bool:

@@ -129,12 +129,16 @@ class BatchCursor(torch.nn.Module):
     def forward(self) -> CursorBatch:
         """Return this rank's next batch, and go on."""
         total = self._plan.num_batches
-        block = self._plan.batch_of_tensors(self.epoch, (self.slot + self.rank) % total)
-        following = self.slot + self.num_replicas
-        # Under "drop" the next step must have a slot for every rank.
-        done = following + (self.num_replicas - 1 if self._drop else 0) >= total
+        # Few operations: each is a kernel of its own where nothing fuses them.
+        own = self.slot if self.num_replicas == 1 else self.slot + self.rank
+        if self.num_replicas > 1 and not self._drop:
+            own = own % total
+        block = self._plan.batch_of_tensors(self.epoch, own)
+        self.slot.add_(self.num_replicas)
+        # Under "drop" a step must have a slot for every rank.
+        done = self.slot > (total - self.num_replicas if self._drop else total - 1)
         self.epoch.add_(done)
-        self.slot.copy_(torch.where(done, 0, following))
+        self.slot.masked_fill_(done, 0)
         return CursorBatch(*block)
 
     def seek(self, epoch: int, slot: int = 0) -> None:

@@ -9,7 +9,6 @@ from typing import Any, Generic, NamedTuple, Protocol, TypeVar
 import numpy as np
 
 from gpusampler import arrays
-from gpusampler.arrays import Device
 from gpusampler.plan import EpochPlan, RaggedBlock
 from gpusampler.state import Progress, Share
 from gpusampler.streams import ToHost, side_of
@@ -250,7 +249,7 @@ class BatchReader(Generic[T]):
         self._blocks: Blocks | BlocksToHost = Blocks(share, plan)
         self._overwritten = False
         if output == "batch":
-            check_not_in_worker(plan.device)
+            arrays.check_not_in_worker(plan.device)
         elif not plan.works_on_host:
             side = side_of(plan.device)
             if side is not None:
@@ -267,15 +266,6 @@ class BatchReader(Generic[T]):
             block = block._replace(samples=block.samples.copy())
         batches: list[T] = _SPLITTERS[self._output](self._plan, block)
         return batches
-
-
-def check_not_in_worker(device: Device) -> None:
-    """Raise if arrays of a GPU are about to be made in a worker of a DataLoader."""
-    if not device.on_host and arrays.in_worker():
-        raise RuntimeError(
-            f"device must be the host in a worker of a DataLoader, got {str(device)!r}: a worker "
-            "can hand out no arrays of a GPU. Iterate in the main process, or use device='numpy'"
-        )
 
 
 def _as_lists(plan: EpochPlan, block: RaggedBlock) -> list[list[int]]:

@@ -15,7 +15,7 @@ import numpy as np
 
 from gpusampler import arrays
 from gpusampler.arrays import HOST, Device, Int64
-from gpusampler.iteration import Blocks, EpochIterator, check_not_in_worker
+from gpusampler.iteration import Blocks, EpochIterator
 from gpusampler.plan import RaggedBlock
 from gpusampler.sampler import PatchBatchSampler
 from gpusampler.state import Share
@@ -161,7 +161,7 @@ class TensorReader:
         device: Device,
         side: Side | None = None,
     ) -> None:
-        check_not_in_worker(device)
+        arrays.check_not_in_worker(device)
         resident = {n: t for n, t in tensors.items() if _is_at(t, device)}
         travelling = {n: t for n, t in tensors.items() if n not in resident}
         self._names = list(tensors)

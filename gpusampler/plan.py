@@ -445,14 +445,14 @@ class EpochPlan:
         return self._on_device
 
     def _slots_there(self, slots: Any) -> Any:
-        """Return slots as int64 on the plan's device; checked only if they came from elsewhere."""
-        if arrays.library_of(slots) is None or arrays.device_of(slots) != self.device:
-            slots = arrays.upload(self._checked_slots(slots), self.device)
+        """Return slots as int64 on the plan's device; checked only if they are on the host."""
+        if arrays.library_of(slots) is None or arrays.device_of(slots).on_host:
+            return arrays.upload(self._checked_slots(slots), self.device)
         self._check_kind(slots)
+        slots = arrays.to_device(slots, self.device)
         xp = arrays.namespace(self.device)
-        slots = xp.astype(slots, xp.int64, copy=False)
-        # Kernels read rows of memory.
-        return arrays.contiguous(slots)
+        # Kernels read them side by side.
+        return arrays.contiguous(xp.astype(slots, xp.int64, copy=False))
 
     def _checked_slots(self, slots: Any) -> Int64:
         slots = arrays.to_numpy(as_array(slots, "slots"))

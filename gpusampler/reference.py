@@ -72,7 +72,7 @@ class Reference:
         with arrays.on(self._device):
             for count in wanted - set(self._numbers_kept):
                 self._numbers_kept[count] = self._numbers(count)
-        for array in (*tables.arrays(), *self._numbers_kept.values()):
+        for array in (*tables.members(), *self._numbers_kept.values()):
             arrays.keep_in_place(array)
 
     def ragged(

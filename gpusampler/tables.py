@@ -77,6 +77,8 @@ class PatchTables:
     order : array, shape (N,), or None
     num_batches, max_batch_size, smallest, largest : int
         M, B, and the smallest and largest patch.
+    uniform : bool
+        Whether every batch is handed out at B.
     """
 
     counts: Any
@@ -90,6 +92,7 @@ class PatchTables:
     max_batch_size: int
     smallest: int
     largest: int
+    uniform: bool
 
     @classmethod
     def build(cls, groups: PatchGroups, batch_size: int, partial: str) -> PatchTables:
@@ -115,6 +118,10 @@ class PatchTables:
             )
         batches.flags.writeable = False
         filled = sizes if partial == "pad" else np.minimum(sizes, counts)
+        whole = filled[batches > 0]
+        uniform = bool((whole == whole[0]).all())
+        if partial == "keep":
+            uniform = uniform and bool((counts % filled == 0).all())
         return cls(
             counts=counts,
             starts=groups.starts,
@@ -127,9 +134,10 @@ class PatchTables:
             max_batch_size=int(filled.max()),
             smallest=int(counts.min()),
             largest=int(counts.max()),
+            uniform=uniform,
         )
 
-    def arrays(self) -> list[Any]:
+    def members(self) -> list[Any]:
         """Return the arrays."""
         tables = (self.counts, self.starts, self.sizes, self.batches, self.batch_offsets)
         return [*tables, *self.grid, *([] if self.order is None else [self.order])]

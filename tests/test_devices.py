@@ -62,8 +62,8 @@ class TestPlanElsewhere:
         slots = torch.arange(plan.num_batches)
         plan.evaluate(0, slots)
         sent = []
-        original = arrays.to_device
-        monkeypatch.setattr(arrays, "to_device", lambda *args: sent.append(args) or original(*args))
+        original = arrays.upload
+        monkeypatch.setattr(arrays, "upload", lambda *args: sent.append(args) or original(*args))
         plan.evaluate(0, slots)
         assert sent == []
         plan.evaluate(1, slots)

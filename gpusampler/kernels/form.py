@@ -96,8 +96,8 @@ class Geometry(NamedTuple):
 def triton_geometry(form: Form, num_rows: int, width: int) -> Geometry:
     """Return tiles of 1,024 or 2,048 lanes; their shape depends on form and width alone.
 
-    Each shape is a kernel to compile, so there are few; a single row, a training step's, has its
-    own. The larger tile spreads the work of a row over more lanes; where rows are wide, or of
+    Each shape is a kernel to compile, so there are few; a training step's single row has its own.
+    The larger tile spreads the work of a row over more lanes; where rows are wide, or of
     several kinds, it would not fit in registers.
     """
     columns = power_of_two(width)
@@ -105,9 +105,9 @@ def triton_geometry(form: Form, num_rows: int, width: int) -> Geometry:
         # Of the shapes that leave the fewest lanes idle, the widest.
         columns = min((32, 64, 128), key=lambda lanes: (-(-width // lanes) * lanes, -lanes))
     span = max(columns, min(power_of_two(width), 4096))
-    plain = form.fewest == form.most and not form.small
+    plain = form.fewest == form.most and not form.small and not form.ragged
     lanes = 2048 if plain and span == columns else 1024
-    rows = 1 if num_rows == 1 else lanes // columns
+    rows = 1 if form.epoch_there else lanes // columns
     return Geometry(rows, columns, span, (-(-num_rows // rows), -(-width // span)))
 
 

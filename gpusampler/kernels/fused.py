@@ -92,18 +92,22 @@ class Fused:
         num_rows = at.size.size
         if num_rows == 0:
             return self._empty((0,))
-        total, width = int(at.size.sum()), int(at.size.max())
+        if self._tables.uniform:
+            # The same kernel as for a block: each form is one to compile.
+            slots = arrays.upload(at.slot, self._device)
+            return self._xp.reshape(self.block(streams, epoch, slots, patch_order)[0], (-1,))
+        # One small array goes up, and nothing is waited for. Its rows begin at multiples of 16
+        # bytes, since what they are aligned to is a matter of compilation too.
+        rows = np.zeros((2, num_rows + num_rows % 2), np.int64)
+        rows[0, :num_rows] = at.slot
+        rows[1, :num_rows] = np.cumsum(at.size) - at.size
+        slots, starts = arrays.upload(rows, self._device)
+        form = Form.of(self._tables, self._shuffles, ragged=True)
         keys = self._keys(streams, epoch)
-        # One small array goes up, and nothing is waited for.
-        if total == num_rows * width:
-            slots, starts = arrays.upload(at.slot, self._device), None
-        else:
-            starts = np.cumsum(at.size) - at.size
-            slots, starts = arrays.upload(np.stack([at.slot, starts]), self._device)
-        form = Form.of(self._tables, self._shuffles, ragged=starts is not None)
         with arrays.on(self._device):
-            out = self._empty((total,))
-            self._run(form, (slots, starts, None, out, None, None), patch_order, width, keys)
+            out = self._empty((int(at.size.sum()),))
+            row_arrays = (slots[:num_rows], starts, None, out, None, None)
+            self._run(form, row_arrays, patch_order, int(at.size.max()), keys)
         return out
 
     def _empty(self, shape: tuple[int, ...], dtype: str = "int64") -> Any:
@@ -118,10 +122,12 @@ class Fused:
         form: Form,
         arrays_of_rows: tuple[Any, ...],
         patch_order: PatchOrder | None,
-        width: int,
+        widest: int,
         keys: tuple[int, ...],
     ) -> None:
+        """Launch over rows of at most ``widest`` lanes."""
         tables = self._tables
+        width = tables.max_batch_size
         num_rows = int(arrays_of_rows[0].shape[0])
         if num_rows == 0:
             return
@@ -148,7 +154,11 @@ class Fused:
             rounds_for(tables.num_batches) // 2,
             *map(_signed, keys),
         )
-        self._launch(form, self._geometry(form, num_rows, width), args)
+        # The shape of a tile follows from the plan; how many of them, from the rows at hand.
+        geometry = self._geometry(form, num_rows, width)
+        across = -(-widest // geometry.span)
+        geometry = geometry._replace(blocks=(geometry.blocks[0], across))
+        self._launch(form, geometry, args)
 
 
 def _signed(word: int) -> int:

@@ -202,9 +202,11 @@ def batches_kernel(
         if PAD:
             lanes = size
         lanes = tl.where(inside, lanes, 0).to(tl.uint32)
+        widest = tl.max(lanes.to(tl.int32), axis=0)
     else:
         begin = row.to(tl.int64) * width
         lanes = tl.where(inside, width, 0).to(tl.uint32)
+        widest = width
         if lengths is not None:
             if tl.program_id(1) == 0:
                 tl.store(lengths + row, length, mask=inside)
@@ -236,7 +238,7 @@ def batches_kernel(
     wraps = tl.max(beyond.to(tl.int32), axis=0)
     row_first, row_n = first[:, None], n[:, None]
     row_base, row_begin, row_lanes = base[:, None], begin[:, None], lanes[:, None]
-    for done in range(0, tl.minimum(width - lane_0, SPAN), COLS):
+    for done in range(0, tl.minimum(widest - lane_0, SPAN), COLS):
         lane = (lane_0 + done + tl.arange(0, COLS)).to(tl.uint32)[None, :]
         mask = lane < row_lanes
         x = row_first + lane
