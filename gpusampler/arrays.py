@@ -49,6 +49,9 @@ class Device:
 
 HOST = Device("numpy")
 
+PINNED_BYTES = 1 << 25
+"""Largest array that is put into pinned memory for one upload."""
+
 
 def loaded(module: str) -> ModuleType | None:
     """Return the module if the program has imported it already, else None."""
@@ -295,6 +298,13 @@ def on(device: Device) -> AbstractContextManager[Any]:
     return cast("AbstractContextManager[Any]", device_handle(device))
 
 
+def cupy_stream() -> Any:
+    """Return CuPy's current stream on the current device."""
+    import cupy
+
+    return cupy.cuda.get_current_stream()
+
+
 def device_handle(device: Device) -> Any:
     """Return what the library's own functions take as ``device=``."""
     if device.library == "numpy":
@@ -353,11 +363,18 @@ def tensor_from_numpy(array: NDArray[Any]) -> Any:
 
 
 def upload(array: NDArray[Any], device: Device) -> Any:
-    """Return a NumPy array on ``device`` without waiting for the copy, where that is possible."""
+    """Return a NumPy array on ``device`` without waiting for the device, where that is possible.
+
+    The array may be changed as soon as this returns.
+    """
     if device.library == "torch" and device.name.startswith("cuda"):
-        # The allocator of pinned memory keeps it until the copy is done; CuPy does so by itself.
-        pinned = _from_numpy(np.ascontiguousarray(array)).pin_memory()
-        return pinned.to(device.name, non_blocking=True)
+        tensor = _from_numpy(np.ascontiguousarray(array))
+        if array.nbytes <= PINNED_BYTES:
+            # The allocator of pinned memory keeps it until the copy is done.
+            tensor = tensor.pin_memory()
+        # Pageable memory has been read when an asynchronous copy of it returns.
+        return tensor.to(device.name, non_blocking=True)
+    # CuPy copies by way of pinned memory of its own.
     return to_device(array, device)
 
 

@@ -5,6 +5,7 @@ Imports torch, so it is imported by `PatchBatchSampler.cursor` only.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -28,9 +29,9 @@ class CursorBatch(NamedTuple):
         Samples; those beyond ``valid`` repeat samples of the same patch.
     valid : int64 tensor, 0-d
         How many of them count.
-    group : int64 tensor, 0-d
-        The batch's patch, as a place among the sorted patch ids: what indexes a tensor of
-        geometries.
+    group : int64 tensor, shape (1,)
+        The batch's patch, as a place among the sorted patch ids. ``geometries[group]`` is its
+        geometry, shape (1, ...), in a graph as well; a 0-d index would be read on the host.
     """
 
     indices: Tensor
@@ -139,7 +140,7 @@ class BatchCursor(torch.nn.Module):
         done = self.slot > (total - self.num_replicas if self._drop else total - 1)
         self.epoch.add_(done)
         self.slot.masked_fill_(done, 0)
-        return CursorBatch(*block)
+        return CursorBatch(block.indices, block.lengths, block.groups.reshape(1))
 
     def seek(self, epoch: int, slot: int = 0) -> None:
         """Go to a place, in place: a graph that was captured goes on from there.
@@ -157,7 +158,7 @@ class BatchCursor(torch.nn.Module):
         epoch = checked_int(epoch, "epoch", least=0, below=EPOCHS)
         slot = checked_int(slot, "slot", least=0, below=self._plan.num_batches + 1)
         if self._steps_from(slot) == 0:
-            epoch, slot = epoch + 1, 0
+            epoch, slot = checked_int(epoch + 1, "epoch", least=0, below=EPOCHS), 0
         self.epoch.fill_(epoch)
         self.slot.fill_(slot)
 
@@ -172,9 +173,38 @@ class BatchCursor(torch.nn.Module):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> BatchCursor:
         """Move with the module: the plan is evaluated where the buffers are."""
         super()._apply(fn, recurse)
+        self._follow_buffers()
+        return self
+
+    def _follow_buffers(self) -> None:
         self._plan = self._plan.on(Device("torch", str(self.epoch.device)))
         self._plan.prepare_batch()
-        return self
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Arrive ready to be compiled: a plan travels without what it has on its device."""
+        super().__setstate__(state)
+        self._follow_buffers()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> BatchCursor:
+        """Copy the place; the plan, which never changes and may be large, is shared."""
+        memo[id(self._plan)] = self._plan
+        copied = type(self).__new__(type(self))
+        memo[id(self)] = copied
+        copied.__setstate__(copy.deepcopy(self.__dict__, memo))
+        return copied
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        """Take over a saved place, of any number of ranks; one that is refused changes nothing."""
+        before, plan = self.position(), self._plan
+        try:
+            # Copies what is in the state as it stands, and has it checked only then.
+            super()._load_from_state_dict(*args, **kwargs)
+            self._follow_buffers()
+            self.seek(*self.position())
+        except (TypeError, ValueError):
+            self._plan = plan
+            self.seek(*before)
+            raise
 
     def get_extra_state(self) -> dict[str, Any]:
         """Return what a saved place must fit: the seed, ids and settings."""
@@ -185,9 +215,13 @@ class BatchCursor(torch.nn.Module):
 
         Raises
         ------
+        TypeError
+            If it is no saved place of a cursor.
         ValueError
-            If it is not, or the seed was given and is another.
+            If it does not fit, or the seed was given and is another.
         """
+        if not isinstance(state, Mapping) or not {"seed", "fingerprint"} <= set(state):
+            raise TypeError(f"state_dict must come from a BatchCursor, got extra state {state!r}")
         check_fingerprint(state["fingerprint"], fingerprint_of(self._plan))
         seed = checked_seed(state["seed"])
         if seed == self._plan.seed:

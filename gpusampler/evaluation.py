@@ -11,6 +11,7 @@ from gpusampler.arrays import Device
 from gpusampler.kernels.fused import Fused, fused_on
 from gpusampler.permutation import Streams
 from gpusampler.reference import Reference
+from gpusampler.streams import Ready
 from gpusampler.tables import Located, PatchOrder, PatchTables, Shuffles
 
 T = TypeVar("T")
@@ -38,9 +39,10 @@ class Evaluator:
     def __init__(self, tables: PatchTables, device: Device, order: Any, shuffles: Shuffles) -> None:
         self.device = device
         there = tables.on(device, order)
+        self._ready = Ready(device, there.members())
         self.reference = Reference(there, device, shuffles)
         self._interleave = shuffles.interleave
-        self._patch_order: tuple[PatchOrder, PatchOrder] | None = None
+        self._patch_order: tuple[PatchOrder, PatchOrder, Ready] | None = None
         self._built: set[str] = set()
         self._prepared = False
         self._fused: Fused | None = None
@@ -76,6 +78,7 @@ class Evaluator:
 
         ``patch_order``, on the host, is None where batches are interleaved.
         """
+        self._ready.wait()
         there = self.uploaded(patch_order)
         return self._by_kernel(
             "block",
@@ -83,10 +86,18 @@ class Evaluator:
             lambda: self.reference.block(streams, epoch, slots, there, dtype),
         )
 
+    def block_by_reference(
+        self, streams: Streams, epoch: int, slots: Any, patch_order: PatchOrder | None
+    ) -> tuple[Any, Any, Any]:
+        """Return `block` by array operations, whatever there is."""
+        self._ready.wait()
+        return self.reference.block(streams, epoch, slots, self.uploaded(patch_order))
+
     def ragged(
         self, streams: Streams, epoch: int, at: Located, patch_order: PatchOrder | None
     ) -> Any:
         """Return the samples of located batches end to end, ``at.size`` of each."""
+        self._ready.wait()
         there = self.uploaded(patch_order)
         return self._by_kernel(
             "ragged",
@@ -96,7 +107,10 @@ class Evaluator:
 
     def batch(self, streams: Streams, epoch: Any, slot: Any) -> tuple[Any, Any, Any]:
         """Return indices (B,), length and group of one batch; ``epoch`` and ``slot`` are 0-d."""
-        if arrays.is_compiling() or not self._interleave:
+        if arrays.is_compiling():
+            return self.reference.batch(streams, epoch, slot)
+        self._ready.wait()
+        if not self._interleave:
             return self.reference.batch(streams, epoch, slot)
         return self._by_kernel(
             "batch",
@@ -110,7 +124,8 @@ class Evaluator:
             return None
         if self._patch_order is None or self._patch_order[0] is not patch_order:
             there = PatchOrder(*(arrays.upload(part, self.device) for part in patch_order))
-            self._patch_order = patch_order, there
+            self._patch_order = patch_order, there, Ready(self.device, list(there))
+        self._patch_order[2].wait()
         return self._patch_order[1]
 
     def _by_kernel(self, name: str, run: Callable[[Fused], T], instead: Callable[[], T]) -> T:

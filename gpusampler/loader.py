@@ -16,10 +16,10 @@ import numpy as np
 from gpusampler import arrays
 from gpusampler.arrays import HOST, Device, Int64
 from gpusampler.iteration import Blocks, EpochIterator
-from gpusampler.plan import RaggedBlock
+from gpusampler.plan import EpochPlan, RaggedBlock
 from gpusampler.sampler import PatchBatchSampler
 from gpusampler.state import Share
-from gpusampler.streams import Event, Side, side_of
+from gpusampler.streams import Event, Side, finish, side_of
 
 GATHERED_ON_HOST = 1 << 20
 GATHERED_ON_DEVICE = 1 << 25
@@ -84,8 +84,10 @@ class PatchTensorLoader:
         for name, tensor in tensors.items():
             _check_tensor(name, tensor, size)
         self.batch_sampler = sampler
-        self._tensors = tensors
         self.device = _common_device(tensors, device)
+        # Many batches are one gather, so no gradient could go through one of them alone.
+        self._tensors = {name: _detached(tensor) for name, tensor in tensors.items()}
+        self._plans: tuple[EpochPlan, EpochPlan] | None = None
 
     def __len__(self) -> int:
         """Return the number of batches of a full epoch on this rank."""
@@ -96,9 +98,9 @@ class PatchTensorLoader:
 
         It binds the epoch when its first batch is drawn, and has ``len``, ``state_dict`` and
         ``load_state_dict``. A batch is a dictionary: the rows of each tensor, shape (size, ...),
-        on `device`; ``patch_id``, an int; and ``valid``, how many of the rows count (the rest,
-        under ``partial="pad"``, fills the batch up). Batches may share memory with none of the
-        tensors, but with one another: a batch that is kept keeps a few others.
+        on `device`, through which no gradient flows; ``patch_id``, an int; and ``valid``, how many
+        of the rows count (the rest, under ``partial="pad"``, fills the batch up). Batches share
+        memory with one another, never with the tensors: a batch that is kept keeps a few others.
         """
         return self.batch_sampler.iterate(self._begin)
 
@@ -133,7 +135,16 @@ class PatchTensorLoader:
         self.batch_sampler.load_state_dict(state_dict)
 
     def _begin(self, share: Share) -> TensorReader:
-        return TensorReader(share, self._tensors, self.device)
+        # Kept: its tables, and the order of all samples, go there once and not every epoch.
+        plans = self._plans
+        if plans is None or plans[0] is not share.plan:
+            plans = share.plan, share.plan.on(working_device(self._tensors, self.device))
+            self._plans = plans
+        return TensorReader(share._replace(plan=plans[1]), self._tensors, self.device)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Travel without the plan that is kept; it is made again at first use."""
+        return {**self.__dict__, "_plans": None}
 
     def __repr__(self) -> str:
         """Return the tensors and the sampler."""
@@ -166,8 +177,7 @@ class TensorReader:
         travelling = {n: t for n, t in tensors.items() if n not in resident}
         self._names = list(tensors)
         self._resident = resident
-        # Rows that travel are gathered on the host, so that is where their numbers are needed.
-        plan = share.plan.on(HOST if travelling else device)
+        plan = share.plan.on(working_device(tensors, device))
         self._plan = plan
         self._device = device
         row = sum(_row_bytes(tensor) for tensor in tensors.values())
@@ -177,38 +187,39 @@ class TensorReader:
         if travelling:
             side = side_of(device) if side is None else side
             self._staging = Staging(travelling, device, side)
-        self._next: tuple[RaggedBlock, Any] | None = None
+        self._sent: tuple[RaggedBlock, Any] | None = None
         self._begun = False
 
     def read(self) -> list[TensorBatch] | None:
         """Return the next batches, None after the last."""
-        if not self._begun:
-            self._begun = True
-            self._next = self._fetch()
-        if self._next is None:
-            return None
-        part, staged = self._next
+        rows: dict[str, Any] = {}
         if self._staging is None:
-            rows = {}
+            part = self._parts.read()
         else:
-            # The part after this one is on its way before this one is waited for.
-            self._next = self._fetch()
-            rows = self._staging.take(staged)
+            part, rows = self._arrived(self._staging)
+        if part is None:
+            return None
         if self._resident:
             index = arrays.to_index(part.samples, self._device)
             for name, tensor in self._resident.items():
                 rows[name] = arrays.take(tensor, index)
-        batches = self._cut(part, rows)
-        if self._staging is None:
-            self._next = self._fetch()
-        return batches
+        return self._cut(part, rows)
 
-    def _fetch(self) -> tuple[RaggedBlock, Any] | None:
+    def _arrived(self, staging: Staging) -> tuple[RaggedBlock | None, dict[str, Any]]:
+        """Return the next part with its rows that travelled."""
+        if not self._begun:
+            self._begun = True
+            self._sent = self._send(staging)
+        if self._sent is None:
+            return None, {}
+        part, rows = self._sent
+        # The part after this one is on its way before this one is waited for.
+        self._sent = self._send(staging)
+        return part, staging.take(rows)
+
+    def _send(self, staging: Staging) -> tuple[RaggedBlock, Any] | None:
         part = self._parts.read()
-        if part is None:
-            return None
-        staged = None if self._staging is None else self._staging.send(part.samples)
-        return part, staged
+        return None if part is None else (part, staging.send(part.samples))
 
     def _cut(self, part: RaggedBlock, rows: Mapping[str, Any]) -> list[TensorBatch]:
         sizes = part.sizes.tolist()
@@ -321,6 +332,10 @@ class Staging:
                 self._side.wait_for(event, there)
         return {name: there for name, (there, _) in sent.items()}
 
+    def __del__(self) -> None:
+        """Give the buffers back only when no copy is under way: the last ones may still be."""
+        finish(self._side)
+
     def _pinned(self, side: Side, which: int, name: str, size: int) -> Any:
         buffer = self._buffers[which].get(name)
         if buffer is None or int(buffer.shape[0]) < size:
@@ -329,9 +344,20 @@ class Staging:
         return buffer[:size]
 
 
+def working_device(tensors: Mapping[str, Any], device: Device) -> Device:
+    """Return where the indices of batches on ``device`` are needed."""
+    # Rows that travel are gathered on the host.
+    return device if all(_is_at(tensor, device) for tensor in tensors.values()) else HOST
+
+
 def _is_at(tensor: Any, device: Device) -> bool:
     where = arrays.device_of(tensor)
     return where == device or (where.on_host and device.on_host)
+
+
+def _detached(tensor: Any) -> Any:
+    """Return the values of a tensor, in the same memory, without what led to them."""
+    return tensor.detach() if hasattr(tensor, "detach") else tensor
 
 
 def _row_bytes(tensor: Any) -> int:

@@ -428,9 +428,8 @@ class EpochPlan:
         epoch : int
         slots : int64 array on the plan's device, shape (K,)
         """
-        evaluator = self._evaluator()
-        order = evaluator.uploaded(self._order_of_patches(epoch))
-        return BatchBlock(*evaluator.reference.block(self._streams, epoch, slots, order))
+        order = self._order_of_patches(epoch)
+        return BatchBlock(*self._evaluator().block_by_reference(self._streams, epoch, slots, order))
 
     def _evaluator(self) -> Evaluator:
         """Return the evaluation on the plan's device; its tables are made at first use."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import secrets
 import warnings
 from collections.abc import Callable, Iterator, Mapping
@@ -191,7 +192,7 @@ class PatchBatchSampler:
         It binds the epoch when its first batch is drawn, and has ``len``, ``state_dict`` and
         ``load_state_dict``.
         """
-        return self.iterate(lambda share: BatchReader(share, self.output))
+        return self.iterate(functools.partial(BatchReader, output=self.output))
 
     def batches(self, epoch: int | None = None) -> Iterator[Batch]:
         """Iterate over this rank's batches with their indices on the device.
@@ -212,7 +213,7 @@ class PatchBatchSampler:
         TypeError, ValueError
             If ``epoch`` is no integer in 0 .. 2**63 - 1.
         """
-        return self.iterate(lambda share: BatchReader(share, "batch"), epoch)
+        return self.iterate(functools.partial(BatchReader, output="batch"), epoch)
 
     def iterate(
         self, begin: Callable[[Share], Reader[T]], epoch: int | None = None

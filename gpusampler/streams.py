@@ -6,6 +6,7 @@ its streams is behind `Side`, of which tests have one that copies as late as it 
 
 from __future__ import annotations
 
+import sys
 from typing import Any, Protocol
 
 import numpy as np
@@ -42,6 +43,59 @@ class Side(Protocol):
 
     def wait_for(self, event: Event, array: Any) -> None:
         """Let the stream that computes use an array from `to_device`, once its copy is done."""
+
+    def finish(self) -> None:
+        """Wait until memory of the copies may be given back, even of those nobody waits for."""
+
+
+class Ready:
+    """Arrays that were made on the current stream, to be used on any.
+
+    Parameters
+    ----------
+    device : Device
+    made : list of arrays
+        Kept in memory until every stream that has used them is done with them.
+    """
+
+    def __init__(self, device: Device, made: list[Any]) -> None:
+        self._device = device
+        self._made = made
+        self._known: set[int] = set()
+        self._event: Any = None
+        if device.library == "torch" and device.name.startswith("cuda"):
+            import torch
+
+            current = torch.cuda.current_stream(device.name)
+            self._known.add(current.cuda_stream)
+            self._event = torch.cuda.Event()
+            self._event.record(current)
+        elif device.library == "cupy":
+            with arrays.on(device):
+                self._known.add(arrays.cupy_stream().ptr)
+                self._event = arrays.cupy_stream().record()
+
+    def wait(self) -> None:
+        """Let the current stream use the arrays; the host does not wait."""
+        if self._event is None:
+            return
+        if self._device.library == "cupy":
+            with arrays.on(self._device):
+                current = arrays.cupy_stream()
+                if current.ptr not in self._known:
+                    current.wait_event(self._event)
+                    self._known.add(current.ptr)
+            return
+        import torch
+
+        stream = torch.cuda.current_stream(self._device.name)
+        # A graph that is captured waits for nothing outside it; what it uses was made before.
+        if stream.cuda_stream in self._known or torch.cuda.is_current_stream_capturing():
+            return
+        stream.wait_event(self._event)
+        for array in self._made:
+            array.record_stream(stream)
+        self._known.add(stream.cuda_stream)
 
 
 class TorchSide:
@@ -80,6 +134,9 @@ class TorchSide:
         # done with it.
         array.record_stream(current)
 
+    def finish(self) -> None:
+        """Do nothing: torch gives no memory out again before the streams that used it are done."""
+
     def _recorded(self) -> Event:
         event = self._torch.cuda.Event()
         event.record(self._stream)
@@ -107,7 +164,7 @@ class CupySide:
     def to_host(self, source: Any, target: Any) -> Event:
         """Begin to copy a device array to pinned memory, after what computes it."""
         with arrays.on(self._device):
-            self._stream.wait_event(self._cupy.cuda.get_current_stream().record())
+            self._stream.wait_event(arrays.cupy_stream().record())
             source.data.copy_to_host_async(target.ctypes.data, source.nbytes, self._stream)
             event: Event = self._stream.record()
             return event
@@ -118,14 +175,25 @@ class CupySide:
             # Made on the stream that will use it, whose earlier work on the same memory comes
             # first.
             there = self._cupy.empty(shape, dtype=source.dtype)
-            self._stream.wait_event(self._cupy.cuda.get_current_stream().record())
+            self._stream.wait_event(arrays.cupy_stream().record())
             there.data.copy_from_host_async(source.ctypes.data, source.nbytes, self._stream)
             return there, self._stream.record()
 
     def wait_for(self, event: Any, array: Any) -> None:
         """Let the current stream use an array from `to_device`, once its copy is done."""
         with arrays.on(self._device):
-            self._cupy.cuda.get_current_stream().wait_event(event)
+            arrays.cupy_stream().wait_event(event)
+
+    def finish(self) -> None:
+        """Wait for all copies: CuPy's pools give memory out again at once."""
+        self._stream.synchronize()
+
+
+def finish(side: Side | None) -> None:
+    """Do what `Side.finish` does, for objects that are about to go."""
+    # When the program ends, the driver may be gone before them.
+    if side is not None and not sys.is_finalizing():
+        side.finish()
 
 
 def side_of(device: Device) -> Side | None:
@@ -175,3 +243,7 @@ class ToHost:
         which, size, _, event = self._on_the_way.pop(0)
         event.synchronize()
         return np.asarray(self._buffers[which][:size])
+
+    def __del__(self) -> None:
+        """Give the buffers back only when no copy is under way: an epoch may be left anywhere."""
+        finish(self._side)

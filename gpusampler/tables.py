@@ -146,7 +146,9 @@ class PatchTables:
         """Return the same tables on a device, with the order (uploaded if it is elsewhere)."""
 
         def there(table: Any) -> Any:
-            return arrays.to_device(np.ascontiguousarray(table), device)
+            if arrays.device_of(table).on_host:
+                return arrays.upload(arrays.to_numpy(table), device)
+            return arrays.to_device(table, device)
 
         with arrays.on(device):
             return replace(
@@ -157,5 +159,5 @@ class PatchTables:
                 batches=there(self.batches),
                 batch_offsets=there(self.batch_offsets),
                 grid=Grid(*(there(side) for side in self.grid)),
-                order=None if order is None else arrays.to_device(order, device),
+                order=None if order is None else there(order),
             )

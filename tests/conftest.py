@@ -17,6 +17,8 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, settings
 
+from gpusampler.arrays import Device
+
 if find_spec("torch"):
     import torch
 
@@ -50,9 +52,20 @@ def cupy_cuda() -> bool:
         return bool(cupy.cuda.is_available())
 
 
+# Triton decides whether it interprets when it is first imported, which nothing above does.
+if not torch_cuda():
+    os.environ["TRITON_INTERPRET"] = "1"
+
+
 def pytest_runtest_setup(item: pytest.Item) -> None:
     if item.get_closest_marker("gpu") and not (torch_cuda() or cupy_cuda()):
         pytest.skip("no CUDA device")
+
+
+@pytest.fixture
+def elsewhere(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let torch's "cpu" count as a device that NumPy does not see."""
+    monkeypatch.setattr(Device, "on_host", property(lambda device: device.library == "numpy"))
 
 
 @dataclass(frozen=True)

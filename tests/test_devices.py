@@ -14,12 +14,6 @@ from gpusampler.arrays import Device
 GROUPS = PatchGroups.from_counts([5, 40, 3])
 
 
-@pytest.fixture
-def elsewhere(monkeypatch):
-    """Let torch's "cpu" count as a device that NumPy does not see."""
-    monkeypatch.setattr(Device, "on_host", property(lambda device: device.library == "numpy"))
-
-
 @pytest.mark.parametrize("name", ["mps", "xpu"])
 def test_a_device_that_is_not_there_is_refused_at_once(name):
     there = getattr(torch, name, None)

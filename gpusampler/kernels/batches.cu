@@ -142,11 +142,12 @@ KERNEL void gpusampler_batches(
             row.base = bases[group];
 #if RAGGED
             row.out = starts[row_0 + t];
-            row.lanes = (u32)(PAD ? size : length);
+            // None for a slot that is none: nothing is written then.
+            row.lanes = (u32)(PAD ? size : length > 0 ? length : 0);
 #else
             row.out = (i64)(row_0 + t) * width;
             row.lanes = width;
-            if (lengths && blockIdx.y == 0) {
+            if (blockIdx.y == 0) {
                 lengths[row_0 + t] = length;
                 groups[row_0 + t] = group;
             }

@@ -93,20 +93,24 @@ class Geometry(NamedTuple):
     blocks: tuple[int, int]
 
 
+MOST_BLOCKS = (1 << 16) - 1
+"""Blocks side by side, as CUDA has it."""
+
+
 def triton_geometry(form: Form, num_rows: int, width: int) -> Geometry:
     """Return tiles of 1,024 or 2,048 lanes; their shape depends on form and width alone.
 
     Each shape is a kernel to compile, so there are few; a training step's single row has its own.
-    The larger tile spreads the work of a row over more lanes; where rows are wide, or of
-    several kinds, it would not fit in registers.
+    The larger tile spreads the work of a row over more lanes; where rows are wide, of several
+    kinds, or not written 16 bytes at a time, it would not fit in registers.
     """
     columns = power_of_two(width)
     if width > 32:
         # Of the shapes that leave the fewest lanes idle, the widest.
         columns = min((32, 64, 128), key=lambda lanes: (-(-width // lanes) * lanes, -lanes))
-    span = max(columns, min(power_of_two(width), 4096))
+    span = max(columns, min(power_of_two(width), 4096), power_of_two(-(-width // MOST_BLOCKS)))
     plain = form.fewest == form.most and not form.small and not form.ragged
-    lanes = 2048 if plain and span == columns else 1024
+    lanes = 2048 if plain and span == columns and width % 16 == 0 else 1024
     rows = 1 if form.epoch_there else lanes // columns
     return Geometry(rows, columns, span, (-(-num_rows // rows), -(-width // span)))
 
@@ -120,7 +124,7 @@ def cuda_geometry(form: Form, num_rows: int, width: int) -> Geometry:
     """Return blocks of 256 threads and about 4,096 lanes (constants of ``batches.cu``)."""
     rows = max(1, min(MOST_ROWS, LANES // width, num_rows))
     columns = min(power_of_two(width), max(32, THREADS // power_of_two(rows)))
-    span = LANES if width > LANES else width
+    span = width if width <= LANES else max(LANES, -(-width // MOST_BLOCKS))
     return Geometry(rows, columns, span, (-(-num_rows // rows), -(-width // span)))
 
 

@@ -198,7 +198,8 @@ def batches_kernel(
     length = tl.minimum(size, count - j * size)
     if RAGGED:
         begin = tl.load(starts + row, mask=inside, other=0)
-        lanes = length
+        # None for a slot that is none: nothing is written then.
+        lanes = tl.maximum(length, 0)
         if PAD:
             lanes = size
         lanes = tl.where(inside, lanes, 0).to(tl.uint32)
@@ -207,10 +208,9 @@ def batches_kernel(
         begin = row.to(tl.int64) * width
         lanes = tl.where(inside, width, 0).to(tl.uint32)
         widest = width
-        if lengths is not None:
-            if tl.program_id(1) == 0:
-                tl.store(lengths + row, length, mask=inside)
-                tl.store(groups + row, group, mask=inside)
+        if tl.program_id(1) == 0:
+            tl.store(lengths + row, length, mask=inside)
+            tl.store(groups + row, group, mask=inside)
 
     if SAMPLES:
         # What belongs to a row, as a column beside the row's lanes.

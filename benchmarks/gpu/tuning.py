@@ -1,0 +1,117 @@
+"""The same kernels cut into other tiles, to choose their constants by."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from importlib import import_module
+from typing import Any
+from unittest.mock import patch
+
+import numpy as np
+
+from benchmarks.gpu.bench import Bench
+from benchmarks.gpu.record import Case
+from benchmarks.gpu.workload import Dataset, contiguous, gathered
+from gpusampler import arrays
+from gpusampler.kernels.form import Form, Geometry, cuda_geometry, triton_geometry
+from gpusampler.kernels.fused import Fused, Launch
+from gpusampler.tables import Shuffles
+
+TILES = (512, 1024, 2048, 4096)
+WARPS = (2, 4, 8)
+TRITON_COLUMNS = (32, 64)
+CUDA_ROWS = (8, 16, 32, 64)
+CUDA_COLUMNS = (16, 32, 64)
+CHECKED = 4096
+
+SHUFFLES = Shuffles(samples=True, batches=True, interleave=True, pad=False)
+
+
+def cases(bench: Bench) -> dict[str, list[Case]]:
+    """Return the timings by how much they matter."""
+    return {
+        "last": [Case("tiles of CUDA C", 25, cuda_tiles), Case("tiles of Triton", 50, triton_tiles)]
+    }
+
+
+def triton_tiles(bench: Bench) -> None:
+    """Lanes of a tile, lanes side by side in a row, and warps."""
+    triton_batches = _module("triton_batches")
+    for data in _datasets(bench):
+        trial = Trial(bench, data, bench.device, "Triton", triton_batches.launch)
+        # Interpreted, a tile is as slow as another, and all of them are very slow.
+        for lanes in TILES[-1:] if bench.machine.dry else TILES:
+            for columns in TRITON_COLUMNS:
+                for warps in WARPS:
+                    with patch.object(triton_batches, "WARPS", warps):
+                        tile = f"{lanes} lanes, {columns} wide, {warps} warps"
+                        trial.run(tile, partial(_triton_tile, lanes, columns))
+
+
+def cuda_tiles(bench: Bench) -> None:
+    """Rows of a block, and threads side by side in a row."""
+    if bench.machine.cupy is None:
+        return
+    cuda_batches = _module("cuda_batches")
+    for data in _datasets(bench):
+        trial = Trial(bench, data, bench.machine.cupy, "CUDA C", cuda_batches.launch)
+        for rows in CUDA_ROWS:
+            for columns in CUDA_COLUMNS:
+                trial.run(f"{rows} rows, {columns} wide", partial(_cuda_tile, rows, columns))
+
+
+def _module(name: str) -> Any:
+    # A kernel's module imports its library.
+    return import_module(f"gpusampler.kernels.{name}")
+
+
+def _datasets(bench: Bench) -> list[Dataset]:
+    samples = bench.scale.main
+    return [
+        contiguous(samples, "large"),
+        gathered(bench.torch, samples, "large", bench.device, written=True),
+    ]
+
+
+def _triton_tile(lanes: int, columns: int, form: Form, num_rows: int, width: int) -> Geometry:
+    rows = max(1, lanes // columns)
+    usual = triton_geometry(form, num_rows, width)
+    return Geometry(rows, columns, usual.span, (-(-num_rows // rows), usual.blocks[1]))
+
+
+def _cuda_tile(rows: int, columns: int, form: Form, num_rows: int, width: int) -> Geometry:
+    usual = cuda_geometry(form, num_rows, width)
+    return Geometry(rows, columns, usual.span, (-(-num_rows // rows), usual.blocks[1]))
+
+
+class Trial:
+    """A dataset's epoch by a kernel, cut in one way after another."""
+
+    def __init__(self, bench: Bench, data: Dataset, device: str, kind: str, launch: Launch) -> None:
+        self._bench = bench
+        self._data = data
+        self._kind = kind
+        self._launch = launch
+        self._device = arrays.parse_device(device)
+        self._plan = data.plan("numpy")
+        self._tables = self._plan._tables.on(self._device, data.groups.order)
+        # A tile that is wrong is not to be taken for a fast one.
+        first = np.arange(min(self._plan.num_batches, CHECKED))
+        self._wanted = self._plan.evaluate(0, first).indices
+
+    def run(self, tile: str, geometry: Callable[[Form, int, int], Geometry]) -> None:
+        """Check and time one way to cut the launch."""
+        self._bench.record.stop_if_late()
+        fused = Fused(self._tables, self._device, SHUFFLES, self._launch, geometry)
+        with arrays.on(self._device):
+            xp, handle = arrays.namespace(self._device), arrays.device_handle(self._device)
+            slots = xp.arange(self._plan.num_batches, dtype=xp.int64, device=handle)
+            call = partial(fused.block, self._plan._streams, 0, slots, None)
+            found = arrays.to_numpy(call()[0][: self._wanted.shape[0]])
+            name = f"{self._kind}, {tile}"
+            right = bool(np.array_equal(found, self._wanted))
+            self._bench.record.check(f"{name}, {self._data.layout}: right", right)
+            timing = self._bench.machine.time(call, self._bench.scale.repeats)
+        about = {"layout": self._data.layout, "dtype": "int64", "mix": self._data.mix}
+        self._bench.record.timing(name, timing, self._data.samples, **about)

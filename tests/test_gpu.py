@@ -1,0 +1,332 @@
+"""What only a GPU can show: ``pytest -m gpu``. One without torch or without CuPy skips its part."""
+
+from __future__ import annotations
+
+import multiprocessing
+import pickle
+from collections import deque
+
+import numpy as np
+import pytest
+from conftest import cupy_cuda, torch_cuda
+
+from gpusampler import EpochPlan, PatchBatchSampler, PatchGroups, PatchTensorLoader, arrays
+
+pytestmark = [
+    pytest.mark.gpu,
+    # torch says once that its detector does not see everything.
+    pytest.mark.filterwarnings("ignore:Synchronization debug mode"),
+]
+
+COUNTS = np.array([40, 2000, 3000, 33, 1500, 7])
+IDS = np.random.default_rng(5).permutation(np.repeat([-3, 8, 2, 1 << 40, 11, 0], COUNTS))
+BATCH = 64
+
+
+@pytest.fixture
+def torch():
+    if not torch_cuda():
+        pytest.skip("torch sees no CUDA device")
+    import torch
+
+    yield torch
+    torch.cuda.synchronize()
+
+
+@pytest.fixture
+def cupy():
+    if not cupy_cuda():
+        pytest.skip("cupy is not installed or sees no CUDA device")
+    import cupy
+
+    return cupy
+
+
+@pytest.fixture
+def ids(torch):
+    return torch.from_numpy(IDS).cuda()
+
+
+@pytest.fixture
+def nothing_waits(torch):
+    """A context in which torch raises where the host would wait for the device."""
+
+    class NothingWaits:
+        def __enter__(self):
+            torch.cuda.set_sync_debug_mode("error")
+
+        def __exit__(self, *exception):
+            torch.cuda.set_sync_debug_mode("default")
+
+    return NothingWaits()
+
+
+def drained(iterable):
+    deque(iterable, maxlen=0)
+
+
+def host_plan(**settings):
+    return EpochPlan(PatchGroups.from_ids(IDS), BATCH, 3, **settings)
+
+
+# On the device
+
+
+@pytest.mark.parametrize("dtype", [np.int64, np.int32, np.int16])
+def test_ids_stay_on_the_device(torch, monkeypatch, dtype):
+    ids = torch.from_numpy(np.random.default_rng(0).integers(0, 9, 5000).astype(dtype)).cuda()
+    copied = []
+    original = torch.Tensor.cpu
+
+    def cpu(tensor, *args, **kwargs):
+        copied.append(tensor.numel())
+        return original(tensor, *args, **kwargs)
+
+    monkeypatch.setattr(torch.Tensor, "cpu", cpu)
+    sampler = PatchBatchSampler(ids, BATCH, seed=0)
+    batches = list(sampler.batches())
+    # What comes to the host is as long as the patches are many, or the fingerprint's sums.
+    assert max(copied) <= 64
+    assert sampler.plan.groups.order.device == ids.device
+    assert sampler.plan.groups.order.dtype == torch.int32
+    assert {batch.indices.device for batch in batches} == {ids.device}
+    assert sorted(torch.cat([batch.indices for batch in batches]).tolist()) == list(range(5000))
+    for batch in batches:
+        assert set(ids[batch.indices].tolist()) == {batch.patch_id}
+
+
+@pytest.mark.parametrize("epoch", [0, 1, (1 << 63) - 2])
+@pytest.mark.parametrize("partial", ["keep", "drop", "pad"])
+@pytest.mark.parametrize("interleave", [True, False])
+@pytest.mark.filterwarnings("ignore:partial='drop' leaves out")
+def test_lists_are_those_of_numpy(ids, epoch, partial, interleave):
+    settings = {"seed": 1 << 63, "partial": partial, "interleave": interleave}
+    there = PatchBatchSampler(ids, BATCH, **settings)
+    here = PatchBatchSampler(IDS, BATCH, **settings)
+    assert there.plan.device != here.plan.device
+    for sampler in (there, here):
+        sampler.set_epoch(epoch)
+    assert list(there) == list(here)
+    assert there.plan._evaluator().has_kernel
+    assert there.state_dict() == here.state_dict()
+
+
+@pytest.mark.parametrize("interleave", [True, False])
+@pytest.mark.parametrize("device", ["cuda", "cupy"])
+def test_kernel_reference_and_host_agree(request, device, interleave):
+    request.getfixturevalue("torch" if device == "cuda" else "cupy")
+    host = host_plan(interleave=interleave)
+    plan = host.on(device)
+    slots = np.random.default_rng(2).integers(0, plan.num_batches, 200)
+    wanted = host.evaluate(7, slots)
+    there = arrays.to_device(slots, plan.device)
+    for found in (
+        plan.evaluate(7, slots),
+        plan.evaluate(7, there),
+        plan.evaluate_reference(7, there),
+    ):
+        for ours, theirs in zip(found, wanted, strict=True):
+            assert arrays.device_of(ours) == plan.device
+            np.testing.assert_array_equal(arrays.to_numpy(ours), theirs)
+    narrow = plan.evaluate(7, there, dtype="int32").indices
+    assert arrays.dtype_name(narrow) == "int32"
+    np.testing.assert_array_equal(arrays.to_numpy(narrow), wanted.indices)
+    assert plan._evaluator().has_kernel
+
+
+# No waiting
+
+
+def test_the_detector_detects(torch, nothing_waits):
+    number = torch.ones((), device="cuda")
+    with nothing_waits, pytest.raises(RuntimeError, match="synchroniz"):
+        number.item()
+
+
+@pytest.mark.parametrize("fresh", [False, True], ids=["second epoch", "right after construction"])
+@pytest.mark.parametrize("interleave", [True, False])
+def test_batches_wait_for_nothing(ids, nothing_waits, interleave, fresh):
+    # Kernels are compiled beforehand in either case.
+    drained(PatchBatchSampler(ids, BATCH, seed=0, interleave=interleave).batches())
+    sampler = PatchBatchSampler(ids, BATCH, seed=0, interleave=interleave)
+    if not fresh:
+        drained(sampler.batches())
+    with nothing_waits:
+        drained(sampler.batches())
+    assert sampler.plan._evaluator().has_kernel
+
+
+@pytest.mark.parametrize("fresh", [False, True], ids=["second epoch", "right after construction"])
+def test_loader_of_tensors_there_waits_for_nothing(torch, ids, nothing_waits, fresh):
+    x = torch.rand((IDS.size, 3), device="cuda")
+    drained(PatchTensorLoader(PatchBatchSampler(ids, BATCH, seed=0), x=x))
+    loader = PatchTensorLoader(PatchBatchSampler(ids, BATCH, seed=0), x=x)
+    if not fresh:
+        drained(loader)
+    with nothing_waits:
+        drained(loader)
+    assert loader.batch_sampler.plan._evaluator().has_kernel
+
+
+def test_loader_of_tensors_on_the_host(torch, ids):
+    x = torch.arange(IDS.size * 3, dtype=torch.float32).reshape(-1, 3)
+    sampler = PatchBatchSampler(ids, BATCH, seed=0)
+    wanted = list(sampler.batches(0))
+    for number, batch in enumerate(PatchTensorLoader(sampler, device="cuda", x=x)):
+        assert batch["x"].is_cuda
+        assert batch["patch_id"] == wanted[number].patch_id
+        assert torch.equal(batch["x"].cpu(), x[wanted[number].indices.cpu()])
+
+
+# CUDA graphs
+
+
+def test_a_graph_runs_through_the_end_of_an_epoch(torch, ids):
+    cursor = PatchBatchSampler(ids, BATCH, seed=3, partial="pad").cursor()
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(3):
+            cursor()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        batch = cursor()
+    host = host_plan(partial="pad")
+    total = host.num_batches
+    cursor.seek((1 << 40) - 1, total - 2)
+    for epoch, slot in [
+        ((1 << 40) - 1, total - 2),
+        ((1 << 40) - 1, total - 1),
+        (1 << 40, 0),
+        (1 << 40, 1),
+    ]:
+        assert cursor.position() == (epoch, slot)
+        graph.replay()
+        wanted = host.evaluate(epoch, [slot])
+        for ours, theirs in zip(batch, wanted, strict=True):
+            np.testing.assert_array_equal(ours.cpu().numpy(), theirs[0])
+    assert cursor.plan._evaluator().has_kernel
+
+
+# Streams
+
+
+@pytest.mark.parametrize("interleave", [True, False])
+def test_two_current_streams(torch, interleave):
+    """What one stream has uploaded another one uses, whichever gets there first."""
+    host = host_plan(interleave=interleave)
+    plan = host.on("cuda")
+    slots = np.arange(host.num_batches)
+    there = torch.from_numpy(slots).cuda()
+    plan.evaluate(0, there)
+    torch.cuda.synchronize()
+    streams = torch.cuda.Stream(), torch.cuda.Stream()
+    for epoch in (1, 2):
+        found = []
+        for number, stream in enumerate(streams):
+            with torch.cuda.stream(stream):
+                if number == 0:
+                    # The first stream is late with everything that it was given to do.
+                    torch.cuda._sleep(200_000_000)
+                found.append(plan.evaluate(epoch, there).indices)
+        torch.cuda.synchronize()
+        for indices in found:
+            wanted = host.evaluate(epoch, slots).indices
+            np.testing.assert_array_equal(indices.cpu().numpy(), wanted)
+
+
+def test_iterating_on_a_stream_of_ones_own(torch, ids):
+    wanted = list(PatchBatchSampler(IDS, BATCH, seed=0))
+    with torch.cuda.stream(torch.cuda.Stream()):
+        sampler = PatchBatchSampler(ids, BATCH, seed=0)
+        assert list(sampler) == wanted
+        assert [batch.indices.tolist() for batch in sampler.batches(0)] == wanted
+
+
+def test_cupy_on_a_stream_of_ones_own(cupy):
+    host = host_plan()
+    slots = np.arange(host.num_batches)
+    wanted = host.evaluate(0, slots).indices
+    stream = cupy.cuda.Stream(non_blocking=True)
+    with stream:
+        plan = host.on("cupy")
+        found = plan.evaluate(0, slots).indices
+        sampler = PatchBatchSampler(cupy.asarray(IDS), BATCH, seed=0)
+        lists = list(sampler)
+    stream.synchronize()
+    np.testing.assert_array_equal(found.get(), wanted)
+    assert lists == list(PatchBatchSampler(IDS, BATCH, seed=0))
+
+
+# Between libraries
+
+
+def test_arrays_go_over_without_a_copy(torch, cupy):
+    tensor = torch.arange(1000, device="cuda")
+    index = tensor.device.index
+    lent = arrays.to_device(tensor, arrays.Device("cupy", str(index)))
+    assert isinstance(lent, cupy.ndarray)
+    assert lent.data.ptr == tensor.data_ptr()
+    back = arrays.to_device(lent, arrays.Device("torch", f"cuda:{index}"))
+    assert back.data_ptr() == tensor.data_ptr()
+    np.testing.assert_array_equal(back.cpu().numpy(), np.arange(1000))
+
+
+def test_ids_of_cupy_for_torch_and_the_other_way_round(torch, cupy, ids):
+    wanted = list(PatchBatchSampler(IDS, BATCH, seed=0))
+    for given, device in ((cupy.asarray(IDS), "cuda"), (ids, "cupy"), (IDS, "cupy")):
+        sampler = PatchBatchSampler(given, BATCH, seed=0, device=device)
+        assert list(sampler) == wanted
+        assert sampler.plan._evaluator().has_kernel
+
+
+# Other processes
+
+
+def as_lists(pickled: bytes) -> list[list[int]]:
+    return list(pickle.loads(pickled))
+
+
+def test_a_sampler_goes_to_a_process_that_is_spawned(ids):
+    sampler = PatchBatchSampler(ids, BATCH, seed=0)
+    drained(sampler.batches(0))
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        found = pool.apply(as_lists, (pickle.dumps(sampler),))
+    assert found == list(PatchBatchSampler(IDS, BATCH, seed=0))
+
+
+# torch's threads and CUDA's are no business of workers that touch neither.
+@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+def test_workers_that_are_forked(torch, ids):
+    from torch.utils.data import DataLoader
+
+    sampler = PatchBatchSampler(ids, BATCH, seed=0)
+    drained(sampler.batches(0))
+    loader = DataLoader(
+        list(range(IDS.size)),
+        batch_sampler=sampler,
+        num_workers=2,
+        multiprocessing_context="fork",
+    )
+    for _ in range(2):
+        epoch = sampler.epoch
+        found = [batch.tolist() for batch in loader]
+        here = PatchBatchSampler(IDS, BATCH, seed=0)
+        here.set_epoch(epoch)
+        assert found == list(here)
+
+
+# Wrong use
+
+
+def test_a_gpu_that_is_not_there(torch, ids):
+    count = torch.cuda.device_count()
+    with pytest.raises(RuntimeError, match=f"torch sees {count} CUDA devices, got 'cuda:{count}'"):
+        PatchBatchSampler(ids, BATCH, device=f"cuda:{count}")
+
+
+def test_a_gpu_that_is_not_there_for_cupy(cupy):
+    count = cupy.cuda.runtime.getDeviceCount()
+    with pytest.raises(RuntimeError, match=f"cupy sees {count} devices, got 'cupy:{count}'"):
+        PatchBatchSampler(IDS, BATCH, device=f"cupy:{count}")
