@@ -82,6 +82,16 @@ def is_integer(array: Any) -> bool:
     return dtype_name(array).startswith(("int", "uint"))
 
 
+def is_numbers(array: Any) -> bool:
+    """Whether every element of an array is a number or a boolean that lies in its memory."""
+    library = library_of(array)
+    if library == "torch":
+        import torch
+
+        return array.layout == torch.strided and not array.is_meta and not array.is_quantized
+    return array.dtype.kind in "biufc" and not isinstance(array, np.ma.MaskedArray)
+
+
 def as_signed(array: Any) -> Any:
     """Return the bits of a uint64 array as int64, without a copy."""
     if library_of(array) == "torch":
@@ -440,6 +450,9 @@ def take(array: Any, index: Any) -> Any:
     if library == "cupy":
         with on(device_of(array)):
             return array.take(index, axis=0)
+    if not array.flags.c_contiguous:
+        # np.take would first copy the whole of it.
+        return array[index]
     # The numbers are known to be rows; "raise" would copy by way of a buffer.
     return np.take(array, index, axis=0, mode="clip")
 
@@ -454,7 +467,11 @@ def take_into(pinned: Any, array: Any, index: Int64) -> None:
         torch.index_select(array.detach(), 0, _from_numpy(index), out=flat.view(shape))
         return
     flat = pinned.numpy() if library_of(pinned) == "torch" else pinned
-    np.take(array, index, axis=0, out=flat.reshape(shape), mode="clip")
+    rows = flat.reshape(shape)
+    if array.flags.c_contiguous:
+        np.take(array, index, axis=0, out=rows, mode="clip")
+    else:
+        rows[...] = array[index]
 
 
 def split(array: Any, sizes: list[int]) -> list[Any]:

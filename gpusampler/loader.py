@@ -46,7 +46,8 @@ class PatchTensorLoader:
         Where batches are handed out. Default: the GPU that a tensor is on, else the host.
     **tensors : arrays, shape (N, ...)
         Torch tensors, or arrays of NumPy or CuPy, with a row for every sample of the sampler's
-        dataset. The names are the keys of the batches; "patch_id" and "valid" are taken.
+        dataset. The names are the keys of the batches; "patch_id" and "valid" are taken, as are
+        "sampler" and "device".
 
     Attributes
     ----------
@@ -56,7 +57,8 @@ class PatchTensorLoader:
     Raises
     ------
     TypeError
-        If the sampler is no `PatchBatchSampler`, or a tensor is none.
+        If the sampler is no `PatchBatchSampler`, or a tensor is none, or does not hold numbers.
+        (Arrays of NumPy may hold anything where the batches are on the host.)
     ValueError
         If there are no tensors, one has another number of rows than the dataset has samples, or
         they are on several GPUs, or on a GPU other than ``device``.
@@ -391,5 +393,12 @@ def _common_device(tensors: Mapping[str, Any], device: Any) -> Device:
             raise ValueError(
                 f"{name} must be on {wanted} or on the host, as the batches are to be there, "
                 f"got {where}"
+            )
+    for name, tensor in tensors.items():
+        # NumPy's objects, strings and masks may be handed out by NumPy, but go nowhere else.
+        if not (arrays.is_numbers(tensor) or (wanted.on_host and there[name] == HOST)):
+            raise TypeError(
+                f"{name} must hold a number for every element (no masked, sparse or meta tensor), "
+                f"got {type(tensor).__name__} of {arrays.dtype_name(tensor)}"
             )
     return wanted
