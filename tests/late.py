@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
+
+from gpusampler.arrays import Device
 
 GARBAGE = 0xA5
 NOTHING = np.empty(0, np.uint8)
@@ -206,3 +209,22 @@ class LateSide:
         if any(copy.memory is memory for copy in self._copies.values()):
             # Raised here it would be lost.
             self._wrong.append("pinned memory was given back while a copy had it")
+
+
+@contextmanager
+def late_sides(monkeypatch, module):
+    """Let a module make late side streams where torch's "cpu" counts as a device elsewhere.
+
+    Yields the list of those that were made; NumPy and torch take turns.
+    """
+    made = []
+
+    def late_side_of(device):
+        assert device == Device("torch", "cpu")
+        made.append(LateSide(("numpy", "torch")[len(made) % 2]))
+        return made[-1]
+
+    monkeypatch.setattr(module, "side_of", late_side_of)
+    yield made
+    for side in made:
+        side.check()

@@ -15,7 +15,7 @@ pytest.importorskip("torch")
 import torch
 from conftest import make_library
 from expected import IDS, draw, make, quiet, through_json
-from late import LateSide, names_of
+from late import LateSide, late_sides, names_of
 from torch.utils.data import DataLoader, TensorDataset
 
 from gpusampler import PatchBatchSampler, PatchGroups, PatchTensorLoader, arrays, iteration, loader
@@ -117,18 +117,9 @@ def side(request):
 
 @pytest.fixture
 def sides(monkeypatch, elsewhere):
-    """The side streams that loaders make where torch's "cpu" counts as a device elsewhere."""
-    made = []
-
-    def late_side_of(device):
-        assert device == Device("torch", "cpu")
-        made.append(LateSide(("numpy", "torch")[len(made) % 2]))
-        return made[-1]
-
-    monkeypatch.setattr(loader, "side_of", late_side_of)
-    yield made
-    for side in made:
-        side.check()
+    """The side streams that are made, each a `LateSide`."""
+    with late_sides(monkeypatch, loader) as made:
+        yield made
 
 
 @pytest.fixture

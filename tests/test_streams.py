@@ -16,7 +16,7 @@ pytest.importorskip("torch")
 import torch
 from conftest import make_library
 from expected import IDS, make, quiet, through_json
-from late import LateSide, TooEarlyError, names_of
+from late import LateSide, TooEarlyError, late_sides, names_of
 
 from gpusampler import EpochPlan, PatchBatchSampler, arrays, iteration
 from gpusampler.arrays import Device
@@ -27,18 +27,9 @@ LIBRARIES = pytest.mark.parametrize("pinned", ["numpy", "torch"])
 
 @pytest.fixture
 def sides(monkeypatch, elsewhere):
-    """The side streams that iteration makes, each a `LateSide`; NumPy and torch take turns."""
-    made = []
-
-    def late_side_of(device):
-        assert device == Device("torch", "cpu")
-        made.append(LateSide(("numpy", "torch")[len(made) % 2]))
-        return made[-1]
-
-    monkeypatch.setattr(iteration, "side_of", late_side_of)
-    yield made
-    for side in made:
-        side.check()
+    """The side streams that are made, each a `LateSide`."""
+    with late_sides(monkeypatch, iteration) as made:
+        yield made
 
 
 @pytest.fixture
