@@ -1,4 +1,4 @@
-"""The one file that names the array libraries: which one an array belongs to, where, and copies.
+"""What array libraries differ in: which one an array belongs to, where it is, copies and gathers.
 
 Neither torch nor CuPy is imported until an array of theirs, or a device of theirs, is met. The
 algorithms elsewhere take the namespace from here and never ask which library it is.
@@ -7,6 +7,7 @@ algorithms elsewhere take the namespace from here and never ask which library it
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from importlib import import_module
@@ -88,8 +89,25 @@ def is_numbers(array: Any) -> bool:
     if library == "torch":
         import torch
 
-        return array.layout == torch.strided and not array.is_meta and not array.is_quantized
+        if array.is_nested or array.is_quantized or array.is_meta:
+            return False
+        dense: bool = array.layout == torch.strided
+        return dense
     return array.dtype.kind in "biufc" and not isinstance(array, np.ma.MaskedArray)
+
+
+def has_dtype(library: Library, name: str) -> bool:
+    """Whether a library has numbers of a dtype, by its name."""
+    if library == "torch":
+        import torch
+
+        return isinstance(getattr(torch, name, None), torch.dtype)
+    try:
+        known = np.dtype(name)
+    except TypeError:
+        return False
+    # CuPy has NumPy's, but for what a GPU has no numbers for.
+    return known.kind in "biufc" and (library == "numpy" or known.char not in "gG")
 
 
 def as_signed(array: Any) -> Any:
@@ -151,8 +169,7 @@ def _parse(device: Any) -> Device:
         parsed = torch.device(name)
     except RuntimeError as error:
         raise ValueError(
-            "device must be 'auto', 'numpy', 'cupy', 'cupy:<index>' or a torch device, "
-            f"got {name!r}"
+            f"device must be 'numpy', 'cupy', 'cupy:<index>' or a torch device, got {name!r}"
         ) from error
     if parsed.type == "cuda":
         if not torch.cuda.is_available():
@@ -219,6 +236,37 @@ def is_compiling() -> bool:
     """Whether torch.compile is tracing the caller."""
     torch = loaded("torch")
     return torch is not None and bool(torch.compiler.is_compiling())
+
+
+def check_counter(value: Any, name: str, device: Device) -> None:
+    """Raise unless ``value`` is a 0-d int64 tensor on a device of torch's."""
+    import torch
+
+    if not isinstance(value, torch.Tensor):
+        raise TypeError(f"{name} must be a 0-d int64 tensor, got {type(value).__name__}")
+    if value.dtype != torch.int64 or value.ndim != 0:
+        raise TypeError(
+            f"{name} must be a 0-d int64 tensor, got {value.dtype} of shape {tuple(value.shape)}"
+        )
+    if value.device != torch.device(device.name):
+        raise ValueError(f"{name} must be on {device}, got {value.device}")
+
+
+def wait_for(device: Device) -> None:
+    """Wait on the host for what a device has been told to do on its current stream."""
+    if device.library == "torch" and device.name.startswith("cuda"):
+        import torch
+
+        torch.cuda.current_stream(device.name).synchronize()
+
+
+def untraced(function: Callable[[], None]) -> Callable[[], None]:
+    """Return a function that torch.compile runs as it stands."""
+    import torch
+
+    compiler: Any = torch.compiler
+    disabled: Callable[[], None] = compiler.disable(function)
+    return disabled
 
 
 def keep_in_place(array: Any) -> None:
@@ -377,8 +425,9 @@ def upload(array: NDArray[Any], device: Device) -> Any:
 
     The array may be changed as soon as this returns.
     """
+    array = np.ascontiguousarray(array)
     if device.library == "torch" and device.name.startswith("cuda"):
-        tensor = _from_numpy(np.ascontiguousarray(array))
+        tensor = _from_numpy(array)
         if array.nbytes <= PINNED_BYTES:
             # The allocator of pinned memory keeps it until the copy is done.
             tensor = tensor.pin_memory()
@@ -446,7 +495,7 @@ def take(array: Any, index: Any) -> Any:
 
         if library_of(index) == "numpy":
             index = _from_numpy(index)
-        return torch.index_select(array, 0, index)
+        return torch.index_select(_selectable(array), 0, index).view(array.dtype)
     if library == "cupy":
         with on(device_of(array)):
             return array.take(index, axis=0)
@@ -457,6 +506,14 @@ def take(array: Any, index: Any) -> Any:
     return np.take(array, index, axis=0, mode="clip")
 
 
+def _selectable(tensor: Any) -> Any:
+    """Return a tensor as a type that torch gathers: its wide unsigned ones as signed."""
+    import torch
+
+    signed = {torch.uint16: torch.int16, torch.uint32: torch.int32, torch.uint64: torch.int64}
+    return tensor.view(signed[tensor.dtype]) if tensor.dtype in signed else tensor
+
+
 def take_into(pinned: Any, array: Any, index: Int64) -> None:
     """Gather rows of a host array into pinned memory, which is flat and of their size."""
     shape = (index.size, *array.shape[1:])
@@ -464,7 +521,9 @@ def take_into(pinned: Any, array: Any, index: Int64) -> None:
         import torch
 
         flat = pinned if library_of(pinned) == "torch" else torch.from_numpy(pinned)
-        torch.index_select(array.detach(), 0, _from_numpy(index), out=flat.view(shape))
+        source = _selectable(array.detach())
+        rows = flat.view(source.dtype).view(shape)
+        torch.index_select(source, 0, _from_numpy(index), out=rows)
         return
     flat = pinned.numpy() if library_of(pinned) == "torch" else pinned
     rows = flat.reshape(shape)

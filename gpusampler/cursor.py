@@ -173,6 +173,9 @@ class BatchCursor(torch.nn.Module):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> BatchCursor:
         """Move with the module: the plan is evaluated where the buffers are."""
         super()._apply(fn, recurse)
+        for name in ("epoch", "slot"):
+            # A module that is cast to another type casts its integers, too.
+            setattr(self, name, getattr(self, name).to(torch.int64))
         self._follow_buffers()
         return self
 

@@ -16,8 +16,8 @@ from gpusampler.tables import Located, PatchOrder, PatchTables, Shuffles
 
 T = TypeVar("T")
 
-_warned: set[str] = set()
-"""Libraries whose kernel could not be built, as this process has said already."""
+_warned: set[tuple[str, str]] = set()
+"""Libraries whose kernel could not be built, and why, as this process has said already."""
 
 
 class Evaluator:
@@ -43,12 +43,14 @@ class Evaluator:
         self.reference = Reference(there, device, shuffles)
         self._interleave = shuffles.interleave
         self._patch_order: tuple[PatchOrder, PatchOrder, Ready] | None = None
-        self._built: set[str] = set()
+        self._patch_order_before: tuple[PatchOrder, PatchOrder, Ready] | None = None
+        self._built: set[tuple[str, str]] = set()
         self._prepared = False
         self._fused: Fused | None = None
         try:
             self._fused = fused_on(there, device, shuffles)
-        except ImportError as error:
+        except Exception as error:
+            # Not only ImportError: what a library's version does not know ends its import, too.
             self._give_up(error)
 
     @property
@@ -64,6 +66,8 @@ class Evaluator:
     def prepare(self) -> None:
         """Make what `batch` needs beforehand; nothing of it may be made while it is traced."""
         self.reference.prepare_batch()
+        # Graphs wait for nothing: what they read must have arrived.
+        arrays.wait_for(self.device)
         self._prepared = True
 
     def block(
@@ -81,7 +85,7 @@ class Evaluator:
         self._ready.wait()
         there = self.uploaded(patch_order)
         return self._by_kernel(
-            "block",
+            ("block", dtype),
             lambda fused: fused.block(streams, epoch, slots, there, dtype),
             lambda: self.reference.block(streams, epoch, slots, there, dtype),
         )
@@ -100,7 +104,7 @@ class Evaluator:
         self._ready.wait()
         there = self.uploaded(patch_order)
         return self._by_kernel(
-            "ragged",
+            ("ragged", "int64"),
             lambda fused: fused.ragged(streams, epoch, at, there),
             lambda: self.reference.ragged(streams, epoch, at, there),
         )
@@ -113,7 +117,7 @@ class Evaluator:
         if not self._interleave:
             return self.reference.batch(streams, epoch, slot)
         return self._by_kernel(
-            "batch",
+            ("batch", "int64"),
             lambda fused: fused.batch(streams, epoch, slot),
             lambda: self.reference.batch(streams, epoch, slot),
         )
@@ -123,32 +127,41 @@ class Evaluator:
         if patch_order is None:
             return None
         if self._patch_order is None or self._patch_order[0] is not patch_order:
+            # Another stream may still read the one before.
+            self._patch_order_before = self._patch_order
             there = PatchOrder(*(arrays.upload(part, self.device) for part in patch_order))
             self._patch_order = patch_order, there, Ready(self.device, list(there))
         self._patch_order[2].wait()
         return self._patch_order[1]
 
-    def _by_kernel(self, name: str, run: Callable[[Fused], T], instead: Callable[[], T]) -> T:
+    def _by_kernel(
+        self, form: tuple[str, str], run: Callable[[Fused], T], instead: Callable[[], T]
+    ) -> T:
         if self._fused is None:
             return instead()
         try:
             found = run(self._fused)
         except Exception as error:
             # Once it has run, a failure is no matter of building it.
-            if name in self._built or arrays.is_out_of_memory(error):
+            if form in self._built or arrays.is_out_of_memory(error):
                 raise
             self._give_up(error)
             return instead()
-        self._built.add(name)
+        self._built.add(form)
         return found
 
     def _give_up(self, error: Exception) -> None:
-        self._fused = None
-        if self.device.library not in _warned:
-            _warned.add(self.device.library)
-            reason = str(error).strip().splitlines() or [""]
+        # A compiler says what is wrong in the last of many lines.
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
+        if len(reason) > 600:
+            reason = f"{reason[:200]} ... {reason[-400:]}"
+        said = self.device.library, reason
+        if said not in _warned:
+            # Where the warning is an error, every use is: the kernel is not given up.
             warnings.warn(
                 f"the kernel for {self.device} could not be built, so array operations make the "
-                f"same batches, more slowly: {type(error).__name__}: {reason[0]}",
+                f"same batches, more slowly: {reason}",
                 stacklevel=2,
             )
+            _warned.add(said)
+        self._fused = None

@@ -43,11 +43,11 @@ class PatchTensorLoader:
     sampler : PatchBatchSampler
         Evaluated where the tensors are, wherever it was made; the batches are the same.
     device : str or torch.device, optional
-        Where batches are handed out. Default: the GPU that a tensor is on, else the host.
+        Where batches are handed out. Default: the GPU that a tensor is on, else the host. The host
+        is "cpu" or "numpy": there every batch is of the library of its tensor.
     **tensors : arrays, shape (N, ...)
         Torch tensors, or arrays of NumPy or CuPy, with a row for every sample of the sampler's
-        dataset. The names are the keys of the batches; "patch_id" and "valid" are taken, as are
-        "sampler" and "device".
+        dataset. The names are the keys of the batches; "patch_id", "valid" and "device" are taken.
 
     Attributes
     ----------
@@ -77,7 +77,9 @@ class PatchTensorLoader:
     (['patch_id', 'valid', 'x', 'y'], True)
     """
 
-    def __init__(self, sampler: PatchBatchSampler, *, device: Any = None, **tensors: Any) -> None:
+    def __init__(
+        self, sampler: PatchBatchSampler, /, *, device: Any = None, **tensors: Any
+    ) -> None:
         if not isinstance(sampler, PatchBatchSampler):
             raise TypeError(f"sampler must be a PatchBatchSampler, got {type(sampler).__name__}")
         if not tensors:
@@ -104,7 +106,7 @@ class PatchTensorLoader:
         of the rows count (the rest, under ``partial="pad"``, fills the batch up). Batches share
         memory with one another, never with the tensors: a batch that is kept keeps a few others.
         """
-        return self.batch_sampler.iterate(self._begin)
+        return self.batch_sampler._iterate(self._begin)
 
     def set_epoch(self, epoch: int) -> None:
         """Choose the epoch of the next iterator, as `PatchBatchSampler.set_epoch` does.
@@ -116,15 +118,24 @@ class PatchTensorLoader:
         """
         self.batch_sampler.set_epoch(epoch)
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self, step: int | None = None) -> dict[str, Any]:
         """Return the place after the batches that were handed out; prefetched ones do not count.
+
+        Parameters
+        ----------
+        step : int, optional
+            As for `PatchBatchSampler.state_dict`, whose state this is.
 
         Returns
         -------
         dict
-            That of `PatchBatchSampler.state_dict`.
+
+        Raises
+        ------
+        TypeError, ValueError
+            If ``step`` is no integer, negative, or more than the pass has batches.
         """
-        return self.batch_sampler.state_dict()
+        return self.batch_sampler.state_dict(step)
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Go on where a state was taken, as `PatchBatchSampler.load_state_dict` does.
@@ -252,25 +263,28 @@ class Parts:
         block = self._blocks.read()
         if block is None:
             return None
-        self._parts = self._cut(_in_order(block))
+        self._parts = iter(self._cut(_in_order(block)))
         return next(self._parts)
 
-    def _cut(self, block: RaggedBlock) -> Iterator[RaggedBlock]:
+    def _cut(self, block: RaggedBlock) -> list[RaggedBlock]:
         ends = block.starts + block.sizes
+        parts = []
         start = 0
         while start < ends.size:
             first = int(block.starts[start])
             stop = int(np.searchsorted(ends, first + self._most_rows, side="right"))
             stop = max(stop, start + 1)
             at = slice(start, stop)
-            yield RaggedBlock(
+            part = RaggedBlock(
                 block.samples[first : int(ends[stop - 1])],
                 block.starts[at] - first,
                 block.sizes[at],
                 block.lengths[at],
                 block.groups[at],
             )
+            parts.append(part)
             start = stop
+        return parts
 
 
 def _in_order(block: RaggedBlock) -> RaggedBlock:
@@ -375,6 +389,10 @@ def _check_tensor(name: str, tensor: Any, size: int) -> None:
             f"{name} must be a torch tensor or an array of NumPy or CuPy, "
             f"got {type(tensor).__name__}"
         )
+    if arrays.library_of(tensor) == "torch" and not arrays.is_numbers(tensor):
+        raise TypeError(
+            f"{name} must be a dense tensor with values, got {tensor.layout} on {tensor.device}"
+        )
     rows = int(tensor.shape[0]) if len(tensor.shape) else None
     if rows != size:
         raise ValueError(
@@ -396,9 +414,12 @@ def _common_device(tensors: Mapping[str, Any], device: Any) -> Device:
             )
     for name, tensor in tensors.items():
         # NumPy's objects, strings and masks may be handed out by NumPy, but go nowhere else.
-        if not (arrays.is_numbers(tensor) or (wanted.on_host and there[name] == HOST)):
+        if wanted.on_host:
+            continue
+        dtype = arrays.dtype_name(tensor)
+        if not (arrays.is_numbers(tensor) and arrays.has_dtype(wanted.library, dtype)):
             raise TypeError(
-                f"{name} must hold a number for every element (no masked, sparse or meta tensor), "
-                f"got {type(tensor).__name__} of {arrays.dtype_name(tensor)}"
+                f"{name} must hold numbers that {wanted} has, and one for every element, "
+                f"got {type(tensor).__name__} of {dtype}"
             )
     return wanted

@@ -137,7 +137,11 @@ def rounds_for(n: int) -> int:
     """Rounds of the grid permutation of ``n`` elements; 0 where Fisher-Yates takes over."""
     if n <= SMALL:
         return 0
-    return next((rounds for start, rounds in reversed(ROUNDS_FROM) if n >= start), MAX_ROUNDS)
+    # A plain loop: torch.compile of torch 2.6 traces no `next` of a generator.
+    for start, rounds in reversed(ROUNDS_FROM):
+        if n >= start:
+            return rounds
+    return MAX_ROUNDS
 
 
 def grid_of(n: int) -> Grid:

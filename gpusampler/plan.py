@@ -8,7 +8,6 @@ any order; nothing of the size of the dataset is made.
 
 from __future__ import annotations
 
-import copy
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -196,7 +195,7 @@ class EpochPlan:
         TypeError, ValueError
             If ``seed`` is no integer in 0 .. 2**64 - 1.
         """
-        plan = copy.copy(self)
+        plan = self._alike()
         plan.seed = checked_seed(seed)
         plan._streams = Streams.of(plan.seed)
         plan._patch_orders = {}
@@ -219,9 +218,15 @@ class EpochPlan:
         device = device if isinstance(device, Device) else arrays.parse_device(device)
         if device == self.device:
             return self
-        plan = copy.copy(self)
+        plan = self._alike()
         plan.device = device
         plan._on_device = None
+        return plan
+
+    def _alike(self) -> EpochPlan:
+        """Return a plan with the same members; `copy.copy` would leave out what cannot travel."""
+        plan = EpochPlan.__new__(EpochPlan)
+        plan.__dict__.update(self.__dict__)
         return plan
 
     def evaluate(self, epoch: int, slots: Any, dtype: str = "int64") -> BatchBlock:
@@ -288,6 +293,10 @@ class EpochPlan:
 
         Raises
         ------
+        TypeError
+            If ``epoch`` or ``slot`` is no 0-d int64 tensor.
+        ValueError
+            If one is on another device.
         RuntimeError
             If the plan is first used while it is compiled: its tables go to the device by
             copies that are no part of a graph.
@@ -299,6 +308,9 @@ class EpochPlan:
         evaluator = self._on_device
         if evaluator is None or not evaluator.prepared:
             evaluator = self.prepare_batch()
+        # Kinds only, which are known without the device, and while a graph is traced.
+        arrays.check_counter(epoch, "epoch", self.device)
+        arrays.check_counter(slot, "slot", self.device)
         return BatchBlock(*evaluator.batch(self._streams, epoch, slot))
 
     def prepare_batch(self) -> Evaluator:
@@ -320,7 +332,8 @@ class EpochPlan:
                 "its tables go to the device by copies that are no part of a graph"
             )
         evaluator = self._evaluator()
-        evaluator.prepare()
+        # Without fullgraph=True, torch traces by itself each function that a graph breaks off in.
+        arrays.untraced(evaluator.prepare)()
         return evaluator
 
     def evaluate_ragged(self, epoch: int, slots: Int64) -> RaggedBlock:
@@ -414,8 +427,15 @@ class EpochPlan:
         )
 
     def _order_on_host(self) -> Any:
-        if self._host_order is None and self.groups.order is not None:
-            self._host_order = arrays.to_numpy(self.groups.order)
+        order = self.groups.order
+        if self._host_order is None and order is not None:
+            if arrays.in_worker() and not arrays.device_of(order).on_host:
+                raise RuntimeError(
+                    "ids must be on the host, or the loader's multiprocessing_context 'spawn', "
+                    "where a worker of a DataLoader evaluates the plan, got an order on "
+                    f"{arrays.device_of(order)}, which a forked worker cannot read"
+                )
+            self._host_order = arrays.to_numpy(order)
         return self._host_order
 
     def evaluate_reference(self, epoch: int, slots: Any) -> BatchBlock:

@@ -192,7 +192,7 @@ class PatchBatchSampler:
         It binds the epoch when its first batch is drawn, and has ``len``, ``state_dict`` and
         ``load_state_dict``.
         """
-        return self.iterate(functools.partial(BatchReader, output=self.output))
+        return self._iterate(functools.partial(BatchReader, output=self.output))
 
     def batches(self, epoch: int | None = None) -> Iterator[Batch]:
         """Iterate over this rank's batches with their indices on the device.
@@ -213,9 +213,9 @@ class PatchBatchSampler:
         TypeError, ValueError
             If ``epoch`` is no integer in 0 .. 2**63 - 1.
         """
-        return self.iterate(functools.partial(BatchReader, output="batch"), epoch)
+        return self._iterate(functools.partial(BatchReader, output="batch"), epoch)
 
-    def iterate(
+    def _iterate(
         self, begin: Callable[[Share], Reader[T]], epoch: int | None = None
     ) -> EpochIterator[T]:
         """Return an iterator over what a reader makes of this rank's share of an epoch.

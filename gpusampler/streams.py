@@ -7,6 +7,7 @@ its streams is behind `Side`, of which tests have one that copies as late as it 
 from __future__ import annotations
 
 import sys
+from functools import cache
 from typing import Any, Protocol
 
 import numpy as np
@@ -55,7 +56,8 @@ class Ready:
     ----------
     device : Device
     made : list of arrays
-        Kept in memory until every stream that has used them is done with them.
+        torch keeps their memory until every stream that has used them is done with them. CuPy knows
+        no such thing: there they must live on for as long.
     """
 
     def __init__(self, device: Device, made: list[Any]) -> None:
@@ -196,8 +198,13 @@ def finish(side: Side | None) -> None:
         side.finish()
 
 
+@cache
 def side_of(device: Device) -> Side | None:
-    """Return a side stream on a device; None where copies are not asynchronous."""
+    """Return the side stream on a device; None where copies are not asynchronous.
+
+    One for the process: memory that is given back is kept for the stream it was made on, so every
+    new stream would hold some of its own.
+    """
     if device.library == "cupy":
         return CupySide(device)
     if device.library == "torch" and device.name.startswith("cuda"):

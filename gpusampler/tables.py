@@ -132,7 +132,8 @@ class PatchTables:
             order=None,
             num_batches=total,
             max_batch_size=int(filled.max()),
-            smallest=int(counts.min()),
+            # Patches that "drop" leaves out are never met.
+            smallest=int(counts[batches > 0].min()),
             largest=int(counts.max()),
             uniform=uniform,
         )

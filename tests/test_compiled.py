@@ -21,6 +21,8 @@ torch = pytest.importorskip("torch")
 
 from torch._dynamo.testing import CompileCounterWithBackend  # noqa: E402
 
+ZERO = torch.zeros((), dtype=torch.int64)
+
 
 def number(value: int) -> torch.Tensor:
     return torch.tensor(value, dtype=torch.int64)
@@ -263,7 +265,7 @@ def test_a_graph_has_the_forms_of_its_patches_and_no_other(partial):
         assert mixed[kind] == small[kind] + large[kind]
     assert hashes(mixed) == hashes(small) + hashes(large) - KEY
     assert mixed[torch.where] == small[torch.where] + large[torch.where] + 1
-    # What they have in common, which a mixed graph has once, is less than a third of either.
+    # What they have in common (the key, mostly) a mixed graph has once: less than a third of both.
     both = small["all"] + large["all"]
     assert both * 2 // 3 < mixed["all"] < both
 
@@ -365,3 +367,41 @@ def test_a_training_step_is_compiled_to_machine_code(inductor, tmp_path, ids, ba
     torch.testing.assert_close(model.weight, plain.weight)
     assert inductor.frame_count == 1
     assert list(tmp_path.rglob("*.so"))
+
+
+@pytest.mark.parametrize(
+    ("epoch", "slot", "error", "text"),
+    [
+        (0, ZERO, TypeError, "epoch must be a 0-d int64 tensor, got int"),
+        (ZERO.int(), ZERO, TypeError, "epoch must be a 0-d int64 tensor, got torch.int32"),
+        (ZERO, ZERO.double(), TypeError, "slot must be a 0-d int64 tensor, got torch.float64"),
+        (ZERO, ZERO.reshape(1), TypeError, r"slot must be .*, got torch.int64 of shape \(1,\)"),
+        (ZERO, ZERO.to("meta"), ValueError, "slot must be on cpu, got meta"),
+    ],
+)
+def test_places_that_are_none_are_refused(epoch, slot, error, text):
+    plan = EpochPlan(PatchGroups.from_counts([5, 3]), 4, 5, device="cpu")
+    with pytest.raises(error, match=text):
+        plan.batch(epoch, slot)
+
+
+def test_a_plan_that_was_not_used_before_is_compiled_without_fullgraph():
+    plan = EpochPlan(PatchGroups.from_counts([5, 3]), 4, 5, partial="pad", device="cpu")
+    torch._dynamo.reset()
+    with warnings.catch_warnings():
+        # Dynamo looks at tables that are read-only.
+        warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
+        found = torch.compile(plan.batch, backend="eager")(ZERO, ZERO)
+    assert found.tolist() == plan.evaluate(0, [0]).indices[0].tolist()
+
+
+def test_patches_that_drop_leaves_out_are_no_part_of_the_graph():
+    counts = [5, 40, 70]
+    plan = EpochPlan(PatchGroups.from_counts(counts), 33, 5, partial="drop", device="cpu")
+    alone = EpochPlan(PatchGroups.from_counts(counts[1:]), 33, 5, partial="drop", device="cpu")
+    assert plan._tables.smallest == alone._tables.smallest == 40
+    wanted = EpochPlan(PatchGroups.from_counts(counts), 33, 5, partial="drop").evaluate(
+        0, [0, 1, 2]
+    )
+    for slot, indices in enumerate(wanted.indices):
+        assert plan.batch(ZERO, torch.tensor(slot)).tolist() == indices.tolist()

@@ -515,3 +515,12 @@ def test_a_cursor_is_shown_by_its_plan_and_ranks():
     shown = repr(BatchCursor(plan_of(), num_replicas=3, rank=2))
     assert "EpochPlan(11 batches, seed=5" in shown
     assert "device='cpu', rank 2 of 3" in shown
+
+
+def test_a_model_that_is_cast_leaves_the_place_in_integers():
+    sampler = PatchBatchSampler(PatchGroups.from_counts([5, 40, 3]), 8, seed=3, partial="pad")
+    cursor, wanted = sampler.cursor(), sampler.cursor()
+    cursor(), wanted()
+    cursor.type(torch.float16)
+    assert (cursor.epoch.dtype, cursor.slot.dtype) == (torch.int64, torch.int64)
+    assert cursor().indices.tolist() == wanted().indices.tolist()

@@ -6,12 +6,15 @@ Triton's in its interpreter.
 
 from __future__ import annotations
 
+import pickle
+import warnings
+
 import numpy as np
 import pytest
 import torch
 from kernels import TRITON, device_of_kernel, fused_of
 
-from gpusampler import EpochPlan, PatchBatchSampler, PatchGroups, evaluation
+from gpusampler import EpochPlan, PatchBatchSampler, PatchGroups, arrays, evaluation
 from gpusampler.kernels.form import triton_geometry
 from gpusampler.kernels.fused import Fused
 
@@ -74,7 +77,7 @@ FAILED = "the kernel for cpu could not be built, .*: RuntimeError: no compiler$"
 
 
 def test_a_kernel_that_cannot_be_built_is_given_up_with_one_warning(monkeypatch):
-    launch = raising(*[RuntimeError("no compiler\nand much more")] * 2)
+    launch = raising(*[RuntimeError("no\ncompiler")] * 2)
     launching(monkeypatch, launch)
     plan = there()
     with pytest.warns(UserWarning, match=FAILED) as said:
@@ -224,3 +227,60 @@ class TestThroughAKernel:
                 assert found.indices.tolist() == indices.tolist()
                 assert (int(found.valid), int(found.group)) == (length, group)
         assert self.launches == 2 * host.num_batches
+
+
+def test_the_warning_keeps_what_a_compiler_says_last(monkeypatch):
+    text = "at 3:4:\n" + "code\n" * 500 + "Loop-carried variable has another type"
+    launching(monkeypatch, raising(RuntimeError(text)))
+    with pytest.warns(
+        UserWarning, match=r"RuntimeError: at 3:4: code .* has another type$"
+    ) as said:
+        assert_block_of_the_host(there())
+    assert len(str(said[0].message)) < 800
+
+
+def test_another_reason_is_another_warning(monkeypatch):
+    launching(monkeypatch, raising(RuntimeError("one"), RuntimeError("two")))
+    for reason in ("one", "two"):
+        with pytest.warns(UserWarning, match=f"RuntimeError: {reason}$"):
+            assert_block_of_the_host(there())
+
+
+def test_where_the_warning_is_an_error_no_use_falls_back_silently(monkeypatch):
+    launching(monkeypatch, raising(*[RuntimeError("no compiler")] * 3))
+    plan = there()
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message="the kernel for")
+        for asked in (plan, plan, there()):
+            with pytest.raises(UserWarning, match="no compiler"):
+                assert_block_of_the_host(asked)
+
+
+def test_a_library_that_ends_its_own_import_is_given_up_too(monkeypatch):
+    def fused_on(*_):
+        raise TypeError("jit() got an unexpected keyword argument")
+
+    monkeypatch.setattr(evaluation, "fused_on", fused_on)
+    with pytest.warns(UserWarning, match="TypeError: jit"):
+        assert_block_of_the_host(there())
+
+
+def test_tables_are_shared_by_plans_of_other_seeds(elsewhere):
+    plan = there()
+    plan.evaluate(0, [0])
+    other = plan.with_seed(99)
+    assert other._on_device is plan._on_device
+    wanted = EpochPlan(plan.groups, plan.batch_size, 99).evaluate(0, [0, 1])
+    for ours, theirs in zip(other.evaluate(0, [0, 1]), wanted, strict=True):
+        np.testing.assert_array_equal(ours.numpy(), theirs)
+    assert plan.on("numpy")._on_device is None
+
+
+def test_a_forked_worker_is_told_that_it_cannot_read_the_order(elsewhere, monkeypatch):
+    ids = torch.tensor([3, 1, 3, 1, 2])
+    sampler = PatchBatchSampler(ids, 2, seed=0, device="cpu")
+    monkeypatch.setattr(arrays, "in_worker", lambda: True)
+    with pytest.raises(RuntimeError, match=r"ids must be on the host, .*an order on cpu"):
+        next(iter(sampler))
+    # One that was sent to a worker has its order on the host.
+    assert len(list(pickle.loads(pickle.dumps(sampler)))) == 3

@@ -96,17 +96,14 @@ class Fused:
             # The same kernel as for a block: each form is one to compile.
             slots = arrays.upload(at.slot, self._device)
             return self._xp.reshape(self.block(streams, epoch, slots, patch_order)[0], (-1,))
-        # One small array goes up, and nothing is waited for. Its rows begin at multiples of 16
-        # bytes, since what they are aligned to is a matter of compilation too.
-        rows = np.zeros((2, num_rows + num_rows % 2), np.int64)
-        rows[0, :num_rows] = at.slot
-        rows[1, :num_rows] = np.cumsum(at.size) - at.size
-        slots, starts = arrays.upload(rows, self._device)
+        # One small array goes up, and nothing is waited for.
+        starts = np.cumsum(at.size) - at.size
+        slots, starts = arrays.upload(np.stack([at.slot, starts]), self._device)
         form = Form.of(self._tables, self._shuffles, ragged=True)
         keys = self._keys(streams, epoch)
         with arrays.on(self._device):
             out = self._empty((int(at.size.sum()),))
-            row_arrays = (slots[:num_rows], starts, None, out, None, None)
+            row_arrays = (slots, starts, None, out, None, None)
             self._run(form, row_arrays, patch_order, int(at.size.max()), keys)
         return out
 

@@ -117,7 +117,11 @@ _VALUES = [
 ]
 
 
-@triton.jit(do_not_specialize=_VALUES)
+# Nor is where in memory these begin: they are parts of a user's tensors.
+_PLACES = ["slots", "starts", "epoch"]
+
+
+@triton.jit(do_not_specialize=_VALUES, do_not_specialize_on_alignment=_PLACES)
 def batches_kernel(
     slots,
     starts,

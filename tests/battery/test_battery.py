@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from gpusampler import plan
-from gpusampler.permutation import derive_key
+from gpusampler.permutation import Streams, derive_key
 
 from . import bijectivity, statistics
 from .cases import CASES, below, run
@@ -54,10 +54,19 @@ def test_every_kind_of_test_catches_a_control():
 
 
 def test_plan_that_adds_seed_and_epoch_is_caught(monkeypatch, quick):
-    def added(seed, purpose, pass_, group):
+    class Unmixed:
+        """Streams that still say what their seed is."""
+
+        @staticmethod
+        def of(seed):
+            return Streams((seed, 1), (seed, 2), (seed, 3))
+
+    def added(stream, pass_, group):
+        seed, purpose = stream
         return derive_key(seed + pass_, purpose, 0, group)
 
-    monkeypatch.setattr(plan, "derive_key", added)
+    monkeypatch.setattr(plan, "Streams", Unmixed)
+    monkeypatch.setattr(plan, "key_of", added)
     failed = statistics.failures(through_plan(2_000), statistics.bound(quick))
     names = {result.test for result in failed}
     for form in ("interleaved", "in a row"):
