@@ -18,7 +18,7 @@ from conftest import make_library
 from expected import IDS, make, quiet, through_json
 from late import LateSide, TooEarlyError, late_sides, names_of
 
-from gpusampler import EpochPlan, PatchBatchSampler, arrays, iteration
+from gpusampler import EpochPlan, PatchBatchSampler, arrays, iteration, streams
 from gpusampler.arrays import Device
 from gpusampler.streams import ToHost, side_of
 
@@ -420,3 +420,14 @@ def test_a_device_without_streams_hands_out_the_same(elsewhere):
     assert side_of(Device("torch", "cpu")) is None
     for output in ("list", "numpy", "tensor"):
         assert plain(there(output=output)) == list(make())
+
+
+def test_a_device_has_one_side_stream(monkeypatch):
+    # Memory that is given back stays with the stream it was made on: a new one each epoch would
+    # hold more and more.
+    monkeypatch.setattr(streams, "TorchSide", lambda device: object())
+    side_of.cache_clear()
+    device = Device("torch", "cuda:0")
+    assert side_of(device) is side_of(device)
+    assert side_of(device) is not side_of(Device("torch", "cuda:1"))
+    side_of.cache_clear()
