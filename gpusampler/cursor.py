@@ -14,10 +14,15 @@ from torch import Tensor
 
 from gpusampler.arrays import Device
 from gpusampler.plan import EPOCHS, EpochPlan
-from gpusampler.state import check_fingerprint, fingerprint_of
-from gpusampler.validation import checked_choice, checked_int, checked_seed
-
-UNEVENS = ("pad", "drop")
+from gpusampler.state import (
+    UNEVENS,
+    check_fingerprint,
+    check_ranks,
+    fingerprint_of,
+    steps_from,
+    with_saved_seed,
+)
+from gpusampler.validation import checked_choice, checked_int
 
 
 class CursorBatch(NamedTuple):
@@ -104,14 +109,10 @@ class BatchCursor(torch.nn.Module):
             )
         self.num_replicas = checked_int(num_replicas, "num_replicas", least=1, below=1 << 31)
         self.rank = checked_int(rank, "rank", least=0, below=self.num_replicas)
-        self._drop = checked_choice(uneven, "uneven", UNEVENS) == "drop"
+        self._uneven = checked_choice(uneven, "uneven", UNEVENS)
         self._seed_given = seed_given
         self._plan = plan
-        if self._steps_from(0) == 0:
-            raise ValueError(
-                "num_replicas must be at most the number of batches under uneven='drop', got "
-                f"{self.num_replicas} for {plan.num_batches} batches"
-            )
+        check_ranks(plan.num_batches, self.num_replicas, self._uneven)
         for name in ("epoch", "slot"):
             self.register_buffer(name, torch.zeros((), dtype=torch.int64, device=plan.device.name))
         self.seek(epoch, slot)
@@ -129,15 +130,15 @@ class BatchCursor(torch.nn.Module):
 
     def forward(self) -> CursorBatch:
         """Return this rank's next batch, and go on."""
-        total = self._plan.num_batches
+        total, drop = self._plan.num_batches, self._uneven == "drop"
         # Few operations: each is a kernel of its own where nothing fuses them.
         own = self.slot if self.num_replicas == 1 else self.slot + self.rank
-        if self.num_replicas > 1 and not self._drop:
+        if self.num_replicas > 1 and not drop:
             own = own % total
         block = self._plan.batch_of_tensors(self.epoch, own)
         self.slot.add_(self.num_replicas)
         # Under "drop" a step must have a slot for every rank.
-        done = self.slot > (total - self.num_replicas if self._drop else total - 1)
+        done = self.slot > (total - self.num_replicas if drop else total - 1)
         self.epoch.add_(done)
         self.slot.masked_fill_(done, 0)
         return CursorBatch(block.indices, block.lengths, block.groups.reshape(1))
@@ -167,8 +168,7 @@ class BatchCursor(torch.nn.Module):
         return int(self.epoch), int(self.slot)
 
     def _steps_from(self, slot: int) -> int:
-        left = self._plan.num_batches - slot
-        return left // self.num_replicas if self._drop else -(-left // self.num_replicas)
+        return steps_from(slot, self._plan.num_batches, self.num_replicas, self._uneven)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> BatchCursor:
         """Move with the module: the plan is evaluated where the buffers are."""
@@ -226,15 +226,7 @@ class BatchCursor(torch.nn.Module):
         if not isinstance(state, Mapping) or not {"seed", "fingerprint"} <= set(state):
             raise TypeError(f"state_dict must come from a BatchCursor, got extra state {state!r}")
         check_fingerprint(state["fingerprint"], fingerprint_of(self._plan))
-        seed = checked_seed(state["seed"])
-        if seed == self._plan.seed:
-            return
-        if self._seed_given:
-            raise ValueError(
-                f"state_dict must be of seed {self._plan.seed}, which was given here, "
-                f"got seed {seed}"
-            )
-        self._plan = self._plan.with_seed(seed)
+        self._plan = with_saved_seed(self._plan, state["seed"], self._seed_given)
 
     def extra_repr(self) -> str:
         """Return the plan and the ranks."""

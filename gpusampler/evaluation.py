@@ -45,7 +45,8 @@ class Evaluator:
         self._patch_order: tuple[PatchOrder, PatchOrder, Ready] | None = None
         self._patch_order_before: tuple[PatchOrder, PatchOrder, Ready] | None = None
         self._built: set[tuple[str, str]] = set()
-        self._prepared = False
+        self.prepared = False
+        """Whether `batch` may be traced."""
         self._fused: Fused | None = None
         try:
             self._fused = fused_on(there, device, shuffles)
@@ -58,17 +59,12 @@ class Evaluator:
         """Whether a kernel does the work; it may turn out at first use that it cannot."""
         return self._fused is not None
 
-    @property
-    def prepared(self) -> bool:
-        """Whether `batch` may be traced."""
-        return self._prepared
-
     def prepare(self) -> None:
         """Make what `batch` needs beforehand; nothing of it may be made while it is traced."""
         self.reference.prepare_batch()
         # Graphs wait for nothing: what they read must have arrived.
         arrays.wait_for(self.device)
-        self._prepared = True
+        self.prepared = True
 
     def block(
         self,

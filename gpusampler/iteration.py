@@ -11,7 +11,7 @@ import numpy as np
 from gpusampler import arrays
 from gpusampler.plan import EpochPlan, RaggedBlock
 from gpusampler.state import Progress, Share
-from gpusampler.streams import ToHost, side_of
+from gpusampler.streams import Ahead, ToHost, side_of
 from gpusampler.tables import Located
 
 FIRST_LANES = 1 << 9
@@ -55,12 +55,11 @@ class Blocks:
     Parameters
     ----------
     share : Share
-    plan : EpochPlan
-        The share's, on the device where batches are to be evaluated.
+        Its plan is evaluated where it is.
     """
 
-    def __init__(self, share: Share, plan: EpochPlan) -> None:
-        self.plan = plan
+    def __init__(self, share: Share) -> None:
+        self.plan = share.plan
         self._share = share
         self._at: Located | None = None
         self._ends = np.zeros(0, np.int64)
@@ -110,20 +109,13 @@ class BlocksToHost:
     def __init__(self, blocks: Blocks, pipe: ToHost) -> None:
         self._blocks = blocks
         self._pipe = pipe
-        self._sent: RaggedBlock | None = None
-        self._begun = False
+        self._ahead: Ahead[RaggedBlock] = Ahead()
 
     def read(self) -> RaggedBlock | None:
         """Return the next block of batches, with its samples in NumPy; None after the last."""
-        if not self._begun:
-            self._begun = True
-            self._sent = self._send()
-        block = self._sent
-        if block is None:
-            return None
-        # The next is evaluated and sent before this one is waited for.
-        self._sent = self._send()
-        return block._replace(samples=self._pipe.take())
+        # The one after it has been evaluated and sent before this one is waited for.
+        block = self._ahead.read(self._send)
+        return None if block is None else block._replace(samples=self._pipe.take())
 
     def _send(self) -> RaggedBlock | None:
         block = self._blocks.read()
@@ -246,7 +238,7 @@ class BatchReader(Generic[T]):
         plan = share.plan
         self._plan = plan
         self._output = output
-        self._blocks: Blocks | BlocksToHost = Blocks(share, plan)
+        self._blocks: Blocks | BlocksToHost = Blocks(share)
         self._overwritten = False
         if output == "batch":
             arrays.check_not_in_worker(plan.device)

@@ -19,7 +19,7 @@ from gpusampler.iteration import Blocks, EpochIterator
 from gpusampler.plan import EpochPlan, RaggedBlock
 from gpusampler.sampler import PatchBatchSampler
 from gpusampler.state import Share
-from gpusampler.streams import Event, Side, finish, side_of
+from gpusampler.streams import Ahead, Event, Side, finish, side_of
 
 GATHERED_ON_HOST = 1 << 20
 GATHERED_ON_DEVICE = 1 << 25
@@ -171,6 +171,7 @@ class TensorReader:
     Parameters
     ----------
     share : Share
+        Its plan is on the `working_device`.
     tensors : dict of arrays
     device : Device
         Of the batches.
@@ -190,18 +191,16 @@ class TensorReader:
         travelling = {n: t for n, t in tensors.items() if n not in resident}
         self._names = list(tensors)
         self._resident = resident
-        plan = share.plan.on(working_device(tensors, device))
-        self._plan = plan
+        self._plan = share.plan
         self._device = device
         row = sum(_row_bytes(tensor) for tensor in tensors.values())
         at_once = GATHERED_ON_HOST if device.on_host else GATHERED_ON_DEVICE
-        self._parts = Parts(Blocks(share, plan), max(1, at_once // max(row, 1)))
+        self._parts = Parts(Blocks(share), max(1, at_once // max(row, 1)))
         self._staging: Staging | None = None
         if travelling:
             side = side_of(device) if side is None else side
             self._staging = Staging(travelling, device, side)
-        self._sent: tuple[RaggedBlock, Any] | None = None
-        self._begun = False
+        self._ahead: Ahead[tuple[RaggedBlock, Any]] = Ahead()
 
     def read(self) -> list[TensorBatch] | None:
         """Return the next batches, None after the last."""
@@ -209,7 +208,9 @@ class TensorReader:
         if self._staging is None:
             part = self._parts.read()
         else:
-            part, rows = self._arrived(self._staging)
+            # The part after it is on its way before this one is waited for.
+            part, sent = self._ahead.read(self._send) or (None, {})
+            rows = self._staging.take(sent)
         if part is None:
             return None
         if self._resident:
@@ -218,21 +219,11 @@ class TensorReader:
                 rows[name] = arrays.take(tensor, index)
         return self._cut(part, rows)
 
-    def _arrived(self, staging: Staging) -> tuple[RaggedBlock | None, dict[str, Any]]:
-        """Return the next part with its rows that travelled."""
-        if not self._begun:
-            self._begun = True
-            self._sent = self._send(staging)
-        if self._sent is None:
-            return None, {}
-        part, rows = self._sent
-        # The part after this one is on its way before this one is waited for.
-        self._sent = self._send(staging)
-        return part, staging.take(rows)
-
-    def _send(self, staging: Staging) -> tuple[RaggedBlock, Any] | None:
+    def _send(self) -> tuple[RaggedBlock, Any] | None:
         part = self._parts.read()
-        return None if part is None else (part, staging.send(part.samples))
+        if part is None or self._staging is None:
+            return None
+        return part, self._staging.send(part.samples)
 
     def _cut(self, part: RaggedBlock, rows: Mapping[str, Any]) -> list[TensorBatch]:
         sizes = part.sizes.tolist()
@@ -412,10 +403,10 @@ def _common_device(tensors: Mapping[str, Any], device: Any) -> Device:
                 f"{name} must be on {wanted} or on the host, as the batches are to be there, "
                 f"got {where}"
             )
+    if wanted.on_host:
+        return wanted
+    # NumPy's objects, strings and masks may be handed out by NumPy, but go nowhere else.
     for name, tensor in tensors.items():
-        # NumPy's objects, strings and masks may be handed out by NumPy, but go nowhere else.
-        if wanted.on_host:
-            continue
         dtype = arrays.dtype_name(tensor)
         if not (arrays.is_numbers(tensor) and arrays.has_dtype(wanted.library, dtype)):
             raise TypeError(

@@ -14,13 +14,12 @@ from gpusampler import arrays, sources
 from gpusampler.coverage import Coverage, coverage_of
 from gpusampler.iteration import Batch, BatchReader, EpochIterator, Reader
 from gpusampler.plan import EPOCHS, EpochPlan, Partial
-from gpusampler.state import Progress, Share
+from gpusampler.state import UNEVENS, Progress, Share, check_ranks
 from gpusampler.validation import checked_bool, checked_choice, checked_int, checked_seed
 
 if TYPE_CHECKING:
     from gpusampler.cursor import BatchCursor
 
-UNEVENS = ("pad", "drop")
 OUTPUTS = ("list", "numpy", "tensor")
 
 T = TypeVar("T")
@@ -142,11 +141,7 @@ class PatchBatchSampler:
         )
         self._progress = Progress(plan, num_replicas, rank, uneven, seed_given)
         self._warn_of_small_patches()
-        if len(self) == 0:
-            raise ValueError(
-                "num_replicas must be at most the number of batches under uneven='drop', got "
-                f"{num_replicas} for {plan.num_batches} batches"
-            )
+        check_ranks(plan.num_batches, num_replicas, uneven)
         self.sampler = EpochSetter(self._progress)
 
     @property

@@ -10,8 +10,36 @@ from gpusampler.permutation import VERSION
 from gpusampler.plan import EPOCHS, EpochPlan
 from gpusampler.validation import checked_int, checked_seed
 
+UNEVENS = ("pad", "drop")
 STATE_VERSION = 1
 STATE_KEYS = frozenset({"version", "epoch", "slot", "seed", "fingerprint"})
+
+
+def steps_from(slot: int, num_batches: int, num_replicas: int, uneven: str) -> int:
+    """Return how many batches a rank has from a global slot on; equal on all ranks."""
+    left = max(num_batches - slot, 0)
+    return -(-left // num_replicas) if uneven == "pad" else left // num_replicas
+
+
+def check_ranks(num_batches: int, num_replicas: int, uneven: str) -> None:
+    """Raise ValueError if an epoch has no batch for every rank."""
+    if steps_from(0, num_batches, num_replicas, uneven) == 0:
+        raise ValueError(
+            "num_replicas must be at most the number of batches under uneven='drop', got "
+            f"{num_replicas} for {num_batches} batches"
+        )
+
+
+def with_saved_seed(plan: EpochPlan, seed: Any, seed_given: bool) -> EpochPlan:
+    """Return a plan under a saved seed; raise ValueError if another was given explicitly."""
+    seed = checked_seed(seed)
+    if seed == plan.seed:
+        return plan
+    if seed_given:
+        raise ValueError(
+            f"state_dict must be of seed {plan.seed}, which was given here, got seed {seed}"
+        )
+    return plan.with_seed(seed)
 
 
 class Share(NamedTuple):
@@ -73,10 +101,7 @@ class Progress:
 
     def steps_from(self, slot: int) -> int:
         """Return how many batches a rank has from a global slot on; equal on all ranks."""
-        left = max(self.plan.num_batches - slot, 0)
-        if self.uneven == "pad":
-            return -(-left // self.num_replicas)
-        return left // self.num_replicas
+        return steps_from(slot, self.plan.num_batches, self.num_replicas, self.uneven)
 
     def share(self, epoch: int, slot: int) -> Share:
         """Return this rank's share of an epoch from a global slot on."""
@@ -181,18 +206,12 @@ class Progress:
                 f"state_dict must have format version {STATE_VERSION}, got {state['version']!r}"
             )
         check_fingerprint(state["fingerprint"], self._fingerprint)
-        seed = checked_seed(state["seed"])
-        if seed != self.plan.seed and self.seed_given:
-            raise ValueError(
-                f"state_dict must be of seed {self.plan.seed}, which was given here, "
-                f"got seed {seed}"
-            )
+        plan = with_saved_seed(self.plan, state["seed"], self.seed_given)
         epoch = checked_int(state["epoch"], "state_dict epoch", least=0, below=EPOCHS)
         slot = checked_int(
             state["slot"], "state_dict slot", least=0, below=self.plan.num_batches + 1
         )
-        if seed != self.plan.seed:
-            self.plan = self.plan.with_seed(seed)
+        self.plan = plan
         return epoch, slot
 
     def __getstate__(self) -> dict[str, Any]:

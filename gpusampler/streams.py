@@ -7,14 +7,17 @@ its streams is behind `Side`, of which tests have one that copies as late as it 
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from functools import cache
-from typing import Any, Protocol
+from typing import Any, Generic, Protocol, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 from gpusampler import arrays
 from gpusampler.arrays import Device
+
+T = TypeVar("T")
 
 
 class Event(Protocol):
@@ -210,6 +213,28 @@ def side_of(device: Device) -> Side | None:
     if device.library == "torch" and device.name.startswith("cuda"):
         return TorchSide(device)
     return None
+
+
+class Ahead(Generic[T]):
+    """Begins things one ahead of where they are used, so that they are on their way meanwhile."""
+
+    def __init__(self) -> None:
+        self._begun = False
+        self._next: T | None = None
+
+    def read(self, begin: Callable[[], T | None]) -> T | None:
+        """Return the next one, the one after it having been begun; None after the last.
+
+        ``begin`` begins one, and returns None after the last. It is not kept: as a method of who
+        holds this it would make a cycle, and pinned memory would wait for the garbage collector.
+        """
+        if not self._begun:
+            self._begun = True
+            self._next = begin()
+        found = self._next
+        if found is not None:
+            self._next = begin()
+        return found
 
 
 class ToHost:

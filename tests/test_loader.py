@@ -21,7 +21,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from gpusampler import PatchBatchSampler, PatchGroups, PatchTensorLoader, arrays, iteration, loader
 from gpusampler.arrays import Device
 from gpusampler.iteration import Blocks
-from gpusampler.loader import Parts, TensorReader
+from gpusampler.loader import Parts, TensorReader, working_device
 from gpusampler.tables import PatchTables
 
 N = IDS.size
@@ -104,7 +104,12 @@ def epoch_of(sampler, epoch) -> list[list[int]]:
 
 def staged(sampler, tensors, side, device=ELSEWHERE):
     """An iterator over batches on a device elsewhere."""
-    return sampler._iterate(lambda share: TensorReader(share, tensors, device, side=side))
+
+    def begin(share):
+        plan = share.plan.on(working_device(tensors, device))
+        return TensorReader(share._replace(plan=plan), tensors, device, side=side)
+
+    return sampler._iterate(begin)
 
 
 @pytest.fixture(params=["numpy", "torch"])
@@ -302,7 +307,7 @@ class TestParts:
     @pytest.mark.parametrize("most_rows", [1, 7, 50, 1000])
     def test_parts_are_blocks_of_their_own(self, most_rows):
         share = make()._progress.pending()
-        parts = Parts(Blocks(share, share.plan), most_rows)
+        parts = Parts(Blocks(share), most_rows)
         found = []
         while (part := parts.read()) is not None:
             assert part.samples.size == part.sizes.sum()

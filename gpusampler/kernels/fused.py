@@ -26,7 +26,7 @@ class Fused:
     device : Device
     shuffles : Shuffles
     launch : callable
-        ``launch(form, geometry, args)`` runs the kernel over the arrays and numbers of `_args`.
+        ``launch(form, geometry, args)`` runs the kernel over its arrays and numbers.
     geometry : callable
         Cuts ``(form, num_rows, width)`` for it.
     """
