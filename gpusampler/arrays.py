@@ -221,9 +221,12 @@ def _parse_cupy(name: str) -> Device:
 def default_device() -> Device:
     """Device for ids that came from no array: CUDA when torch is loaded and sees it, else NumPy."""
     torch = loaded("torch")
-    if torch is not None and torch.cuda.is_available() and not in_worker():
+    if torch is None or in_worker():
+        return HOST
+    if torch.cuda.is_initialized():
         return Device("torch", f"cuda:{torch.cuda.current_device()}")
-    return HOST
+    # Counted without CUDA being initialised: a process that makes a sampler may fork yet.
+    return Device("torch", "cuda:0") if torch.cuda.device_count() > 0 else HOST
 
 
 def in_worker() -> bool:
@@ -300,14 +303,6 @@ def check_not_in_worker(device: Device) -> None:
 def has_torch() -> bool:
     """Whether torch can be imported."""
     return find_spec("torch") is not None
-
-
-def process_group() -> tuple[int, int] | None:
-    """Return (number of ranks, this rank) of torch's process group, None if there is none."""
-    distributed = loaded("torch.distributed")
-    if distributed is not None and distributed.is_available() and distributed.is_initialized():
-        return distributed.get_world_size(), distributed.get_rank()
-    return None
 
 
 def on_torch(device: Device) -> Device:

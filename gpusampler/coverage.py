@@ -92,12 +92,7 @@ def coverage_of(plan: EpochPlan, epoch: int, slots_handed_out: int) -> Coverage:
         In closed form: only batches that are left out or come again are looked at.
     """
     groups, batches = plan.groups, plan.batches_by_patch.copy()
-    counts = groups.counts
-    handed = batches * plan.sizes_by_patch
-    # Places beyond the patch's samples start again at its first ones.
-    missed = np.maximum(counts - handed, 0)
-    over = np.maximum(handed - counts, 0) if plan.partial == "pad" else np.zeros_like(counts)
-    repeated = np.minimum(over, counts)
+    repeated, missed = _counted(plan)
     total = plan.num_batches
     if slots_handed_out != total:
         few, many = sorted((slots_handed_out, total))
@@ -105,43 +100,73 @@ def coverage_of(plan: EpochPlan, epoch: int, slots_handed_out: int) -> Coverage:
         change = 1 if slots_handed_out > total else -1
         for group in np.unique(at.group).tolist():
             changed, times = np.unique(at.j[at.group == group], return_counts=True)
-            seen = dict(zip(changed.tolist(), (1 + change * times).tolist(), strict=True))
-            parts = _parts_of_patch(plan, group, seen)
+            changes = dict(zip(changed.tolist(), (change * times).tolist(), strict=True))
+            parts = _parts_of_patch(plan, group, changes)
+            held = sum(size for size, _ in parts)
             repeated[group] = sum(size for size, times in parts if times > 1)
+            missed[group] = int(groups.counts[group]) - held
             missed[group] += sum(size for size, times in parts if times == 0)
-            batches[group] += sum(times - 1 for times in seen.values())
+            batches[group] += sum(changes.values())
     return Coverage(
         patch_ids=groups.patch_ids,
-        counts=counts,
-        seen_once=counts - repeated - missed,
+        counts=groups.counts,
+        seen_once=groups.counts - repeated - missed,
         repeated=repeated,
         missed=missed,
         batches=batches,
     )
 
 
-def _parts_of_patch(plan: EpochPlan, group: int, seen: dict[int, int]) -> list[tuple[int, int]]:
+def _counted(plan: EpochPlan) -> tuple[Int64, Int64]:
+    """Samples of each patch that all slots of an epoch repeat, and those that they miss."""
+    counts, size = plan.groups.counts, plan.sizes_by_patch
+    own, slots = plan.own_batches_by_patch, plan.batches_by_patch
+    # Under "drop" some samples are in no batch at all; under "pad" the last batch is filled up.
+    outside = np.maximum(counts - own * size, 0)
+    over = np.maximum(own * size - counts, 0) if plan.partial == "pad" else np.zeros_like(counts)
+    # A patch's batches are handed out this often, the first few once more.
+    rounds, more = np.divmod(slots, np.maximum(own, 1))
+    missed = np.where(rounds == 0, counts - more * size, outside)
+    # What the last batch is filled up with is of the first, as is what is handed out once more.
+    repeated = np.maximum(np.minimum(over, counts), more * size)
+    repeated[rounds == 0] = 0
+    return np.where(rounds > 1, counts - outside, repeated), missed
+
+
+def _parts_of_patch(plan: EpochPlan, group: int, changes: dict[int, int]) -> list[tuple[int, int]]:
     """Cut a patch into parts whose samples are all handed out equally often.
 
-    ``seen`` says how often some batches of the patch are handed out; the others are once. Returns
-    (samples, times) of each part that differs from "once", and maybe of some that do not. Samples
-    that no batch holds (under "drop") are in none.
+    ``changes`` says how much oftener, or less often, some batches of the patch are handed out than
+    the plan has them. Returns (samples, times) of each part. Samples that no batch holds (under
+    "drop") are in none.
     """
     count, size = int(plan.groups.counts[group]), int(plan.sizes_by_patch[group])
-    last = int(plan.batches_by_patch[group]) - 1
+    own = int(plan.own_batches_by_patch[group])
+    rounds, more = divmod(int(plan.batches_by_patch[group]), own)
+
+    def times_of(j: int) -> int:
+        return rounds + (j < more) + changes.get(j, 0)
+
     filled = plan.partial == "pad"
+    last = own - 1
     if last == 0 and filled:
         # The only batch goes round the patch, perhaps several times.
-        rounds, rest = divmod(size, count)
-        times = seen.get(0, 1)
-        return [(rest, times * (rounds + 1)), (count - rest, times * rounds)]
-    over = (last + 1) * size - count if filled else 0
-    parts = [
-        (min(size, count - j * size), times) for j, times in seen.items() if j not in (0, last)
-    ]
+        turns, rest = divmod(size, count)
+        times = times_of(0)
+        return [(rest, times * (turns + 1)), (count - rest, times * turns)]
+    over = own * size - count if filled else 0
     # The last batch is filled up with the first samples of batch 0.
-    parts.append((over, seen.get(0, 1) + seen.get(last, 1)))
-    parts.append((min(size, count) - over, seen.get(0, 1)))
+    parts = [
+        (over, times_of(0) + times_of(last)),
+        (min(size, count) - over, times_of(0)),
+    ]
     if last > 0:
-        parts.append((min(size, count - last * size), seen.get(last, 1)))
+        parts.append((min(size, count - last * size), times_of(last)))
+    between = [j for j in changes if 0 < j < last]
+    parts += [(size, times_of(j)) for j in between]
+    # The others, of which the first few are handed out once more.
+    oftener = max(min(more, last) - 1, 0)
+    unchanged = oftener - sum(j < more for j in between)
+    parts.append((unchanged * size, rounds + 1))
+    parts.append(((max(last - 1, 0) - oftener - sum(j >= more for j in between)) * size, rounds))
     return parts

@@ -13,9 +13,8 @@ import torch
 from torch import Tensor
 
 from gpusampler.arrays import Device
-from gpusampler.plan import EPOCHS, EpochPlan
+from gpusampler.plan import EPOCHS, UNEVENS, EpochPlan
 from gpusampler.state import (
-    UNEVENS,
     check_fingerprint,
     check_ranks,
     fingerprint_of,
@@ -33,7 +32,7 @@ class CursorBatch(NamedTuple):
     indices : int64 tensor, shape (B,)
         Samples; those beyond ``valid`` repeat samples of the same patch.
     valid : int64 tensor, 0-d
-        How many of them count.
+        How many of them count; 0 where repeats do not and this batch is one.
     group : int64 tensor, shape (1,)
         The batch's patch, as a place among the sorted patch ids. ``geometries[group]`` is its
         geometry, shape (1, ...), in a graph as well; a 0-d index would be read on the host.
@@ -65,6 +64,8 @@ class BatchCursor(torch.nn.Module):
         they are left out.
     seed_given : bool
         Whether a saved state of another seed is refused, rather than taken over.
+    repeats_count : bool
+        Whether batches that come again under "pad" count (in ``valid``).
 
     Attributes
     ----------
@@ -98,6 +99,7 @@ class BatchCursor(torch.nn.Module):
         rank: int = 0,
         uneven: str = "pad",
         seed_given: bool = True,
+        repeats_count: bool = True,
     ) -> None:
         super().__init__()
         if not isinstance(plan, EpochPlan):
@@ -111,6 +113,7 @@ class BatchCursor(torch.nn.Module):
         self.rank = checked_int(rank, "rank", least=0, below=self.num_replicas)
         self._uneven = checked_choice(uneven, "uneven", UNEVENS)
         self._seed_given = seed_given
+        self._repeats_count = repeats_count
         self._plan = plan
         check_ranks(plan.num_batches, self.num_replicas, self._uneven)
         for name in ("epoch", "slot"):
@@ -132,16 +135,16 @@ class BatchCursor(torch.nn.Module):
         """Return this rank's next batch, and go on."""
         total, drop = self._plan.num_batches, self._uneven == "drop"
         # Few operations: each is a kernel of its own where nothing fuses them.
-        own = self.slot if self.num_replicas == 1 else self.slot + self.rank
-        if self.num_replicas > 1 and not drop:
-            own = own % total
+        place = self.slot if self.num_replicas == 1 else self.slot + self.rank
+        own = place % total if self.num_replicas > 1 and not drop else place
         block = self._plan.batch_of_tensors(self.epoch, own)
+        valid = block.lengths if self._repeats_count else block.lengths * (place < total)
         self.slot.add_(self.num_replicas)
         # Under "drop" a step must have a slot for every rank.
         done = self.slot > (total - self.num_replicas if drop else total - 1)
         self.epoch.add_(done)
         self.slot.masked_fill_(done, 0)
-        return CursorBatch(block.indices, block.lengths, block.groups.reshape(1))
+        return CursorBatch(block.indices, valid, block.groups.reshape(1))
 
     def seek(self, epoch: int, slot: int = 0) -> None:
         """Go to a place, in place: a graph that was captured goes on from there.
@@ -211,7 +214,11 @@ class BatchCursor(torch.nn.Module):
 
     def get_extra_state(self) -> dict[str, Any]:
         """Return what a saved place must fit: the seed, ids and settings."""
-        return {"seed": self._plan.seed, "fingerprint": fingerprint_of(self._plan)}
+        return {"seed": self._plan.seed, "fingerprint": self._fingerprint()}
+
+    def _fingerprint(self) -> dict[str, Any]:
+        # A cursor runs on in steps of one width: what is compiled knows no other.
+        return {**fingerprint_of(self._plan), "step_width": self._plan.step_width}
 
     def set_extra_state(self, state: Mapping[str, Any]) -> None:
         """Check that a saved place is of the same ids and settings, and take over its seed.
@@ -225,7 +232,7 @@ class BatchCursor(torch.nn.Module):
         """
         if not isinstance(state, Mapping) or not {"seed", "fingerprint"} <= set(state):
             raise TypeError(f"state_dict must come from a BatchCursor, got extra state {state!r}")
-        check_fingerprint(state["fingerprint"], fingerprint_of(self._plan))
+        check_fingerprint(state["fingerprint"], self._fingerprint())
         self._plan = with_saved_seed(self._plan, state["seed"], self._seed_given)
 
     def extra_repr(self) -> str:

@@ -41,7 +41,10 @@ class Evaluator:
         there = tables.on(device, order)
         self._ready = Ready(device, there.members())
         self.reference = Reference(there, device, shuffles)
-        self._interleave = shuffles.interleave
+        # A kernel finds out by itself what slots lead to where that is one permutation and one
+        # search; what takes more is found out before.
+        layout = tables.layout
+        self._kernel_locates = shuffles.interleave and layout.width == 1 and tables.classes is None
         self._patch_order: tuple[PatchOrder, PatchOrder, Ready] | None = None
         self._patch_order_before: tuple[PatchOrder, PatchOrder, Ready] | None = None
         self._built: set[tuple[str, str]] = set()
@@ -82,9 +85,24 @@ class Evaluator:
         there = self.uploaded(patch_order)
         return self._by_kernel(
             ("block", dtype),
-            lambda fused: fused.block(streams, epoch, slots, there, dtype),
+            lambda fused: self._block_by_kernel(fused, streams, epoch, slots, there, dtype),
             lambda: self.reference.block(streams, epoch, slots, there, dtype),
         )
+
+    def _block_by_kernel(
+        self,
+        fused: Fused,
+        streams: Streams,
+        epoch: int,
+        slots: Any,
+        patch_order: PatchOrder | None,
+        dtype: str,
+    ) -> tuple[Any, Any, Any]:
+        if self._kernel_locates:
+            return fused.block(streams, epoch, slots, dtype)
+        with arrays.on(self.device):
+            group, j = self.reference.locate(streams, epoch, slots, patch_order)
+        return fused.located_block(streams, epoch, group, j, dtype)
 
     def block_by_reference(
         self, streams: Streams, epoch: int, slots: Any, patch_order: PatchOrder | None
@@ -93,16 +111,13 @@ class Evaluator:
         self._ready.wait()
         return self.reference.block(streams, epoch, slots, self.uploaded(patch_order))
 
-    def ragged(
-        self, streams: Streams, epoch: int, at: Located, patch_order: PatchOrder | None
-    ) -> Any:
+    def ragged(self, streams: Streams, epoch: int, at: Located) -> Any:
         """Return the samples of located batches end to end, ``at.size`` of each."""
         self._ready.wait()
-        there = self.uploaded(patch_order)
         return self._by_kernel(
             ("ragged", "int64"),
-            lambda fused: fused.ragged(streams, epoch, at, there),
-            lambda: self.reference.ragged(streams, epoch, at, there),
+            lambda fused: fused.ragged(streams, epoch, at, located=not self._kernel_locates),
+            lambda: self.reference.ragged(streams, epoch, at),
         )
 
     def batch(self, streams: Streams, epoch: Any, slot: Any) -> tuple[Any, Any, Any]:
@@ -110,7 +125,7 @@ class Evaluator:
         if arrays.is_compiling():
             return self.reference.batch(streams, epoch, slot)
         self._ready.wait()
-        if not self._interleave:
+        if not self._kernel_locates:
             return self.reference.batch(streams, epoch, slot)
         return self._by_kernel(
             ("batch", "int64"),

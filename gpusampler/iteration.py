@@ -9,6 +9,7 @@ from typing import Any, Generic, NamedTuple, Protocol, TypeVar
 import numpy as np
 
 from gpusampler import arrays
+from gpusampler.arrays import Int64
 from gpusampler.plan import EpochPlan, RaggedBlock
 from gpusampler.state import Progress, Share
 from gpusampler.streams import Ahead, ToHost, side_of
@@ -34,7 +35,8 @@ class Batch(NamedTuple):
     indices : int64 array, shape (size,)
         On the sampler's device.
     valid : int
-        How many of them count; the rest, under ``partial="pad"``, fills the batch up.
+        How many of them count; the rest, under ``partial="pad"``, fills the batch up. 0 where a
+        sampler `for_evaluation` hands a batch out again.
 
     Examples
     --------
@@ -89,15 +91,34 @@ class Blocks:
         if left <= 0:
             return None
         steps = min(left, max(FIRST_SLOTS, min(self._looked_up, MOST_SLOTS)))
-        step = np.arange(self._looked_up, self._looked_up + steps, dtype=np.int64)
-        slots = self._share.slot + step * self._share.num_replicas + self._share.rank
-        if int(slots[-1]) >= self.plan.num_batches:
-            slots %= self.plan.num_batches
-        self._at = self.plan.locate(self._share.epoch, slots)
+        slots = self._share.slots(self._looked_up, self._looked_up + steps)
+        self._at = located_slots(self._share, slots)
         self._ends = np.cumsum(self._at.size)
         self._row = 0
         self._looked_up += steps
         return self._at
+
+
+def located_slots(share: Share, slots: Int64) -> Located:
+    """Return the batches of a share at global slots, ascending; those beyond the last come again.
+
+    Where repeats do not count, their length is 0, but they are handed out like the others.
+    """
+    total = share.plan.num_batches
+    if int(slots[-1]) < total:
+        return share.plan.locate(share.epoch, slots)
+    at = share.plan.locate(share.epoch, slots % total)
+    return at if share.repeats_count else at._replace(length=np.where(slots < total, at.length, 0))
+
+
+def valid_counts(share: Share) -> Int64:
+    """Return how many samples count in each batch of a share: int64, shape (steps,)."""
+    counts = np.empty(share.steps, np.int64)
+    for first in range(0, share.steps, MOST_SLOTS):
+        counts[first : first + MOST_SLOTS] = located_slots(
+            share, share.slots(first, min(first + MOST_SLOTS, share.steps))
+        ).length
+    return counts
 
 
 class BlocksToHost:
@@ -153,7 +174,7 @@ class EpochIterator(Iterator[T], Generic[T]):
         self._progress = progress
         self._begin = begin
         # A pass over a given epoch is nobody else's business.
-        self._share: Share | None = None if epoch is None else progress.share(epoch, 0)
+        self._share: Share | None = None if epoch is None else progress.share_of(epoch)
         self._reader: Reader[T] | None = None
         self._taken = 0
         self._ready: Iterator[T] = iter(())

@@ -29,6 +29,7 @@ PURPOSE_PATCHES = 2
 PURPOSE_SAMPLES = 3
 PURPOSE_SPLIT_SAMPLES = 4
 PURPOSE_SPLIT_PATCHES = 5
+PURPOSE_CLASSES = 6
 
 SMALL = 32
 """Largest n that is shuffled by Fisher-Yates; larger ones go through the grid."""
@@ -119,11 +120,12 @@ class Streams(NamedTuple):
     batches: tuple[int, int]
     patches: tuple[int, int]
     samples: tuple[int, int]
+    classes: tuple[int, int]
 
     @classmethod
     def of(cls, seed: int) -> Streams:
         """Return the streams of a seed."""
-        purposes = (PURPOSE_BATCHES, PURPOSE_PATCHES, PURPOSE_SAMPLES)
+        purposes = (PURPOSE_BATCHES, PURPOSE_PATCHES, PURPOSE_SAMPLES, PURPOSE_CLASSES)
         return cls(*(seed_state(seed, purpose) for purpose in purposes))
 
 

@@ -3,7 +3,8 @@
 An epoch has M slots. Slot s is sent by one keyed permutation to a batch, a search in the running
 total of batches per patch says which batch of which patch that is, and another keyed permutation,
 the patch's own, says which samples stand at the batch's positions. Any slots can be asked for, in
-any order; nothing of the size of the dataset is made.
+any order; nothing of the size of the dataset is made. Where batches are handed out in steps (see
+`gpusampler.steps`), it is steps that the first permutation sends about.
 """
 
 from __future__ import annotations
@@ -14,15 +15,19 @@ import numpy as np
 
 from gpusampler import arrays, lanes
 from gpusampler.arrays import HOST, Device, Int64
+from gpusampler.costs import checked_costs
 from gpusampler.evaluation import Evaluator
 from gpusampler.grouping import PatchGroups
 from gpusampler.permutation import Grid, Streams, grid_of, key_of, permute
 from gpusampler.runs import permute_runs
+from gpusampler.steps import STEPS, StepsKind
 from gpusampler.tables import Located, PatchOrder, PatchTables, Shuffles
 from gpusampler.validation import as_array, checked_bool, checked_choice, checked_int, checked_seed
 
 Partial = Literal["keep", "drop", "pad"]
 PARTIALS = ("keep", "drop", "pad")
+Uneven = Literal["pad", "drop"]
+UNEVENS = ("pad", "drop")
 EPOCHS = 1 << 63
 
 
@@ -90,6 +95,17 @@ class EpochPlan:
     partial : {"keep", "drop", "pad"}
         A patch's last batch, when it is short: handed out short, left out, or filled up with
         samples of the same patch.
+    steps : {"free", "balanced", "same_patch"}
+        What the batches of ``step_width`` slots in a row have in common: nothing; that they cost
+        nearly the same; that they are of one patch.
+    step_width : int
+        Slots of a step, at least 1; 1 under "free".
+    uneven : {"pad", "drop"}
+        Under "same_patch", what becomes of a patch's batches that fill no step: its first ones
+        come again, or they are left out. Of no effect otherwise.
+    patch_costs : array (G,), mapping or callable, optional
+        Under "balanced", what a sample of each patch costs, in any unit: positive numbers by
+        ascending patch id, a mapping from patch ids, or a function of the patch id. Default: 1.
     device : str, torch.device or Device, optional
         Where `evaluate` works and its results lie. Default: where the groups' order lies.
 
@@ -126,6 +142,10 @@ class EpochPlan:
         shuffle_patches: bool = True,
         interleave: bool = True,
         partial: Partial = "keep",
+        steps: StepsKind = "free",
+        step_width: int = 1,
+        uneven: Uneven = "pad",
+        patch_costs: Any = None,
         device: Any = None,
     ) -> None:
         if not isinstance(groups, PatchGroups):
@@ -138,12 +158,20 @@ class EpochPlan:
         self.shuffle_patches = checked_bool(shuffle_patches, "shuffle_patches")
         self.interleave = checked_bool(interleave, "interleave")
         self.partial = checked_choice(partial, "partial", PARTIALS)
+        self.steps = checked_choice(steps, "steps", STEPS)
+        self.uneven = checked_choice(uneven, "uneven", UNEVENS)
+        if steps == "balanced" and not interleave:
+            raise ValueError(
+                "interleave must be True under steps='balanced', got False: batches of equal cost "
+                "are of several patches"
+            )
+        costs = checked_costs(patch_costs, groups, self.steps)
         if device is None:
             self.device = groups.device
         else:
             self.device = device if isinstance(device, Device) else arrays.parse_device(device)
-        self._tables = PatchTables.build(groups, self.batch_size, self.partial)
-        self.num_batches = self._tables.num_batches
+        self._tables = PatchTables.build(groups, self.batch_size, self.partial, costs)
+        self._cut(step_width)
         self.max_batch_size = self._tables.max_batch_size
         self._on_device: Evaluator | None = None
         self._host_order: Any = None
@@ -169,13 +197,19 @@ class EpochPlan:
     @property
     def settings(self) -> dict[str, Any]:
         """What changes the batches, besides the ids and the seed; JSON-safe."""
-        return {
+        settings: dict[str, Any] = {
             "batch_size": self.batch_size,
             "shuffle_within_batches": self.shuffle_within_batches,
             "shuffle_patches": self.shuffle_patches,
             "interleave": self.interleave,
             "partial": self.partial,
+            "steps": self.steps,
         }
+        if self.steps == "same_patch":
+            settings["uneven"] = self.uneven
+        if self._tables.classes is not None:
+            settings["patch_costs"] = self._tables.classes.fingerprint
+        return settings
 
     @property
     def sizes_by_patch(self) -> Int64:
@@ -184,8 +218,52 @@ class EpochPlan:
 
     @property
     def batches_by_patch(self) -> Int64:
-        """Batches of each patch in an epoch: int64, shape (G,), on the host."""
+        """Batches of each patch in an epoch: int64, shape (G,), on the host.
+
+        Under ``steps="same_patch"`` with those that come again, without those that are left out.
+        """
         return np.asarray(self._tables.batches)
+
+    @property
+    def own_batches_by_patch(self) -> Int64:
+        """Batches that each patch is cut into: int64, shape (G,), on the host."""
+        own = self._tables.own
+        return self.batches_by_patch if own is None else np.asarray(own)
+
+    @property
+    def step_width(self) -> int:
+        """Slots of a step; 1 under ``steps="free"``."""
+        return self._tables.layout.width
+
+    def _cut(self, step_width: Any) -> None:
+        """Cut epochs into steps of a width."""
+        width = checked_int(step_width, "step_width", least=1, below=1 << 31)
+        if self.steps == "free" and width != 1:
+            raise ValueError(
+                "step_width must be left out under steps='free', where a step is a single batch, "
+                f"got {width}; steps='balanced' and 'same_patch' have a use for it"
+            )
+        if self.steps == "same_patch":
+            self._tables = self._tables.in_steps_of_one_patch(width, self.uneven)
+        else:
+            self._tables = self._tables.in_steps(width)
+        self.num_batches = self._tables.num_batches
+
+    def with_step_width(self, step_width: int) -> EpochPlan:
+        """Return the same plan in steps of another width.
+
+        Raises
+        ------
+        TypeError, ValueError
+            If ``step_width`` is no integer or out of range, or no step is left.
+        """
+        if step_width == self.step_width:
+            return self
+        plan = self._alike()
+        plan._cut(step_width)
+        plan._on_device = None
+        plan._patch_orders = {}
+        return plan
 
     def with_seed(self, seed: int) -> EpochPlan:
         """Return the same plan under another seed; the tables are shared.
@@ -352,8 +430,7 @@ class EpochPlan:
         if self.works_on_host:
             samples, starts = self._samples(epoch, at, at.size)
         else:
-            order = self._order_of_patches(epoch)
-            samples = self._evaluator().ragged(self._streams, epoch, at, order)
+            samples = self._evaluator().ragged(self._streams, epoch, at)
             starts = np.cumsum(at.size) - at.size
         return RaggedBlock(samples, starts, at.size, at.length, at.group)
 
@@ -365,23 +442,40 @@ class EpochPlan:
             place = np.searchsorted(before, slots, side="right") - 1
             group, j = patches[place], slots - before[place]
         else:
-            batch = slots
-            if self.shuffle_patches and self.num_batches > 1:
-                batch = self._permute_slots(epoch, slots)
-            group = np.searchsorted(tables.batch_offsets, batch, side="right") - 1
-            j = batch - tables.batch_offsets[group]
+            places = self._shuffled(epoch, slots) if self.shuffle_patches else slots
+            if tables.classes is None:
+                group = np.searchsorted(tables.batch_offsets, places, side="right") - 1
+                j = places - tables.batch_offsets[group]
+            else:
+                group, j = tables.classes.batch_at(np, places)
+        if tables.own is not None:
+            j = j % tables.own[group]
         size = tables.sizes[group]
         length = np.minimum(size, tables.counts[group] - j * size)
         return Located(slots, group, j, length, size if self.partial == "pad" else length)
 
-    def _permute_slots(self, epoch: int, slots: Int64) -> Int64:
-        size = self.num_batches
-        key = key_of(self._streams.batches, epoch, 0)
-        grid = grid_of(size)
-        if size <= lanes.WIDEST:
-            return lanes.permute_one(slots, size, key, grid)
-        xp = arrays.namespace(HOST)
-        return np.asarray(permute(xp, slots, size, key, grid, size, size))
+    def _shuffled(self, epoch: int, slots: Int64) -> Int64:
+        """Return the places in the natural order of batches that slots lead to."""
+        layout, classes = self._tables.layout, self._tables.classes
+        places = slots
+        if layout.has_an_order:
+            key = key_of(self._streams.batches, epoch, 0)
+            places = layout.places(
+                np, slots, key, lambda steps: _permute_on_host(steps, layout.full, key)
+            )
+        if classes is None or slots.size == 0:
+            return places
+        which = classes.class_at(np, places)
+        before, n = classes.offsets[which], classes.counts[which]
+        key_of_class = key_of(self._streams.classes, epoch, which)
+        grid = Grid(*(side[which] for side in classes.grid))
+        within = places - before
+        if classes.largest >= 1 << 31:
+            xp, bounds = arrays.namespace(HOST), (classes.smallest, classes.largest)
+            return np.asarray(before + permute(xp, within, n, key_of_class, grid, *bounds))
+        one = np.ones_like(within)
+        image, at = permute_runs(within, one, n, key_of_class, grid, before, None)
+        return image[at]
 
     def _order_of_patches(self, epoch: int) -> PatchOrder | None:
         return None if self.interleave else self._patches_of(epoch)
@@ -500,3 +594,13 @@ class EpochPlan:
         """Return sizes and settings."""
         listed = ", ".join(f"{name}={value!r}" for name, value in self.settings.items())
         return f"EpochPlan({self.num_batches} batches, seed={self.seed}, {listed})"
+
+
+def _permute_on_host(x: Int64, n: int, key: tuple[int, int]) -> Int64:
+    """Return the images of ``x`` under one permutation of 0 .. n-1."""
+    if n == 1:
+        return x
+    grid = grid_of(n)
+    if n <= lanes.WIDEST:
+        return lanes.permute_one(x, n, key, grid)
+    return np.asarray(permute(arrays.namespace(HOST), x, n, key, grid, n, n))

@@ -14,6 +14,7 @@ import numpy as np
 from gpusampler import arrays
 from gpusampler.arrays import Device
 from gpusampler.permutation import Grid, Streams, grid_of, key_of, permute
+from gpusampler.steps import last_at_most
 from gpusampler.tables import Located, PatchOrder, PatchTables, Shuffles
 
 
@@ -75,13 +76,8 @@ class Reference:
         for array in (*tables.members(), *self._numbers_kept.values()):
             arrays.keep_in_place(array)
 
-    def ragged(
-        self, streams: Streams, epoch: int, at: Located, patch_order: PatchOrder | None
-    ) -> Any:
-        """Return the samples of located batches end to end, ``at.size`` of each.
-
-        ``patch_order`` is not needed: where the batches lie has been found out.
-        """
+    def ragged(self, streams: Streams, epoch: int, at: Located) -> Any:
+        """Return the samples of located batches end to end, ``at.size`` of each."""
         total = int(at.size.sum())
         with arrays.on(self._device):
             group, j, sizes = arrays.upload(np.stack([at.group, at.j, at.size]), self._device)
@@ -98,44 +94,74 @@ class Reference:
         self, streams: Streams, epoch: Any, slots: Any, patch_order: PatchOrder | None, column: Any
     ) -> tuple[Any, Any, Any]:
         tables = self._tables
-        group, j = self._locate(streams, epoch, slots, patch_order)
+        group, j = self.locate(streams, epoch, slots, patch_order)
         size = tables.sizes[group]
         length = self._xp.minimum(size, tables.counts[group] - j * size)
         position = (j * size)[:, None] + column[None, :]
         return self._samples(streams, epoch, group[:, None], position), length, group
 
-    def _locate(
+    def locate(
         self, streams: Streams, epoch: Any, slots: Any, patch_order: PatchOrder | None
     ) -> tuple[Any, Any]:
         """Return the patch, and which batch of it, that each slot leads to."""
         xp, tables = self._xp, self._tables
         if patch_order is not None:
             patches, before = patch_order
-            place = xp.searchsorted(before, slots, side="right") - 1
-            return patches[place], slots - before[place]
-        if self._shuffles.batches:
-            slots = self._permute_all(slots, tables.num_batches, streams.batches, epoch)
-        group = xp.searchsorted(tables.batch_offsets, slots, side="right") - 1
-        return group, slots - tables.batch_offsets[group]
+            place = last_at_most(xp, before, slots)
+            group, j = patches[place], slots - before[place]
+        else:
+            places = slots
+            if self._shuffles.batches:
+                places = self._shuffled(streams, epoch, slots)
+            if tables.classes is not None:
+                group, j = tables.classes.batch_at(xp, places)
+            else:
+                group = last_at_most(xp, tables.batch_offsets[:-1], places)
+                j = places - tables.batch_offsets[group]
+        # Where a step is filled up, a patch's first batches come again.
+        return group, j if tables.own is None else j % tables.own[group]
+
+    def _shuffled(self, streams: Streams, epoch: Any, slots: Any) -> Any:
+        """Return the places in the natural order of batches that slots lead to."""
+        layout, classes = self._tables.layout, self._tables.classes
+        places = slots
+        if layout.has_an_order:
+            key = key_of(streams.batches, epoch, 0)
+            places = layout.places(
+                self._xp, slots, key, lambda steps: self._permute_all(steps, layout.full, key)
+            )
+        if classes is None:
+            return places
+        which = classes.class_at(self._xp, places)
+        before = classes.offsets[which]
+        image = permute(
+            self._xp,
+            places - before,
+            classes.counts[which],
+            key_of(streams.classes, epoch, which),
+            Grid(*(side[which] for side in classes.grid)),
+            classes.smallest,
+            classes.largest,
+        )
+        return before + image
 
     def _patch_order(self, streams: Streams, epoch: Any) -> PatchOrder:
         """Return an epoch's order of the patches, worked out on the device."""
         count = int(self._tables.counts.shape[0])
         patches = self._numbers_kept[count]
         if self._shuffles.batches:
-            patches = self._permute_all(patches, count, streams.patches, epoch)
+            patches = self._permute_all(patches, count, key_of(streams.patches, epoch, 0))
         batches = self._tables.batches[patches]
         return PatchOrder(patches, self._xp.cumulative_sum(batches) - batches)
 
-    def _permute_all(self, x: Any, n: int, stream: tuple[int, int], epoch: Any) -> Any:
-        """Return the images of ``x`` under the one permutation of 0 .. n-1 of an epoch."""
+    def _permute_all(self, x: Any, n: int, key: tuple[Any, Any]) -> Any:
+        """Return the images of ``x`` under one permutation of 0 .. n-1."""
         if n == 1:
             return x
         # Added to zeros of x's shape: the key is an array itself where the epoch is one.
         zero = x * 0
-        k0, k1 = key_of(stream, epoch, 0)
         grid = Grid(*(zero + side for side in grid_of(n)))
-        return permute(self._xp, x, zero + n, (zero + k0, zero + k1), grid, n, n)
+        return permute(self._xp, x, zero + n, (zero + key[0], zero + key[1]), grid, n, n)
 
     def _samples(self, streams: Streams, epoch: Any, group: Any, position: Any) -> Any:
         """Return the samples at positions (any, from 0 on) of groups; the two broadcast."""

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import functools
-import secrets
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import numpy as np
+from numpy.typing import NDArray
 
 from gpusampler import arrays, sources
 from gpusampler.coverage import Coverage, coverage_of
-from gpusampler.iteration import Batch, BatchReader, EpochIterator, Reader
-from gpusampler.plan import EPOCHS, EpochPlan, Partial
-from gpusampler.state import UNEVENS, Progress, Share, check_ranks
+from gpusampler.iteration import Batch, BatchReader, EpochIterator, Reader, valid_counts
+from gpusampler.plan import EPOCHS, UNEVENS, EpochPlan, Partial, Uneven
+from gpusampler.ranks import LateGroup, checked_ranks, drawn_seed
+from gpusampler.state import Progress, Share, check_ranks
+from gpusampler.steps import STEPS, StepsKind
 from gpusampler.validation import checked_bool, checked_choice, checked_int, checked_seed
 
 if TYPE_CHECKING:
@@ -45,8 +47,8 @@ class PatchBatchSampler:
     shuffle_patches : bool
         Permute the order of the batches each epoch.
     seed : int, optional
-        0 .. 2**64 - 1. None draws one, kept in the state; it is 0 where the world has more than
-        one rank, since all ranks need the same.
+        0 .. 2**64 - 1. None draws one, kept in the state; in a process group, one for all ranks
+        (by the group's store, without a collective).
     interleave : bool
         False: all batches of a patch in a row, the patches in shuffled order.
     partial : {"keep", "drop", "pad"}
@@ -56,7 +58,19 @@ class PatchBatchSampler:
         Default: torch.distributed's, if it is initialised, else 1 and 0.
     uneven : {"pad", "drop"}
         When the number of batches is no multiple of ``num_replicas``: the epoch's first batches
-        come again, or its last are left out. Every rank has equally many either way.
+        come again, or its last are left out. Every rank has equally many either way. Under
+        ``steps="same_patch"`` the same is done with the batches of each patch that fill no step.
+    steps : {"free", "balanced", "same_patch"}
+        What the batches that all ranks work on at one time have in common: nothing; nearly the
+        same cost, so that no rank waits for the slowest; the patch.
+    step_width : int, optional
+        Batches of a step, a multiple of ``num_replicas``, which is the default. On one rank,
+        ``steps="same_patch", step_width=k`` gives k micro-batches of a patch in a row.
+    patch_costs : array (G,), mapping or callable, optional
+        Cost of a sample of each patch for ``steps="balanced"``, in any unit: positive numbers by
+        ascending patch id, a mapping from patch ids, or a function of the patch id. Default: the
+        dataset's ``patch_costs()``, if it has that, else 1 each. A batch costs as much as its
+        samples together.
     device : str or torch.device
         Where the tables live and batches are evaluated: "numpy", "cpu", "cuda:0", "cupy", ...
         "auto": where the ids already are; for a dataset, CUDA if torch is imported and sees a GPU,
@@ -77,14 +91,17 @@ class PatchBatchSampler:
     TypeError
         If an argument has the wrong type.
     ValueError
-        If a value is out of range, the source is empty, or no batch is left.
+        If a value is out of range, the source is empty, no batch is left, or there are several
+        ranks that cannot agree on a seed.
     RuntimeError
         If ``device`` is not there.
 
     Warns
     -----
     UserWarning
-        If ``partial="drop"`` leaves out whole patches.
+        If ``partial="drop"``, or ``uneven="drop"`` under ``steps="same_patch"``, leaves out whole
+        patches. At the first batch, if the sampler was made before the process group was
+        initialised, so that it is not sharded.
 
     Examples
     --------
@@ -107,17 +124,23 @@ class PatchBatchSampler:
         partial: Partial = "keep",
         num_replicas: int | None = None,
         rank: int | None = None,
-        uneven: Literal["pad", "drop"] = "pad",
+        uneven: Uneven = "pad",
+        steps: StepsKind = "free",
+        step_width: int | None = None,
+        patch_costs: Any = None,
         device: Any = "auto",
         output: Literal["list", "numpy", "tensor"] = "list",
         progress: bool = True,
     ) -> None:
         # Cheap arguments are checked before a source is read, which may take minutes.
         batch_size = checked_int(batch_size, "batch_size", least=1, below=1 << 31)
-        num_replicas, rank = _checked_ranks(num_replicas, rank)
+        late_group = LateGroup(defaulted=num_replicas is None)
+        num_replicas, rank = checked_ranks(num_replicas, rank)
         seed_given = seed is not None
-        seed = _default_seed(num_replicas) if seed is None else checked_seed(seed)
+        seed = drawn_seed(num_replicas) if seed is None else checked_seed(seed)
         checked_choice(uneven, "uneven", UNEVENS)
+        checked_choice(steps, "steps", STEPS)
+        step_width = _checked_step_width(step_width, steps, num_replicas)
         self.output = checked_choice(output, "output", OUTPUTS)
         if output == "tensor" and not arrays.has_torch():
             raise RuntimeError(
@@ -129,6 +152,8 @@ class PatchBatchSampler:
         groups, placed = sources.resolve(source, progress=checked_bool(progress, "progress"))
         if where is None:
             where = groups.device if placed else arrays.default_device()
+        if patch_costs is None and steps == "balanced":
+            patch_costs = sources.patch_costs(source)
         plan = EpochPlan(
             groups,
             batch_size,
@@ -137,12 +162,79 @@ class PatchBatchSampler:
             shuffle_patches=shuffle_patches,
             interleave=interleave,
             partial=partial,
+            steps=steps,
+            step_width=step_width,
+            uneven=uneven,
+            patch_costs=patch_costs,
             device=where,
         )
-        self._progress = Progress(plan, num_replicas, rank, uneven, seed_given)
-        self._warn_of_small_patches()
+        self._progress = Progress(plan, num_replicas, rank, uneven, seed_given, late_group)
+        self._warn_of_patches_left_out()
         check_ranks(plan.num_batches, num_replicas, uneven)
         self.sampler = EpochSetter(self._progress)
+
+    @classmethod
+    def for_evaluation(
+        cls,
+        source: Any,
+        batch_size: int,
+        *,
+        partial: Literal["keep", "pad"] = "keep",
+        num_replicas: int | None = None,
+        rank: int | None = None,
+        device: Any = "auto",
+        output: Literal["list", "numpy", "tensor"] = "list",
+        progress: bool = True,
+    ) -> PatchBatchSampler:
+        """Return a sampler for validation and tests: unshuffled, every sample counts exactly once.
+
+        All ranks have equally many batches, as collectives ask for; where that takes a batch twice,
+        ``valid`` (of `batches`, `valid_counts`, `PatchTensorLoader` and `cursor`) is 0 the second
+        time. A sum over the samples that are valid, reduced over ranks, is that of one rank.
+
+        Parameters
+        ----------
+        source, batch_size, num_replicas, rank, device, output, progress
+            As for the constructor.
+        partial : {"keep", "pad"}
+            A patch's last batch, when it is short: handed out short, or filled up with samples
+            that are not valid.
+
+        Returns
+        -------
+        PatchBatchSampler
+            With ``seed=0``, ``uneven="pad"`` and no shuffling: every epoch is the same.
+
+        Raises
+        ------
+        TypeError, ValueError, RuntimeError
+            As by the constructor.
+
+        Examples
+        --------
+        >>> ranks = [
+        ...     PatchBatchSampler.for_evaluation([4, 4, 4, 9], 2, num_replicas=2, rank=r)
+        ...     for r in range(2)
+        ... ]
+        >>> [[(batch.indices.tolist(), batch.valid) for batch in rank.batches()] for rank in ranks]
+        [[([0, 1], 2), ([3], 1)], [([2], 1), ([0, 1], 0)]]
+        """
+        checked_choice(partial, "partial", ("keep", "pad"))
+        sampler = cls(
+            source,
+            batch_size,
+            shuffle_within_batches=False,
+            shuffle_patches=False,
+            seed=0,
+            partial=partial,
+            num_replicas=num_replicas,
+            rank=rank,
+            device=device,
+            output=output,
+            progress=progress,
+        )
+        sampler._progress.repeats_count = False
+        return sampler
 
     @property
     def plan(self) -> EpochPlan:
@@ -179,7 +271,7 @@ class PatchBatchSampler:
 
     def __len__(self) -> int:
         """Return the number of batches of a full epoch on this rank; equal on every rank."""
-        return self._progress.steps_from(0)
+        return self._progress.steps_per_epoch
 
     def __iter__(self) -> Iterator[Any]:
         """Return an iterator over this rank's batches of the next epoch.
@@ -209,6 +301,31 @@ class PatchBatchSampler:
             If ``epoch`` is no integer in 0 .. 2**63 - 1.
         """
         return self._iterate(functools.partial(BatchReader, output="batch"), epoch)
+
+    def valid_counts(self, epoch: int | None = None) -> NDArray[np.int64]:
+        """Return how many samples count in each of this rank's batches of an epoch.
+
+        What ``Batch.valid`` says, for loops over a DataLoader: ``zip(loader,
+        sampler.valid_counts(epoch))``. All that a batch holds, but for what ``partial="pad"`` fills
+        it up with and, of a sampler `for_evaluation`, batches that come again.
+
+        Parameters
+        ----------
+        epoch : int, optional
+            Default: `epoch`.
+
+        Returns
+        -------
+        int64 array, shape (len(sampler),)
+            On the host.
+
+        Raises
+        ------
+        TypeError, ValueError
+            If ``epoch`` is no integer in 0 .. 2**63 - 1.
+        """
+        epoch = checked_int(self.epoch if epoch is None else epoch, "epoch", least=0, below=EPOCHS)
+        return valid_counts(self._progress.share_of(epoch))
 
     def _iterate(
         self, begin: Callable[[Share], Reader[T]], epoch: int | None = None
@@ -249,6 +366,7 @@ class PatchBatchSampler:
             rank=self.rank,
             uneven=self._progress.uneven,
             seed_given=self._progress.seed_given,
+            repeats_count=self._progress.repeats_count,
         )
 
     def set_epoch(self, epoch: int) -> None:
@@ -343,15 +461,22 @@ class PatchBatchSampler:
         """
         self._progress.load_state_dict(state_dict)
 
-    def _warn_of_small_patches(self) -> None:
-        left_out = np.flatnonzero(self.plan.batches_by_patch == 0)
-        if left_out.size:
-            samples = int(self.plan.groups.counts[left_out].sum())
+    def _warn_of_patches_left_out(self) -> None:
+        plan = self.plan
+        whole = f"batch_size={plan.batch_size}"
+        self._warn_of_left_out(plan.own_batches_by_patch == 0, "partial='drop'", whole)
+        fewer = (plan.batches_by_patch == 0) & (plan.own_batches_by_patch > 0)
+        whole = f"step_width={plan.step_width} batches"
+        self._warn_of_left_out(fewer, "uneven='drop' under steps='same_patch'", whole)
+
+    def _warn_of_left_out(self, left_out: NDArray[np.bool_], by: str, smaller_than: str) -> None:
+        if left_out.any():
+            groups = self.plan.groups
+            samples = int(groups.counts[left_out].sum())
             warnings.warn(
-                f"partial='drop' leaves out {left_out.size} of {self.plan.groups.num_patches} "
-                f"patches ({samples} samples): they are smaller than "
-                f"batch_size={self.plan.batch_size}",
-                stacklevel=3,
+                f"{by} leaves out {int(left_out.sum())} of {groups.num_patches} "
+                f"patches ({samples} samples): they are smaller than {smaller_than}",
+                stacklevel=4,
             )
 
     def __repr__(self) -> str:
@@ -377,27 +502,14 @@ class EpochSetter:
         self._progress.set_epoch(epoch, stacklevel=2)
 
 
-def _default_seed(num_replicas: int) -> int:
-    """Draw a seed, or return 0 where other ranks of the world need the same one."""
-    world = arrays.process_group()
-    if num_replicas > 1 or (world is not None and world[0] > 1):
-        return 0
-    return secrets.randbits(64)
-
-
-def _checked_ranks(num_replicas: int | None, rank: int | None) -> tuple[int, int]:
-    world = arrays.process_group()
-    if (num_replicas is None) != (rank is None) and world is None:
-        missing = "rank" if rank is None else "num_replicas"
+def _checked_step_width(step_width: int | None, steps: str, num_replicas: int) -> int:
+    """Return the slots of a step; the plan refuses what does not go with ``steps``."""
+    if step_width is None:
+        return 1 if steps == "free" else num_replicas
+    step_width = checked_int(step_width, "step_width", least=1, below=1 << 31)
+    if steps != "free" and step_width % num_replicas:
         raise ValueError(
-            "num_replicas and rank must be given together where torch.distributed is not "
-            f"initialised, got no {missing}"
+            f"step_width must be a multiple of num_replicas={num_replicas}, so that ranks begin "
+            f"steps together, got {step_width}"
         )
-    size, own = world or (1, 0)
-    num_replicas = checked_int(
-        size if num_replicas is None else num_replicas, "num_replicas", least=1, below=1 << 31
-    )
-    rank = checked_int(own if rank is None else rank, "rank", least=0)
-    if rank >= num_replicas:
-        raise ValueError(f"rank must be in 0 .. num_replicas - 1 = {num_replicas - 1}, got {rank}")
-    return num_replicas, rank
+    return step_width

@@ -6,13 +6,16 @@ import warnings
 from collections.abc import Mapping
 from typing import Any, NamedTuple, Protocol
 
+import numpy as np
+
+from gpusampler.arrays import Int64
 from gpusampler.permutation import VERSION
 from gpusampler.plan import EPOCHS, EpochPlan
+from gpusampler.ranks import LateGroup
 from gpusampler.validation import checked_int, checked_seed
 
-UNEVENS = ("pad", "drop")
 STATE_VERSION = 1
-STATE_KEYS = frozenset({"version", "epoch", "slot", "seed", "fingerprint"})
+STATE_KEYS = frozenset({"version", "epoch", "slot", "seed", "step_width", "fingerprint"})
 
 
 def steps_from(slot: int, num_batches: int, num_replicas: int, uneven: str) -> int:
@@ -42,8 +45,27 @@ def with_saved_seed(plan: EpochPlan, seed: Any, seed_given: bool) -> EpochPlan:
     return plan.with_seed(seed)
 
 
+def with_saved_width(plan: EpochPlan, step_width: Any) -> EpochPlan:
+    """Return a plan in steps of a saved width, in which the epoch that was saved goes on."""
+    width = checked_int(step_width, "state_dict step_width", least=1, below=1 << 31)
+    if plan.steps == "free" and width != 1:
+        raise ValueError(f"state_dict step_width must be 1 under steps='free', got {width}")
+    return plan.with_step_width(width)
+
+
+class Place(NamedTuple):
+    """Where a pass begins: a plan's epoch, and a global slot in it."""
+
+    plan: EpochPlan
+    epoch: int
+    slot: int
+
+
 class Share(NamedTuple):
-    """A rank's part of a plan's epoch, from a global slot on."""
+    """A rank's part of a plan's epoch, from a global slot on.
+
+    ``repeats_count``: whether batches that come again, so that all ranks have equally many, count.
+    """
 
     plan: EpochPlan
     epoch: int
@@ -51,6 +73,12 @@ class Share(NamedTuple):
     steps: int
     num_replicas: int
     rank: int
+    repeats_count: bool
+
+    def slots(self, start: int, stop: int) -> Int64:
+        """Return the global slots of some steps; those beyond the epoch's last come again."""
+        step = np.arange(start, stop, dtype=np.int64)
+        return self.slot + step * self.num_replicas + self.rank
 
     def slot_after(self, steps: int) -> int:
         """Return the global slot after some steps; the number of slots once it is done."""
@@ -68,8 +96,9 @@ class Pass(Protocol):
 class Progress:
     """Epochs, ranks and state of a sampler.
 
-    The next pass binds (epoch, slot). The slot is 0 unless a state was loaded; the loaded state is
-    remembered until a pass binds it, so that `set_epoch` can tell its epoch from another.
+    The next pass binds a place. Its slot is 0 unless a state was loaded; the loaded place is
+    remembered until a pass binds it, so that `set_epoch` can tell its epoch from another. It has a
+    plan of its own: an epoch that was begun in steps of some width goes on in them to its end.
 
     Parameters
     ----------
@@ -79,19 +108,31 @@ class Progress:
     uneven : {"pad", "drop"}
     seed_given : bool
         Whether the seed was explicit, so that a state of another is refused.
+    late_group : LateGroup, optional
+        Asked when a pass begins.
+    repeats_count : bool
+        As in `Share`.
     """
 
     def __init__(
-        self, plan: EpochPlan, num_replicas: int, rank: int, uneven: str, seed_given: bool
+        self,
+        plan: EpochPlan,
+        num_replicas: int,
+        rank: int,
+        uneven: str,
+        seed_given: bool,
+        late_group: LateGroup | None = None,
+        repeats_count: bool = True,
     ) -> None:
         self.plan = plan
         self.num_replicas = num_replicas
         self.rank = rank
-        self.epoch = 0
         self.uneven = uneven
         self.seed_given = seed_given
-        self._slot = 0
-        self._loaded: tuple[int, int] | None = None
+        self.repeats_count = repeats_count
+        self._late_group = late_group
+        self._place = Place(plan, 0, 0)
+        self._loaded: Place | None = None
         self._begun: Pass | None = None
         self._passes = 0
         self._epoch_chosen = False
@@ -99,22 +140,35 @@ class Progress:
         # Taken now, not at the first state_dict: it may need a pass over all samples.
         self._fingerprint = fingerprint_of(plan)
 
-    def steps_from(self, slot: int) -> int:
-        """Return how many batches a rank has from a global slot on; equal on all ranks."""
-        return steps_from(slot, self.plan.num_batches, self.num_replicas, self.uneven)
+    @property
+    def epoch(self) -> int:
+        """The epoch of the next pass."""
+        return self._place.epoch
 
-    def share(self, epoch: int, slot: int) -> Share:
-        """Return this rank's share of an epoch from a global slot on."""
-        steps = self.steps_from(slot)
-        return Share(self.plan, epoch, slot, steps, self.num_replicas, self.rank)
+    @property
+    def steps_per_epoch(self) -> int:
+        """Batches of a full epoch on this rank; equal on all ranks."""
+        return self.share_of(0).steps
+
+    def share_of(self, epoch: int) -> Share:
+        """Return this rank's share of a whole epoch."""
+        return self._share(Place(self.plan, epoch, 0))
 
     def pending(self) -> Share:
         """Return the share that the next pass will bind."""
-        return self.share(self.epoch, self._slot)
+        return self._share(self._place)
+
+    def _share(self, place: Place) -> Share:
+        steps = steps_from(place.slot, place.plan.num_batches, self.num_replicas, self.uneven)
+        return Share(*place, steps, self.num_replicas, self.rank, self.repeats_count)
 
     def bind(self, begun: Pass) -> Share:
         """Give the next epoch, from the pending slot on, to a pass that begins."""
-        if self.num_replicas > 1 and self._passes and not (self._epoch_chosen or self._warned):
+        if self._late_group is not None:
+            self._late_group.check(stacklevel=4)
+        shuffled = self.plan.shuffle_within_batches or self.plan.shuffle_patches
+        unset = self._passes > 0 and not self._epoch_chosen
+        if self.num_replicas > 1 and shuffled and unset and not self._warned:
             self._warned = True
             warnings.warn(
                 f"a second pass on {self.num_replicas} ranks without set_epoch: call "
@@ -126,10 +180,10 @@ class Progress:
 
     def bind_state(self, begun: Pass, state: Mapping[str, Any]) -> Share:
         """Give the epoch and the position of a state to a pass that goes on there."""
-        return self._bound(begun, self.share(*self._checked(state)))
+        return self._bound(begun, self._share(self._checked(state)))
 
     def _bound(self, begun: Pass, share: Share) -> Share:
-        self.epoch, self._slot = share.epoch + 1, 0
+        self._place = Place(self.plan, share.epoch + 1, 0)
         self._loaded, self._begun = None, begun
         self._passes += 1
         self._epoch_chosen = False
@@ -139,22 +193,23 @@ class Progress:
         """Choose the epoch of the next pass."""
         epoch = checked_int(epoch, "epoch", least=0, below=EPOCHS)
         self._epoch_chosen, self._begun = True, None
-        if self._loaded is not None and self._loaded[0] == epoch:
-            self.epoch, self._slot = self._loaded
+        loaded = self._loaded
+        if loaded is not None and loaded.epoch == epoch:
+            self._place = loaded
             return
-        if self._loaded is not None and 0 < self._loaded[1] < self.plan.num_batches:
+        if loaded is not None and 0 < loaded.slot < loaded.plan.num_batches:
             warnings.warn(
-                f"set_epoch({epoch}) drops the loaded position: epoch {self._loaded[0]}, "
-                f"slot {self._loaded[1]}",
+                f"set_epoch({epoch}) drops the loaded position: epoch {loaded.epoch}, "
+                f"slot {loaded.slot}",
                 stacklevel=stacklevel + 1,
             )
         self._loaded = None
-        self.epoch, self._slot = epoch, 0
+        self._place = Place(self.plan, epoch, 0)
 
     def skip(self) -> None:
         """Leave the next epoch out."""
         self._loaded = self._begun = None
-        self.epoch, self._slot = self.epoch + 1, 0
+        self._place = Place(self.plan, self.epoch + 1, 0)
 
     def state_dict(self, step: int | None = None) -> dict[str, Any]:
         """Return where the pass that began last is, or what the next one will bind."""
@@ -165,7 +220,7 @@ class Progress:
     def pending_state(self, step: int | None = None) -> dict[str, Any]:
         """Return the state of the next pass, after ``step`` of its batches."""
         if step is None and self._loaded is not None:
-            return self.state_after(self.share(*self._loaded), 0)
+            return self.state_after(self._share(self._loaded), 0)
         return self.state_after(self.pending(), 0 if step is None else step)
 
     def state_after(self, share: Share, steps: int) -> dict[str, Any]:
@@ -182,20 +237,21 @@ class Progress:
             "epoch": share.epoch,
             "slot": slot if share.steps else share.plan.num_batches,
             "seed": share.plan.seed,
+            "step_width": share.plan.step_width,
             "fingerprint": dict(self._fingerprint),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Let the next pass go on from a state; a finished one leads to the next epoch."""
-        epoch, slot = self._checked(state)
+        place = self._checked(state)
         self._begun = None
-        self._loaded = epoch, slot
-        finished = self.steps_from(slot) == 0
-        self.epoch, self._slot = (epoch + 1, 0) if finished else (epoch, slot)
+        self._loaded = place
+        finished = self._share(place).steps == 0
+        self._place = Place(self.plan, place.epoch + 1, 0) if finished else place
         self._epoch_chosen = True
 
-    def _checked(self, state: Mapping[str, Any]) -> tuple[int, int]:
-        """Return (epoch, slot) of a state that fits, and take over its seed."""
+    def _checked(self, state: Mapping[str, Any]) -> Place:
+        """Return the place of a state that fits, and take over its seed."""
         if not isinstance(state, Mapping):
             raise TypeError(f"state_dict must be a mapping, got {type(state).__name__}")
         missing = sorted(STATE_KEYS - set(state))
@@ -207,12 +263,11 @@ class Progress:
             )
         check_fingerprint(state["fingerprint"], self._fingerprint)
         plan = with_saved_seed(self.plan, state["seed"], self.seed_given)
+        begun = with_saved_width(plan, state["step_width"])
         epoch = checked_int(state["epoch"], "state_dict epoch", least=0, below=EPOCHS)
-        slot = checked_int(
-            state["slot"], "state_dict slot", least=0, below=self.plan.num_batches + 1
-        )
+        slot = checked_int(state["slot"], "state_dict slot", least=0, below=begun.num_batches + 1)
         self.plan = plan
-        return epoch, slot
+        return Place(begun, epoch, slot)
 
     def __getstate__(self) -> dict[str, Any]:
         """Travel without the pass that has begun: a copy begins at the next epoch."""

@@ -25,7 +25,7 @@ from gpusampler import EpochPlan, PatchGroups
 from gpusampler.arrays import Device
 from gpusampler.kernels import fused, triton_batches
 from gpusampler.kernels.form import triton_geometry
-from gpusampler.tables import PatchOrder, Shuffles
+from gpusampler.tables import Shuffles
 
 CPU = Device("torch", "cpu")
 LARGE = [70_000] * 40
@@ -63,7 +63,8 @@ CASES: dict[str, tuple[PatchGroups, int, str, dict[str, Any]]] = {
     "plain int32": (contiguous(LARGE), 64, "block int32", {}),
     "gathered": (gathered("int32"), 64, "block", {}),
     "gathered int64, odd width": (gathered("int64"), 33, "block", {"partial": "pad"}),
-    "slots as they are, in order": (contiguous(LARGE), 64, "block", {"interleave": False}),
+    "slots as they are": (contiguous(LARGE), 64, "block", {"shuffle_patches": False}),
+    "located": (contiguous(LARGE), 64, "located", {"interleave": False}),
     "few slots, wide": (contiguous([70_000] * 2), 5000, "block", {}),
     "64-bit slots, width 1": (contiguous([2**31 - 1] * 3), 1, "block", {}),
     "samples as they are": (contiguous(LARGE), 64, "block", {"shuffle_within_batches": False}),
@@ -87,17 +88,18 @@ def evaluate(case: tuple[PatchGroups, int, str, dict[str, Any]]) -> None:
         plan.shuffle_within_batches, plan.shuffle_patches, plan.interleave, plan.partial == "pad"
     )
     evaluation = fused.Fused(tables, CPU, shuffles, triton_batches.launch, triton_geometry)
-    order = plan._order_of_patches(0)
-    if order is not None:
-        order = PatchOrder(*map(torch.from_numpy, order))
     slots = np.arange(min(plan.num_batches, 1000))
+    at = plan.locate(3, slots)
     if method == "step":
         evaluation.batch(plan._streams, torch.tensor(3), torch.tensor(1))
     elif method == "ragged":
-        evaluation.ragged(plan._streams, 3, plan.locate(3, slots), order)
+        evaluation.ragged(plan._streams, 3, at, located=False)
+    elif method == "located":
+        group, j = torch.from_numpy(at.group), torch.from_numpy(at.j)
+        evaluation.located_block(plan._streams, 3, group, j)
     else:
         dtype = "int32" if method.endswith("int32") else "int64"
-        evaluation.block(plan._streams, 3, torch.from_numpy(slots), order, dtype)
+        evaluation.block(plan._streams, 3, torch.from_numpy(slots), dtype)
 
 
 def main(folder: Path) -> None:

@@ -14,6 +14,8 @@ from hypothesis import strategies as st
 from gpusampler import PatchBatchSampler, PatchGroups
 from gpusampler.permutation import COIN_ROUND, keyed_hash, rounds_for
 
+STEPS = ["balanced", "same_patch"]
+
 INT64 = np.iinfo(np.int64)
 
 
@@ -100,18 +102,49 @@ def patchy_ids(draw: st.DrawFn) -> np.ndarray:
 
 
 @st.composite
-def plan_settings(draw: st.DrawFn, ids: np.ndarray) -> dict[str, Any]:
-    """Keyword arguments of a plan that leaves at least one batch of these ids."""
-    partial = draw(st.sampled_from(["keep", "drop", "pad"]))
+def plan_settings(
+    draw: st.DrawFn,
+    ids: np.ndarray,
+    steps_of: int | None = None,
+    uneven: str = "pad",
+    partials: tuple[str, ...] = ("keep", "drop", "pad"),
+) -> dict[str, Any]:
+    """Keyword arguments of a plan that leaves at least one batch of these ids.
+
+    With ``steps_of`` in steps of any kind, whose width is a multiple of that.
+    """
+    partial = draw(st.sampled_from(partials))
     largest = int(np.unique(ids, return_counts=True)[1].max())
     top = largest if partial == "drop" else 45
-    return {
+    settings = {
         "batch_size": draw(st.integers(1, min(top, 45))),
         "partial": partial,
         "shuffle_within_batches": draw(st.booleans()),
         "shuffle_patches": draw(st.booleans()),
         "interleave": draw(st.booleans()),
     }
+    steps = "free" if steps_of is None else draw(st.sampled_from(["free", *STEPS]))
+    if steps == "free":
+        return settings
+    if steps == "same_patch" and uneven == "drop":
+        most = most_batches(ids, settings) // steps_of
+        if most == 0:
+            return settings
+    else:
+        most = 5
+    settings |= {"steps": steps, "step_width": steps_of * draw(st.integers(1, min(most, 5)))}
+    if steps == "balanced":
+        settings["interleave"] = True
+        costs = st.one_of(st.just(1), st.integers(1, 4), st.floats(0.01, 1e6))
+        settings["patch_costs"] = {int(patch_id): draw(costs) for patch_id in np.unique(ids)}
+    return settings
+
+
+def most_batches(ids: np.ndarray, settings: dict[str, Any]) -> int:
+    """The batches that the largest patch is cut into."""
+    largest = int(np.unique(ids, return_counts=True)[1].max())
+    size = settings["batch_size"]
+    return largest // size if settings["partial"] == "drop" else -(-largest // size)
 
 
 seeds = st.one_of(st.integers(0, 3), st.integers(0, 2**64 - 1))
@@ -135,7 +168,7 @@ def epoch_of(sampler: PatchBatchSampler, epoch: int) -> list[list[int]]:
 def quiet(*arguments, **settings) -> PatchBatchSampler:
     """A sampler without the warning that "drop" gives for small patches."""
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="partial='drop' leaves out")
+        warnings.filterwarnings("ignore", message="(partial|uneven)='drop'.* leaves out")
         return PatchBatchSampler(*arguments, **settings)
 
 

@@ -25,10 +25,11 @@ import pytest
 from conftest import cupy_cuda, torch_cuda
 
 from gpusampler import EpochPlan, arrays
-from gpusampler.arrays import Device
+from gpusampler.arrays import HOST, Device
 from gpusampler.kernels import fused
 from gpusampler.kernels.form import THREADS, cuda_geometry, triton_geometry
-from gpusampler.tables import Located, PatchOrder, Shuffles
+from gpusampler.reference import Reference
+from gpusampler.tables import Located, Shuffles
 
 SOURCE = Path(fused.__file__).with_name("batches.cu")
 # No warning but of what another form than the one compiled uses.
@@ -180,6 +181,7 @@ class Kernel(NamedTuple):
 
     fused: fused.Fused
     device: Device
+    locates: bool
     launched: list[tuple[Any, Any]]
 
     def there(self, array: Any) -> Any:
@@ -187,20 +189,28 @@ class Kernel(NamedTuple):
 
     def block(self, plan: EpochPlan, epoch: int, slots: Any, dtype: str = "int64") -> list[Any]:
         """Indices, lengths and groups at some slots, on the host."""
-        order = self._order(plan, epoch)
+        slots = np.asarray(slots, np.int64)
         with arrays.on(self.device):
-            slots = self.there(np.asarray(slots, np.int64))
-            return [*map(host, self.fused.block(plan._streams, epoch, slots, order, dtype))]
+            if self.locates:
+                found = self.fused.block(plan._streams, epoch, self.there(slots), dtype)
+            else:
+                # As the array form locates them, whether they exist or not.
+                reference = Reference(plan._tables, HOST, shuffles_of(plan))
+                order = plan._order_of_patches(epoch)
+                group, j = map(self.there, reference.locate(plan._streams, epoch, slots, order))
+                found = self.fused.located_block(plan._streams, epoch, group, j, dtype)
+            return [*map(host, found)]
 
     def ragged(self, plan: EpochPlan, epoch: int, at: Located) -> np.ndarray:
         """The samples of located batches, end to end, on the host."""
-        order = self._order(plan, epoch)
         with arrays.on(self.device):
-            return host(self.fused.ragged(plan._streams, epoch, at, order))
+            return host(self.fused.ragged(plan._streams, epoch, at, located=not self.locates))
 
-    def _order(self, plan: EpochPlan, epoch: int) -> PatchOrder | None:
-        order = plan._order_of_patches(epoch)
-        return None if order is None else PatchOrder(*map(self.there, order))
+
+def shuffles_of(plan: EpochPlan) -> Shuffles:
+    return Shuffles(
+        plan.shuffle_within_batches, plan.shuffle_patches, plan.interleave, plan.partial == "pad"
+    )
 
 
 def fused_of(tables, device: Device, shuffles: Shuffles, kind: str) -> fused.Fused:
@@ -219,13 +229,12 @@ def fused_of(tables, device: Device, shuffles: Shuffles, kind: str) -> fused.Fus
 def kernel_of(plan: EpochPlan, kind: str) -> Kernel:
     """A plan's evaluation by a kernel, guarded."""
     device = device_of_kernel(kind)
-    shuffles = Shuffles(
-        plan.shuffle_within_batches, plan.shuffle_patches, plan.interleave, plan.partial == "pad"
-    )
+    shuffles = shuffles_of(plan)
     evaluation = fused_of(plan._tables.on(device, plan.groups.order), device, shuffles, kind)
     guards = Guards(evaluation._launch, device)
     evaluation._launch = guards
-    return Kernel(evaluation, device, guards.launched)
+    locates = plan.interleave and plan.steps == "free"
+    return Kernel(evaluation, device, locates, guards.launched)
 
 
 def host(array: Any) -> np.ndarray:

@@ -23,10 +23,10 @@ PACKAGE = Path(gpusampler.__file__).parent
 FLOORS = [
     ["arrays", "permutation", "telemetry"],
     ["validation", "streams", "lanes", "fingerprint", "idtable", "sizing"],
-    ["sorting", "runs"],
+    ["sorting", "runs", "steps"],
     ["splitting"],
     ["grouping"],
-    ["sources", "tables"],
+    ["sources", "costs", "tables", "ranks"],
     ["kernels", "reference"],
     ["evaluation"],
     ["plan"],
@@ -46,7 +46,7 @@ FLOOR = {room: height for height, rooms in enumerate(FLOORS) for room in rooms}
 # Imports for annotations only that may run up: none.
 ONLY_FOR_TYPES: set[tuple[str, str]] = set()
 
-NAMES_LIBRARIES = {"arrays", "streams", "kernels", "cursor", "groundwater", "demo"}
+NAMES_LIBRARIES = {"arrays", "ranks", "streams", "kernels", "cursor", "groundwater", "demo"}
 HEAVY = {"torch", "cupy", "click", "matplotlib", "flopy", "gstools", "neuralop", "scipy"}
 
 

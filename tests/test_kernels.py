@@ -14,7 +14,7 @@ import pytest
 from expected import epochs, seeds
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from kernels import SOURCE, TRITON, every_kernel, host, kernel_of
+from kernels import SOURCE, TRITON, every_kernel, host, kernel_of, shuffles_of
 
 from gpusampler import EpochPlan, PatchGroups
 from gpusampler.arrays import HOST
@@ -29,7 +29,7 @@ from gpusampler.permutation import (
     absorb_pair,
     key_of,
 )
-from gpusampler.tables import Shuffles
+from gpusampler.steps import StepLayout
 
 GOLDEN = json.loads(make_golden.PATH.read_text())
 HIGH = 1 << 31
@@ -72,10 +72,7 @@ def plan_of(counts: Any, batch_size: int, seed: int = 1, **settings: Any) -> Epo
 
 def form_of(plan: EpochPlan, **asked: Any) -> Form:
     tables = plan._tables.on(HOST, plan.groups.order)
-    shuffles = Shuffles(
-        plan.shuffle_within_batches, plan.shuffle_patches, plan.interleave, plan.partial == "pad"
-    )
-    return Form.of(tables, shuffles, **{"ragged": False, **asked})
+    return Form.of(tables, shuffles_of(plan), **{"ragged": False, **asked})
 
 
 def split_counts(total: int, most: int = HIGH - 1) -> list[int]:
@@ -196,7 +193,9 @@ word = st.sampled_from(["int32", "int64"])
 
 
 @st.composite
-def plans(draw: st.DrawFn, interleave: bool, gathered: bool) -> tuple[EpochPlan, np.ndarray]:
+def plans(
+    draw: st.DrawFn, interleave: bool, steps: str, gathered: bool
+) -> tuple[EpochPlan, np.ndarray]:
     """A plan and some of its slots, in any order, repeated or not."""
     # Sizes and slots are not shrunk, but differ from example to example.
     rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
@@ -213,18 +212,32 @@ def plans(draw: st.DrawFn, interleave: bool, gathered: bool) -> tuple[EpochPlan,
         shuffle_within_batches=draw(mostly),
         shuffle_patches=draw(mostly),
         interleave=interleave,
+        steps=steps,
+        step_width=1 if steps == "free" else int(rng.integers(1, 5)),
     )
     return plan, rng.integers(0, plan.num_batches, rng.integers(1, 24))
 
 
+KINDS_OF_PLANS = [
+    (True, "free"),
+    (False, "free"),
+    (True, "same_patch"),
+    (False, "same_patch"),
+    (True, "balanced"),
+]
+
+
 @pytest.mark.parametrize("gathered", [True, False])
-@pytest.mark.parametrize("interleave", [True, False])
+@pytest.mark.parametrize(("interleave", "steps"), KINDS_OF_PLANS)
 @every_kernel
 @settings(max_examples=10)
 @given(st.data())
-def test_any_batches_of_any_plan(kind, interleave, gathered, data):
-    plan, slots = data.draw(plans(interleave, gathered))
-    check(plan, kind, data.draw(epochs), slots, data.draw(word))
+def test_any_batches_of_any_plan(kind, interleave, steps, gathered, data):
+    plan, slots = data.draw(plans(interleave, steps, gathered))
+    kernel = check(plan, kind, data.draw(epochs), slots, data.draw(word))
+    # The kernel finds out what slots lead to where that is one permutation and one search.
+    located = not interleave or steps != "free"
+    assert {form.located for form, _ in kernel.launched} == {located}
 
 
 HIGH_KEYS = next(
@@ -335,6 +348,7 @@ def with_sizes(plan: EpochPlan, sizes: list[int]) -> EpochPlan:
         num_batches=int(batches.sum()),
         max_batch_size=int(filled[batches > 0].max()),
         uniform=False,
+        layout=StepLayout.of(int(batches.sum()), 1),
     )
     plan.num_batches = plan._tables.num_batches
     plan.max_batch_size = plan._tables.max_batch_size
@@ -384,10 +398,17 @@ NOWHERE = {
 @pytest.mark.parametrize("groups", NOWHERE.values(), ids=NOWHERE)
 @every_kernel
 def test_slots_that_do_not_exist_stay_in_bounds(kind, groups):
-    choices = product([True, False], [True, False], ["keep", "pad"])
-    for interleave, shuffle, partial in choices:
+    choices = product(KINDS_OF_PLANS, [True, False], ["keep", "pad"])
+    for (interleave, steps), shuffle, partial in choices:
         plan = EpochPlan(
-            groups, 3, 7, interleave=interleave, shuffle_patches=shuffle, partial=partial
+            groups,
+            3,
+            7,
+            interleave=interleave,
+            shuffle_patches=shuffle,
+            partial=partial,
+            steps=steps,
+            step_width=1 if steps == "free" else 2,
         )
         last = plan.num_batches - 1
         slots = [-1, -(2**31), -(2**63), last + 1, last + 2, 2**31, 2**32, 2**63 - 1, last]
@@ -454,7 +475,7 @@ NONE = Form(*[0] * len(Form._fields))
         ([1024, 65536], 1, {}, {}, {"slots": 2, "samples": 1, "fewest": 3, "most": 4}),
         ([65536], 9, {}, {}, {"slots": 2, "samples": 1, "fewest": 3, "most": 3}),
         ([3, 65536], 9, {}, {}, {"slots": 2, "samples": 1, "small": 32, "fewest": 3, "most": 6}),
-        ([5, 6], 1, {"interleave": False}, {}, {"in_order": 1, "samples": 1, "small": 8}),
+        ([5, 6], 1, {}, {"located": True}, {"located": 1, "samples": 1, "small": 8}),
         ([5], 5, {"partial": "pad"}, {}, {"samples": 1, "small": 8}),
         ([5], 5, {}, {"ragged": True}, {"samples": 1, "small": 8, "ragged": 1}),
         (

@@ -76,7 +76,7 @@ CUDA_FORMS = {
     "plain": (PLAIN, "int64", "int64"),
     "mixed, gathered": (PLAIN._replace(slots=1, small=32, most=6, ordered=True), "int32", "int32"),
     "ragged, 64-bit slots": (
-        PLAIN._replace(slots=3, ragged=True, pad=True, in_order=True, ordered=True),
+        PLAIN._replace(slots=3, ragged=True, pad=True, located=True, ordered=True),
         "int64",
         "int64",
     ),

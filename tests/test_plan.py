@@ -76,7 +76,7 @@ def test_a_batch_holds_one_patch_and_an_epoch_every_sample(library, reference, d
 @given(data=st.data(), seed=seeds, epoch=epochs)
 def test_any_slots_are_those_of_the_whole_epoch(library, data, seed, epoch):
     ids = data.draw(patchy_ids())
-    plan = plan_of(library, ids, seed, **data.draw(plan_settings(ids)))
+    plan = plan_of(library, ids, seed, **data.draw(plan_settings(ids, steps_of=1)))
     whole = whole_epoch(library, plan, epoch)
     slots = data.draw(st.lists(st.integers(0, plan.num_batches - 1), max_size=30))
     at = np.array(slots, np.int64)
@@ -101,7 +101,7 @@ def test_any_slots_are_those_of_the_whole_epoch(library, data, seed, epoch):
 @given(data=st.data(), seed=seeds, epoch=epochs)
 def test_libraries_agree_integer_for_integer(library, data, seed, epoch):
     ids = data.draw(patchy_ids())
-    settings = data.draw(plan_settings(ids))
+    settings = data.draw(plan_settings(ids, steps_of=1))
     on_host = EpochPlan(PatchGroups.from_ids(ids), seed=seed, **settings)
     expected = [np.asarray(part) for part in on_host.evaluate(epoch, range(on_host.num_batches))]
     same = plan_of(library, ids, seed, **settings)

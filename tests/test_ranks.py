@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 import warnings
@@ -15,6 +16,7 @@ from expected import (
     draw,
     epoch_of,
     make,
+    most_batches,
     patchy_ids,
     plan_settings,
     quiet,
@@ -47,10 +49,11 @@ def in_turn(parts) -> list:
 )
 def test_ranks_share_the_epoch_out(library, data, seed, num_replicas, uneven, epoch):
     ids = data.draw(patchy_ids())
-    settings = data.draw(plan_settings(ids))
+    settings = data.draw(plan_settings(ids, steps_of=num_replicas, uneven=uneven))
+    settings["uneven"] = uneven
     whole = epoch_of(quiet(ids, seed=seed, **settings), epoch)
     assume(uneven == "pad" or num_replicas <= len(whole))
-    ranks = ranks_of(num_replicas, library.array(ids), seed=seed, uneven=uneven, **settings)
+    ranks = ranks_of(num_replicas, library.array(ids), seed=seed, **settings)
     for sampler in ranks:
         sampler.set_epoch(epoch)
     lengths = {len(sampler) for sampler in ranks}
@@ -75,7 +78,8 @@ def test_ranks_share_the_epoch_out(library, data, seed, num_replicas, uneven, ep
 )
 def test_another_number_of_ranks_goes_on_with_the_rest(data, seed, before, after, uneven):
     ids = data.draw(patchy_ids())
-    settings = {**data.draw(plan_settings(ids)), "uneven": uneven}
+    settings = data.draw(plan_settings(ids, steps_of=before, uneven=uneven))
+    settings["uneven"] = uneven
     whole = epoch_of(quiet(ids, seed=seed, **settings), 2)
     assume(uneven == "pad" or max(before, after) <= len(whole))
     first = ranks_of(before, ids, seed=seed, **settings)
@@ -89,7 +93,11 @@ def test_another_number_of_ranks_goes_on_with_the_rest(data, seed, before, after
     seen = in_turn(seen)
     assert seen == whole[: steps * before]
     assert all(state == states[0] for state in states)
-    second = ranks_of(after, ids, seed=None, **settings)
+    # What the epoch was begun with goes on; the steps of the next may be of another width.
+    settings.pop("step_width", None)
+    if settings.get("steps") == "same_patch" and uneven == "drop":
+        assume(most_batches(ids, settings) >= after)
+    second = ranks_of(after, ids, seed=seed, **settings)
     for sampler in second:
         sampler.load_state_dict(states[0])
     remaining = len(whole) - states[0]["slot"]
@@ -109,6 +117,15 @@ def test_another_number_of_ranks_goes_on_with_the_rest(data, seed, before, after
         assert len(rest) - len(left) < after
         assert Counter(map(tuple, seen + rest[: len(left)])) == Counter(map(tuple, whole))
         assert all(batch in whole for batch in rest[len(left) :])
+    # The next epoch is in steps of the new ranks' own width.
+    own = "steps" in settings
+    assert {sampler.plan.step_width for sampler in second} == {after if own else 1}
+    for sampler in second:
+        sampler.set_epoch(3)
+    drawn = in_turn(map(list, second))
+    following = epoch_of(second[0], 3)
+    assert drawn == (following * after)[: len(drawn)]
+    assert len(second[0]) * after == len(drawn)
 
 
 def test_changing_ranks_again_and_again_covers_the_epoch_once():
@@ -187,58 +204,112 @@ def test_given_epochs_and_one_rank_are_silent():
         list(alone)
 
 
-def test_ranks_without_a_seed_agree():
-    ranks = ranks_of(2, seed=None)
-    assert [sampler.seed for sampler in ranks] == [0, 0]
-    # It was not given: a loaded one wins.
-    state = make(seed=9).state_dict()
-    for sampler in ranks:
-        sampler.load_state_dict(state)
-        assert sampler.seed == 9
+def test_ranks_without_a_group_or_a_seed_are_refused():
+    match = (
+        r"seed must be given .* got None with num_replicas=2: .*PatchBatchSampler\(\.\.\., seed=0"
+    )
+    with pytest.raises(ValueError, match=match):
+        make(seed=None, num_replicas=2, rank=0)
+
+
+def test_a_launched_process_without_a_group_or_a_seed_is_refused(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    with pytest.raises(ValueError, match=r"seed must be given .* got None with WORLD_SIZE=4"):
+        make(seed=None)
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    assert make(seed=None).seed != make(seed=None).seed
 
 
 IN_A_GROUP = """
-import warnings
-warnings.simplefilter("ignore")
+import sys
 import torch.distributed as dist
-from torch.testing._internal.distributed.fake_pg import FakeStore
-dist.init_process_group("fake", rank=1, world_size=2, store=FakeStore())
+rank, path = int(sys.argv[1]), sys.argv[2]
 from gpusampler import PatchBatchSampler
 import numpy as np
 ids = np.repeat([3, 1, 2], 9)
+early = PatchBatchSampler(ids, 4, seed=1)
+dist.init_process_group("gloo", rank=rank, world_size=2, init_method=f"file://{path}")
+if rank == 0:
+    # Who makes how many, and when, is of no matter: nobody waits for anybody.
+    assert PatchBatchSampler(ids, 4, num_replicas=1, rank=0).num_replicas == 1
 sampler = PatchBatchSampler(ids, 4)
-assert (sampler.num_replicas, sampler.rank, sampler.seed) == (2, 1, 0), sampler
+assert (sampler.num_replicas, sampler.rank) == (2, rank), sampler
 half = PatchBatchSampler(ids, 4, num_replicas=2)
-assert (half.num_replicas, half.rank) == (2, 1)
+assert (half.num_replicas, half.rank) == (2, rank)
 whole = PatchBatchSampler(ids, 4, num_replicas=1, rank=0)
 assert (whole.num_replicas, whole.rank) == (1, 0)
 assert len(whole) == 9
 assert len(sampler) == 5
 other = PatchBatchSampler(ids, 4, num_replicas=4, rank=3)
 assert (other.num_replicas, other.rank) == (4, 3)
-print("ranks are right")
 # Accelerate shards by itself what every process hands out, so the seeds must agree here too.
-assert whole.seed == 0, whole
-print("seed is right")
+assert sampler.seed == half.seed == whole.seed == other.seed
+# It was drawn: a loaded one wins.
+sampler.load_state_dict(PatchBatchSampler(ids, 4, seed=9, num_replicas=1, rank=0).state_dict())
+assert sampler.seed == 9
+import warnings
+with warnings.catch_warnings(record=True) as caught:
+    warnings.simplefilter("always")
+    iterator = iter(early)
+    next(iterator)  # here
+    next(iterator)
+    list(early)
+    list(whole)
+assert len(caught) == 1, caught
+assert "each of the 2 ranks hands out the whole epoch: make it after" in str(caught[0].message)
+# Where the first batch is drawn.
+import inspect
+assert caught[0].lineno == [*open(sys.argv[0])].index("    next(iterator)  # here\\n") + 1
+print("seed", whole.seed)
 """
 
 
-@pytest.fixture(scope="module")
-def said_in_a_group() -> str:
+def test_a_process_group_gives_ranks_and_one_drawn_seed(tmp_path):
+    pytest.importorskip("torch")
+    script = tmp_path / "in_a_group.py"
+    script.write_text(IN_A_GROUP)
+    running = [
+        subprocess.Popen(
+            [sys.executable, str(script), str(rank), str(tmp_path / "store")],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    try:
+        said = [process.communicate(timeout=300)[0] for process in running]
+    finally:
+        for process in running:
+            process.kill()
+    assert [process.returncode for process in running] == [0, 0], said
+    seeds = [text.splitlines()[-1] for text in said]
+    assert seeds[0] == seeds[1]
+    assert re.fullmatch(r"seed \d+", seeds[0])
+
+
+WITHOUT_A_STORE = """
+import torch.distributed as dist
+from torch.testing._internal.distributed.fake_pg import FakeStore
+dist.init_process_group("fake", rank=1, world_size=2, store=FakeStore())
+from gpusampler import PatchBatchSampler
+try:
+    PatchBatchSampler([1, 1, 2], 2)
+except ValueError as error:
+    print(error)
+"""
+
+
+def test_a_group_that_cannot_agree_on_a_seed_is_told_to_give_one():
+    pytest.importorskip("torch")
     done = subprocess.run(
-        [sys.executable, "-c", IN_A_GROUP], capture_output=True, text=True, check=False
+        [sys.executable, "-W", "ignore", "-c", WITHOUT_A_STORE],
+        capture_output=True,
+        text=True,
+        check=False,
     )
-    return done.stdout + done.stderr
-
-
-def test_the_process_group_gives_the_ranks(said_in_a_group):
-    pytest.importorskip("torch")
-    assert "ranks are right" in said_in_a_group
-
-
-def test_a_world_of_more_than_one_rank_draws_no_seed(said_in_a_group):
-    pytest.importorskip("torch")
-    assert "seed is right" in said_in_a_group
+    assert done.stdout.startswith("seed must be given where the process group's store"), done
+    assert done.stdout.strip().endswith("write PatchBatchSampler(..., seed=0)")
 
 
 def test_environment_variables_alone_do_not_shard(monkeypatch):

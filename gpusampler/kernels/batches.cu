@@ -6,7 +6,7 @@
 // needs is left out by the macros that are given at compilation:
 //
 //   SLOTS     0 slots as they are, 1 Fisher-Yates, 2 grid of 32-bit slots, 3 grid of 64-bit slots
-//   IN_ORDER  patches in a row: `search` holds the slots before each of `patches`
+//   LOCATED   `slots` holds batches of the patches that `row_groups` holds
 //   SAMPLES   permute inside the patches
 //   SMALL     the largest n that goes through Fisher-Yates here, 0 if none
 //   FEWEST, MOST  pairs of rounds of the largest and of the smallest patch above 32; 0 if none
@@ -86,7 +86,7 @@ DEVICE u32 swap_of(u32 k0, u32 step, u32 i) {
 
 KERNEL void gpusampler_batches(
     const i64 *slots, const i64 *starts, OUT_T *out, i64 *lengths, i64 *groups,
-    const i64 *counts, const i64 *sizes, const i64 *search, const i64 *patches, const i64 *bases,
+    const i64 *counts, const i64 *sizes, const i64 *search, const i64 *row_groups, const i64 *bases,
     const i64 *side_a, const i64 *side_b, const i64 *side_rem, const ORDER_T *order,
     int num_rows, int width, int num_groups, int steps,
     int slot_n, int slot_a, int slot_b, int slot_rem, int slot_pairs,
@@ -122,17 +122,16 @@ KERNEL void gpusampler_batches(
             slot = (i64)line * slot_b + col;
             if (slot < 2) slot ^= coin_of(key0, slot_step);
 #endif
-            // The last place whose entry is not above the slot.
+#if LOCATED
+            const i64 j = slot, group = row_groups[row_0 + t];
+#else
+            // The last patch whose first batch is not beyond this one.
             int place = 0;
             for (int bit = steps - 1; bit >= 0; --bit) {
                 const int ahead = place + (1 << bit);
                 if (ahead < num_groups && search[ahead] <= slot) place = ahead;
             }
-            const i64 j = slot - search[place];
-#if IN_ORDER
-            const i64 group = patches[place];
-#else
-            const i64 group = place;
+            const i64 j = slot - search[place], group = place;
 #endif
             const i64 n = counts[group], size = sizes[group];
             const i64 length = n - j * size < size ? n - j * size : size;

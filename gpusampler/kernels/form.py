@@ -17,8 +17,8 @@ class Form(NamedTuple):
     ----------
     slots : int
         How slots are permuted: not, by Fisher-Yates, on a grid of 32-bit or of 64-bit slots.
-    in_order : bool
-        Whether a patch's batches come in a row.
+    located : bool
+        Whether rows are told as batches of patches, and not as slots.
     samples : bool
         Whether samples are permuted inside their patches.
     small : int
@@ -36,7 +36,7 @@ class Form(NamedTuple):
     """
 
     slots: int
-    in_order: bool
+    located: bool
     samples: bool
     small: int
     fewest: int
@@ -48,11 +48,17 @@ class Form(NamedTuple):
 
     @classmethod
     def of(
-        cls, tables: PatchTables, shuffles: Shuffles, *, ragged: bool, epoch_there: bool = False
+        cls,
+        tables: PatchTables,
+        shuffles: Shuffles,
+        *,
+        ragged: bool,
+        located: bool = False,
+        epoch_there: bool = False,
     ) -> Form:
         """Return the form for a plan's tables; what no patch of it needs is left out."""
         slots = SLOTS_AS_THEY_ARE
-        if shuffles.interleave and shuffles.batches and tables.num_batches > 1:
+        if not located and shuffles.batches and tables.num_batches > 1:
             if tables.num_batches <= SMALL:
                 slots = SLOTS_FISHER_YATES
             else:
@@ -65,7 +71,7 @@ class Form(NamedTuple):
             most = rounds_for(max(tables.smallest, SMALL + 1)) // 2
         return cls(
             slots=slots,
-            in_order=not shuffles.interleave,
+            located=located,
             samples=shuffles.samples,
             small=small,
             fewest=fewest,

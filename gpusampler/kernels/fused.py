@@ -11,7 +11,7 @@ from gpusampler import arrays
 from gpusampler.arrays import Device
 from gpusampler.kernels.form import Form, Geometry, cuda_geometry, triton_geometry
 from gpusampler.permutation import Streams, absorb_pair, grid_of, key_of, rounds_for
-from gpusampler.tables import Located, PatchOrder, PatchTables, Shuffles
+from gpusampler.tables import Located, PatchTables, Shuffles
 
 Launch = Callable[[Form, Geometry, tuple[Any, ...]], None]
 
@@ -47,28 +47,38 @@ class Fused:
         self._xp = arrays.namespace(device)
 
     def block(
-        self,
-        streams: Streams,
-        epoch: int,
-        slots: Any,
-        patch_order: PatchOrder | None,
-        dtype: str = "int64",
+        self, streams: Streams, epoch: int, slots: Any, dtype: str = "int64"
     ) -> tuple[Any, Any, Any]:
-        """Return indices (K, B), lengths (K,) and groups (K,) of the batches at ``slots``."""
+        """Return indices (K, B), lengths (K,) and groups (K,) of the batches at ``slots``.
+
+        For plans whose slots the kernel can locate: interleaved, in steps of one.
+        """
+        return self._block(streams, epoch, slots, None, dtype)
+
+    def located_block(
+        self, streams: Streams, epoch: int, group: Any, j: Any, dtype: str = "int64"
+    ) -> tuple[Any, Any, Any]:
+        """Return `block` of batches ``j`` of patches ``group``, which are on the device."""
+        return self._block(streams, epoch, j, group, dtype)
+
+    def _block(
+        self, streams: Streams, epoch: int, slots: Any, row_groups: Any, dtype: str
+    ) -> tuple[Any, Any, Any]:
         num_rows, width = int(slots.shape[0]), self._tables.max_batch_size
         with arrays.on(self._device):
             out = self._empty((num_rows, width), dtype)
             lengths, groups = self._empty((num_rows,)), self._empty((num_rows,))
-            form = Form.of(self._tables, self._shuffles, ragged=False)
+            located = row_groups is not None
+            form = Form.of(self._tables, self._shuffles, ragged=False, located=located)
             keys = self._keys(streams, epoch)
-            self._run(form, (slots, None, None, out, lengths, groups), patch_order, width, keys)
+            self._run(form, (slots, None, None, out, lengths, groups), row_groups, width, keys)
         return out, lengths, groups
 
     def batch(self, streams: Streams, epoch: Any, slot: Any) -> tuple[Any, Any, Any]:
         """Return indices (B,), length and group of one batch; ``epoch`` and ``slot`` are 0-d.
 
-        Both are read by the kernel, so that a CUDA graph replays it for other values. Batches must
-        be interleaved.
+        Both are read by the kernel, so that a CUDA graph replays it for other values. For plans as
+        `block` takes them.
         """
         width = self._tables.max_batch_size
         with arrays.on(self._device):
@@ -85,26 +95,29 @@ class Fused:
             )
         return out[0], lengths[0], groups[0]
 
-    def ragged(
-        self, streams: Streams, epoch: int, at: Located, patch_order: PatchOrder | None
-    ) -> Any:
-        """Return the samples of located batches end to end, ``at.size`` of each."""
+    def ragged(self, streams: Streams, epoch: int, at: Located, *, located: bool) -> Any:
+        """Return the samples of located batches end to end, ``at.size`` of each.
+
+        Where they are is found out again by the kernel, unless it must be told: ``located``.
+        """
         num_rows = at.size.size
         if num_rows == 0:
             return self._empty((0,))
-        if self._tables.uniform:
-            # The same kernel as for a block: each form is one to compile.
-            slots = arrays.upload(at.slot, self._device)
-            return self._xp.reshape(self.block(streams, epoch, slots, patch_order)[0], (-1,))
         # One small array goes up, and nothing is waited for.
         starts = np.cumsum(at.size) - at.size
-        slots, starts = arrays.upload(np.stack([at.slot, starts]), self._device)
-        form = Form.of(self._tables, self._shuffles, ragged=True)
+        parts = [starts, at.j, at.group] if located else [starts, at.slot]
+        starts, slots, *row_groups = arrays.upload(np.stack(parts), self._device)
+        group = row_groups[0] if located else None
+        if self._tables.uniform:
+            # The same kernel as for a block: each form is one to compile.
+            block = self._block(streams, epoch, slots, group, "int64")
+            return self._xp.reshape(block[0], (-1,))
+        form = Form.of(self._tables, self._shuffles, ragged=True, located=located)
         keys = self._keys(streams, epoch)
         with arrays.on(self._device):
             out = self._empty((int(at.size.sum()),))
             row_arrays = (slots, starts, None, out, None, None)
-            self._run(form, row_arrays, patch_order, int(at.size.max()), keys)
+            self._run(form, row_arrays, group, int(at.size.max()), keys)
         return out
 
     def _empty(self, shape: tuple[int, ...], dtype: str = "int64") -> Any:
@@ -118,7 +131,7 @@ class Fused:
         self,
         form: Form,
         arrays_of_rows: tuple[Any, ...],
-        patch_order: PatchOrder | None,
+        row_groups: Any,
         widest: int,
         keys: tuple[int, ...],
     ) -> None:
@@ -129,7 +142,6 @@ class Fused:
         if num_rows == 0:
             return
         num_groups = int(tables.counts.shape[0])
-        search = tables.batch_offsets if patch_order is None else patch_order.before
         grid = grid_of(tables.num_batches)
         # What is not used is 0: a side of a grid above 2**31 is no 32-bit number.
         slot_grid = grid if form.slots > 1 else (0, 0, 0)
@@ -137,8 +149,8 @@ class Fused:
             *arrays_of_rows,
             tables.counts,
             tables.sizes,
-            search,
-            None if patch_order is None else patch_order.patches,
+            tables.batch_offsets,
+            row_groups,
             tables.starts,
             *tables.grid,
             tables.order,

@@ -2,7 +2,8 @@
 
 Imported at first use only. A program takes ``ROWS`` rows (batches): it finds out what each row is
 (slot -> batch by a keyed bijection -> patch by a search -> key, grid and first position) and then
-writes the rows' samples (position -> permutation -> order), ``COLS`` of each row at a time.
+writes the rows' samples (position -> permutation -> order), ``COLS`` of each row at a time. Where
+rows are LOCATED, ``slots`` holds batches of the patches that ``row_groups`` holds.
 
 Integer arguments are signed 32-bit numbers, keys by their bits: Triton types an argument by its
 value, and a key that is 64-bit in one epoch would be another kernel to compile.
@@ -118,7 +119,7 @@ _VALUES = [
 
 
 # Nor is where in memory these begin: they are parts of a user's tensors.
-_PLACES = ["slots", "starts", "epoch"]
+_PLACES = ["slots", "starts", "epoch", "row_groups"]
 
 
 @triton.jit(do_not_specialize=_VALUES, do_not_specialize_on_alignment=_PLACES)
@@ -132,7 +133,7 @@ def batches_kernel(
     counts,
     sizes,
     search,
-    patches,
+    row_groups,
     bases,
     side_a,
     side_b,
@@ -152,7 +153,7 @@ def batches_kernel(
     state0,
     state1,
     SLOTS: tl.constexpr,
-    IN_ORDER: tl.constexpr,
+    LOCATED: tl.constexpr,
     SAMPLES: tl.constexpr,
     SMALL: tl.constexpr,
     FEWEST: tl.constexpr,
@@ -180,19 +181,21 @@ def batches_kernel(
     if SLOTS > 0:
         slot = _permute_slots(slot, slot_n, slot_a, slot_b, slot_rem, slot_pairs, k0, k1 | 1, SLOTS)
 
-    # The last place whose entry is not above the slot.
-    place = tl.zeros([ROWS], tl.int32)
-    step_ahead = 1 << steps
-    for _ in range(steps):
-        step_ahead = step_ahead >> 1
-        ahead = place + step_ahead
-        known = inside & (ahead < num_groups)
-        entry = tl.load(search + ahead, mask=known, other=0)
-        place = tl.where(known & (entry <= slot), ahead, place)
-    j = slot - tl.load(search + place, mask=inside, other=0)
-    group = place.to(tl.int64)
-    if IN_ORDER:
-        group = tl.load(patches + place, mask=inside, other=0)
+    if LOCATED:
+        j = slot
+        group = tl.load(row_groups + row, mask=inside, other=0)
+    else:
+        # The last patch whose first batch is not beyond this one.
+        place = tl.zeros([ROWS], tl.int32)
+        step_ahead = 1 << steps
+        for _ in range(steps):
+            step_ahead = step_ahead >> 1
+            ahead = place + step_ahead
+            known = inside & (ahead < num_groups)
+            entry = tl.load(search + ahead, mask=known, other=0)
+            place = tl.where(known & (entry <= slot), ahead, place)
+        j = slot - tl.load(search + place, mask=inside, other=0)
+        group = place.to(tl.int64)
 
     size = tl.load(sizes + group, mask=inside, other=1)
     count = tl.load(counts + group, mask=inside, other=1)

@@ -1,0 +1,100 @@
+"""What a sample of each patch costs: numbers by patch, in whatever form they are given."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from gpusampler import arrays
+from gpusampler.grouping import PatchGroups
+
+MOST = 2.0**512
+"""Costs are below this: times any number of samples they are still finite."""
+
+
+def checked_costs(costs: Any, groups: PatchGroups, steps: str) -> NDArray[np.float64] | None:
+    """Return the costs that a plan's steps are balanced by, 1 each by default; else None.
+
+    Raises
+    ------
+    TypeError, ValueError
+        If they are not as `costs_by_patch` takes them, or given where steps are not balanced.
+    """
+    if steps == "balanced":
+        given = np.ones(groups.num_patches) if costs is None else costs
+        return costs_by_patch(given, groups)
+    if costs is not None:
+        raise ValueError(
+            f"patch_costs must be left out under steps={steps!r}: only steps='balanced' has a use "
+            "for them"
+        )
+    return None
+
+
+def costs_by_patch(costs: Any, groups: PatchGroups) -> NDArray[np.float64]:
+    """Return the cost of a sample of each patch.
+
+    Parameters
+    ----------
+    costs : array (G,), mapping or callable
+        By ascending patch id, from patch ids (others may be there too), or a function of the
+        patch id.
+    groups : PatchGroups
+
+    Returns
+    -------
+    float64 array, shape (G,)
+
+    Raises
+    ------
+    TypeError
+        If a cost is no number.
+    ValueError
+        If there are not as many as patches, a patch has none, or one is not in (0, 2**512).
+    """
+    if isinstance(costs, Mapping):
+        patch_ids = groups.patch_ids.tolist()
+        missing = [patch_id for patch_id in patch_ids if patch_id not in costs]
+        if missing:
+            raise ValueError(
+                f"patch_costs must have a cost for every patch, got none for {_listed(missing)}"
+            )
+        costs = [costs[patch_id] for patch_id in patch_ids]
+    elif callable(costs):
+        costs = [costs(patch_id) for patch_id in groups.patch_ids.tolist()]
+    try:
+        found = np.asarray(arrays.to_numpy(costs) if arrays.library_of(costs) else costs)
+    except ValueError as error:
+        raise ValueError(f"patch_costs must be one number a patch: {error}") from error
+    if found.dtype.kind not in "iuf":
+        raise TypeError(
+            "patch_costs must be numbers by ascending patch id, a mapping from patch ids, or a "
+            f"function of the patch id, got {_shown(costs)}"
+        )
+    if found.shape != (groups.num_patches,):
+        raise ValueError(
+            f"patch_costs must be one number a patch, shape ({groups.num_patches},), got shape "
+            f"{found.shape}"
+        )
+    found = found.astype(np.float64)
+    wrong = np.flatnonzero(~((found > 0) & (found < MOST)))
+    if wrong.size:
+        group = int(wrong[0])
+        raise ValueError(
+            f"patch_costs must be > 0 and < 2**512, got {found[group]} for patch "
+            f"{int(groups.patch_ids[group])}"
+        )
+    return found
+
+
+def _listed(patch_ids: list[int]) -> str:
+    shown = ", ".join(map(str, patch_ids[:5]))
+    return shown if len(patch_ids) <= 5 else f"{shown} and {len(patch_ids) - 5} more"
+
+
+def _shown(costs: Any) -> str:
+    text = repr(costs)
+    return text if len(text) <= 80 else f"{text[:80]} ..."
