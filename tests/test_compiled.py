@@ -114,6 +114,15 @@ FORMS = {
     "samples in order": Form(MIXED, {"shuffle_within_batches": False}, gathered=True),
     "nothing shuffled": Form(MIXED, {"shuffle_within_batches": False, "shuffle_patches": False}),
     "one batch": Form([5], {}),
+    "balanced steps": Form(MIXED, {"steps": "balanced", "step_width": 3, "partial": "keep"}),
+    "balanced steps, in order": Form(
+        SMALL_ONLY, {"steps": "balanced", "step_width": 2, "shuffle_patches": False}
+    ),
+    "fewer batches than a balanced step": Form([5], {"steps": "balanced", "step_width": 4}),
+    "steps of one patch": Form(MIXED, {"steps": "same_patch", "step_width": 3}),
+    "steps of one patch, in a row": Form(
+        SMALL_ONLY, {"steps": "same_patch", "step_width": 2, "interleave": False}
+    ),
 }
 
 

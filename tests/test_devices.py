@@ -118,3 +118,38 @@ def test_wide_spans_need_no_wide_tables():
     groups = PatchGroups.from_ids(ids)
     np.testing.assert_array_equal(groups.order, np.argsort(ids, kind="stable"))
     np.testing.assert_array_equal(groups.patch_ids, np.arange(100) * 10_000)
+
+
+class TestDefaultDevice:
+    """Where a dataset's batches are made; the sampler may be made before a process forks."""
+
+    @pytest.fixture
+    def two_gpus(self, monkeypatch):
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+
+    @pytest.mark.usefixtures("two_gpus")
+    def test_is_found_out_without_cuda_being_initialised(self, monkeypatch):
+        def initialises():
+            raise AssertionError("this initialises CUDA, and no fork may use it any more")
+
+        monkeypatch.setattr(torch.cuda, "is_initialized", lambda: False)
+        monkeypatch.setattr(torch.cuda, "current_device", initialises)
+        # On a build without CUDA this would only ask; elsewhere it may initialise.
+        monkeypatch.setattr(torch.cuda, "is_available", initialises)
+        assert arrays.default_device() == Device("torch", "cuda:0")
+
+    @pytest.mark.usefixtures("two_gpus")
+    def test_is_the_gpu_that_the_process_uses(self, monkeypatch):
+        monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+        monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
+        assert arrays.default_device() == Device("torch", "cuda:1")
+
+    @pytest.mark.usefixtures("two_gpus")
+    def test_is_the_host_in_a_worker(self, monkeypatch):
+        monkeypatch.setattr(arrays, "in_worker", lambda: True)
+        assert arrays.default_device() == arrays.HOST
+
+    def test_is_the_host_where_there_is_no_gpu(self, monkeypatch):
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+        monkeypatch.setattr(torch.cuda, "is_initialized", lambda: False)
+        assert arrays.default_device() == arrays.HOST
