@@ -22,6 +22,14 @@ COUNTS = np.array([40, 2000, 3000, 33, 1500, 7])
 IDS = np.random.default_rng(5).permutation(np.repeat([-3, 8, 2, 1 << 40, 11, 0], COUNTS))
 BATCH = 64
 
+ORDERS = {
+    "interleaved": {},
+    "in a row": {"interleave": False},
+    "balanced": {"steps": "balanced", "step_width": 4},
+    "same patch": {"steps": "same_patch", "step_width": 4},
+}
+every_order = pytest.mark.parametrize("order", ORDERS.values(), ids=ORDERS)
+
 
 @pytest.fixture
 def torch():
@@ -97,10 +105,10 @@ def test_ids_stay_on_the_device(torch, monkeypatch, dtype):
 
 @pytest.mark.parametrize("epoch", [0, 1, (1 << 63) - 2])
 @pytest.mark.parametrize("partial", ["keep", "drop", "pad"])
-@pytest.mark.parametrize("interleave", [True, False])
+@every_order
 @pytest.mark.filterwarnings("ignore:partial='drop' leaves out")
-def test_lists_are_those_of_numpy(ids, epoch, partial, interleave):
-    settings = {"seed": 1 << 63, "partial": partial, "interleave": interleave}
+def test_lists_are_those_of_numpy(ids, epoch, partial, order):
+    settings = {"seed": 1 << 63, "partial": partial, **order}
     there = PatchBatchSampler(ids, BATCH, **settings)
     here = PatchBatchSampler(IDS, BATCH, **settings)
     assert there.plan.device != here.plan.device
@@ -111,11 +119,11 @@ def test_lists_are_those_of_numpy(ids, epoch, partial, interleave):
     assert there.state_dict() == here.state_dict()
 
 
-@pytest.mark.parametrize("interleave", [True, False])
+@every_order
 @pytest.mark.parametrize("device", ["cuda", "cupy"])
-def test_kernel_reference_and_host_agree(request, device, interleave):
+def test_kernel_reference_and_host_agree(request, device, order):
     request.getfixturevalue("torch" if device == "cuda" else "cupy")
-    host = host_plan(interleave=interleave)
+    host = host_plan(**order)
     plan = host.on(device)
     slots = np.random.default_rng(2).integers(0, plan.num_batches, 200)
     wanted = host.evaluate(7, slots)
@@ -144,11 +152,11 @@ def test_the_detector_detects(torch, nothing_waits):
 
 
 @pytest.mark.parametrize("fresh", [False, True], ids=["second epoch", "right after construction"])
-@pytest.mark.parametrize("interleave", [True, False])
-def test_batches_wait_for_nothing(ids, nothing_waits, interleave, fresh):
+@every_order
+def test_batches_wait_for_nothing(ids, nothing_waits, order, fresh):
     # Kernels are compiled beforehand in either case.
-    drained(PatchBatchSampler(ids, BATCH, seed=0, interleave=interleave).batches())
-    sampler = PatchBatchSampler(ids, BATCH, seed=0, interleave=interleave)
+    drained(PatchBatchSampler(ids, BATCH, seed=0, **order).batches())
+    sampler = PatchBatchSampler(ids, BATCH, seed=0, **order)
     if not fresh:
         drained(sampler.batches())
     with nothing_waits:
@@ -212,10 +220,10 @@ def test_a_graph_runs_through_the_end_of_an_epoch(torch, ids):
 # Streams
 
 
-@pytest.mark.parametrize("interleave", [True, False])
-def test_two_current_streams(torch, interleave):
+@every_order
+def test_two_current_streams(torch, order):
     """What one stream has uploaded another one uses, whichever gets there first."""
-    host = host_plan(interleave=interleave)
+    host = host_plan(**order)
     plan = host.on("cuda")
     slots = np.arange(host.num_batches)
     there = torch.from_numpy(slots).cuda()

@@ -23,7 +23,7 @@ SEEDS = (0, 1 << 31, 1 << 63, (1 << 64) - (1 << 20))
 EPOCHS = (0, 1, 1 << 31, (1 << 32) + 5, (1 << 63) - 2)
 
 # Sizes between two bounds, both of which occur, so that a mix is one form of a kernel and not many;
-# the batch size where batches are interleaved, and where they are not.
+# the batch size where the kernel finds out by itself what slots lead to, and where it is told.
 MIXES = {
     "small": (1, 32, 300, (5, 32)),
     "large": (1024, 5000, 12, (64, 100)),
@@ -34,6 +34,19 @@ MIXES = {
     "slots": (33, 100, 3, (16, 64)),
     "one": (100, 100, 1, (10, 128)),
 }
+
+
+# Every other one is told.
+ORDERS: tuple[dict[str, Any], ...] = (
+    {},
+    {"interleave": False},
+    {},
+    {"steps": "balanced", "step_width": 8},
+    {},
+    {"steps": "same_patch", "step_width": 3},
+    {},
+    {"steps": "same_patch", "step_width": 2, "interleave": False},
+)
 
 
 class Drawn(NamedTuple):
@@ -96,7 +109,7 @@ def random_plans(count: int) -> Iterator[Drawn]:
         mix, (least, most, patches, batch_sizes) = mixes[place]
         counts = rng.integers(least, most + 1, patches)
         counts[0], counts[-1] = least, most
-        interleave, ids = turn % 2 == 0, None
+        order, ids = ORDERS[turn % len(ORDERS)], None
         if (turn // 2 + place) % 2 == 0:
             ids = _shuffled_ids(rng, counts)
         plain = (turn + place) % 3 != 2
@@ -105,11 +118,11 @@ def random_plans(count: int) -> Iterator[Drawn]:
             mix=mix,
             counts=counts,
             ids=ids,
-            batch_size=batch_sizes[0] if interleave else batch_sizes[1],
+            batch_size=batch_sizes[turn % 2],
             seed=SEEDS[rng.integers(len(SEEDS))] + int(rng.integers(1 << 20)),
             epoch=EPOCHS[rng.integers(len(EPOCHS))],
             settings={
-                "interleave": interleave,
+                **order,
                 "partial": _partial(rng, most, batch_sizes),
                 "shuffle_within_batches": plain or bool(rng.integers(2)),
                 "shuffle_patches": plain or bool(rng.integers(2)),

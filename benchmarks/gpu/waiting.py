@@ -28,12 +28,16 @@ def nothing_waits(bench: Bench) -> None:
     def in_order() -> PatchBatchSampler:
         return PatchBatchSampler(ids, BATCH, seed=0, interleave=False, partial="pad")
 
+    def balanced() -> PatchBatchSampler:
+        return PatchBatchSampler(ids, BATCH, seed=0, steps="balanced", step_width=4)
+
     def loader() -> PatchTensorLoader:
         return PatchTensorLoader(sampler(), x=rows)
 
     makers: dict[str, Callable[[], Any]] = {
         "batches()": sampler,
         "batches(), interleave=False": in_order,
+        "batches(), steps='balanced'": balanced,
         "PatchTensorLoader": loader,
     }
     for name, make in makers.items():
