@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 import warnings
+from itertools import product
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -240,14 +241,24 @@ def test_differences_are_found(package):
 
 def test_a_hundred_plans_are_of_all_kinds(package):
     drawn = list(package.identity.random_plans(100))
-    kinds = {(d.mix, d.ids is None, d.settings["interleave"], d.settings["partial"]) for d in drawn}
-    assert {kind[:3] for kind in kinds} == {
-        (mix, contiguous, interleave)
-        for mix in package.identity.MIXES
-        for contiguous in (True, False)
-        for interleave in (True, False)
+
+    def order_of(settings):
+        return settings.get("steps", "free"), settings.get("interleave", True)
+
+    orders = {order_of(order) for order in package.identity.ORDERS}
+    assert orders == {
+        ("free", True),
+        ("free", False),
+        ("balanced", True),
+        ("same_patch", True),
+        ("same_patch", False),
     }
-    assert {kind[3] for kind in kinds} == {"keep", "drop", "pad"}
+    mixes = package.identity.MIXES
+    assert {(d.mix, order_of(d.settings)) for d in drawn} == set(product(mixes, orders))
+    # By slots and told, each with an order of the samples and without.
+    located = {(d.mix, d.ids is None, order_of(d.settings) == ("free", True)) for d in drawn}
+    assert located == set(product(mixes, (True, False), (True, False)))
+    assert {d.settings["partial"] for d in drawn} == {"keep", "drop", "pad"}
     assert {bool(d.settings["shuffle_within_batches"]) for d in drawn} == {True, False}
     assert {d.ids.dtype.name for d in drawn if d.ids is not None} == {"int64", "int32", "int16"}
     assert any(d.seed >= 1 << 63 for d in drawn)
