@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 from gpusampler import arrays
 from gpusampler.grouping import PatchGroups
+from gpusampler.validation import shown
 
 MOST = 2.0**512
 """Costs are below this: times any number of samples they are still finite."""
@@ -72,7 +73,7 @@ def costs_by_patch(costs: Any, groups: PatchGroups) -> NDArray[np.float64]:
     if found.dtype.kind not in "iuf":
         raise TypeError(
             "patch_costs must be numbers by ascending patch id, a mapping from patch ids, or a "
-            f"function of the patch id, got {_shown(costs)}"
+            f"function of the patch id, got {shown(costs)}"
         )
     if found.shape != (groups.num_patches,):
         raise ValueError(
@@ -93,8 +94,3 @@ def costs_by_patch(costs: Any, groups: PatchGroups) -> NDArray[np.float64]:
 def _listed(patch_ids: list[int]) -> str:
     shown = ", ".join(map(str, patch_ids[:5]))
     return shown if len(patch_ids) <= 5 else f"{shown} and {len(patch_ids) - 5} more"
-
-
-def _shown(costs: Any) -> str:
-    text = repr(costs)
-    return text if len(text) <= 80 else f"{text[:80]} ..."

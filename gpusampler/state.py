@@ -12,7 +12,7 @@ from gpusampler.arrays import Int64
 from gpusampler.permutation import VERSION
 from gpusampler.plan import EPOCHS, EpochPlan
 from gpusampler.ranks import LateGroup
-from gpusampler.validation import checked_int, checked_seed
+from gpusampler.validation import checked_int, checked_seed, shown
 
 STATE_VERSION = 1
 STATE_KEYS = frozenset({"version", "epoch", "slot", "seed", "step_width", "fingerprint"})
@@ -35,7 +35,7 @@ def check_ranks(num_batches: int, num_replicas: int, uneven: str) -> None:
 
 def with_saved_seed(plan: EpochPlan, seed: Any, seed_given: bool) -> EpochPlan:
     """Return a plan under a saved seed; raise ValueError if another was given explicitly."""
-    seed = checked_seed(seed)
+    seed = checked_seed(seed, "state_dict seed")
     if seed == plan.seed:
         return plan
     if seed_given:
@@ -180,7 +180,10 @@ class Progress:
 
     def bind_state(self, begun: Pass, state: Mapping[str, Any]) -> Share:
         """Give the epoch and the position of a state to a pass that goes on there."""
-        return self._bound(begun, self._share(self._checked(state)))
+        share = self._bound(begun, self._share(self._checked(state)))
+        # A finished epoch is no pass; the one after it needs no more choosing than after a load.
+        self._epoch_chosen = share.steps == 0
+        return share
 
     def _bound(self, begun: Pass, share: Share) -> Share:
         self._place = Place(self.plan, share.epoch + 1, 0)
@@ -197,7 +200,7 @@ class Progress:
         if loaded is not None and loaded.epoch == epoch:
             self._place = loaded
             return
-        if loaded is not None and 0 < loaded.slot < loaded.plan.num_batches:
+        if loaded is not None and loaded.slot and self._share(loaded).steps:
             warnings.warn(
                 f"set_epoch({epoch}) drops the loaded position: epoch {loaded.epoch}, "
                 f"slot {loaded.slot}",
@@ -257,9 +260,10 @@ class Progress:
         missing = sorted(STATE_KEYS - set(state))
         if missing:
             raise TypeError(f"state_dict must come from state_dict(): it lacks {missing}")
-        if state["version"] != STATE_VERSION:
+        version = checked_int(state["version"], "state_dict version", least=1)
+        if version != STATE_VERSION:
             raise ValueError(
-                f"state_dict must have format version {STATE_VERSION}, got {state['version']!r}"
+                f"state_dict must have format version {STATE_VERSION}, got {shown(version)}"
             )
         check_fingerprint(state["fingerprint"], self._fingerprint)
         plan = with_saved_seed(self.plan, state["seed"], self.seed_given)
@@ -289,10 +293,20 @@ def check_fingerprint(theirs: Any, ours: Mapping[str, Any]) -> None:
     """Raise, naming what differs, if a saved fingerprint is of other ids or settings."""
     if not isinstance(theirs, Mapping):
         raise TypeError(f"state_dict fingerprint must be a mapping, got {type(theirs).__name__}")
+
+    def said(by: Mapping[str, Any], name: str) -> str:
+        return shown(by[name]) if name in by else "absent"
+
+    def differs(name: str) -> bool:
+        if name not in theirs or name not in ours:
+            return True
+        # By type as well: 1 is neither True nor 1.0, and what has another type is not compared.
+        return type(theirs[name]) is not type(ours[name]) or bool(theirs[name] != ours[name])
+
     differing = [
-        f"{name} is {theirs.get(name)!r} there and {ours.get(name)!r} here"
+        f"{name} is {said(theirs, name)} there and {said(ours, name)} here"
         for name in {**ours, **theirs}
-        if theirs.get(name) != ours.get(name)
+        if differs(name)
     ]
     if differing:
         raise ValueError(

@@ -27,17 +27,26 @@ def checked_int(value: Any, name: str, *, least: int, below: int | None = None) 
     try:
         number = operator.index(value)
     except TypeError:
-        raise TypeError(f"{name} must be an int, got {value!r}") from None
+        raise TypeError(f"{name} must be an int, got {shown(value)}") from None
     if number < least:
-        raise ValueError(f"{name} must be >= {least}, got {number}")
+        raise ValueError(f"{name} must be >= {least}, got {shown(number)}")
     if below is not None and number >= below:
-        raise ValueError(f"{name} must be < {below}, got {number}")
+        raise ValueError(f"{name} must be < {below}, got {shown(number)}")
     return number
 
 
-def checked_seed(seed: Any) -> int:
+def shown(value: Any) -> str:
+    """Return a value as it is shown in an error; long ones are cut."""
+    # Python refuses to write out an integer of more than a few thousand digits.
+    if isinstance(value, int) and value.bit_length() > 256:
+        return f"an int of {value.bit_length()} bits"
+    text = repr(value)
+    return text if len(text) <= 200 else f"{text[:200]} ..."
+
+
+def checked_seed(seed: Any, name: str = "seed") -> int:
     """Return ``seed`` as an int in 0 .. 2**64 - 1, or raise."""
-    return checked_int(seed, "seed", least=0, below=1 << 64)
+    return checked_int(seed, name, least=0, below=1 << 64)
 
 
 def checked_bool(value: Any, name: str) -> bool:

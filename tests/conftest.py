@@ -62,6 +62,16 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
         pytest.skip("no CUDA device")
 
 
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Let the long form run only where it is asked for, and say so where it is not."""
+    if "battery" in config.getoption("markexpr"):
+        return
+    skip = pytest.mark.skip(reason="the long form takes minutes: pytest -m battery")
+    for item in items:
+        if item.get_closest_marker("battery"):
+            item.add_marker(skip)
+
+
 @pytest.fixture
 def elsewhere(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let torch's "cpu" count as a device that NumPy does not see."""

@@ -328,7 +328,7 @@ def test_a_state_that_is_refused_for_its_place_leaves_the_seed():
         ({"_extra_state": None}, TypeError, "must come from a BatchCursor, got extra state None"),
         ({"_extra_state": {"seed": 5}}, TypeError, "must come from a BatchCursor"),
         ({"_extra_state": {"seed": 5, "fingerprint": 3}}, TypeError, "fingerprint must be a map"),
-        ({"_extra_state": {"seed": 5, "fingerprint": {}}}, ValueError, "ids is None there"),
+        ({"_extra_state": {"seed": 5, "fingerprint": {}}}, ValueError, "ids is absent there"),
     ],
 )
 def test_broken_states(change, error, match):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from itertools import chain
+from itertools import chain, islice
 
 import numpy as np
 import pytest
@@ -10,62 +10,10 @@ import pytest
 pytest.importorskip("torch")
 
 import torch
-from torch.utils.data import DataLoader, Dataset, get_worker_info
+from expected import through_json
+from loaders import IDS, LOADERS, BlockRows, Rows, epoch_of, loader_of, rows_of
 
 from gpusampler import PatchBatchSampler
-
-IDS = np.random.default_rng(3).permutation(np.repeat([4, 1, 8, 30], [25, 6, 40, 2]))
-
-
-class Rows(Dataset):
-    """Says which rows were asked for, how, and whether a worker was asked."""
-
-    def __len__(self):
-        return IDS.size
-
-    def get_all_patch_ids(self):
-        return IDS
-
-    def __getitem__(self, i):
-        assert type(i) is int
-        return {"row": i, "patch_id": int(IDS[i]), "worker": get_worker_info() is not None}
-
-
-class BlockRows(Rows):
-    """Fetches a batch at a time, and wants an array."""
-
-    def __init__(self, kind):
-        self.kind = kind
-
-    def __getitems__(self, rows):
-        assert type(rows) is self.kind
-        if self.kind is not list:
-            assert str(rows.dtype).endswith("int64")
-        return [Rows.__getitem__(self, int(row)) for row in rows]
-
-
-LOADERS = {
-    "none": {},
-    "two": {"num_workers": 2},
-    "persistent": {"num_workers": 2, "persistent_workers": True},
-    "eager": {"num_workers": 2, "persistent_workers": True, "prefetch_factor": 16},
-}
-
-
-def loader_of(dataset, sampler, **settings):
-    if settings.get("num_workers"):
-        settings.setdefault("multiprocessing_context", "fork")
-    return DataLoader(dataset, batch_sampler=sampler, **settings)
-
-
-def rows_of(batch, worker: bool) -> list[int]:
-    assert batch["worker"].tolist() == [worker] * len(batch["row"])
-    assert len(set(batch["patch_id"].tolist())) == 1
-    return batch["row"].tolist()
-
-
-def epoch_of(sampler, epoch) -> list[list[int]]:
-    return [batch.indices.tolist() for batch in sampler.batches(epoch)]
 
 
 @pytest.mark.parametrize("loader", LOADERS)
@@ -128,23 +76,63 @@ def test_set_epoch_between_passes(loader):
 
 
 @pytest.mark.parametrize("loader", LOADERS)
-@pytest.mark.parametrize("step", [1, 4, 7])
+@pytest.mark.parametrize("step", [1, 9, 19, 20])
 def test_resuming_by_step_in_spite_of_prefetching(loader, step):
+    # Stopped twice in the second epoch, each time after the steps that training has done.
+    settings = LOADERS[loader]
+    expected = [
+        batch for epoch in (1, 2) for batch in epoch_of(PatchBatchSampler(IDS, 4, seed=5), epoch)
+    ]
+    sampler = PatchBatchSampler(Rows(), 4, seed=5)
+    list(sampler)
+    seen = []
+    for steps in (step, 3):
+        begun = iter(loader_of(Rows(), sampler, **settings))
+        drawn = list(islice(begun, steps))
+        seen += [rows_of(batch, bool(settings)) for batch in drawn]
+        state = through_json(sampler.state_dict(step=len(drawn)))
+        if settings and len(seen) < 19:
+            # What a loader with workers has drawn is not what was trained on.
+            assert sampler.state_dict()["slot"] > state["slot"]
+        del begun
+        sampler = PatchBatchSampler(Rows(), 4)
+        sampler.load_state_dict(state)
+    loaded = loader_of(Rows(), sampler, **settings)
+    while len(seen) < 40:
+        seen += [rows_of(batch, bool(settings)) for batch in loaded]
+    assert seen == expected
+
+
+@pytest.mark.parametrize("loader", LOADERS)
+def test_the_state_before_the_first_step_is_the_epochs_start(loader):
+    # The loader has drawn ahead, and training has done nothing.
     settings = LOADERS[loader]
     sampler = PatchBatchSampler(Rows(), 4, seed=5)
-    list(loader_of(Rows(), sampler))
     begun = iter(loader_of(Rows(), sampler, **settings))
-    seen = [rows_of(next(begun), bool(settings)) for _ in range(step)]
-    state = sampler.state_dict(step=step)
-    if settings:
-        # What a loader with workers has drawn is not what was trained on.
-        assert sampler.state_dict()["slot"] > step
-    assert (state["epoch"], state["slot"]) == (1, step)
+    state = through_json(sampler.state_dict(step=0))
+    del begun
     resumed = PatchBatchSampler(Rows(), 4)
     resumed.load_state_dict(state)
-    rest = [rows_of(b, bool(settings)) for b in loader_of(Rows(), resumed, **settings)]
-    assert seen + rest == epoch_of(sampler, 1)
+    assert [rows_of(b, bool(settings)) for b in loader_of(Rows(), resumed, **settings)] == epoch_of(
+        PatchBatchSampler(IDS, 4, seed=5), 0
+    )
+
+
+@pytest.mark.parametrize("loader", LOADERS)
+def test_a_loader_and_its_workers_go_on_in_place_after_a_load(loader):
+    # Going back to a state in the same process: nothing of the pass that was left comes through.
+    settings = LOADERS[loader]
+    sampler = PatchBatchSampler(Rows(), 4, seed=5)
+    loaded = loader_of(Rows(), sampler, **settings)
+    begun = iter(loaded)
+    list(islice(begun, 6))
+    state = sampler.state_dict(step=4)
+    list(islice(begun, 5))
     del begun
+    for _ in range(2):
+        sampler.load_state_dict(state)
+        assert [rows_of(b, bool(settings)) for b in loaded] == epoch_of(sampler, 0)[4:]
+    assert [rows_of(b, bool(settings)) for b in loaded] == epoch_of(sampler, 1)
 
 
 def test_ranks_through_loaders_share_the_epoch_out():
@@ -154,28 +142,3 @@ def test_ranks_through_loaders_share_the_epoch_out():
         sampler = PatchBatchSampler(Rows(), 4, seed=5, num_replicas=2, rank=rank)
         found.append([rows_of(batch, False) for batch in loader_of(Rows(), sampler)])
     assert [batch for step in zip(*found, strict=True) for batch in step][: len(whole)] == whole
-
-
-@pytest.mark.filterwarnings("ignore:.*set_vital")
-@pytest.mark.parametrize("workers", [0, 2])
-@pytest.mark.parametrize("stop", [1, 9, 19])
-def test_stateful_loader_resumes_exactly(workers, stop):
-    stateful = pytest.importorskip("torchdata.stateful_dataloader")
-
-    def make():
-        sampler = PatchBatchSampler(Rows(), 4, seed=5)
-        return sampler, stateful.StatefulDataLoader(
-            Rows(), batch_sampler=sampler, num_workers=workers
-        )
-
-    sampler, loaded = make()
-    total = len(sampler)
-    assert stop < total == 20
-    begun = iter(loaded)
-    seen = [rows_of(next(begun), bool(workers)) for _ in range(stop)]
-    state = loaded.state_dict()
-    del begun
-    other, resumed = make()
-    resumed.load_state_dict(state)
-    assert seen + [rows_of(b, bool(workers)) for b in resumed] == epoch_of(sampler, 0)
-    assert [rows_of(b, bool(workers)) for b in resumed] == epoch_of(other, 1)

@@ -258,6 +258,15 @@ def test_no_warning_where_no_position_is_lost(drawn):
     assert list(sampler) == epoch_of(sampler, 7)
 
 
+def test_no_warning_where_too_few_batches_are_left_for_the_ranks():
+    state = {**mid_epoch(3), "slot": 22}
+    sampler = make(num_replicas=3, rank=0, uneven="drop")
+    sampler.load_state_dict(state)
+    assert sampler.epoch == 4
+    sampler.set_epoch(4)
+    assert list(sampler) == epoch_of(make(), 4)[::3]
+
+
 def test_setting_a_finished_epoch_that_was_loaded_hands_out_nothing_more():
     sampler = make()
     sampler.load_state_dict(mid_epoch(3, 24))

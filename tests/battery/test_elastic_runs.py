@@ -1,0 +1,23 @@
+"""The long form of `test_elastic`: other cases, and thousands of them."""
+
+from __future__ import annotations
+
+import pytest
+from elastic import MOST_RANKS, carry_out_all, case_of, changes
+
+PLAIN, LOADED = 2, 3
+
+pytestmark = pytest.mark.battery
+
+
+@pytest.mark.parametrize("part", range(4))
+def test_thousands_of_random_runs_without_loaders(part):
+    cases = [case_of(number, PLAIN) for number in range(1000 * part, 1000 * (part + 1))]
+    assert len(changes(carry_out_all(cases))) == MOST_RANKS**2
+
+
+@pytest.mark.parametrize("workers", [0, 1, 2])
+def test_a_hundred_random_runs_through_data_loaders(workers):
+    pytest.importorskip("torch")
+    happened = carry_out_all([case_of(number, LOADED, workers, 4) for number in range(100)])
+    assert len(changes(happened)) == 16
