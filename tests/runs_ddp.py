@@ -125,8 +125,24 @@ def train(args: argparse.Namespace) -> None:
         dist.barrier()
         if rank == 0:
             save(checkpoint, model, optimizer, sampler.state_dict(step=step))
+    error = evaluate(model.module, dataset, args.batch_size)
+    (args.out / f"error{rank}.json").write_text(json.dumps(error))
     parameters = torch.cat([part.detach().flatten() for part in model.parameters()])
     log.write(ended=hashlib.sha256(parameters.numpy().tobytes()).hexdigest())
+
+
+@torch.no_grad()
+def evaluate(model: nn.Module, dataset: Patches, batch_size: int) -> float:
+    """Return the mean squared error over all samples, each of which counts once on some rank."""
+    sampler = PatchBatchSampler.for_evaluation(dataset, batch_size)
+    sums = torch.zeros(2, dtype=torch.float64)
+    loader = DataLoader(dataset, batch_sampler=sampler)
+    for batch, valid in zip(loader, sampler.valid_counts(), strict=True):
+        forecast = model(batch["values"], dataset.points[batch["patch"][0]])
+        squares = (forecast - batch["target"])[:valid].square()
+        sums += torch.tensor([squares.sum(dtype=torch.float64), squares.numel()])
+    dist.all_reduce(sums)
+    return (sums[0] / sums[1]).item()
 
 
 class Log:

@@ -19,7 +19,7 @@ import torch
 import torch.distributed
 from expected import epoch_of
 from jobs import SCRIPT, Job, Life, free_port, lives_of, run, steps_that_count
-from runs_ddp import SIZES, Patches
+from runs_ddp import SIZES, OnPoints, Patches
 
 from gpusampler import PatchBatchSampler
 
@@ -129,6 +129,8 @@ def test_four_ranks_become_three(folder):
     assert sampler.coverage(0).totals()["missed"] > 0
     check_coverage(life.steps[: len(sampler)], sampler, 0)
     assert len(lives[1].steps) == 9
+    # 47 batches on three ranks: one comes a second time, and must not count.
+    check_error(out, 3)
 
 
 def test_two_ranks_become_three_and_then_one(folder):
@@ -142,9 +144,20 @@ def test_two_ranks_become_three_and_then_one(folder):
     check_epoch(lives, 0)
     check_end(lives)
     assert len(lives[2].steps) == M - 21
+    check_error(out, 1)
 
 
-# A metric over 3 ranks equals the metric over 1: PatchBatchSampler.for_evaluation, to be written.
+def check_error(out: Path, ranks: int) -> None:
+    """The error that ranks have found together is that of one process that sees each sample."""
+    found = {(out / f"error{rank}.json").read_text() for rank in range(ranks)}
+    assert len(found) == 1
+    model, dataset = OnPoints(), Patches()
+    model.load_state_dict(torch.load(out / "checkpoint.pt", weights_only=True)["model"])
+    with torch.no_grad():
+        weights = model.weights(dataset.points)[dataset.patch_ids, :, 0]
+    forecast = (dataset.values * weights).mean(dim=1)
+    alone = (forecast - dataset.targets).double().square().mean().item()
+    assert float(found.pop()) == pytest.approx(alone, rel=1e-6)
 
 
 def page_script() -> str:
