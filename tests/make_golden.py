@@ -1,7 +1,8 @@
 """Write the golden vectors of permutation version 1: ``python tests/make_golden.py``.
 
-They come from `oracle` alone. Run it when the permutation gets another version, into another file;
-never to make a failing test pass, for then the package has changed its users' batches.
+They come from `oracle` alone. Run it when the permutation gets another version, into other files;
+never to make a failing test pass, for then the package has changed its users' batches. Epochs in
+steps are in a file of their own, so that the older one stays as it was.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import oracle
 
 VERSION = 1
 PATH = Path(__file__).parent / "golden" / f"permutation_v{VERSION}.json"
+STEPS_PATH = PATH.with_name(f"steps_v{VERSION}.json")
 
 WORDS = (0, 1, 2**31, 2**32 - 1, 2**32, 2**63 - 1)
 SEEDS = (*WORDS, 2**63, 2**64 - 1)
@@ -40,6 +42,22 @@ PATCHES = (
     [3, 3, 3, 3, -1, -1, -1, -1],
     [9, -4, 9, 10**12, 9, -4, 9, 0, 9, 9, -(2**63), 9, 0, 10**12, 9, 2**63 - 1, 0, 9],
     [2 * (i % 3 == 0) + (i > 60) for i in range(90)],
+)
+
+STEP_PATCHES: tuple[tuple[list[int], tuple[list[float] | None, ...]], ...] = (
+    # With what a sample of each patch may cost. One patch; sizes 1 to 9 mixed up, sparse and
+    # negative ids; equal patches, side by side; classes beyond the small form.
+    ([5] * 7, (None, [0.3])),
+    (
+        [9, -4, 9, 10**12, 9, -4, 9, 0, 9, 9, -(2**63), 9, 0, 10**12, 9, 2**63 - 1, 0, 9],
+        # Patches of one class and of neighbouring ones; costs that are no binary fractions.
+        ([1, 1, 1.1, 1.124, 1.125, 2], [0.1, 0.3, 1e-9, 0.7, 1e3, 2 / 3]),
+    ),
+    ([3] * 5 + [-1] * 5 + [8] * 5 + [20] * 5, (None, [1e150, 2.0**511, 1e-300, 1])),
+    (
+        [2 * (i % 3 == 0) + (i > 60) + 3 * (i > 80) for i in range(100)],
+        (None, [1, 1.05, 1.1, 0.99, 5, 1.01]),
+    ),
 )
 
 
@@ -71,20 +89,69 @@ def epochs() -> list[dict[str, Any]]:
         )
     ]
     rows += [(oracle.Settings(1), 0, 0), (oracle.Settings(100, "pad"), 1, 2**63 - 1)]
+    found = [
+        epoch_of(ids, seed, number, settings)
+        for ids, (settings, seed, number) in product(PATCHES, rows)
+    ]
+    return [epoch for epoch in found if epoch["batches"]]
+
+
+def epoch_of(ids: list[int], seed: int, number: int, settings: oracle.Settings) -> dict[str, Any]:
+    """Return one epoch; of what steps depend on, only what is not the default."""
+    given = settings._asdict()
+    defaults = oracle.Settings(1)._asdict()
+    named = list(given)
+    for name in named[named.index("steps") :]:
+        if given[name] == defaults[name]:
+            del given[name]
+    return {
+        "ids": ids,
+        "seed": seed,
+        "epoch": number,
+        "settings": given,
+        "batches": [list(batch) for batch in oracle.epoch(ids, seed, number, settings)],
+    }
+
+
+def epochs_in_steps() -> list[dict[str, Any]]:
+    """Return epochs of both kinds of steps; settings turn at paces of their own."""
     out = []
-    for ids, (settings, seed, number) in product(PATCHES, rows):
-        batches = oracle.epoch(ids, seed, number, settings)
-        if batches:
-            out.append(
+    keys = ((20261122, 3), (2**64 - 1, 2**32), (0, 2**63 - 1))
+    for turn, (ids, costs) in enumerate(STEP_PATCHES):
+        for at, width in enumerate((1, 2, 3, 4, 5, 50)):
+            number = 6 * turn + at
+            given = {
+                "batch_size": (2, 3, 1, 4, 2)[number % 5],
+                "partial": ("keep", "drop", "pad")[(turn + at) % 3],
+                "step_width": width,
+                # Most of them shuffle both.
+                "shuffle_patches": number % 4 != 1,
+                "shuffle_within_batches": number % 4 != 2,
+            }
+            kinds = [
+                {"steps": "balanced", "patch_costs": costs[number // 2 % len(costs)]},
+                {"steps": "same_patch", "uneven": ("pad", "drop")[(turn + at) % 2]},
                 {
-                    "ids": ids,
-                    "seed": seed,
-                    "epoch": number,
-                    "settings": settings._asdict(),
-                    "batches": [[patch, samples] for patch, samples in batches],
-                }
-            )
-    return out
+                    "steps": "same_patch",
+                    "interleave": False,
+                    "uneven": ("drop", "pad")[(turn + at) % 2],
+                },
+            ]
+            for kind in kinds:
+                out.append(epoch_of(ids, *keys[number % 3], oracle.Settings(**given, **kind)))
+    # Steps, and batches of a class, beyond the small form, with a short step.
+    for patch_costs in STEP_PATCHES[-1][1]:
+        settings = oracle.Settings(1, steps="balanced", step_width=3, patch_costs=patch_costs)
+        out.append(epoch_of(STEP_PATCHES[-1][0], 7, 5, settings))
+    # One full step and a short one, which comes from before it in some epochs.
+    settings = oracle.Settings(1, steps="balanced", step_width=5)
+    out += [epoch_of(STEP_PATCHES[0][0], 7, number, settings) for number in range(4)]
+    return [epoch for epoch in out if epoch["batches"]]
+
+
+def build_steps() -> dict[str, Any]:
+    """Return what is pinned of steps."""
+    return {"version": VERSION, "epochs": epochs_in_steps()}
 
 
 def build() -> dict[str, Any]:
@@ -109,18 +176,19 @@ def build() -> dict[str, Any]:
     }
 
 
-def write() -> None:
-    """Write the file, one vector a line."""
+def write(path: Path, built: dict[str, Any]) -> None:
+    """Write a file, one vector a line."""
     parts = []
-    for name, value in build().items():
+    for name, value in built.items():
         if isinstance(value, list):
             rows = ",\n".join(f"  {json.dumps(row)}" for row in value)
             parts.append(f'"{name}": [\n{rows}\n]')
         else:
             parts.append(f'"{name}": {json.dumps(value)}')
-    PATH.parent.mkdir(exist_ok=True)
-    PATH.write_text("{\n" + ",\n".join(parts) + "\n}\n")
+    path.parent.mkdir(exist_ok=True)
+    path.write_text("{\n" + ",\n".join(parts) + "\n}\n")
 
 
 if __name__ == "__main__":
-    write()
+    write(PATH, build())
+    write(STEPS_PATH, build_steps())

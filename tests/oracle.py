@@ -7,12 +7,15 @@ pin itself.
 
 from __future__ import annotations
 
+from bisect import bisect_right
+from fractions import Fraction
 from itertools import pairwise
-from math import isqrt
+from math import frexp, isqrt
 from typing import NamedTuple
 
 WORD = 0xFFFFFFFF
-ORDER_OF_BATCHES, ORDER_OF_PATCHES, INSIDE_A_PATCH = 1, 2, 3
+ORDER_OF_BATCHES, ORDER_OF_PATCHES, INSIDE_A_PATCH, INSIDE_A_CLASS = 1, 2, 3, 6
+SHORT_STEP_ROUND = 62
 
 Key = tuple[int, int]
 
@@ -99,6 +102,11 @@ class Settings(NamedTuple):
     interleave: bool = True
     shuffle_patches: bool = True
     shuffle_within_batches: bool = True
+    steps: str = "free"
+    step_width: int = 1
+    uneven: str = "pad"
+    patch_costs: list[float] | None = None
+    """Of one sample of each patch, patch ids ascending; 1 for all where there is none."""
 
 
 def epoch(ids: list[int], seed: int, epoch: int, settings: Settings) -> list[tuple[int, list[int]]]:
@@ -106,37 +114,130 @@ def epoch(ids: list[int], seed: int, epoch: int, settings: Settings) -> list[tup
 
     Settings are those of the public constructor; one batch size for all patches.
     """
-    size = settings.batch_size
     patch_ids = sorted(set(ids))
     members = [[i for i, p in enumerate(ids) if p == patch] for patch in patch_ids]
-    places = [batches_of(len(m), size, settings.partial) for m in members]
-
-    if settings.interleave:
-        natural = [(g, place) for g in range(len(patch_ids)) for place in places[g]]
-        key = derive(seed, ORDER_OF_BATCHES, epoch, 0)
-        total = len(natural)
-        order = [
-            natural[permuted(slot, total, key) if settings.shuffle_patches else slot]
-            for slot in range(total)
-        ]
-    else:
-        key = derive(seed, ORDER_OF_PATCHES, epoch, 0)
-        count = len(patch_ids)
-        patches = [
-            permuted(place, count, key) if settings.shuffle_patches else place
-            for place in range(count)
-        ]
-        order = [(g, place) for g in patches for place in places[g]]
+    places = [batches_of(len(m), settings.batch_size, settings.partial) for m in members]
 
     out = []
-    for g, positions in order:
+    for g, number in order_of(list(map(len, members)), seed, epoch, settings):
         n = len(members[g])
         key = derive(seed, INSIDE_A_PATCH, epoch, g)
-        inside = [p % n for p in positions]
+        inside = [p % n for p in places[g][number]]
         if settings.shuffle_within_batches:
             inside = [permuted(p, n, key) for p in inside]
         out.append((patch_ids[g], [members[g][i] for i in inside]))
     return out
+
+
+def order_of(sizes: list[int], seed: int, epoch: int, settings: Settings) -> list[tuple[int, int]]:
+    """The batches of one epoch in order, each as (patch, number of the batch in it)."""
+    size, partial = settings.batch_size, settings.partial
+    counts = [len(batches_of(n, size, partial)) for n in sizes]
+    if settings.steps == "balanced":
+        lengths = [[len(batch) for batch in batches_of(n, size, partial)] for n in sizes]
+        runs = [
+            (g, number, 1, length)
+            for g in range(len(sizes))
+            for number, length in enumerate(lengths[g])
+        ]
+        balanced = Balanced(runs, seed, epoch, settings)
+        return [balanced.at(slot) for slot in range(sum(counts))]
+
+    # Steps of one batch each are the free order.
+    width = settings.step_width
+    if settings.steps == "same_patch" and settings.uneven == "drop":
+        steps = [nb // width for nb in counts]
+    else:
+        steps = [-(-nb // width) for nb in counts]
+    natural = [(g, q) for g in range(len(sizes)) for q in range(steps[g])]
+    if settings.interleave:
+        key = derive(seed, ORDER_OF_BATCHES, epoch, 0)
+        total = len(natural)
+        order = [
+            natural[permuted(t, total, key) if settings.shuffle_patches else t]
+            for t in range(total)
+        ]
+    else:
+        key = derive(seed, ORDER_OF_PATCHES, epoch, 0)
+        patches = range(len(sizes))
+        if settings.shuffle_patches:
+            patches = [permuted(place, len(sizes), key) for place in patches]
+        order = [(g, q) for g in patches for q in range(steps[g])]
+    return [(g, (q * width + p) % counts[g]) for g, q in order for p in range(width)]
+
+
+class Balanced:
+    """Steps of about equal cost, at any slot, from runs of like batches.
+
+    A run is (patch, number of its first batch, batches, samples in each).
+    """
+
+    def __init__(
+        self,
+        runs: list[tuple[int, int, int, int]],
+        seed: int,
+        epoch: int,
+        settings: Settings,
+    ) -> None:
+        self.seed, self.epoch, self.settings = seed, epoch, settings
+        costs = settings.patch_costs
+        classed = []
+        for patch, first, batches, samples in runs:
+            if batches:
+                per_sample = 1.0 if costs is None else float(costs[patch])
+                classed.append((cost_class(samples, per_sample), patch, first, batches))
+        # Natural order: classes ascending, in a class patches, in a patch its batches.
+        self.runs = sorted(classed)
+        self.starts = [0]
+        for run in self.runs:
+            self.starts.append(self.starts[-1] + run[3])
+        self.total = self.starts[-1]
+        self.classes: list[tuple[int, int]] = []
+        kinds = sorted({run[0] for run in self.runs})
+        for kind in kinds:
+            mine = [at for at, run in enumerate(self.runs) if run[0] == kind]
+            first = self.starts[mine[0]]
+            self.classes.append((first, self.starts[mine[-1] + 1] - first))
+
+    def at(self, slot: int) -> tuple[int, int]:
+        """Patch and number of the batch at a slot."""
+        y = slot
+        if self.settings.shuffle_patches:
+            y = self.place(slot)
+            c = bisect_right([first for first, _ in self.classes], y) - 1
+            first, n = self.classes[c]
+            y = first + permuted(y - first, n, derive(self.seed, INSIDE_A_CLASS, self.epoch, c))
+        at = bisect_right(self.starts, y) - 1
+        _, patch, number, _ = self.runs[at]
+        return patch, number + y - self.starts[at]
+
+    def place(self, slot: int) -> int:
+        """Where a slot's step puts it in the natural order."""
+        width = self.settings.step_width
+        full, rest = divmod(self.total, width)
+        key = derive(self.seed, ORDER_OF_BATCHES, self.epoch, 0)
+        t, p = divmod(slot, width)
+        # After how many of the natural order's full steps the short one stands.
+        u = keyed(SHORT_STEP_ROUND, 0, key) * min(full + 1, 2**31 - 1) >> 32
+        if t == full:
+            return u * width + p
+        shuffled = permuted(t, full, key)
+        return shuffled * width + p + (rest if rest and shuffled >= u else 0)
+
+
+def cost_class(samples: int, per_sample: float) -> int:
+    """Sign, exponent and three leading bits of the mantissa of a batch's cost in float64."""
+    cost = rounded(Fraction(samples) * Fraction(per_sample))
+    mantissa, exponent = frexp(cost)
+    # 1.xxx times a power of two, biased as IEEE 754 has it; the smallest have a fixed exponent.
+    if exponent - 1 < -1022:
+        return int(Fraction(cost) * 2**1025)
+    return (exponent - 1 + 1023) * 8 + int(mantissa * 16) - 8
+
+
+def rounded(exact: Fraction) -> float:
+    """The float64 nearest to a fraction."""
+    return exact.numerator / exact.denominator
 
 
 def batches_of(n: int, size: int, partial: str) -> list[range]:

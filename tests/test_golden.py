@@ -1,6 +1,6 @@
 """Golden vectors of permutation version 1: any change here changes every user's batches.
 
-The file was written by `make_golden` from `oracle`, a transcription of the design into Python
+The files were written by `make_golden` from `oracle`, a transcription of the design into Python
 integers that shares nothing with the package.
 """
 
@@ -13,12 +13,16 @@ import array_api_compat.numpy
 import array_api_compat.torch
 import make_golden
 import numpy as np
+import oracle
 import pytest
+import torch
 
 from gpusampler import EpochPlan, PatchGroups, lanes, runs
+from gpusampler.cursor import BatchCursor
 from gpusampler.permutation import VERSION, Grid, derive_key, grid_of, grids_of, permute
 
 GOLDEN = json.loads(make_golden.PATH.read_text())
+STEPS = json.loads(make_golden.STEPS_PATH.read_text())
 NAMESPACES = {"numpy": array_api_compat.numpy, "torch": array_api_compat.torch}
 
 every_namespace = pytest.mark.parametrize("xp", NAMESPACES.values(), ids=NAMESPACES.keys())
@@ -37,11 +41,12 @@ every_permutation = pytest.mark.parametrize("vector", PERMUTATIONS, ids=named)
 
 
 def test_version():
-    assert GOLDEN["version"] == VERSION == make_golden.VERSION
+    assert GOLDEN["version"] == STEPS["version"] == VERSION == make_golden.VERSION
 
 
-def test_file_is_what_the_oracle_says():
+def test_files_are_what_the_oracle_says():
     assert json.loads(json.dumps(make_golden.build())) == GOLDEN
+    assert json.loads(json.dumps(make_golden.build_steps())) == STEPS
 
 
 def test_file_covers_the_edges():
@@ -55,6 +60,38 @@ def test_file_covers_the_edges():
     }
     for flag in ("shuffle_patches", "shuffle_within_batches"):
         assert {s["interleave"] for s in settings if not s[flag]} == {True, False}
+
+
+def test_file_of_steps_covers_the_edges():
+    found = [
+        (oracle.Settings(**epoch["settings"]), len(epoch["batches"])) for epoch in STEPS["epochs"]
+    ]
+    for kind, uneven, interleave in [
+        ("balanced", "pad", True),
+        ("same_patch", "pad", True),
+        ("same_patch", "pad", False),
+        ("same_patch", "drop", True),
+        ("same_patch", "drop", False),
+    ]:
+        those = [
+            s for s, _ in found if (s.steps, s.uneven, s.interleave) == (kind, uneven, interleave)
+        ]
+        assert {s.partial for s in those} == {"keep", "drop", "pad"}
+        assert {s.step_width for s in those} >= ({1, 2, 3} if uneven == "drop" else {1, 2, 3, 4, 5})
+        assert {s.shuffle_patches for s in those} == {True, False}
+        assert {s.shuffle_within_batches for s in those} == {True, False}
+    shuffled = {
+        (min(total // s.step_width, 2), total % s.step_width > 0)
+        for s, total in found
+        if s.steps == "balanced" and s.shuffle_patches and s.step_width > 1
+    }
+    # No full step, one, or several; with a short one, or none.
+    assert shuffled >= {(0, True), (1, True), (2, False), (2, True)}
+    assert any(total // s.step_width > 32 and total % s.step_width for s, total in found)
+    costs = [cost for s, _ in found for cost in s.patch_costs or ()]
+    assert max(costs) > 1e150
+    assert min(costs) < 1e-299
+    assert any(cost % 1 and cost > 1 for cost in costs)
 
 
 @pytest.mark.parametrize("row", GOLDEN["keys"], ids=lambda row: "-".join(map(str, row[:4])))
@@ -105,39 +142,69 @@ def test_lanes_runs(vectors):
 def named_epoch(epoch: dict[str, Any]) -> str:
     settings = epoch["settings"]
     off = [name for name in settings if settings[name] is False]
+    steps = [str(settings[name]) for name in ("steps", "step_width", "uneven") if name in settings]
     return "-".join(
-        [f"{len(epoch['ids'])}", settings["partial"], f"{settings['batch_size']}", *off]
+        [f"{len(epoch['ids'])}", settings["partial"], f"{settings['batch_size']}", *off, *steps]
     )
 
 
-def handed_out(block: Any, groups: PatchGroups, epoch: dict[str, Any]) -> list[Any]:
-    settings = epoch["settings"]
+every_epoch = pytest.mark.parametrize(
+    "epoch", [*GOLDEN["epochs"], *STEPS["epochs"]], ids=named_epoch
+)
+
+
+def plan_of(epoch: dict[str, Any], ids: Any) -> EpochPlan:
+    settings = dict(epoch["settings"])
+    groups = PatchGroups.from_ids(ids)
+    return EpochPlan(groups, settings.pop("batch_size"), epoch["seed"], **settings)
+
+
+def handed_out(block: Any, plan: EpochPlan) -> list[Any]:
     out = []
     for row, length, group in zip(
         block.indices.tolist(), block.lengths.tolist(), block.groups.tolist(), strict=True
     ):
-        width = settings["batch_size"] if settings["partial"] == "pad" else length
-        out.append([int(groups.patch_ids[group]), row[:width]])
+        width = plan.batch_size if plan.partial == "pad" else length
+        out.append([int(plan.groups.patch_ids[group]), row[:width]])
     return out
 
 
-@pytest.mark.parametrize("epoch", GOLDEN["epochs"], ids=named_epoch)
+@every_epoch
 @every_namespace
 def test_epochs(xp, epoch):
-    groups = PatchGroups.from_ids(xp.asarray(epoch["ids"], dtype=xp.int64))
-    settings = dict(epoch["settings"])
-    plan = EpochPlan(groups, settings.pop("batch_size"), epoch["seed"], **settings)
+    plan = plan_of(epoch, xp.asarray(epoch["ids"], dtype=xp.int64))
     assert plan.num_batches == len(epoch["batches"])
     slots = xp.arange(plan.num_batches)
 
     block = plan.evaluate(epoch["epoch"], slots)
-    assert handed_out(block, groups, epoch) == epoch["batches"]
+    assert handed_out(block, plan) == epoch["batches"]
 
     reference = plan.evaluate_reference(epoch["epoch"], slots)
-    assert handed_out(reference, groups, epoch) == epoch["batches"]
+    assert handed_out(reference, plan) == epoch["batches"]
 
     ragged = plan.evaluate_ragged(epoch["epoch"], np.arange(plan.num_batches))
     assert [
-        [int(groups.patch_ids[group]), ragged.samples[start : start + size].tolist()]
+        [int(plan.groups.patch_ids[group]), ragged.samples[start : start + size].tolist()]
         for group, start, size in zip(ragged.groups, ragged.starts, ragged.sizes, strict=True)
     ] == epoch["batches"]
+
+
+@pytest.mark.parametrize("epoch", STEPS["epochs"], ids=named_epoch)
+def test_epochs_in_steps_a_batch_at_a_time(epoch):
+    plan = plan_of(epoch, torch.tensor(epoch["ids"]))
+    batches, number = epoch["batches"], torch.tensor(epoch["epoch"])
+    patch_ids = plan.groups.patch_ids.tolist()
+    for slot in {0, len(batches) // 2, len(batches) - 1}:
+        _, samples = batches[slot]
+        assert plan.batch(number, torch.tensor(slot))[: len(samples)].tolist() == samples
+
+    cursor = BatchCursor(plan, epoch=epoch["epoch"])
+    first, last = range(min(12, len(batches))), range(max(len(batches) - 12, 0), len(batches))
+    for slots in (first, last):
+        cursor.seek(epoch["epoch"], slots[0])
+        for slot in slots:
+            assert cursor.position() == (epoch["epoch"], slot)
+            found = cursor()
+            patch, samples = batches[slot]
+            assert found.indices[: len(samples)].tolist() == samples
+            assert patch_ids[int(found.group)] == patch

@@ -32,6 +32,7 @@ from gpusampler.permutation import (
 from gpusampler.steps import StepLayout
 
 GOLDEN = json.loads(make_golden.PATH.read_text())
+STEPS = json.loads(make_golden.STEPS_PATH.read_text())
 HIGH = 1 << 31
 
 
@@ -124,24 +125,37 @@ class TestGolden:
         found = [epoch for epoch in GOLDEN["epochs"] if epoch["ids"] == ids]
         assert found
         for epoch in found:
-            given = dict(epoch["settings"])
-            groups = PatchGroups.from_ids(np.array(ids, np.int64))
-            plan = EpochPlan(groups, given.pop("batch_size"), epoch["seed"], **given)
-            kernel = kernel_of(plan, kind)
-            slots = np.arange(plan.num_batches)
+            self.check_epoch(kind, epoch)
 
-            indices, _, patches = kernel.block(plan, epoch["epoch"], slots)
-            rows = [
-                [int(groups.patch_ids[patch]), row[: len(samples)]]
-                for patch, row, (_, samples) in zip(
-                    patches, indices.tolist(), epoch["batches"], strict=True
-                )
-            ]
-            assert rows == epoch["batches"]
+    @pytest.mark.parametrize("ids", [ids for ids, _ in make_golden.STEP_PATCHES], ids=len)
+    @every_kernel
+    def test_epochs_in_steps(self, kind, ids):
+        found = [epoch for epoch in STEPS["epochs"] if epoch["ids"] == ids]
+        assert {epoch["settings"]["steps"] for epoch in found} == {"balanced", "same_patch"}
+        for epoch in found:
+            self.check_epoch(kind, epoch)
 
-            if not plan._tables.uniform:
-                flat = kernel.ragged(plan, epoch["epoch"], plan.locate(epoch["epoch"], slots))
-                assert flat.tolist() == [i for _, samples in epoch["batches"] for i in samples]
+    @staticmethod
+    def check_epoch(kind, epoch):
+        given = dict(epoch["settings"])
+        groups = PatchGroups.from_ids(np.array(epoch["ids"], np.int64))
+        plan = EpochPlan(groups, given.pop("batch_size"), epoch["seed"], **given)
+        kernel = kernel_of(plan, kind)
+        slots = np.arange(plan.num_batches)
+        assert slots.size == len(epoch["batches"])
+
+        indices, _, patches = kernel.block(plan, epoch["epoch"], slots)
+        rows = [
+            [int(groups.patch_ids[patch]), row[: len(samples)]]
+            for patch, row, (_, samples) in zip(
+                patches, indices.tolist(), epoch["batches"], strict=True
+            )
+        ]
+        assert rows == epoch["batches"]
+
+        if not plan._tables.uniform:
+            flat = kernel.ragged(plan, epoch["epoch"], plan.locate(epoch["epoch"], slots))
+            assert flat.tolist() == [i for _, samples in epoch["batches"] for i in samples]
 
 
 def unmixed(h: int) -> int:

@@ -1,0 +1,197 @@
+"""How long ranks wait for the slowest of them: ``python -m benchmarks.steps [--picture PATH]``.
+
+Nothing is trained: what a step takes is the largest of its ranks' costs, and a batch costs its
+samples times its patch's cost per sample. Time is the sum of that over the steps of an epoch,
+divided by what it would be if all ranks shared the epoch's cost out evenly and never waited. Steps
+of one patch hand some batches out again, which is in their time.
+"""
+
+from __future__ import annotations
+
+import argparse
+import platform
+import time
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from gpusampler import EpochPlan, PatchGroups
+from gpusampler.plan import STEPS
+
+EPOCHS = 5
+DRAWS = 5
+BATCH_SIZE = 32
+SIGMAS = (0.5, 1.0)
+PATCHES = (50, 500)
+RANKS = (8, 64)
+BLOCK = 8192
+"""Slots located at once, as iteration does."""
+
+
+class Workload(NamedTuple):
+    """Patches with their sizes, and the cost of a sample of each."""
+
+    groups: PatchGroups
+    costs: np.ndarray
+    batch_size: int
+
+    def plan(self, steps: str, ranks: int) -> EpochPlan:
+        return EpochPlan(
+            self.groups,
+            self.batch_size,
+            seed=0,
+            steps=steps,
+            step_width=1 if steps == "free" else ranks,
+            patch_costs=self.costs if steps == "balanced" else None,
+        )
+
+
+class Waiting(NamedTuple):
+    """What an epoch takes, in units of never waiting; and the share of batches that come again."""
+
+    time: float
+    padding: float
+
+
+class Case(NamedTuple):
+    """A row of the table; of several workloads it is their mean."""
+
+    name: str
+    workloads: list[Workload]
+    ranks: int
+
+
+def lognormal(patches: int, sigma: float, drawn: int = 0) -> Workload:
+    """Patches of 200 to 1,800 samples, whose samples cost lognormal numbers."""
+    rng = np.random.default_rng([patches, round(10 * sigma), drawn])
+    counts = rng.integers(200, 1801, patches)
+    return Workload(PatchGroups.from_counts(counts), rng.lognormal(0, sigma, patches), BATCH_SIZE)
+
+
+def groundwater() -> Workload:
+    """The groundwater patches that come with the package; a sample costs its points."""
+    from gpusampler.demo.embedded import small_data
+    from gpusampler.groundwater import GWPatchDataset
+
+    dataset = GWPatchDataset(small_data(), 6, 1)
+    groups = PatchGroups.from_ids(dataset.get_all_patch_ids())
+    costs = dataset.patch_costs()
+    return Workload(groups, np.array([costs[int(p)] for p in groups.patch_ids], np.float64), 4)
+
+
+def waiting(workload: Workload, steps: str, ranks: int, epochs: int = EPOCHS) -> Waiting:
+    """Take the mean over a few epochs of what the slowest ranks' batches cost."""
+    plan = workload.plan(steps, ranks)
+    own = int(plan.own_batches_by_patch.sum())
+    ideal = float((workload.groups.counts * workload.costs).sum()) / ranks
+    # As ranks do under uneven="pad": the first come again, so that all have equally many.
+    slots = np.arange(-(-plan.num_batches // ranks) * ranks) % plan.num_batches
+    took = []
+    for epoch in range(epochs):
+        at = plan.locate(epoch, slots)
+        costs = workload.costs[at.group] * at.size
+        took.append(float(costs.reshape(-1, ranks).max(axis=1).sum()) / ideal)
+    return Waiting(float(np.mean(took)), plan.num_batches / own - 1)
+
+
+def microseconds(workload: Workload, steps: str, ranks: int) -> float:
+    """Return what locating a slot takes, the best of several rounds."""
+    plan = workload.plan(steps, ranks)
+    slots = np.arange(BLOCK) % plan.num_batches
+    plan.locate(0, slots)
+    rounds = []
+    for epoch in range(15):
+        start = time.perf_counter()
+        plan.locate(epoch, slots)
+        rounds.append(time.perf_counter() - start)
+    return min(rounds) / BLOCK * 1e6
+
+
+def cases(sizes: tuple[int, ...] = PATCHES) -> list[Case]:
+    """Return the rows of the table."""
+    rows = []
+    for sigma in SIGMAS:
+        for patches in sizes:
+            workloads = [lognormal(patches, sigma, drawn) for drawn in range(DRAWS)]
+            name = f"lognormal, sigma {sigma}, {patches} patches"
+            rows += [Case(name, workloads, ranks) for ranks in RANKS]
+    own = groundwater()
+    low, high = own.costs.min(), own.costs.max()
+    name = f"groundwater, {low:.0f} to {high:.0f} points, {own.costs.size} patches"
+    return rows + [Case(name, [own], ranks) for ranks in (2, 4, 8)]
+
+
+def table(rows: list[Case]) -> list[tuple[Case, dict[str, Waiting]]]:
+    """Measure every row."""
+    out = []
+    for case in rows:
+        by_steps = {}
+        for steps in STEPS:
+            found = [waiting(workload, steps, case.ranks) for workload in case.workloads]
+            by_steps[steps] = Waiting(*np.mean(found, axis=0).tolist())
+        out.append((case, by_steps))
+    return out
+
+
+def draw(found: list[tuple[Case, dict[str, Waiting]]], path: Path) -> None:
+    """Draw the table as bars."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    colours = {"free": "#c44e52", "balanced": "#2a7f62", "same_patch": "#4c72b0"}
+    figure, axes = plt.subplots(figsize=(7.5, 6.2), layout="constrained")
+    height = 0.26
+    labels = []
+    for row, (case, by_steps) in enumerate(found):
+        labels.append(f"{case.name}\non {case.ranks} ranks")
+        for place, (steps, one) in enumerate(by_steps.items()):
+            y = row + (place - 1) * height
+            # From 1, which is no waiting at all, to the right.
+            axes.barh(y, one.time - 1, height, left=1, color=colours[steps])
+            axes.text(one.time + 0.02, y, f"{one.time:.2f}", va="center", fontsize=7)
+    for steps, colour in colours.items():
+        axes.barh(0, 0, color=colour, label=f'steps="{steps}"')
+    axes.set(
+        xlabel="time of an epoch (1 = no rank ever waits)",
+        title="What waiting for the slowest rank costs",
+        xlim=(1, None),
+    )
+    axes.set_yticks(range(len(labels)), labels, fontsize=8)
+    axes.invert_yaxis()
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False, loc="lower right")
+    figure.savefig(path, dpi=110)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Print the tables, and draw if asked to."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.steps", description=__doc__)
+    parser.add_argument("--picture", type=Path, help="draw the first table there (PNG or SVG)")
+    asked = parser.parse_args(arguments)
+    print(f"{platform.machine()}, Python {platform.python_version()}, numpy {np.__version__}")
+    print("time of an epoch, 1 = no rank ever waits")
+    print(f"mean of {EPOCHS} epochs, and of {DRAWS} draws of lognormal costs\n")
+    print(
+        "| patches | ranks | free | balanced | same_patch | same_patch: batches that come again |"
+    )
+    print("|---|---|---|---|---|---|")
+    found = table(cases())
+    for case, by_steps in found:
+        times = " | ".join(f"{one.time:.2f}" for one in by_steps.values())
+        print(f"| {case.name} | {case.ranks} | {times} | {by_steps['same_patch'].padding:.0%} |")
+    print(f"\nmicroseconds a slot, {BLOCK} slots at once, 8 ranks\n")
+    print("| patches | free | balanced | same_patch |")
+    print("|---|---|---|---|")
+    for patches in PATCHES:
+        workload = lognormal(patches, 1.0)
+        took = " | ".join(f"{microseconds(workload, steps, 8):.3f}" for steps in STEPS)
+        print(f"| {patches} | {took} |")
+    if asked.picture:
+        draw(found, asked.picture)
+
+
+if __name__ == "__main__":
+    main()
