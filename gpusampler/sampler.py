@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from gpusampler import arrays, sources
 from gpusampler.coverage import Coverage, coverage_of
+from gpusampler.frameworks import check_sharding
 from gpusampler.iteration import Batch, BatchReader, EpochIterator, Reader, valid_counts
 from gpusampler.plan import EPOCHS, UNEVENS, EpochPlan, Partial, Uneven
 from gpusampler.ranks import LateGroup, checked_ranks, drawn_seed
@@ -271,6 +272,7 @@ class PatchBatchSampler:
 
     def __len__(self) -> int:
         """Return the number of batches of a full epoch on this rank; equal on every rank."""
+        check_sharding(self.num_replicas, self.output)
         return self._progress.steps_per_epoch
 
     def __iter__(self) -> Iterator[Any]:
@@ -278,7 +280,14 @@ class PatchBatchSampler:
 
         It binds the epoch when its first batch is drawn, and has ``len``, ``state_dict`` and
         ``load_state_dict``.
+
+        Raises
+        ------
+        RuntimeError
+            If a loader of Accelerate asks that would shard this rank's share again, or could not
+            shard batches that are arrays.
         """
+        check_sharding(self.num_replicas, self.output)
         return self._iterate(functools.partial(BatchReader, output=self.output))
 
     def batches(self, epoch: int | None = None) -> Iterator[Batch]:
@@ -415,7 +424,7 @@ class PatchBatchSampler:
             If ``epoch`` is no integer in 0 .. 2**63 - 1.
         """
         epoch = checked_int(self.epoch if epoch is None else epoch, "epoch", least=0, below=EPOCHS)
-        return coverage_of(self.plan, epoch, len(self) * self.num_replicas)
+        return coverage_of(self.plan, epoch, self._progress.steps_per_epoch * self.num_replicas)
 
     def state_dict(self, step: int | None = None) -> dict[str, Any]:
         """Return where the sampler is, as a fresh dictionary of plain values.
@@ -485,8 +494,8 @@ class PatchBatchSampler:
         ranks = f", rank {self.rank} of {self.num_replicas}" if self.num_replicas > 1 else ""
         return (
             f"PatchBatchSampler({groups.num_samples} samples, {groups.num_patches} patches, "
-            f"{len(self)} batches of {self.plan.batch_size}, epoch={self.epoch}, "
-            f"seed={self.seed}, partial={self.plan.partial!r}, "
+            f"{self._progress.steps_per_epoch} batches of {self.plan.batch_size}, "
+            f"epoch={self.epoch}, seed={self.seed}, partial={self.plan.partial!r}, "
             f"device={str(self.plan.device)!r}{ranks})"
         )
 

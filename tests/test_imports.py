@@ -21,7 +21,7 @@ PACKAGE = Path(gpusampler.__file__).parent
 
 # The rooms of DESIGN.md from the ground up: a room imports rooms of lower floors only.
 FLOORS = [
-    ["arrays", "permutation", "telemetry"],
+    ["arrays", "permutation", "telemetry", "frameworks"],
     ["validation", "streams", "lanes", "fingerprint", "idtable", "sizing"],
     ["sorting", "runs", "steps"],
     ["splitting"],
