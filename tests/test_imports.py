@@ -33,7 +33,7 @@ FLOORS = [
     ["coverage", "state"],
     ["iteration", "cursor"],
     ["sampler"],
-    ["loader"],
+    ["loader", "lightning"],
     ["groundwater"],
     ["inspection"],
     ["__init__"],
@@ -46,7 +46,16 @@ FLOOR = {room: height for height, rooms in enumerate(FLOORS) for room in rooms}
 # Imports for annotations only that may run up: none.
 ONLY_FOR_TYPES: set[tuple[str, str]] = set()
 
-NAMES_LIBRARIES = {"arrays", "ranks", "streams", "kernels", "cursor", "groundwater", "demo"}
+NAMES_LIBRARIES = {
+    "arrays",
+    "ranks",
+    "streams",
+    "kernels",
+    "cursor",
+    "lightning",
+    "groundwater",
+    "demo",
+}
 HEAVY = {"torch", "cupy", "click", "matplotlib", "flopy", "gstools", "neuralop", "scipy"}
 
 
