@@ -56,7 +56,8 @@ def costs_by_patch(costs: Any, groups: PatchGroups) -> NDArray[np.float64]:
     ValueError
         If there are not as many as patches, a patch has none, or one is not in (0, 2**512).
     """
-    if isinstance(costs, Mapping):
+    # A column of a table with an index is a mapping, too: by place it would mix patches up.
+    if isinstance(costs, Mapping) or hasattr(costs, "keys"):
         patch_ids = groups.patch_ids.tolist()
         missing = [patch_id for patch_id in patch_ids if patch_id not in costs]
         if missing:
@@ -66,6 +67,8 @@ def costs_by_patch(costs: Any, groups: PatchGroups) -> NDArray[np.float64]:
         costs = [costs[patch_id] for patch_id in patch_ids]
     elif callable(costs):
         costs = [costs(patch_id) for patch_id in groups.patch_ids.tolist()]
+    if isinstance(costs, np.ma.MaskedArray):
+        raise TypeError("patch_costs must have a value for every patch, got a masked array")
     try:
         found = np.asarray(arrays.to_numpy(costs) if arrays.library_of(costs) else costs)
     except ValueError as error:

@@ -95,7 +95,8 @@ class ResumeSampler(Callback):
         """Note where the epoch begins."""
         self._begin(trainer)
         if self._resuming:
-            pass
+            # The loader may have been loaded again since.
+            _draw_anew(trainer)
 
     def on_train_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int

@@ -358,7 +358,8 @@ class PatchBatchSampler:
 
         It begins where the next iterator would, on the sampler's device (torch's CPU for NumPy,
         torch's CUDA for CuPy), and goes its own way from there: the sampler's epoch and state do
-        not follow it. Its own ``state_dict`` holds its place.
+        not follow it. Its own ``state_dict`` holds its place. It runs on in steps of one width:
+        after a state of another ``step_width`` was loaded, in that one, for later epochs as well.
 
         Returns
         -------
@@ -408,6 +409,8 @@ class PatchBatchSampler:
 
     def coverage(self, epoch: int | None = None) -> Coverage:
         """Count samples seen once, repeated and missed by patch, over all ranks.
+
+        Of a whole epoch in steps of the sampler's own ``step_width``.
 
         Parameters
         ----------
@@ -492,6 +495,9 @@ class PatchBatchSampler:
         """Return sizes, epoch and settings."""
         groups = self.plan.groups
         ranks = f", rank {self.rank} of {self.num_replicas}" if self.num_replicas > 1 else ""
+        plan = self.plan
+        if plan.steps != "free":
+            ranks += f", steps={plan.steps!r} of {plan.step_width}"
         return (
             f"PatchBatchSampler({groups.num_samples} samples, {groups.num_patches} patches, "
             f"{self._progress.steps_per_epoch} batches of {self.plan.batch_size}, "

@@ -155,8 +155,8 @@ def _can_tell(dataset: Any) -> bool:
 def patch_costs(source: Any) -> Any:
     """Return what a dataset says that a sample of each patch costs; None if it says nothing.
 
-    ``patch_costs()`` of the dataset, or of what ``Subset`` and ``ConcatDataset`` wrap, all of whose
-    parts must say so then.
+    ``patch_costs()`` of the dataset (or an attribute of that name), or of what ``Subset`` and
+    ``ConcatDataset`` wrap, all of whose parts must say so then.
 
     Raises
     ------
@@ -166,8 +166,8 @@ def patch_costs(source: Any) -> Any:
         If only some of its parts do, or two of them differ about a patch.
     """
     given = getattr(source, "patch_costs", None)
-    if callable(given):
-        return given()
+    if given is not None:
+        return given() if callable(given) else given
     data = arrays.loaded("torch.utils.data")
     if data is not None and isinstance(source, data.Subset):
         costs = patch_costs(source.dataset)

@@ -89,13 +89,15 @@ class StepLayout(NamedTuple):
         image = permute_steps(step % self.full)
         if not self.short:
             return image * self.width + within
-        # After how many full steps the short one's batches stand in the natural order. Were they
-        # always the last, the same ones would bear in every epoch what uneven="drop" leaves out.
-        most = min(self.full + 1, (1 << 31) - 1)
-        place_of_short = keyed_hash(key, SHORT_STEP_ROUND, 0) * most >> 32
-        behind = xp.where(image >= place_of_short, self.short, 0)
-        full = image * self.width + behind
-        return xp.where(step == self.full, place_of_short * self.width, full) + within
+        # The short step's batches begin anywhere in the natural order, and go on round its end:
+        # each place is as often among them as any other, and so bears as often what uneven="drop"
+        # leaves out. The full steps are cut from the others.
+        total = self.full * self.width + self.short
+        first = keyed_hash(key, SHORT_STEP_ROUND, 0) * min(total, (1 << 31) - 1) >> 32
+        beyond = first + self.short - total
+        place = image * self.width + within + beyond * (beyond > 0)
+        place = place + xp.where(place >= first, self.short, 0)
+        return xp.where(step == self.full, (first + within) % total, place)
 
 
 @dataclass(frozen=True)

@@ -217,12 +217,16 @@ class Balanced:
         full, rest = divmod(self.total, width)
         key = derive(self.seed, ORDER_OF_BATCHES, self.epoch, 0)
         t, p = divmod(slot, width)
-        # After how many of the natural order's full steps the short one stands.
-        u = keyed(SHORT_STEP_ROUND, 0, key) * min(full + 1, 2**31 - 1) >> 32
+        if rest == 0:
+            return permuted(t, full, key) * width + p
+        # Where the short step's places begin; they go on round the end.
+        v = keyed(SHORT_STEP_ROUND, 0, key) * min(self.total, 2**31 - 1) >> 32
         if t == full:
-            return u * width + p
-        shuffled = permuted(t, full, key)
-        return shuffled * width + p + (rest if rest and shuffled >= u else 0)
+            # With no full step at all, slots are places.
+            return (v + p) % self.total if full else slot
+        # The others in their order, those that the end's overflow has taken left out.
+        y = permuted(t, full, key) * width + p + max(v + rest - self.total, 0)
+        return y if y < v else y + rest
 
 
 def cost_class(samples: int, per_sample: float) -> int:

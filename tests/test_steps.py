@@ -185,8 +185,10 @@ def test_a_step_spans_two_neighbouring_classes_unless_one_is_smaller_than_it(cas
     for step in case.steps():
         there = sorted({classes[batch] for batch in step})
         between = [sizes[number] for number in sizes if there[0] < number < there[-1]]
-        # Whole in the step, beside a batch or more of each of its neighbours.
-        assert sum(between) <= max(width - 2, 0)
+        # Whole in the step, beside a batch or more of each of its neighbours, or in the short one,
+        # whose batches are taken out of the middle and, where it goes round the end, of both ends.
+        if len(step) == width:
+            assert sum(between) <= max(width - 2, 0) + case.plan.num_batches % width
 
 
 def test_a_step_of_large_classes_is_of_one_or_two_neighbours():
@@ -384,7 +386,7 @@ def test_batches_of_a_large_class_are_left_out_equally_often(width, num_replicas
     assert abs(times - over * chance).max() < 5 * spread
 
 
-def test_no_batch_is_left_out_oftener_than_there_are_steps():
+def test_batches_of_small_classes_are_left_out_equally_often():
     # Every class is smaller than a step: 17 of one batch, steps of 8, one batch left.
     plan = EpochPlan(
         PatchGroups.from_counts([1] * 17),
@@ -396,6 +398,4 @@ def test_no_batch_is_left_out_oftener_than_there_are_steps():
     )
     times = times_left_out(plan, 8, over := 2000)
     assert times.sum() == over
-    # Two full steps: the short one is in one of three places.
-    assert times.max() < over / 3 + 5 * (over * 2 / 9) ** 0.5
-    assert (times > 0).sum() >= 3
+    assert abs(times - over / 17).max() < 5 * (over / 17 * 16 / 17) ** 0.5

@@ -201,6 +201,21 @@ def test_groundwater_patches_cost_their_points():
     assert epoch_of(found, 5) != epoch_of(plain, 5)
 
 
+def test_a_column_with_an_index_is_a_mapping():
+    pandas = pytest.importorskip("pandas")
+    column = pandas.Series(COSTS)
+    assert column.tolist() != by_id(COSTS)
+    assert epoch_of(balanced(column), 3) == epoch_of(balanced(COSTS), 3)
+    with pytest.raises(ValueError, match="a cost for every patch, got none for -2, 5, 9, 40"):
+        balanced(pandas.Series(by_id(COSTS), index=[100, 101, 102, 103]))
+
+
+def test_a_dataset_may_have_costs_as_an_attribute():
+    dataset = Known(IDS)
+    dataset.patch_costs = COSTS
+    assert epoch_of(from_dataset(dataset), 1) == epoch_of(balanced(COSTS), 1)
+
+
 def test_a_dataset_is_anything_with_the_method():
     # Not only datasets of torch.
     known = SimpleNamespace(patch_costs=lambda: COSTS)

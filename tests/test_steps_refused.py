@@ -47,6 +47,11 @@ OUT_OF_RANGE = "patch_costs must be > 0 and < 2**512, got "
         (lambda patch_id: None, TypeError, NUMBERS + "[None, None, None, None]"),
         ({**COSTS, 5: "1"}, TypeError, NUMBERS),
         ({5, -2, 9, 40}, TypeError, NUMBERS),
+        (
+            np.ma.masked_array([1.0, 2, 3, 4], [0, 1, 0, 0]),
+            TypeError,
+            "patch_costs must have a value for every patch, got a masked array",
+        ),
         (iter([1, 2, 3, 4]), TypeError, NUMBERS + "<list_iterator"),
     ],
 )

@@ -83,11 +83,13 @@ def by_sorting(shape: Epoch, seed: int, epochs: np.ndarray) -> np.ndarray:
     number = epochs.size
     full, width, short = shape.full, shape.width, shape.short
     steps = rng.random((number, full)).argsort(axis=1)
-    place_of_short = rng.integers(0, full + 1, (number, 1))
-    places = steps[:, :, None] * width + np.arange(width)
-    places = places + (short * (steps >= place_of_short))[:, :, None]
-    last = place_of_short * width + np.arange(short)
-    order = np.concatenate([places.reshape(number, full * width), last], axis=1)
+    last = (rng.integers(0, shape.total, (number, 1)) + np.arange(short)) % shape.total
+    places = (steps[:, :, None] * width + np.arange(width)).reshape(number, full * width)
+    # What is left of the natural order, in order.
+    taken = np.zeros((number, shape.total), bool)
+    np.put_along_axis(taken, last, True, axis=1)
+    left = taken.argsort(axis=1, kind="stable")
+    order = np.concatenate([np.take_along_axis(left, places, axis=1), last], axis=1)
     inside = np.empty((number, shape.total), np.int64)
     first = 0
     for size in shape.sizes:
@@ -111,8 +113,8 @@ WHOLE = {
     "a class over steps": (Epoch((4,), 2), 24),
     "a class and a short step": (Epoch((5,), 2), 120),
     "steps of one": (Epoch((1,) * 4, 1), 24),
-    "steps and a short one": (Epoch((1,) * 7, 2), 6 * 4),
-    "one step and a short one": (Epoch((1,) * 5, 3), 2),
+    "steps and a short one": (Epoch((1,) * 7, 2), 6 * 7),
+    "one step and a short one": (Epoch((1,) * 5, 3), 5),
     "a class a step": (Epoch((2, 2, 2), 2), 6 * 8),
     "classes of a step": (Epoch((3, 3), 6), 36),
     "steps and large classes": (Epoch((3, 3, 3), 3), 6 * 6**3),
@@ -134,7 +136,7 @@ def expected_cells(shape: Epoch) -> int:
     """Orders that an epoch can have; a class in several steps has all of its own."""
     if len(shape.sizes) == 1:
         return factorial(shape.total)
-    places_of_short = shape.full + 1 if shape.short else 1
+    places_of_short = shape.total if shape.short else 1
     return factorial(shape.full) * places_of_short * prod(map(factorial, shape.sizes))
 
 
@@ -182,13 +184,14 @@ def chances_at(shape: Epoch, slot: int) -> np.ndarray:
     """How likely each batch is to be at a slot, by the rule: shape (M,)."""
     step, p = divmod(slot, shape.width)
     at_place = np.zeros(shape.total)
-    for place_of_short in range(shape.full + 1):
+    for first in range(shape.total):
+        taken = {(first + q) % shape.total for q in range(shape.short)}
         if step == shape.full:
-            at_place[place_of_short * shape.width + p] += 1 / (shape.full + 1)
+            at_place[(first + p) % shape.total] += 1 / shape.total
             continue
+        left = [place for place in range(shape.total) if place not in taken]
         for image in range(shape.full):
-            behind = shape.short if image >= place_of_short else 0
-            at_place[image * shape.width + p + behind] += 1 / (shape.full + 1) / shape.full
+            at_place[left[image * shape.width + p]] += 1 / shape.total / shape.full
     ends = np.cumsum(shape.sizes)
     parts = np.split(at_place, ends[:-1])
     return np.concatenate([np.full(part.size, part.mean()) for part in parts])
