@@ -136,7 +136,7 @@ def _draw_anew(trainer: Trainer) -> None:
     """Let the loader's workers forget what they drew before ``set_epoch``."""
     fetcher: Any = trainer.fit_loop._data_fetcher
     iter(fetcher)
-    # Lightning before 2.5.6 does the same after this.
+    # Lightning may do the same after this, and is to find the same epoch.
     _sampler_of(trainer).set_epoch(_epoch(trainer))
 
 

@@ -60,14 +60,13 @@ def fitted(
     module = model(explode_at)
     callbacks = (*callbacks, keeping(folder, **dict(keep)), *[ResumeSampler()] * resume)
     trainer = trainer_of(folder, *callbacks, num_sanity_val_steps=0, **settings)
-    going_on = {"ckpt_path": checkpoint, "weights_only": True}
     if hooks:
-        trainer.fit(module, datamodule=Data(workers), **going_on)
+        trainer.fit(module, datamodule=Data(workers), ckpt_path=checkpoint)
         return module
     loaders = [loader_of(sampler_of(), workers, kind_of(kind))]
     if model is Validated:
         loaders.append(loader_of(sampler_of(seed=2), workers))
-    trainer.fit(module, *loaders, **going_on)
+    trainer.fit(module, *loaders, ckpt_path=checkpoint)
     return module
 
 
