@@ -59,7 +59,7 @@ def test_plan_that_adds_seed_and_epoch_is_caught(monkeypatch, quick):
 
         @staticmethod
         def of(seed):
-            return Streams((seed, 1), (seed, 2), (seed, 3))
+            return Streams((seed, 1), (seed, 2), (seed, 3), (seed, 6))
 
     def added(stream, pass_, group):
         seed, purpose = stream
