@@ -6,6 +6,7 @@ algorithms elsewhere take the namespace from here and never ask which library it
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
@@ -226,7 +227,11 @@ def default_device() -> Device:
     if torch.cuda.is_initialized():
         return Device("torch", f"cuda:{torch.cuda.current_device()}")
     # Counted without CUDA being initialised: a process that makes a sampler may fork yet.
-    return Device("torch", "cuda:0") if torch.cuda.device_count() > 0 else HOST
+    count = torch.cuda.device_count()
+    # A rank that has set no device yet will take its own: launchers number the ranks of a machine.
+    local_rank = os.environ.get("LOCAL_RANK", "0")
+    own = int(local_rank) if local_rank.isdecimal() and int(local_rank) < count else 0
+    return Device("torch", f"cuda:{own}") if count > 0 else HOST
 
 
 def in_worker() -> bool:

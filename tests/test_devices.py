@@ -137,6 +137,10 @@ class TestDefaultDevice:
         # On a build without CUDA this would only ask; elsewhere it may initialise.
         monkeypatch.setattr(torch.cuda, "is_available", initialises)
         assert arrays.default_device() == Device("torch", "cuda:0")
+        # Ranks of one machine will each take a GPU of their own; or see only that one.
+        for local_rank, own in (("1", "cuda:1"), ("2", "cuda:0"), ("x", "cuda:0")):
+            monkeypatch.setenv("LOCAL_RANK", local_rank)
+            assert arrays.default_device() == Device("torch", own)
 
     @pytest.mark.usefixtures("two_gpus")
     def test_is_the_gpu_that_the_process_uses(self, monkeypatch):
