@@ -22,11 +22,13 @@ PACKAGE = Path(gpusampler.__file__).parent
 # The rooms of DESIGN.md from the ground up: a room imports rooms of lower floors only.
 FLOORS = [
     ["arrays", "permutation", "telemetry", "frameworks"],
-    ["validation", "streams", "lanes", "fingerprint", "idtable", "sizing"],
-    ["sorting", "runs", "steps"],
+    ["validation", "streams", "lanes", "fingerprint", "idtable", "sizing", "memory"],
+    ["ids", "runs", "steps"],
+    ["sources", "counting"],
+    ["sorting", "indexfile"],
     ["splitting"],
     ["grouping"],
-    ["sources", "costs", "tables", "ranks"],
+    ["costs", "tables", "ranks"],
     ["kernels", "reference"],
     ["evaluation"],
     ["plan"],
@@ -48,8 +50,11 @@ ONLY_FOR_TYPES: set[tuple[str, str]] = set()
 
 NAMES_LIBRARIES = {
     "arrays",
+    "memory",
     "ranks",
+    "sources",
     "streams",
+    "telemetry",
     "kernels",
     "cursor",
     "lightning",

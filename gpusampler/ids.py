@@ -1,0 +1,75 @@
+"""Patch ids wherever they lie: how many, of which type, and any stretch of them on request."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from gpusampler.arrays import HOST, Device
+
+BLOCK = 1 << 20
+"""Ids that are read at once, unless who reads says otherwise."""
+
+
+class PatchIds(ABC):
+    """The patch id of every sample, read in blocks from where they lie.
+
+    What `read_patch_ids` returns. ``PatchGroups.from_ids`` and ``PatchBatchSampler`` take it.
+
+    Attributes
+    ----------
+    size : int
+        Samples N, at least 1.
+    dtype : str
+        Name of the type that the ids are stored in, such as "int16"; "str" where they are names.
+    names : tuple of str, or None
+        Where patches have names: the names in ascending order. An id is then a place among them.
+    device : Device
+        Where they lie.
+    modified : int or None
+        When the file that they lie in was changed last, in nanoseconds since 1970; None where they
+        lie in no file.
+    seekable : bool
+        Whether a few ids in the middle cost no more than as many at the start.
+    """
+
+    size: int
+    dtype: str
+    names: tuple[str, ...] | None = None
+    device: Device = HOST
+    modified: int | None = None
+    seekable: bool = True
+
+    @abstractmethod
+    def read(self, start: int, stop: int) -> NDArray[Any]:
+        """Return the ids of samples ``start .. stop - 1`` as integers in NumPy, values of int64.
+
+        Raises
+        ------
+        TypeError, ValueError
+            If an id is missing, or is no integer that fits in int64; the text names the sample.
+        OSError
+            If a file cannot be read, or is shorter than it was.
+        """
+
+    def blocks(self, start: int = 0, size: int = BLOCK) -> Iterator[tuple[int, NDArray[Any]]]:
+        """Yield the ids from ``start`` on, in order: (first sample, ids) of each block."""
+        for first in range(start, self.size, size):
+            yield first, self.read(first, min(first + size, self.size))
+
+    def __len__(self) -> int:
+        """Return the number of samples."""
+        return self.size
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> NDArray[Any]:
+        """Return all ids at once."""
+        whole = self.read(0, self.size)
+        return np.array(whole, dtype=dtype, copy=True if copy else None)
+
+    def __repr__(self) -> str:
+        """Return how many, and of what type."""
+        return f"{type(self).__name__}({self.size} samples, {self.dtype})"
