@@ -374,6 +374,16 @@ def device_handle(device: Device) -> Any:
     return cupy.cuda.Device(int(device.name))
 
 
+def reuse_temporaries() -> None:
+    """Let the allocator keep what arrays of up to 32 MiB leave, for those that come after.
+
+    By default glibc takes each array above 128 KiB from the system anew, which fills it with zeros
+    page by page: more work than what is done with a chunk that lies in cache. Its limit rises to
+    the largest array that was given back, so one is. Elsewhere this is of no effect.
+    """
+    np.empty(31 << 20, np.uint8)
+
+
 def to_numpy(array: Any) -> NDArray[Any]:
     """Return an array as NumPy: the same memory where it is on the host, else one copy."""
     library = library_of(array)

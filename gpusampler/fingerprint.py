@@ -12,6 +12,8 @@ It tells apart configurations that differ by accident. It is no cryptographic ha
 
 from __future__ import annotations
 
+import hashlib
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -80,6 +82,37 @@ def weights_of(index: NDArray[Any]) -> NDArray[np.uint64]:
     return weight
 
 
+class IdSum:
+    """The fingerprint of ids that come in blocks, in any order of blocks.
+
+    Attributes
+    ----------
+    total : int
+        What the blocks have added up to.
+    """
+
+    def __init__(self) -> None:
+        self.total = 0
+
+    def add(self, first: int, ids: NDArray[np.int64]) -> None:
+        """Add the ids of samples from ``first`` on."""
+        start = 0
+        while start < ids.size:
+            place = (first + start) & (BLOCK - 1)
+            part = mix_ids(ids[start : start + BLOCK - place])
+            scale = 1
+            for level in range(2, LEVELS):
+                scale *= int(FACTORS[level][((first + start) >> (8 * level)) & 0xFF])
+            self.total += scale * int(np.dot(part, _BLOCK_WEIGHTS[place : place + part.size]))
+            start += part.size
+        self.total &= _WRAP
+
+    def value(self, size: int) -> int:
+        """Return the fingerprint, when the ids of samples 0 .. size - 1 have been added."""
+        ones = int(weights_before(np.array([size], np.int64))[0])
+        return (2 * self.total + ones) & _WRAP
+
+
 def of_ids(ids: NDArray[Any]) -> int:
     """Return the fingerprint of the ids of samples 0 .. N-1, read in blocks.
 
@@ -88,15 +121,10 @@ def of_ids(ids: NDArray[Any]) -> int:
     ids : integer array, shape (N,)
         May be a memory map.
     """
-    total = 0
+    found = IdSum()
     for first in range(0, ids.shape[0], BLOCK):
-        block = mix_ids(ids[first : first + BLOCK].astype(np.int64, copy=False))
-        part = int(np.dot(block, _BLOCK_WEIGHTS[: block.size]))
-        scale = 1
-        for level in range(2, LEVELS):
-            scale *= int(FACTORS[level][(first >> (8 * level)) & 0xFF])
-        total += part * scale
-    return (2 * total + int(weights_before(np.array([ids.shape[0]], np.int64))[0])) & _WRAP
+        found.add(first, ids[first : first + BLOCK].astype(np.int64, copy=False))
+    return found.value(ids.shape[0])
 
 
 def of_ids_on(xp: Any, ids: Any, device: Any) -> int:
@@ -146,14 +174,32 @@ def of_runs(
 
 def of_order(patch_ids: NDArray[np.int64], counts: NDArray[np.int64], order: NDArray[Any]) -> int:
     """Return the fingerprint of samples sorted by patch."""
-    factor = mix_ids(patch_ids) * np.uint64(2) + np.uint64(1)
     ends = np.cumsum(counts)
     total = 0
     for first in range(0, order.shape[0], BLOCK):
         chunk = order[first : first + BLOCK]
         group = np.searchsorted(ends, np.arange(first, first + chunk.size), side="right")
-        total += int((factor[group] * weights_of(chunk)).sum(dtype=np.uint64))
+        total += of_samples(patch_ids, group, chunk)
     return total & _WRAP
+
+
+def of_samples(
+    patch_ids: NDArray[np.int64], group: NDArray[np.int64], samples: NDArray[Any]
+) -> int:
+    """Return what samples of given groups, in any order, add to the fingerprint."""
+    first, last = int(group.min()), int(group.max()) + 1
+    factor = mix_ids(patch_ids[first:last]) * np.uint64(2) + np.uint64(1)
+    return int((factor[group - first] * weights_of(samples)).sum(dtype=np.uint64))
+
+
+def of_names(names: Sequence[str]) -> int:
+    """Return a 64-bit number of strings and their order."""
+    digest = hashlib.blake2b(digest_size=8)
+    for name in names:
+        data = name.encode("utf-8", "surrogatepass")
+        # With its length, or ("ab", "c") would be ("a", "bc").
+        digest.update(len(data).to_bytes(8, "little") + data)
+    return int.from_bytes(digest.digest(), "little")
 
 
 def combine(*parts: int) -> int:

@@ -7,7 +7,11 @@ in whatever order of patches, it is not there at all.
 
 from __future__ import annotations
 
+import os
+import warnings
+from bisect import bisect_left
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -15,13 +19,19 @@ from numpy.typing import NDArray
 
 from gpusampler import arrays, fingerprint
 from gpusampler.arrays import HOST, Device, Int64
-from gpusampler.sorting import group_on_device, group_on_host
+from gpusampler.building import build
+from gpusampler.checking import mark_of, mark_of_order
+from gpusampler.ids import HostIds, PatchIds
+from gpusampler.indexfile import Contents, MappedFile, is_index, read_index, write_index
+from gpusampler.signature import difference, signature_of
+from gpusampler.sorting import Grouped, group_on_device, group_on_host
+from gpusampler.sources import read_patch_ids
 from gpusampler.splitting import checked_fractions, split_patches, split_samples
 from gpusampler.validation import (
     as_array,
     as_int64,
+    checked_bool,
     checked_choice,
-    checked_ids,
     checked_int,
     checked_seed,
 )
@@ -49,12 +59,13 @@ class PatchGroups:
         Samples of the dataset that the indices refer to; more than N after `select`.
     fingerprint : int, optional
         Of ids and samples, when it is known already.
+    names : tuple of str, optional
+        Where patches have names: a patch id is a place in these.
 
     Attributes
     ----------
     patch_ids, counts, starts : int64 NumPy arrays, shape (G,)
-    order : array on `device`, or None
-        None where every patch is one run of consecutive samples.
+    names : tuple of str, or None
     device : Device
         Where ``order`` lies, or the ids lay.
 
@@ -81,6 +92,7 @@ class PatchGroups:
         source_size: int,
         device: Device = HOST,
         fingerprint: int | None = None,
+        names: tuple[str, ...] | None = None,
     ) -> None:
         if counts.size == 0:
             raise ValueError("counts must hold at least one patch, got none")
@@ -88,58 +100,224 @@ class PatchGroups:
             large = int(counts.argmax())
             raise ValueError(
                 f"a patch must have fewer than 2**31 samples, got {int(counts[large])} "
-                f"in patch {int(patch_ids[large])}"
+                f"in patch {_label(patch_ids[large], names)!r}"
             )
         self.patch_ids = _read_only(patch_ids)
         self.counts = _read_only(counts)
         self.starts = _read_only(starts)
-        self.order = order
+        self.names = names
+        self._order = order
         self.device = device
         self.source_size = source_size
         self._num_samples = int(counts.sum())
         self._fingerprint = fingerprint
+        self._signature: dict[str, Any] | None = None
 
     @classmethod
-    def from_ids(cls, ids: Any) -> PatchGroups:
+    def from_ids(
+        cls,
+        ids: Any,
+        column: Any = None,
+        *,
+        path: str | os.PathLike[str] | None = None,
+        progress: bool = True,
+    ) -> PatchGroups:
         """Group samples by their patch ids.
 
         Parameters
         ----------
-        ids : integer array, shape (N,), or sequence of int
-            Patch id of each sample: NumPy (memory maps too, read in chunks), torch or CuPy, on any
-            device. Any int64 values, negative and sparse ones included.
+        ids : array, sequence, path, column, table or dataset
+            Patch id of each sample, in anything that `read_patch_ids` takes: any int64 values,
+            negative and sparse ones included, or names. Read in blocks, twice; not kept.
+        column : str, optional
+            As for `read_patch_ids`.
+        path : str or os.PathLike, optional
+            Keep the groups in an index file there, for more samples than fit in memory, and so that
+            the next run opens it at once: it is made, or gone on with after this process was
+            killed, or, if it is there and of these ids, opened. Of several processes one works, the
+            others wait.
+        progress : bool
+            Show bars where it takes more than a second; never where stderr is no terminal.
 
         Returns
         -------
         PatchGroups
-            On the device of ``ids``. The ids themselves are not kept.
+            On the device of ``ids``; with ``path``, on the host, the order mapped from the file.
 
         Raises
         ------
         TypeError
-            If ``ids`` are no integers (booleans and floats included).
+            If ``ids`` are neither integers (booleans and floats are none) nor names.
         ValueError
-            If ``ids`` are not 1-D, are empty, do not fit in int64, or a patch has 2**31 samples.
+            If ``ids`` are not 1-D, are empty, do not fit in int64, or a patch has 2**31 samples; or
+            ``path`` has an index of other ids, or another file.
+        OSError
+            If a file cannot be read, or the disk has no room for an index.
+        RuntimeError
+            If the ids change meanwhile, or a library is missing.
+
+        Warns
+        -----
+        UserWarning
+            If this takes more than half of the free memory, or a GPU's does not suffice, so that
+            the host groups instead.
         """
-        ids = checked_ids(ids)
-        device = arrays.device_of(ids)
-        size = int(ids.shape[0])
+        progress = checked_bool(progress, "progress")
+        found = read_patch_ids(ids, column, progress=progress)
+        if path is None:
+            return cls._of(found, progress)
+        build(found, Path(path), progress=progress)
+        return cls._loaded(Path(path), True, progress)
+
+    @classmethod
+    def _of(cls, ids: PatchIds, progress: bool) -> PatchGroups:
+        device = ids.device
         if device.on_host:
-            found = group_on_host(arrays.to_numpy(ids))
+            found = group_on_host(ids, progress=progress)
         else:
-            found = group_on_device(ids)
+            found = _grouped_there(ids, progress)
         order = found.order
-        if order is not None:
+        if order is not None and device.on_host:
             order = arrays.to_device(order, device)
-        return cls(
+        groups = cls(
             found.patch_ids,
             found.counts,
             found.starts,
             order,
-            source_size=size,
+            source_size=ids.size,
             device=device,
             fingerprint=found.fingerprint,
+            names=ids.names,
         )
+        groups._signature = signature_of(ids)
+        return groups
+
+    def save(self, path: str | os.PathLike[str], *, progress: bool = True) -> None:
+        """Write the groups to an index file, which `load` opens in milliseconds.
+
+        What is there is replaced when the new file is whole and on the disk, and not before.
+
+        Parameters
+        ----------
+        path : str or os.PathLike
+        progress : bool
+            Show a bar if it takes more than a second.
+
+        Raises
+        ------
+        ValueError
+            If there is a file that is no index.
+        OSError
+            If there is no room or no permission; what was there is there still.
+        """
+        checked_bool(progress, "progress")
+        target = Path(path)
+        if target.exists() and not is_index(target):
+            raise ValueError(f"path must be free or an index, got another file in {target}")
+        contents = Contents(
+            self.patch_ids,
+            self.counts,
+            self.starts,
+            self.names,
+            source_size=self.source_size,
+            fingerprint=self._mark(),
+            signature=self._signature,
+        )
+        order = None if self.order is None else arrays.to_numpy(self.order)
+        write_index(target, contents, order, progress=progress)
+
+    @classmethod
+    def load(
+        cls,
+        path: str | os.PathLike[str],
+        source: Any = None,
+        column: Any = None,
+        *,
+        mmap: bool = True,
+        verify: bool = False,
+        progress: bool = True,
+    ) -> PatchGroups:
+        """Open an index file that `save`, or `from_ids` with a path, has written.
+
+        Parameters
+        ----------
+        path : str or os.PathLike
+        source : object, optional
+            The ids that it was made of, in anything that `read_patch_ids` takes: an index of others
+            is refused. Their length, type and names, the time of their file and some blocks of
+            them, spread over all, are compared.
+        column : str, optional
+            As for `read_patch_ids`.
+        mmap : bool
+            Leave the order in the file, mapped into memory, which the system reads where it is used
+            and lets go of as it likes; False reads it now.
+        verify : bool
+            Compare all ids with the index, by hashes, and the index with what it was saved as:
+            reads everything once, and does not ask when a file was changed.
+        progress : bool
+            Show bars where it takes more than a second.
+
+        Returns
+        -------
+        PatchGroups
+            On the host.
+
+        Raises
+        ------
+        FileNotFoundError
+            If there is no such file.
+        ValueError
+            If it is no index, is cut off or damaged, or is of other ids.
+
+        Examples
+        --------
+        >>> import os, tempfile
+        >>> path = os.path.join(tempfile.mkdtemp(), "ids.index")
+        >>> PatchGroups.from_ids([7, -1, 7, 7, -1]).save(path)
+        >>> PatchGroups.load(path, source=[7, -1, 7, 7, -1]).order.tolist()
+        [1, 4, 0, 2, 3]
+        """
+        checked_bool(mmap, "mmap"), checked_bool(progress, "progress")
+        groups = cls._loaded(Path(path), mmap, progress)
+        if checked_bool(verify, "verify"):
+            groups._verify(path, progress)
+        if source is None:
+            return groups
+        ids = read_patch_ids(source, column, progress=progress)
+        differs = None
+        if groups._signature is not None:
+            differs = difference(groups._signature, ids, whole=verify)
+        elif not verify:
+            differs = "ids that it knows nothing of (verify=True compares all of them)"
+        if differs is None and verify and groups._mark() != mark_of(ids, progress=progress):
+            differs = "other ids"
+        if differs is not None:
+            raise ValueError(f"source must be the ids that {path} was made of, which are {differs}")
+        return groups
+
+    @classmethod
+    def _loaded(cls, path: Path, mapped: bool, progress: bool) -> PatchGroups:
+        contents, order = read_index(path, mapped=mapped, progress=progress)
+        groups = cls(
+            contents.patch_ids,
+            contents.counts,
+            contents.starts,
+            order,
+            source_size=contents.source_size,
+            fingerprint=contents.fingerprint,
+            names=contents.names,
+        )
+        groups._signature = contents.signature
+        return groups
+
+    def _verify(self, path: Any, progress: bool) -> None:
+        """Raise ValueError unless an index is what it was saved as."""
+        if self.order is None:
+            found: int | None = fingerprint.of_runs(self.patch_ids, self.starts, self.counts)
+        else:
+            found = mark_of_order(self.patch_ids, self.counts, self.order, progress=progress)
+        if found != self._fingerprint:
+            raise ValueError(f"{path} must hold what it was saved with, got a damaged order")
 
     @classmethod
     def from_counts(
@@ -153,8 +331,8 @@ class PatchGroups:
         ----------
         counts : sequence or integer array, shape (P,)
             Samples of each patch, in the order in which the patches lie. A patch of 0 is left out.
-        patch_ids : sequence or integer array, shape (P,), optional
-            Their ids, distinct, in any order. Default 0 .. P-1.
+        patch_ids : sequence or integer array, or sequence of str, shape (P,), optional
+            Their ids or names, distinct, in any order. Default 0 .. P-1.
 
         Returns
         -------
@@ -169,11 +347,7 @@ class PatchGroups:
             0, ids repeat, or there are 2**62 samples or more.
         """
         sizes = as_int64(counts, "counts")
-        ids = (
-            np.arange(sizes.size, dtype=np.int64)
-            if patch_ids is None
-            else as_int64(patch_ids, "patch_ids")
-        )
+        ids, names = _ids_and_names(patch_ids, sizes.size)
         if ids.size != sizes.size:
             raise ValueError(f"patch_ids must be as many as counts ({sizes.size}), got {ids.size}")
         if sizes.size and int(sizes.min()) < 0:
@@ -189,7 +363,31 @@ class PatchGroups:
         kept = by_id[sizes[by_id] > 0]
         if kept.size == 0:
             raise ValueError("counts must add up to at least one sample, got none")
-        return cls(ids[kept], sizes[kept], starts[kept], None, source_size=int(sizes.sum()))
+        size = int(sizes.sum())
+        return cls(ids[kept], sizes[kept], starts[kept], None, source_size=size, names=names)
+
+    @property
+    def order(self) -> Any:
+        """Samples sorted stably by patch, on `device`: int32 or int64, shape (N,), or None.
+
+        None where every patch is one run of consecutive samples.
+
+        Raises
+        ------
+        OSError
+            If it is mapped from a file that was written to or cut off since it was opened.
+        """
+        return self._order.order if isinstance(self._order, MappedFile) else self._order
+
+    @property
+    def labels(self) -> NDArray[Any]:
+        """What the user calls the patches: `patch_ids`, or an array of their names, shape (G,)."""
+        if self.names is None:
+            return self.patch_ids
+        # Python's own strings: handed out batch by batch, they are not made anew.
+        labels = np.empty(self.num_patches, object)
+        labels[:] = [self.names[place] for place in self.patch_ids.tolist()]
+        return labels
 
     @property
     def num_patches(self) -> int:
@@ -222,6 +420,12 @@ class PatchGroups:
     @property
     def fingerprint(self) -> int:
         """64-bit number that depends on which sample has which patch id, and on nothing else."""
+        if self.names is None:
+            return self._mark()
+        return fingerprint.combine(self._mark(), fingerprint.of_names(self.labels.tolist()))
+
+    def _mark(self) -> int:
+        """Return the fingerprint of the ids alone, whatever their names."""
         if self._fingerprint is None:
             if self.order is None:
                 self._fingerprint = fingerprint.of_runs(self.patch_ids, self.starts, self.counts)
@@ -230,7 +434,7 @@ class PatchGroups:
                 self._fingerprint = fingerprint.of_order(self.patch_ids, self.counts, order)
         return self._fingerprint
 
-    def samples_of(self, patch_id: int) -> Int64:
+    def samples_of(self, patch_id: int | str) -> Int64:
         """Return the samples of one patch, ascending, as a host int64 array.
 
         Raises
@@ -238,18 +442,31 @@ class PatchGroups:
         KeyError
             If there is no such patch.
         TypeError, ValueError
-            If ``patch_id`` is no int64 integer.
+            If ``patch_id`` is no int64 integer, or no str where patches have names.
         """
-        patch_id = checked_int(patch_id, "patch_id", least=-(1 << 63), below=1 << 63)
-        group = int(np.searchsorted(self.patch_ids, patch_id))
-        if group == self.num_patches or int(self.patch_ids[group]) != patch_id:
+        group = self._group(patch_id)
+        if group is None:
             raise KeyError(
-                f"patch_id must be one of the {self.num_patches} patches, got {patch_id}"
+                f"patch_id must be one of the {self.num_patches} patches, got {patch_id!r}"
             )
         start, count = int(self.starts[group]), int(self.counts[group])
         if self.order is None:
             return np.arange(start, start + count, dtype=np.int64)
         return arrays.to_numpy(self.order[start : start + count]).astype(np.int64)
+
+    def _group(self, patch_id: int | str) -> int | None:
+        """Return the place of a patch among the sorted ones, or None."""
+        if self.names is not None:
+            if not isinstance(patch_id, str):
+                raise TypeError(f"patch_id must be a str, got {patch_id!r}")
+            place = bisect_left(self.names, patch_id)
+            if place == len(self.names) or self.names[place] != patch_id:
+                return None
+            patch_id = place
+        number = checked_int(patch_id, "patch_id", least=-(1 << 63), below=1 << 63)
+        group = int(np.searchsorted(self.patch_ids, number))
+        there = group < self.num_patches and int(self.patch_ids[group]) == number
+        return group if there else None
 
     def select(self, indices: Any) -> PatchGroups:
         """Keep some samples only; their indices and patch ids stay what they were.
@@ -273,7 +490,7 @@ class PatchGroups:
         """
         chosen = self._checked_indices(indices)
         group = self._group_of(chosen)
-        found = group_on_host(group)
+        found = group_on_host(HostIds(group))
         patch_ids = self.patch_ids[found.patch_ids]
         samples = chosen if found.order is None else chosen[found.order]
         offsets = np.cumsum(found.counts) - found.counts
@@ -349,6 +566,7 @@ class PatchGroups:
             order,
             source_size=self.source_size,
             device=self.device,
+            names=self.names,
         )
 
     def _checked_indices(self, indices: Any) -> Int64:
@@ -398,11 +616,41 @@ class PatchGroups:
         )
 
     def __getstate__(self) -> dict[str, Any]:
-        """Travel as NumPy: a worker process must meet no live device memory."""
+        """Travel as NumPy, or as the file's path: a worker must meet no live device memory."""
         state = self.__dict__.copy()
-        state["order"] = None if self.order is None else arrays.to_numpy(self.order)
+        if self._order is not None and not isinstance(self._order, MappedFile):
+            state["_order"] = arrays.to_numpy(self._order)
         state["device"] = HOST
         return state
+
+
+def _grouped_there(ids: PatchIds, progress: bool) -> Grouped:
+    """Group ids on their device or, where its memory does not suffice, on the host."""
+    try:
+        return group_on_device(ids.array)  # type: ignore[attr-defined]
+    except Exception as error:
+        if not arrays.is_out_of_memory(error):
+            raise
+        warnings.warn(
+            f"the memory of {ids.device} does not suffice to sort {ids.size} ids, so the host does "
+            f"it, with the same result: {' '.join(str(error).split())[:200]}",
+            stacklevel=4,
+        )
+    return group_on_host(ids, progress=progress)
+
+
+def _ids_and_names(patch_ids: Any, size: int) -> tuple[Int64, tuple[str, ...] | None]:
+    """Return ids that were given as integers, as names or not at all."""
+    if patch_ids is None:
+        return np.arange(size, dtype=np.int64), None
+    if isinstance(patch_ids, (list, tuple)) and any(isinstance(p, str) for p in patch_ids):
+        ids = read_patch_ids(patch_ids)
+        return ids.read(0, ids.size).astype(np.int64), ids.names
+    return as_int64(patch_ids, "patch_ids"), None
+
+
+def _label(patch_id: Any, names: tuple[str, ...] | None) -> int | str:
+    return int(patch_id) if names is None else names[int(patch_id)]
 
 
 def _places(starts: Int64, counts: Int64) -> Int64:

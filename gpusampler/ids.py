@@ -73,3 +73,21 @@ class PatchIds(ABC):
     def __repr__(self) -> str:
         """Return how many, and of what type."""
         return f"{type(self).__name__}({self.size} samples, {self.dtype})"
+
+
+class HostIds(PatchIds):
+    """Ids in a NumPy array that has been checked.
+
+    Parameters
+    ----------
+    ids : integer array, shape (N,)
+    """
+
+    def __init__(self, ids: NDArray[Any]) -> None:
+        self.ids = ids
+        self.size = ids.size
+        self.dtype = ids.dtype.name
+
+    def read(self, start: int, stop: int) -> NDArray[Any]:
+        """Return a view."""
+        return self.ids[start:stop]

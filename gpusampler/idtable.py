@@ -66,36 +66,3 @@ class IdTable:
         for first in range(0, ids.size, CHUNK):
             groups[first : first + CHUNK] = self.lookup(ids[first : first + CHUNK])
         return groups
-
-
-def distinct_ids(ids: NDArray[Any]) -> Int64:
-    """Return the distinct values of integer ids, ascending, shape (G,), in chunks.
-
-    Most ids are met early: later blocks, each twice as long, are only searched for new ones.
-    """
-    found = _sorted_distinct(ids[:CHUNK].astype(np.int64))
-    if found.size > CHUNK // 4:
-        # So many that a table would leave the cache: sorting is then the faster search.
-        return _sorted_distinct(ids.astype(np.int64, copy=False))
-    first = step = CHUNK
-    while first < ids.size:
-        table = IdTable(found)
-        block = ids[first : first + step]
-        new = [
-            chunk[table.lookup(chunk) < 0]
-            for chunk in (block[at : at + CHUNK] for at in range(0, block.size, CHUNK))
-        ]
-        unseen = _sorted_distinct(np.concatenate(new).astype(np.int64, copy=False))
-        if unseen.size:
-            found = np.sort(np.concatenate([found, unseen]))
-        first += step
-        step *= 2
-    return found
-
-
-def _sorted_distinct(values: Int64) -> Int64:
-    # np.unique hashes integers since NumPy 2.3, which is slower here than the vectorised sort.
-    values = np.sort(values)
-    first = np.ones(values.size, np.bool_)
-    np.not_equal(values[1:], values[:-1], out=first[1:])
-    return np.asarray(values[first])

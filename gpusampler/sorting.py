@@ -1,28 +1,28 @@
 """Sorting samples by patch: the work behind `PatchGroups`.
 
-On the host it is a stable counting sort in chunks: every chunk is sorted by an 8- or 16-bit key
-while it lies in cache, then written to where its samples belong. Up to 65,536 patches of dense ids
-nothing but the result is as large as the input, and the input is read in order, so a memory map
-will do. Sparse ids are first numbered, in one to four bytes a sample; above 65,536 keys a second
-pass sorts by the high digit, with another order of the result's size.
+On the host it is a stable counting sort in two passes over the ids, which are read in order, block
+by block, from wherever they lie: `gpusampler.counting` finds what there is, then every chunk is
+sorted by patch while it lies in cache and written to where its samples belong. Nothing but the
+result is as large as the dataset, and the result may lie in a file (see `gpusampler.indexfile`).
 
 On a device it is one stable argsort of the narrowest type, and unique_consecutive.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
-from gpusampler import arrays, fingerprint
-from gpusampler.arrays import Device, Int64
-from gpusampler.idtable import IdTable, distinct_ids
+from gpusampler import arrays, fingerprint, telemetry
+from gpusampler.arrays import HOST, Device, Int64
+from gpusampler.counting import CHUNK, DIGIT, Census, Counted, State
+from gpusampler.ids import BLOCK, PatchIds
+from gpusampler.memory import check_room
 
-DIGIT = 1 << 16
-CHUNK = 1 << 16
 INT32_SAMPLES = 1 << 31
 
 
@@ -41,129 +41,178 @@ class Grouped(NamedTuple):
     fingerprint: int
 
 
-def group_on_host(ids: NDArray[Any]) -> Grouped:
-    """Group integer ids, shape (N,) with N >= 1, of any integer dtype; memory maps too."""
-    mark = fingerprint.of_ids(ids)
-    runs = _runs_of_distinct(ids)
-    if runs is not None:
-        values, counts = runs
-        starts = np.cumsum(counts) - counts
-        by_id = np.argsort(values, kind="stable")
-        return Grouped(values[by_id], counts[by_id], starts[by_id], None, mark)
-    low, high = int(ids.min()), int(ids.max())
-    span = high - low + 1
-    keys: NDArray[Any] = ids
-    # The histogram of a wide span costs more than a table of the ids that are there.
-    if span <= DIGIT or span <= min(ids.size // 8, 1 << 32):
-        histogram, order = counting_sort(ids, low, span)
-        patch_ids = np.flatnonzero(histogram)
-        counts = histogram[patch_ids]
-        patch_ids = patch_ids + low
-    else:
-        patch_ids = distinct_ids(ids)
-        keys = IdTable(patch_ids).lookup_all(ids)
-        counts, order = counting_sort(keys, 0, patch_ids.size)
-    return Grouped(patch_ids, counts, np.cumsum(counts) - counts, order, mark)
+class Work(Protocol):
+    """Where grouping keeps its result, and how far it has come."""
+
+    def resumed(self) -> Mapping[str, NDArray[Any]] | None:
+        """Return the state that was kept last, if this work was broken off."""
+
+    def checkpoint(self, state: Callable[[], State], now: bool) -> None:
+        """Keep the state, now or if it is time to, with all that was written to the order."""
+
+    def order(self, counted: Counted, size: int, dtype: Any) -> NDArray[Any]:
+        """Return room for the order: int32 or int64, shape (size,)."""
 
 
-def _runs_of_distinct(ids: NDArray[Any]) -> tuple[Int64, Int64] | None:
-    """Values and lengths of the runs of equal ids, or None if a value has more than one run."""
-    # Shuffled ids give themselves away in the first chunk.
-    if not _distinct(arrays.unique_consecutive(ids[:CHUNK])[0]):
-        return None
-    starts = [np.zeros(1, np.int64)]
-    for first in range(0, ids.size - 1, CHUNK):
-        chunk = ids[first : first + CHUNK + 1]
-        starts.append(np.flatnonzero(chunk[1:] != chunk[:-1]) + (first + 1))
-    start = np.concatenate(starts)
-    values = np.asarray(ids[start]).astype(np.int64)
-    if not _distinct(values):
-        return None
-    return values, np.diff(start, append=ids.size)
+class InMemory:
+    """Work whose result is in memory, and that is lost with the process."""
+
+    def resumed(self) -> None:
+        """Return None: there is nothing to go on with."""
+
+    def checkpoint(self, state: Callable[[], State], now: bool) -> None:
+        """Do nothing."""
+
+    def order(self, counted: Counted, size: int, dtype: Any) -> NDArray[Any]:
+        """Return a new array."""
+        needed = size * np.dtype(dtype).itemsize
+        check_room(
+            needed,
+            HOST,
+            f"the order of {size} samples",
+            "PatchGroups.from_ids(ids, path=...) keeps it in a file that is mapped into memory",
+        )
+        return np.empty(size, dtype)
 
 
-def _distinct(values: NDArray[Any]) -> bool:
-    ordered = np.sort(values)
-    return not bool((ordered[1:] == ordered[:-1]).any())
-
-
-def counting_sort(ids: NDArray[Any], low: int, span: int) -> tuple[Int64, NDArray[Any]]:
-    """Sort samples stably by id, for ids in ``low .. low + span - 1``.
+def group_on_host(
+    ids: PatchIds, work: Work | None = None, *, progress: bool = False
+) -> Grouped:
+    """Group patch ids that NumPy can read, wherever they lie.
 
     Parameters
     ----------
-    ids : integer array, shape (N,)
-    low, span : int
-        The span is at most 2**32.
+    ids : PatchIds
+    work : Work, optional
+        Default: in memory.
+    progress : bool
+        Show a bar if it takes more than a second.
 
-    Returns
-    -------
-    histogram : int64 array, shape (span,)
-        Samples of each id, zeros included.
-    order : int32 or int64 array, shape (N,)
+    Raises
+    ------
+    RuntimeError
+        If the ids changed between the two passes.
     """
-    histogram = np.zeros(span, np.int64)
-    step = max(CHUNK, span)
-    for first in range(0, ids.size, step):
-        keys = ids[first : first + step].astype(np.int64, copy=False)
-        histogram += np.bincount(keys - low if low else keys, minlength=span)
-
-    def keys_at(chunk: NDArray[Any]) -> Int64:
-        return np.asarray(np.subtract(chunk, low, dtype=np.int64))
-
+    arrays.reuse_temporaries()
+    work = InMemory() if work is None else work
+    state = work.resumed()
+    census = Census(ids.size, state)
+    with telemetry.bar(ids.size, "counting patches", "samples", progress) as shown:
+        if census.seen < ids.size:
+            keep = partial(work.checkpoint, census.state)
+            _in_blocks(ids, census.seen, census.add, keep, shown)
+    found = census.result()
+    if found.starts is not None:
+        return Grouped(found.patch_ids, found.counts, found.starts, None, found.fingerprint)
     dtype = np.int32 if ids.size < INT32_SAMPLES else np.int64
-    if span <= DIGIT:
-        order = _scatter(ids.size, histogram, lambda at: keys_at(ids[at]), lambda at: None, dtype)
-        return histogram, order
-    digits = np.zeros((-(-span // DIGIT), DIGIT), np.int64)
-    digits.ravel()[:span] = histogram
-    by_low = _scatter(
-        ids.size,
-        digits.sum(axis=0),
-        lambda at: keys_at(ids[at]) & (DIGIT - 1),
-        lambda at: None,
-        dtype,
-    )
-    order = _scatter(
-        ids.size,
-        digits.sum(axis=1),
-        lambda at: keys_at(ids[by_low[at]]) >> 16,
-        lambda at: by_low[at],
-        dtype,
-    )
-    return histogram, order
+    scatter = Scatter(found, work.order(found, ids.size, dtype), state)
+    with telemetry.bar(ids.size, "sorting samples", "samples", progress) as shown:
+        keep = partial(work.checkpoint, lambda: {**census.state(), **scatter.state()})
+        _in_blocks(ids, scatter.written, scatter.add, keep, shown)
+    starts = scatter.finish()
+    return Grouped(found.patch_ids, found.counts, starts, scatter.order, found.fingerprint)
 
 
-def _scatter(
-    size: int,
-    histogram: Int64,
-    keys_at: Callable[[slice], Int64],
-    samples_at: Callable[[slice], NDArray[Any] | None],
-    dtype: type,
-) -> NDArray[Any]:
-    """One pass of a counting sort: samples by a key below 2**16, stably.
+def _in_blocks(
+    ids: PatchIds,
+    first: int,
+    add: Callable[[NDArray[Any]], None],
+    kept: Callable[[bool], None],
+    shown: Any,
+) -> None:
+    """Add all ids from ``first`` on, block by block, and keep the state between blocks."""
+    shown.update(first)
+    for _, block in ids.blocks(first):
+        add(block)
+        kept(False)
+        shown.update(block.size)
+    kept(True)
 
-    ``keys_at`` gives the keys of a slice of the samples, in the order in which ``samples_at``
-    names them (None: the slice itself).
+
+class Scatter:
+    """Writes samples to their places, patch by patch, as their ids come.
+
+    Parameters
+    ----------
+    counted : Counted
+    order : integer array, shape (N,)
+        Where to.
+    state : mapping of arrays, optional
+        From `state`, to go on from there; what was written since is written again.
     """
-    order: NDArray[Any] = np.empty(size, dtype)
-    cursor = np.cumsum(histogram) - histogram
-    # A chunk pays for a pass over all keys, so it is not much smaller than their number.
-    step = max(CHUNK, 2 * histogram.size)
-    narrow = np.uint8 if histogram.size <= 1 << 8 else np.uint16
-    place = np.arange(step, dtype=np.int64)
-    for first in range(0, size, step):
-        at = slice(first, min(first + step, size))
-        keys = keys_at(at).astype(narrow)
-        ranked = keys.argsort(kind="stable")
-        found = np.bincount(keys, minlength=histogram.size)
-        # Within the chunk a key's samples end up side by side: their targets are consecutive.
-        target = np.repeat(cursor - (np.cumsum(found) - found), found)
-        target += place[: keys.size]
-        samples = samples_at(at)
-        order[target] = ranked + first if samples is None else samples[ranked]
-        cursor += found
-    return order
+
+    def __init__(
+        self, counted: Counted, order: NDArray[Any], state: Mapping[str, NDArray[Any]] | None
+    ) -> None:
+        self.order = order
+        self.written = 0
+        self._ends = np.cumsum(counted.counts)
+        self._cursor = self._ends - counted.counts
+        self._group = counted.numbering()
+        if state is not None and "written" in state:
+            self.written = int(state["written"])
+            self._cursor = state["cursor"].copy()
+
+    def add(self, ids: NDArray[Any]) -> None:
+        """Write the next block of samples."""
+        many = self._cursor.size > DIGIT
+        # A chunk pays for a pass over all patches, or for two sorts: so it is larger where there
+        # are many.
+        step = BLOCK if many else max(CHUNK, 2 * self._cursor.size)
+        for first in range(0, ids.size, step):
+            try:
+                group = self._group(ids[first : first + step])
+                target, ranked = self._among_many(group) if many else self._among_few(group)
+                ranked += self.written
+                self.order[target] = ranked
+            except (IndexError, ValueError) as error:
+                # No place was counted for an id: it was not there in the first pass.
+                raise RuntimeError(CHANGED) from error
+            self.written += group.size
+
+    def state(self) -> State:
+        """Return how far this is, in arrays."""
+        return {"written": np.array(self.written), "cursor": self._cursor}
+
+    def finish(self) -> Int64:
+        """Return where each patch starts in the order, once all samples are written.
+
+        Raises
+        ------
+        RuntimeError
+            If there were other ids than were counted.
+        """
+        if not np.array_equal(self._cursor, self._ends):
+            raise RuntimeError(CHANGED)
+        return np.append(0, self._ends[:-1])
+
+    def _among_few(self, group: NDArray[Any]) -> tuple[Int64, Int64]:
+        """Return where the samples of a chunk go, and which they are, patch by patch."""
+        ranked = group.argsort(kind="stable")
+        found = np.bincount(group, minlength=self._cursor.size)
+        # Within the chunk a patch's samples end up side by side: their targets are consecutive.
+        target = np.repeat(self._cursor - (np.cumsum(found) - found), found)
+        target += np.arange(group.size)
+        self._cursor += found
+        return target, ranked
+
+    def _among_many(self, group: NDArray[Any]) -> tuple[Int64, Int64]:
+        """`_among_few` for more patches than a radix sort of 16 bits can tell apart."""
+        # The low digit first, then, stably, the high one.
+        ranked = (group & (DIGIT - 1)).astype(np.uint16).argsort(kind="stable")
+        high = (group >> 16).astype(np.uint16)[ranked]
+        ranked = ranked[high.argsort(kind="stable")]
+        ordered = group[ranked]
+        start = np.append(0, np.flatnonzero(ordered[1:] != ordered[:-1]) + 1)
+        found = np.diff(start, append=group.size)
+        here = ordered[start]
+        target = np.repeat(self._cursor[here] - start, found)
+        target += np.arange(group.size)
+        self._cursor[here] += found
+        return target, ranked
+
+
+CHANGED = "ids must stay as they are while they are grouped, got others in the second pass"
 
 
 def group_on_device(ids: Any) -> Grouped:
@@ -184,6 +233,13 @@ def group_on_device(ids: Any) -> Grouped:
 def _group_on(device: Device, ids: Any) -> Grouped:
     xp = arrays.namespace(device)
     size = int(ids.shape[0])
+    # About what torch's and CuPy's radix sorts hold at once, with keys of up to four bytes.
+    check_room(
+        40 * size,
+        device,
+        f"sorting {size} ids",
+        "narrower ids (int32, int16) take less, and ids on the host are sorted there",
+    )
     if size >= INT32_SAMPLES:
         raise ValueError(
             f"ids on {device} must be fewer than 2**31, got {size}; pass them on the host"

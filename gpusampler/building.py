@@ -1,0 +1,218 @@
+"""Grouping into a file: one process at a time, gone on with where the last one was killed."""
+
+from __future__ import annotations
+
+import json
+import mmap
+import os
+import time
+import warnings
+import zipfile
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+from numpy.typing import NDArray
+
+from gpusampler import indexfile
+from gpusampler.counting import Counted, State
+from gpusampler.ids import PatchIds
+from gpusampler.indexfile import ORDER_AT, Contents, reserve, to_disk, told_of_room
+from gpusampler.signature import difference, signature_of
+from gpusampler.sorting import Grouped, group_on_host
+from gpusampler.telemetry import logger
+
+try:
+    import fcntl
+except ImportError:  # Windows has no such locks: there only one process may build an index.
+    fcntl = None  # type: ignore[assignment]
+
+CHECKPOINT_SECONDS = 5.0
+"""Work that is lost at most when a process is killed; more where keeping it takes long."""
+
+CHECKPOINT_SHARE = 0.1
+"""Of all time, for keeping what was done."""
+
+
+def build(ids: PatchIds, path: Path, *, progress: bool) -> None:
+    """Group ids into an index at a path, unless it is there.
+
+    Where several processes do so at a time (the ranks of a node), one works and the others wait.
+
+    Raises
+    ------
+    ValueError
+        If there is an index of other ids, or another file.
+    OSError
+        If there is no room or no permission. What was done is kept, and so is what was there.
+    RuntimeError
+        If the ids changed meanwhile.
+    """
+    if _is_there(ids, path):
+        return
+    with told_of_room(path), Build(ids, path) as work:
+        # Another process may have built it while this one waited.
+        if _is_there(ids, path):
+            work.discard()
+            return
+        work.finish(group_on_host(ids, work, progress=progress))
+
+
+def _is_there(ids: PatchIds, path: Path) -> bool:
+    if not path.exists():
+        return False
+    contents, _ = indexfile.read_index(path, mapped=True, progress=False)
+    saved = contents.signature
+    differs = "ids nobody knows" if saved is None else difference(saved, ids, whole=False)
+    if differs is None:
+        return True
+    raise ValueError(
+        f"path must be free or hold an index of these ids, got one of {differs} in {path}; "
+        "delete it if it is of no more use"
+    )
+
+
+class Build:
+    """The work on an index, in two files beside it: ``.partial`` and ``.progress``.
+
+    Parameters
+    ----------
+    ids : PatchIds
+    path : Path
+        Where the index is to be.
+    """
+
+    def __init__(self, ids: PatchIds, path: Path) -> None:
+        self._ids = ids
+        self._path = path
+        self._partial = path.with_name(f"{path.name}.partial")
+        self._progress = path.with_name(f"{path.name}.progress")
+        self._signature = signature_of(ids)
+        self._map: mmap.mmap | None = None
+        self._next = 0.0
+
+    def __enter__(self) -> Build:
+        """Wait until no other process builds this index."""
+        self._file = self._locked()
+        self._next = time.monotonic() + CHECKPOINT_SECONDS
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        """Let others go on; what is not finished stays, to be gone on with."""
+        self._map = None
+        if fcntl is not None:
+            # Said, for an array that is still about would keep the file, and the lock with it.
+            fcntl.flock(self._file, fcntl.LOCK_UN)
+        self._file.close()
+
+    def resumed(self) -> Mapping[str, NDArray[Any]] | None:
+        """Return the state that was kept last, if it is of these ids."""
+        try:
+            with np.load(self._progress, allow_pickle=False) as kept:
+                state = dict(kept)
+        except FileNotFoundError:
+            return None
+        except (ValueError, EOFError, zipfile.BadZipFile) as error:
+            warnings.warn(
+                f"{self._progress} cannot be read, so grouping begins anew: {error}", stacklevel=2
+            )
+            return None
+        if json.loads(str(state.pop("signature"))) != self._signature:
+            warnings.warn(
+                f"{self._progress} is of other ids, so grouping begins anew", stacklevel=2
+            )
+            return None
+        if "written" in state and os.fstat(self._file.fileno()).st_size < ORDER_AT + int(
+            state["order_bytes"]
+        ):
+            del state["written"]
+        at = int(state.get("written", state["seen"]))
+        done = "sorted" if "written" in state else "counted"
+        logger.info("%s: going on after %d of %d samples %s", self._path, at, self._ids.size, done)
+        return state
+
+    def checkpoint(self, state: Callable[[], State], now: bool) -> None:
+        """Keep the state, now or if it is time to, with all that was written to the order."""
+        start = time.monotonic()
+        if not now and start < self._next:
+            return
+        if self._map is not None:
+            self._map.flush()
+            os.fsync(self._file.fileno())
+        order_bytes = 0 if self._map is None else len(self._map) - ORDER_AT
+        kept = {
+            "signature": np.array(json.dumps(self._signature)),
+            "order_bytes": np.array(order_bytes),
+            **state(),
+        }
+        aside = self._progress.with_name(f"{self._progress.name}.saving")
+        try:
+            with open(aside, "wb") as file:
+                np.savez(file, **kept)
+                to_disk(file)
+            os.replace(aside, self._progress)
+        except BaseException:
+            aside.unlink(missing_ok=True)
+            raise
+        end = time.monotonic()
+        self._next = end + max(CHECKPOINT_SECONDS, (end - start) / CHECKPOINT_SHARE)
+
+    def order(self, counted: Counted, size: int, dtype: Any) -> NDArray[Any]:
+        """Return the order in the file that is written aside, its room on the disk taken."""
+        width = np.dtype(dtype).itemsize
+        reserve(self._file, ORDER_AT + width * size, self._path)
+        self._map = mmap.mmap(self._file.fileno(), ORDER_AT + width * size)
+        # It may have been all but whole when it was left.
+        self._map[: len(indexfile.MAGIC)] = bytes(len(indexfile.MAGIC))
+        return np.frombuffer(self._map, dtype, size, ORDER_AT)
+
+    def finish(self, found: Grouped) -> None:
+        """Make the index of what was written."""
+        if difference(self._signature, self._ids, whole=False) is not None:
+            self._progress.unlink(missing_ok=True)
+            raise RuntimeError("ids must stay as they are while they are grouped, got others since")
+        contents = Contents(
+            found.patch_ids,
+            found.counts,
+            found.starts,
+            self._ids.names,
+            source_size=self._ids.size,
+            fingerprint=found.fingerprint,
+            signature=self._signature,
+        )
+        dtype = None if found.order is None else found.order.dtype.str
+        if self._map is not None:
+            self._map.flush()
+        indexfile.finish(self._file, contents, dtype, self._partial, self._path)
+        self._progress.unlink(missing_ok=True)
+        logger.info("%s: %d patches of %d samples", self._path, found.counts.size, self._ids.size)
+
+    def discard(self) -> None:
+        """Leave nothing behind: another process has made the index."""
+        self._partial.unlink(missing_ok=True)
+        self._progress.unlink(missing_ok=True)
+
+    def _locked(self) -> BinaryIO:
+        """Return the partial file, open, once this process alone has it."""
+        while True:
+            # Not cut off: another process may be writing it, or a killed one have left it.
+            file = os.fdopen(os.open(self._partial, os.O_RDWR | os.O_CREAT, 0o666), "r+b")
+            if fcntl is None:
+                return file
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                logger.info("%s: waiting for the process that builds it", self._path)
+                fcntl.flock(file, fcntl.LOCK_EX)
+            if self._is_partial(file):
+                return file
+            # It was finished, and renamed, while this process waited for it.
+            file.close()
+
+    def _is_partial(self, file: BinaryIO) -> bool:
+        try:
+            return os.path.samestat(os.fstat(file.fileno()), os.stat(self._partial))
+        except FileNotFoundError:
+            return False
+

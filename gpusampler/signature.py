@@ -1,0 +1,93 @@
+"""What a saved index remembers of the ids it was made of, so that others are refused."""
+
+from __future__ import annotations
+
+import hashlib
+from typing import Any
+
+import numpy as np
+
+from gpusampler.fingerprint import of_names
+from gpusampler.ids import PatchIds
+
+LENGTH = 1 << 8
+"""Ids in a block that is compared."""
+
+BLOCKS = 64
+BLOCKS_WHERE_DEAR = 4
+"""Blocks, where a few ids from the middle cost as much as many."""
+
+
+def signature_of(ids: PatchIds, blocks: int | None = None) -> dict[str, Any]:
+    """Return the length, type and time of ids, and hashes of some blocks of them; JSON-safe.
+
+    Parameters
+    ----------
+    ids : PatchIds
+    blocks : int, optional
+        Blocks that are read, spread evenly from the first ids to the last; all ids, if they are
+        few. Default: as many as are cheap.
+
+    Raises
+    ------
+    TypeError, ValueError, OSError
+        If the ids cannot be read.
+    """
+    if blocks is None:
+        blocks = BLOCKS if ids.seekable else BLOCKS_WHERE_DEAR
+    if ids.size <= blocks * LENGTH:
+        spans = [(0, ids.size)]
+    else:
+        last = ids.size - LENGTH
+        starts = [last * block // (blocks - 1) for block in range(blocks)]
+        spans = [(start, start + LENGTH) for start in starts]
+    return {
+        "size": ids.size,
+        "dtype": ids.dtype,
+        "modified": ids.modified,
+        "blocks": blocks,
+        "hashes": [_hash(ids.read(*span)) for span in spans],
+        "names": None if ids.names is None else of_names(ids.names),
+    }
+
+
+def difference(saved: dict[str, Any], ids: PatchIds, *, whole: bool) -> str | None:
+    """Return in what ids differ from those of a signature, None if in nothing.
+
+    Parameters
+    ----------
+    saved : dict
+        From `signature_of`.
+    ids : PatchIds
+    whole : bool
+        Whether all ids are compared otherwise, so that it does not matter when their file changed.
+    """
+    if saved["size"] != ids.size:
+        return f"{saved['size']} samples, got {ids.size}"
+    if saved["dtype"] != ids.dtype:
+        return f"type {saved['dtype']}, got {ids.dtype}"
+    now = signature_of(ids, saved["blocks"])
+    if saved["names"] != now["names"]:
+        return "patches of other names"
+    for number, (before, after) in enumerate(zip(saved["hashes"], now["hashes"], strict=True)):
+        if before != after:
+            return f"other values (block {number} of the {len(now['hashes'])} that are compared)"
+    times = saved["modified"], now["modified"]
+    if None not in times and times[0] != times[1] and not whole:
+        return (
+            f"a file last changed at {_time(times[0])}, got {_time(times[1])} "
+            "(with verify=True all ids are compared instead)"
+        )
+    return None
+
+
+def _hash(ids: Any) -> str:
+    return _digest(np.ascontiguousarray(ids, dtype="<i8").tobytes())
+
+
+def _digest(data: bytes) -> str:
+    return hashlib.blake2b(data, digest_size=8).hexdigest()
+
+
+def _time(nanoseconds: int) -> str:
+    return str(np.datetime64(nanoseconds, "ns"))
