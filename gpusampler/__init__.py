@@ -12,6 +12,7 @@ from gpusampler.iteration import Batch
 from gpusampler.loader import PatchTensorLoader
 from gpusampler.plan import BatchBlock, EpochPlan
 from gpusampler.sampler import PatchBatchSampler
+from gpusampler.sources import read_patch_ids
 
 __version__ = "0.1.0"
 
@@ -24,4 +25,5 @@ __all__ = [
     "PatchBatchSampler",
     "PatchGroups",
     "PatchTensorLoader",
+    "read_patch_ids",
 ]

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from gpusampler import arrays, sources
 from gpusampler.coverage import Coverage, coverage_of
 from gpusampler.frameworks import check_sharding
+from gpusampler.grouping import PatchGroups
 from gpusampler.iteration import Batch, BatchReader, EpochIterator, Reader, valid_counts
 from gpusampler.plan import EPOCHS, UNEVENS, EpochPlan, Partial, Uneven
 from gpusampler.ranks import LateGroup, checked_ranks, drawn_seed
@@ -26,6 +27,15 @@ if TYPE_CHECKING:
 OUTPUTS = ("list", "numpy", "tensor")
 
 T = TypeVar("T")
+
+
+def _resolve(source: Any, *, progress: bool) -> tuple[PatchGroups, bool]:
+    """Return the groups of a source, and whether it lies on a device where "auto" stays."""
+    if isinstance(source, PatchGroups):
+        return source, True
+    ids = sources.read_patch_ids(source, progress=progress)
+    groups = PatchGroups.from_ids(getattr(ids, "array", ids))
+    return groups, arrays.library_of(source) is not None or not ids.device.on_host
 
 
 class PatchBatchSampler:
@@ -150,7 +160,7 @@ class PatchBatchSampler:
             )
         auto = isinstance(device, str) and device == "auto"
         where = None if auto else arrays.parse_device(device)
-        groups, placed = sources.resolve(source, progress=checked_bool(progress, "progress"))
+        groups, placed = _resolve(source, progress=checked_bool(progress, "progress"))
         if where is None:
             where = groups.device if placed else arrays.default_device()
         if patch_costs is None and steps == "balanced":

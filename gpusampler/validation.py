@@ -74,18 +74,30 @@ def checked_ids(ids: Any) -> Any:
     ValueError
         If they are not 1-D, are empty, or do not fit.
     """
-    given = ids
-    ids = as_array(ids, "ids")
-    if isinstance(ids, np.ma.MaskedArray):
-        raise TypeError("ids must have a value for every sample, got a masked array")
-    if len(ids.shape) != 1:
-        raise ValueError(f"ids must be 1-D, one id a sample, got shape {tuple(ids.shape)}")
-    if int(ids.shape[0]) == 0:
-        raise ValueError("ids must name at least one sample, got none")
-    if not arrays.is_integer(ids):
-        _check_python_integers(given, "ids")
-        raise TypeError(f"ids must be integers, got dtype {str(ids.dtype).rpartition('.')[2]}")
+    ids = checked_id_array(ids)
     _check_fits(ids, "ids")
+    return ids
+
+
+def checked_id_array(ids: Any, name: str = "ids") -> Any:
+    """Return patch ids as `checked_ids` does, without a look at the values of an array.
+
+    Raises
+    ------
+    TypeError, ValueError
+        As by `checked_ids`, but for ids of uint64 that do not fit in int64.
+    """
+    given = ids
+    ids = as_array(ids, name)
+    if isinstance(ids, np.ma.MaskedArray):
+        raise TypeError(f"{name} must have a value for every sample, got a masked array")
+    if len(ids.shape) != 1:
+        raise ValueError(f"{name} must be 1-D, one id a sample, got shape {tuple(ids.shape)}")
+    if int(ids.shape[0]) == 0:
+        raise ValueError(f"{name} must name at least one sample, got none")
+    if not arrays.is_integer(ids):
+        _check_python_integers(given, name)
+        raise TypeError(f"{name} must be integers, got dtype {str(ids.dtype).rpartition('.')[2]}")
     return ids
 
 

@@ -1,0 +1,229 @@
+"""Ids in Parquet: one column of a file or a folder of files, one row group decoded at a time."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+
+from gpusampler.ids import BLOCK, PatchIds
+from gpusampler.sources.arrow import dtype_of, values_ids
+from gpusampler.sources.checks import chosen_column, imported, is_a
+
+SUFFIXES = (".parquet", ".pq")
+
+_READ_BYTES = 1 << 20
+
+
+def parquet_ids(source: Any, column: Any, progress: bool) -> PatchIds | None:
+    """Return the ids in a ParquetFile or a Dataset of pyarrow; None for anything else.
+
+    Raises
+    ------
+    TypeError, ValueError
+        As by `parquet_path_ids`, or if the dataset has files of another format.
+    """
+    if is_a(source, "pyarrow.parquet", "ParquetFile"):
+        return _ids([lambda: source], ["the Parquet file"], column, None, progress)
+    if not is_a(source, "pyarrow.dataset", "Dataset"):
+        return None
+    if getattr(getattr(source, "format", None), "default_extname", None) != "parquet":
+        raise TypeError(
+            "source must be a dataset of Parquet files, "
+            f"got a {type(source).__name__} of another kind; give its column: to_table(columns=...)"
+        )
+    files = imported("pyarrow.parquet", "parquet", "a dataset of pyarrow")
+    system = source.filesystem
+
+    def opener(path: str) -> Callable[[], Any]:
+        return lambda: files.ParquetFile(system.open_input_file(path), buffer_size=_READ_BYTES)
+
+    return _ids([opener(path) for path in source.files], source.files, column, None, progress)
+
+
+def parquet_path_ids(path: str, column: Any, progress: bool) -> PatchIds:
+    """Return the ids in a column of a Parquet file, or of all in a folder, sorted by their paths.
+
+    Only the files' footers are read now (names: the column).
+
+    Raises
+    ------
+    RuntimeError
+        If pyarrow is not installed.
+    TypeError
+        If the column holds neither integers nor names, or not the same in all files.
+    ValueError
+        If a file is no Parquet, there is no such column, or it is empty.
+    """
+    files = imported("pyarrow.parquet", "parquet", path)
+    paths = _files_in(path) if os.path.isdir(path) else [path]
+
+    def opener(path: str) -> Callable[[], Any]:
+        def opened() -> Any:
+            try:
+                return files.ParquetFile(path, buffer_size=_READ_BYTES)
+            # ArrowInvalid, of a file that is cut off or no Parquet, is a ValueError.
+            except ValueError as error:
+                raise ValueError(
+                    f"source must be a whole Parquet file, got {path!r}: {error}"
+                ) from error
+
+        return opened
+
+    modified = max(os.stat(path).st_mtime_ns for path in paths)
+    return _ids([opener(path) for path in paths], paths, column, modified, progress)
+
+
+def has_parquet(folder: str) -> bool:
+    """Whether a folder holds a Parquet file, at any depth."""
+    return next(_walk(folder), None) is not None
+
+
+def _files_in(folder: str) -> list[str]:
+    found = sorted(_walk(folder))
+    if not found:
+        raise ValueError(f"source must be a folder with .parquet files, got {folder!r} without one")
+    return found
+
+
+def _walk(folder: str) -> Iterator[str]:
+    # Like pyarrow.dataset: what begins with a dot or an underscore is no data.
+    with os.scandir(folder) as entries:
+        for entry in entries:
+            if entry.name.startswith((".", "_")):
+                continue
+            if entry.is_dir():
+                yield from _walk(entry.path)
+            elif entry.name.lower().endswith(SUFFIXES):
+                yield entry.path
+
+
+def _ids(
+    openers: list[Callable[[], Any]],
+    names: list[str],
+    column: Any,
+    modified: int | None,
+    progress: bool,
+) -> PatchIds:
+    dtypes: set[str] = set()
+    rows: list[int] = []
+    groups: list[tuple[int, int]] = []
+    for number, (opened, name) in enumerate(zip(openers, names, strict=True)):
+        file = opened()
+        if number == 0:
+            column = _chosen(file.schema_arrow, column, name)
+        kind = _type_of(file.schema_arrow, column, name)
+        dtypes.add(dtype_of(kind, f" in column {column!r} of {name!r}"))
+        if "str" in dtypes and len(dtypes) > 1:
+            raise TypeError(
+                f"ids must be all names or all integers, got {kind} in column {column!r} of "
+                f"{name!r} and others before"
+            )
+        for group in range(file.metadata.num_row_groups):
+            rows.append(file.metadata.row_group(group).num_rows)
+            groups.append((number, group))
+    if not dtypes:
+        raise ValueError("source must be a dataset with files, got one without")
+    dtype = dtypes.pop() if len(dtypes) == 1 else np.result_type(*dtypes).name
+    reader = _Column(openers, groups, np.cumsum(np.array(rows, np.int64)), str(column))
+    return values_ids(
+        reader.values,
+        # NumPy knows no integer for uint64 beside a signed type; what fits is int64.
+        "int64" if dtype.startswith("float") else dtype,
+        sum(rows),
+        modified=modified,
+        seekable=False,
+        progress=progress,
+    )
+
+
+def _chosen(schema: Any, column: Any, name: str) -> Any:
+    top = column
+    if isinstance(column, str) and column not in schema.names:
+        # "a.b" is field b of the column a.
+        top = column.partition(".")[0] if column.partition(".")[0] in schema.names else column
+    chosen = chosen_column(schema.names, top, repr(name))
+    return chosen if column is None else column
+
+
+def _type_of(schema: Any, column: str, name: str) -> Any:
+    if column in schema.names:
+        return schema.field(column).type
+    head, *fields = column.split(".")
+    if head not in schema.names:
+        chosen_column(schema.names, column, repr(name))
+    kind = schema.field(head).type
+    for field in fields:
+        children = [kind.field(i).name for i in range(kind.num_fields)]
+        kind = kind.field(children.index(chosen_column(children, field, f"{head!r}"))).type
+    return kind
+
+
+class _Column:
+    """Values of a column, read forward: a row group is decoded once, in batches, one is kept."""
+
+    def __init__(
+        self,
+        openers: list[Callable[[], Any]],
+        groups: list[tuple[int, int]],
+        ends: np.ndarray[Any, np.dtype[np.int64]],
+        column: str,
+    ) -> None:
+        self._openers = openers
+        self._groups = groups
+        self._ends = ends
+        self._column = column
+        self._file: tuple[int, Any] = (-1, None)
+        self._batches: Iterator[Any] = iter(())
+        self._batch: Any = ()
+        self._first = 0
+        self._end = 0
+
+    def values(self, start: int, stop: int) -> list[Any]:
+        """Return samples ``start .. stop - 1`` as a list of Arrays."""
+        parts = []
+        while start < stop:
+            batch = self._batch_with(start)
+            part = batch.slice(start - self._first, stop - start)
+            parts.append(part)
+            start += len(part)
+        return parts
+
+    def _batch_with(self, sample: int) -> Any:
+        """Go on, or begin, until the batch that is kept holds a sample."""
+        if not self._first <= sample < self._end:
+            self._begin(int(np.searchsorted(self._ends, sample, side="right")))
+        while sample >= self._first + len(self._batch):
+            self._first += len(self._batch)
+            try:
+                batch = next(self._batches)
+            except StopIteration:
+                raise OSError(
+                    f"source must stay as it is while it is read, got no sample {sample}"
+                ) from None
+            self._batch = self._field(batch)
+        return self._batch
+
+    def _begin(self, group: int) -> None:
+        number, within = self._groups[group]
+        if self._file[0] != number:
+            self._file = number, self._openers[number]()
+        self._first = int(self._ends[group - 1]) if group else 0
+        self._end = int(self._ends[group])
+        self._batch = ()
+        self._batches = self._file[1].iter_batches(
+            BLOCK, row_groups=[within], columns=[self._column], use_threads=False
+        )
+
+    def _field(self, batch: Any) -> Any:
+        values = batch.column(0)
+        if batch.schema.names[0] == self._column:
+            return values
+        import pyarrow.compute as compute
+
+        # A name as it stands in the schema, or a path of fields.
+        for field in self._column.split(".")[1:]:
+            values = compute.struct_field(values, field)
+        return values
