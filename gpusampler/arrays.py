@@ -11,6 +11,7 @@ import sys
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import cache
 from importlib import import_module
 from importlib.util import find_spec
 from types import ModuleType, SimpleNamespace
@@ -374,6 +375,7 @@ def device_handle(device: Device) -> Any:
     return cupy.cuda.Device(int(device.name))
 
 
+@cache
 def reuse_temporaries() -> None:
     """Let the allocator keep what arrays of up to 32 MiB leave, for those that come after.
 

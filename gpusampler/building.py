@@ -110,7 +110,7 @@ class Build:
         """Return the state that was kept last, if it is of these ids."""
         try:
             with np.load(self._progress, allow_pickle=False) as kept:
-                state = dict(kept)
+                state: State = dict(kept)
         except FileNotFoundError:
             return None
         except (ValueError, EOFError, zipfile.BadZipFile) as error:
@@ -127,9 +127,8 @@ class Build:
             state["order_bytes"]
         ):
             del state["written"]
-        at = int(state.get("written", state["seen"]))
-        done = "sorted" if "written" in state else "counted"
-        logger.info("%s: going on after %d of %d samples %s", self._path, at, self._ids.size, done)
+        done, at = ("sorted", "written") if "written" in state else ("counted", "seen")
+        logger.info("%s: going on after %d of %d samples %s", self._path, state[at], self._ids.size, done)
         return state
 
     def checkpoint(self, state: Callable[[], State], now: bool) -> None:
@@ -141,7 +140,7 @@ class Build:
             self._map.flush()
             os.fsync(self._file.fileno())
         order_bytes = 0 if self._map is None else len(self._map) - ORDER_AT
-        kept = {
+        kept: dict[str, Any] = {
             "signature": np.array(json.dumps(self._signature)),
             "order_bytes": np.array(order_bytes),
             **state(),
@@ -215,4 +214,3 @@ class Build:
             return os.path.samestat(os.fstat(file.fileno()), os.stat(self._partial))
         except FileNotFoundError:
             return False
-

@@ -58,7 +58,7 @@ def costs_by_patch(costs: Any, groups: PatchGroups) -> NDArray[np.float64]:
     """
     # A column of a table with an index is a mapping, too: by place it would mix patches up.
     if isinstance(costs, Mapping) or hasattr(costs, "keys"):
-        patch_ids = groups.patch_ids.tolist()
+        patch_ids = groups.labels.tolist()
         missing = [patch_id for patch_id in patch_ids if patch_id not in costs]
         if missing:
             raise ValueError(
@@ -66,7 +66,7 @@ def costs_by_patch(costs: Any, groups: PatchGroups) -> NDArray[np.float64]:
             )
         costs = [costs[patch_id] for patch_id in patch_ids]
     elif callable(costs):
-        costs = [costs(patch_id) for patch_id in groups.patch_ids.tolist()]
+        costs = [costs(patch_id) for patch_id in groups.labels.tolist()]
     if isinstance(costs, np.ma.MaskedArray):
         raise TypeError("patch_costs must have a value for every patch, got a masked array")
     try:
@@ -89,11 +89,11 @@ def costs_by_patch(costs: Any, groups: PatchGroups) -> NDArray[np.float64]:
         group = int(wrong[0])
         raise ValueError(
             f"patch_costs must be > 0 and < 2**512, got {found[group]} for patch "
-            f"{int(groups.patch_ids[group])}"
+            f"{groups.labels[group]}"
         )
     return found
 
 
-def _listed(patch_ids: list[int]) -> str:
+def _listed(patch_ids: list[Any]) -> str:
     shown = ", ".join(map(str, patch_ids[:5]))
     return shown if len(patch_ids) <= 5 else f"{shown} and {len(patch_ids) - 5} more"

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from gpusampler.arrays import Int64
 from gpusampler.plan import EpochPlan
@@ -19,8 +21,10 @@ class Coverage:
 
     Attributes
     ----------
-    patch_ids, counts : int64 arrays, shape (G,)
-        The patches, ascending, and their samples.
+    patch_ids : int64 array, or array of str where patches have names, shape (G,)
+        The patches, ascending.
+    counts : int64 array, shape (G,)
+        Their samples.
     seen_once, repeated, missed : int64 arrays, shape (G,)
         Samples handed out exactly once, more than once, not at all; they add up to ``counts``.
     batches : int64 array, shape (G,)
@@ -35,7 +39,7 @@ class Coverage:
     ([1, 0], False)
     """
 
-    patch_ids: Int64
+    patch_ids: NDArray[Any]
     counts: Int64
     seen_once: Int64
     repeated: Int64
@@ -108,7 +112,7 @@ def coverage_of(plan: EpochPlan, epoch: int, slots_handed_out: int) -> Coverage:
             missed[group] += sum(size for size, times in parts if times == 0)
             batches[group] += sum(changes.values())
     return Coverage(
-        patch_ids=groups.patch_ids,
+        patch_ids=groups.labels,
         counts=groups.counts,
         seen_once=groups.counts - repeated - missed,
         repeated=repeated,

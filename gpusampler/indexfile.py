@@ -358,7 +358,7 @@ def folder_to_disk(folder: Path) -> None:
 
 def _in_pieces(order: NDArray[Any], move: Any, what: str, progress: bool) -> None:
     """Read or write an array piece by piece."""
-    view = memoryview(order).cast("B")
+    view = order.view(np.uint8).data
     with telemetry.bar(len(view), what, "B", progress) as shown:
         done = 0
         while done < len(view):

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
 import numpy as np
+from numpy.typing import NDArray
 
 from gpusampler.arrays import Int64
 from gpusampler.plan import Partial
@@ -51,8 +52,10 @@ class Inspection:
         What was inspected, for the heading.
     batch_size : int
         Samples in a full batch.
-    patch_ids, counts : ndarray of int64, shape (G,)
-        The patches, ascending, and their samples.
+    patch_ids : ndarray of int64, or of str, shape (G,)
+        The patches, ascending.
+    counts : ndarray of int64, shape (G,)
+        Their samples.
     contiguous : bool
         Whether each patch's samples follow one another; no order is kept then.
     nbytes : int
@@ -63,7 +66,7 @@ class Inspection:
 
     source: str
     batch_size: int
-    patch_ids: Int64
+    patch_ids: NDArray[Any]
     counts: Int64
     contiguous: bool
     nbytes: int
@@ -155,7 +158,7 @@ def inspect_source(source: Any, batch_size: int, name: str) -> Inspection:
     return Inspection(
         source=name,
         batch_size=int(batch_size),
-        patch_ids=groups.patch_ids,
+        patch_ids=groups.labels,
         counts=groups.counts,
         contiguous=groups.is_contiguous,
         nbytes=groups.nbytes,
@@ -197,7 +200,7 @@ def _with_share(found: Outcome, samples: int) -> tuple[str, str, str]:
     return f"{found.batches:,}", missed, repeated
 
 
-def _size_lines(patch_ids: Int64, counts: Int64) -> list[str]:
+def _size_lines(patch_ids: NDArray[Any], counts: Int64) -> list[str]:
     if len(counts) <= _LISTED:
         rows = [
             (str(p), f"{n:,}") for p, n in zip(patch_ids.tolist(), counts.tolist(), strict=True)

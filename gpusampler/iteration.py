@@ -30,7 +30,7 @@ class Batch(NamedTuple):
 
     Attributes
     ----------
-    patch_id : int
+    patch_id : int, or str where patches have names
         Patch of all its samples.
     indices : int64 array, shape (size,)
         On the sampler's device.
@@ -46,7 +46,7 @@ class Batch(NamedTuple):
     [(7, 2, 2), (7, 2, 1)]
     """
 
-    patch_id: int
+    patch_id: int | str
     indices: Any
     valid: int
 
@@ -315,7 +315,7 @@ def _as_tensors(plan: EpochPlan, block: RaggedBlock) -> list[Any]:
 
 def _as_batches(plan: EpochPlan, block: RaggedBlock) -> list[Batch]:
     samples = arrays.to_device(block.samples, plan.device)
-    patch_ids = plan.groups.patch_ids[block.groups].tolist()
+    patch_ids = plan.labels[block.groups].tolist()
     return list(map(Batch, patch_ids, _views(samples, block), block.lengths.tolist()))
 
 

@@ -228,7 +228,7 @@ class TensorReader:
     def _cut(self, part: RaggedBlock, rows: Mapping[str, Any]) -> list[TensorBatch]:
         sizes = part.sizes.tolist()
         columns = [arrays.split(rows[name], sizes) for name in self._names]
-        patch_ids = self._plan.groups.patch_ids[part.groups].tolist()
+        patch_ids = self._plan.labels[part.groups].tolist()
         names = [*self._names, *RESERVED]
         return [
             dict(zip(names, values, strict=True))

@@ -175,6 +175,7 @@ class EpochPlan:
         self.max_batch_size = self._tables.max_batch_size
         self._on_device: Evaluator | None = None
         self._host_order: Any = None
+        self._labels: Any = None
         self._patch_orders: dict[int, PatchOrder] = {}
 
     @property
@@ -229,6 +230,13 @@ class EpochPlan:
         """Batches that each patch is cut into: int64, shape (G,), on the host."""
         own = self._tables.own
         return self.batches_by_patch if own is None else np.asarray(own)
+
+    @property
+    def labels(self) -> Any:
+        """What the user calls the patches, shape (G,): the groups' labels, made once."""
+        if self._labels is None:
+            self._labels = self.groups.labels
+        return self._labels
 
     @property
     def step_width(self) -> int:
@@ -521,8 +529,11 @@ class EpochPlan:
         )
 
     def _order_on_host(self) -> Any:
+        # Asked for every time: a file that it is mapped from is looked at first.
         order = self.groups.order
-        if self._host_order is None and order is not None:
+        if order is None or arrays.library_of(order) == "numpy":
+            return order
+        if self._host_order is None:
             if arrays.in_worker() and not arrays.device_of(order).on_host:
                 raise RuntimeError(
                     "ids must be on the host, or the loader's multiprocessing_context 'spawn', "
@@ -587,7 +598,7 @@ class EpochPlan:
     def __getstate__(self) -> dict[str, Any]:
         """Travel without live device memory; it is rebuilt at first use."""
         state = self.__dict__.copy()
-        state.update(_on_device=None, _host_order=None, _patch_orders={})
+        state.update(_on_device=None, _host_order=None, _labels=None, _patch_orders={})
         return state
 
     def __repr__(self) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import os
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
@@ -14,6 +15,7 @@ from gpusampler import arrays, sources
 from gpusampler.coverage import Coverage, coverage_of
 from gpusampler.frameworks import check_sharding
 from gpusampler.grouping import PatchGroups
+from gpusampler.indexfile import is_index
 from gpusampler.iteration import Batch, BatchReader, EpochIterator, Reader, valid_counts
 from gpusampler.plan import EPOCHS, UNEVENS, EpochPlan, Partial, Uneven
 from gpusampler.ranks import LateGroup, checked_ranks, drawn_seed
@@ -33,8 +35,10 @@ def _resolve(source: Any, *, progress: bool) -> tuple[PatchGroups, bool]:
     """Return the groups of a source, and whether it lies on a device where "auto" stays."""
     if isinstance(source, PatchGroups):
         return source, True
+    if isinstance(source, (str, os.PathLike)) and is_index(source):
+        return PatchGroups.load(source, progress=progress), True
     ids = sources.read_patch_ids(source, progress=progress)
-    groups = PatchGroups.from_ids(getattr(ids, "array", ids))
+    groups = PatchGroups.from_ids(ids, progress=progress)
     return groups, arrays.library_of(source) is not None or not ids.device.on_host
 
 

@@ -75,9 +75,7 @@ class InMemory:
         return np.empty(size, dtype)
 
 
-def group_on_host(
-    ids: PatchIds, work: Work | None = None, *, progress: bool = False
-) -> Grouped:
+def group_on_host(ids: PatchIds, work: Work | None = None, *, progress: bool = False) -> Grouped:
     """Group patch ids that NumPy can read, wherever they lie.
 
     Parameters
