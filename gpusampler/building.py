@@ -128,7 +128,9 @@ class Build:
         ):
             del state["written"]
         done, at = ("sorted", "written") if "written" in state else ("counted", "seen")
-        logger.info("%s: going on after %d of %d samples %s", self._path, state[at], self._ids.size, done)
+        logger.info(
+            "%s: going on after %d of %d samples %s", self._path, state[at], self._ids.size, done
+        )
         return state
 
     def checkpoint(self, state: Callable[[], State], now: bool) -> None:

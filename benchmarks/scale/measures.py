@@ -1,0 +1,204 @@
+"""What is measured: one function a claim, each returning plain numbers."""
+
+from __future__ import annotations
+
+import time
+import tracemalloc
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from benchmarks.ratios import seconds
+from benchmarks.scale.files import PATCHES, anonymous, make_ids, watched
+from gpusampler import EpochPlan, PatchBatchSampler, PatchGroups, read_patch_ids
+
+ROUNDS = 3
+BATCH_SIZE = 64
+
+_GROUP = """
+import sys
+import gpusampler.building
+from gpusampler import PatchGroups
+gpusampler.building.CHECKPOINT_SECONDS = 1.0
+print(PatchGroups.from_ids(sys.argv[1], path=sys.argv[2]))
+"""
+
+_OPEN = """
+import sys, time
+from gpusampler import PatchBatchSampler, PatchGroups
+from benchmarks.scale.files import anonymous
+before, start = anonymous("self"), time.perf_counter()
+first = next(iter(PatchBatchSampler(PatchGroups.load(sys.argv[1]), 64, seed=0)))
+print((time.perf_counter() - start) * 1e3, (anonymous("self") - before) / 1e6)
+"""
+
+
+def linearity(folder: Path, sizes: list[int]) -> dict[str, Any]:
+    """Group files of growing numbers of ids into index files; fit time = a * N**b."""
+    took = {size: _grouping(folder, size, ROUNDS if size <= 10**8 else 1) for size in sizes}
+    slope, _ = np.polyfit(np.log(list(took)), np.log(list(took.values())), 1)
+    return {
+        "seconds": {str(size): value for size, value in took.items()},
+        "nanoseconds_an_id": {str(size): value / size * 1e9 for size, value in took.items()},
+        "exponent": float(slope),
+    }
+
+
+def _grouping(folder: Path, size: int, rounds: int) -> float:
+    """Return the seconds, best of some rounds, from a file of ids to an index file."""
+    ids, index = folder / "linear.npy", folder / "linear.index"
+    make_ids(ids, size)
+    took = []
+    for _ in range(rounds):
+        index.unlink(missing_ok=True)
+        took.append(seconds(lambda: PatchGroups.from_ids(ids, path=index)))
+    index.unlink()
+    ids.unlink()
+    return min(took)
+
+
+def against_argsort(size: int) -> dict[str, Any]:
+    """Group int64 ids in memory; the baseline is np.argsort(ids, kind="stable") on them."""
+    ids = np.random.default_rng(0).integers(0, PATCHES, size)
+    tracemalloc.start()
+    groups = PatchGroups.from_ids(ids)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    ours = min(seconds(lambda: PatchGroups.from_ids(ids)) for _ in range(ROUNDS))
+    start = time.perf_counter()
+    order = np.argsort(ids, kind="stable")
+    baseline = time.perf_counter() - start
+    return {
+        "samples": size,
+        "seconds": ours,
+        "argsort_seconds": baseline,
+        "times_faster": baseline / ours,
+        "allocated_gb": peak / 1e9,
+        "same": bool((groups.order == order).all()),
+    }
+
+
+def killed(folder: Path, size: int, kills: int = 3) -> dict[str, Any]:
+    """Group more ids than memory is allowed for, killed several times and gone on with."""
+    ids, index = folder / "killed.npy", folder / "killed.index"
+    make_ids(ids, size)
+    progress = index.with_name(f"{index.name}.progress")
+    runs = []
+    for _ in range(kills):
+        # Each run is killed once it has kept some work that was not there before.
+        before = progress.stat().st_mtime_ns if progress.exists() else 0
+
+        def come_further(seconds: float, before: int = before) -> bool:
+            return progress.exists() and progress.stat().st_mtime_ns > before and seconds > 3
+
+        runs.append(watched(["-c", _GROUP, str(ids), str(index)], come_further))
+    runs.append(watched(["-c", _GROUP, str(ids), str(index)]))
+    start = time.perf_counter()
+    groups = PatchGroups.load(index, source=ids, verify=True)
+    found = {
+        "samples": size,
+        "codes": [run.code for run in runs],
+        "seconds": [run.seconds for run in runs],
+        "anonymous_gb": max(run.anonymous for run in runs) / 1e9,
+        "index_gb": index.stat().st_size / 1e9,
+        "verify_seconds": time.perf_counter() - start,
+        "patches": groups.num_patches,
+    }
+    del groups
+    index.unlink()
+    ids.unlink()
+    return found
+
+
+def opening(folder: Path, size: int) -> dict[str, Any]:
+    """Open a saved index in a new process and draw the first batch."""
+    ids, index = folder / "opened.npy", folder / "opened.index"
+    make_ids(ids, size)
+    PatchGroups.from_ids(ids, path=index)
+    ids.unlink()
+    rounds = [
+        [float(part) for part in watched(["-c", _OPEN, str(index)]).output.split()]
+        for _ in range(2 * ROUNDS)
+    ]
+    index.unlink()
+    return {
+        "samples": size,
+        "milliseconds": min(row[0] for row in rounds),
+        "megabytes": max(row[1] for row in rounds),
+    }
+
+
+def from_counts(size: int, checked: int) -> dict[str, Any]:
+    """Plan an epoch of samples that are given by counts; check its ends and random batches."""
+    before = anonymous("self")
+    tracemalloc.start()
+    counts = [size // PATCHES] * PATCHES
+    plan = EpochPlan(PatchGroups.from_counts(counts), BATCH_SIZE, seed=7)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    slots = np.random.default_rng(1).integers(0, plan.num_batches, checked)
+    slots = np.concatenate([[0, plan.num_batches - 1], slots])
+    block = plan.evaluate(3, slots)
+    again = plan.evaluate_reference(3, slots)
+    patch = block.indices // counts[0]
+    positions = np.sort(block.indices, axis=1)
+    return {
+        "samples": plan.groups.num_samples,
+        "batches": len(slots),
+        "of_one_patch": bool((patch == block.groups[:, None]).all()),
+        "distinct": bool(
+            (positions[:, 1:] != positions[:, :-1])[block.lengths == BATCH_SIZE].all()
+        ),
+        "as_the_reference": bool((block.indices == again.indices).all()),
+        "kilobytes": peak / 1e3,
+        "resident_mb": (anonymous("self") - before) / 1e6,
+    }
+
+
+class Slow:
+    """A dataset that takes a millisecond for a sample."""
+
+    def __init__(self, size: int) -> None:
+        self._size = size
+
+    def __len__(self) -> int:
+        return self._size
+
+    def __getitem__(self, index: int) -> dict[str, int]:
+        time.sleep(0.001)
+        return {"patch_id": index % 7}
+
+    def __iter__(self) -> Iterator[dict[str, int]]:
+        return (self[index] for index in range(self._size))
+
+
+def asking(size: int) -> dict[str, Any]:
+    """Read ids from a slow dataset; the baseline is a loop over its samples."""
+    dataset = Slow(size)
+    ours = seconds(lambda: read_patch_ids(dataset, progress=False))
+    loop = seconds(lambda: [sample["patch_id"] for sample in dataset])
+    return {"samples": size, "seconds": ours, "loop_seconds": loop, "times_faster": loop / ours}
+
+
+def drained(folder: Path, size: int, batches: int) -> dict[str, Any]:
+    """Draw batches of a mapped index, and of the same groups in memory."""
+    ids, index = folder / "drained.npy", folder / "drained.index"
+    make_ids(ids, size)
+    mapped = PatchGroups.from_ids(ids, path=index)
+    took = {}
+    for name, groups in {
+        "mapped": mapped,
+        "in memory": PatchGroups.load(index, mmap=False),
+    }.items():
+        sampler = PatchBatchSampler(groups, BATCH_SIZE, seed=0, output="numpy")
+
+        def draw(sampler: PatchBatchSampler = sampler) -> None:
+            for _, _ in zip(range(batches), sampler.batches(0), strict=False):
+                pass
+
+        took[name] = min(seconds(draw) for _ in range(ROUNDS)) / batches * 1e6
+    index.unlink()
+    ids.unlink()
+    return {"samples": size, "microseconds_a_batch": took}

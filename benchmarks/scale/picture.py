@@ -1,0 +1,36 @@
+"""Time against N, in log-log, with the line that fits it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+
+def draw(found: dict[str, Any], path: Path) -> None:
+    """Draw what `measures.linearity` found, and `measures.against_argsort` beside it."""
+    from matplotlib.figure import Figure
+
+    times = {int(size): took for size, took in found["linearity"]["seconds"].items()}
+    size, took = np.array(list(times)), np.array(list(times.values()))
+    exponent = found["linearity"]["exponent"]
+    figure = Figure(figsize=(6.4, 4.0), layout="constrained")
+    axes = figure.subplots()
+    line = np.exp(np.mean(np.log(took)) + exponent * (np.log(size) - np.mean(np.log(size))))
+    axes.loglog(size, line, color="0.7", label=f"fit: N$^{{{exponent:.2f}}}$")
+    axes.loglog(size, took, "o", label="ids in a file to an index in a file (int16, 500 patches)")
+    if "argsort" in found:
+        other = found["argsort"]
+        axes.loglog(other["samples"], other["seconds"], "s", label="the same in memory, int64")
+        axes.loglog(
+            other["samples"],
+            other["argsort_seconds"],
+            "x",
+            label="np.argsort(kind='stable'), int64",
+        )
+    axes.set_xlabel("samples")
+    axes.set_ylabel("seconds")
+    axes.legend(fontsize=8)
+    axes.grid(which="both", alpha=0.2)
+    figure.savefig(path, dpi=120)
