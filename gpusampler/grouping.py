@@ -355,7 +355,8 @@ class PatchGroups:
         by_id = np.argsort(ids, kind="stable")
         same = np.flatnonzero(np.diff(ids[by_id]) == 0)
         if same.size:
-            raise ValueError(f"patch_ids must be distinct, got {int(ids[by_id][same[0]])} twice")
+            twice = _label(ids[by_id][same[0]], names)
+            raise ValueError(f"patch_ids must be distinct, got {twice!r} twice")
         total = float(sizes.astype(np.float64).sum())
         if total >= 2.0**62:
             raise ValueError(f"counts must add up to less than 2**62 samples, got {total:g}")

@@ -44,16 +44,15 @@ def watched(
 ) -> Held:
     """Run this interpreter on arguments; look every few milliseconds, and kill it when asked to."""
     start = time.perf_counter()
-    process = subprocess.Popen(
-        [sys.executable, *arguments], cwd=ROOT, stdout=subprocess.PIPE, text=True
-    )
     most = 0
-    while process.poll() is None:
-        most = max(most, anonymous(process.pid))
-        if kill_when(time.perf_counter() - start):
-            process.kill()
-        time.sleep(0.005)
-    output = process.stdout.read() if process.stdout else ""
+    command = [sys.executable, *arguments]
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as process:
+        while process.poll() is None:
+            most = max(most, anonymous(process.pid))
+            if kill_when(time.perf_counter() - start):
+                process.kill()
+            time.sleep(0.005)
+        output = process.communicate()[0]
     return Held(most, time.perf_counter() - start, process.returncode, output)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 import tracemalloc
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ _GROUP = """
 import sys
 import gpusampler.building
 from gpusampler import PatchGroups
-gpusampler.building.CHECKPOINT_SECONDS = 1.0
+gpusampler.building.CHECKPOINT_SECONDS = float(sys.argv[3])
 print(PatchGroups.from_ids(sys.argv[1], path=sys.argv[2]))
 """
 
@@ -80,21 +80,27 @@ def against_argsort(size: int) -> dict[str, Any]:
     }
 
 
-def killed(folder: Path, size: int, kills: int = 3) -> dict[str, Any]:
+def killed(
+    folder: Path,
+    size: int,
+    patience: Sequence[float] = (3.0, 15.0, 30.0),
+    checkpoint: float = 1.0,
+) -> dict[str, Any]:
     """Group more ids than memory is allowed for, killed several times and gone on with."""
     ids, index = folder / "killed.npy", folder / "killed.index"
     make_ids(ids, size)
     progress = index.with_name(f"{index.name}.progress")
+    command = ["-c", _GROUP, str(ids), str(index), str(checkpoint)]
     runs = []
-    for _ in range(kills):
+    for wait in patience:
         # Each run is killed once it has kept some work that was not there before.
         before = progress.stat().st_mtime_ns if progress.exists() else 0
 
-        def come_further(seconds: float, before: int = before) -> bool:
-            return progress.exists() and progress.stat().st_mtime_ns > before and seconds > 3
+        def come_further(seconds: float, before: int = before, wait: float = wait) -> bool:
+            return seconds > wait and progress.exists() and progress.stat().st_mtime_ns > before
 
-        runs.append(watched(["-c", _GROUP, str(ids), str(index)], come_further))
-    runs.append(watched(["-c", _GROUP, str(ids), str(index)]))
+        runs.append(watched(command, come_further))
+    runs.append(watched(command))
     start = time.perf_counter()
     groups = PatchGroups.load(index, source=ids, verify=True)
     found = {
