@@ -119,7 +119,7 @@ def hdf5(values, folder, chunks=(ROWS,)):
         file.create_dataset("x", data=np.zeros(3))
         file.create_dataset(
             "patch_id",
-            data=values.astype(object) if kind == object else values,
+            data=values.astype(object) if values.dtype.kind == "U" else values,
             dtype=kind,
             chunks=chunks,
         )

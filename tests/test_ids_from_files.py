@@ -342,9 +342,9 @@ def test_reading_an_npy_file_imports_no_other_library(tmp_path):
 def test_columns_are_chosen_by_name(make, tmp_path):
     source = make(np.arange(100), tmp_path)
     assert read_patch_ids(source, "patch_id").size == 100
-    with pytest.raises(TypeError, match="must be integers, got dtype (double|float)"):
+    with pytest.raises(TypeError, match=r"must be integers, got dtype (double|float)"):
         read_patch_ids(source, "x")
-    with pytest.raises(ValueError, match="column must be one of .*'patch_id'.*, got 'y'"):
+    with pytest.raises(ValueError, match=r"column must be one of .*'patch_id'.*, got 'y'"):
         read_patch_ids(source, "y")
 
 
@@ -366,7 +366,7 @@ def test_groups_in_groups(tmp_path):
         file["in/ids"] = [4, 5]
         file["z"] = [1]
     assert read_patch_ids(tmp_path / "a.h5", "in/ids").read(0, 2).tolist() == [4, 5]
-    with pytest.raises(ValueError, match="column must be one of 'z' of .*, got 'in'"):
+    with pytest.raises(ValueError, match=r"column must be one of 'z' of .*, got 'in'"):
         read_patch_ids(tmp_path / "a.h5", "in")
     group = zarr.open_group(tmp_path / "g", mode="w")
     group.create_array("in/ids", shape=(2,), dtype="int8")[:] = [4, 5]
@@ -377,7 +377,7 @@ def test_a_column_of_what_has_none(tmp_path):
     zarr = pytest.importorskip("zarr")
     array = zarr.create_array(tmp_path / "a.zarr", shape=(3,), dtype="int8")
     for source in (saved(tmp_path, [1]), np.arange(3), [1, 2], array, tmp_path / "a.zarr"):
-        with pytest.raises(ValueError, match="column must be None for .*, got 'x'"):
+        with pytest.raises(ValueError, match=r"column must be None for .*, got 'x'"):
             read_patch_ids(source, "x")
 
 
@@ -473,9 +473,7 @@ def test_a_folder_is_read_in_the_order_of_pyarrow(tmp_path):
     expected = import_dataset.dataset(tmp_path / "t").to_table()["patch_id"].to_pylist()
     assert np.asarray(read_patch_ids(tmp_path / "t")).tolist() == expected
     (tmp_path / "t.parquet").mkdir()
-    with pytest.raises(
-        ValueError, match=r"must be a folder with \.parquet files, got .*t\.parquet"
-    ):
+    with pytest.raises(ValueError, match=r"must be a folder with \.parquet files, got .*/t\."):
         read_patch_ids(tmp_path / "t.parquet")
 
 
@@ -499,9 +497,7 @@ def test_files_of_a_folder_that_differ(tmp_path):
     with pytest.raises(TypeError, match=r"all names or all integers, got int64 .*1\.parquet' and"):
         write(pa.array(["b", "a"]), pa.array([1]))
     pq.write_table(pa.table({"other": [1]}), tmp_path / "1.parquet")
-    with pytest.raises(
-        ValueError, match=r"must be one of 'other' of .*1\.parquet', got 'patch_id'"
-    ):
+    with pytest.raises(ValueError, match=r"must be one of 'other' of .*1\.parquet', got 'pat"):
         read_patch_ids(tmp_path)
 
 

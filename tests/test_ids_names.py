@@ -103,7 +103,7 @@ def test_a_name_that_appears_later_is_an_error():
     ids = NamedIds(lambda a, b: factor_list(there[a:b], a), 6)
     there[4] = "new"
     assert ids.read(0, 4).tolist() == [2, 1, 2, 0]
-    with pytest.raises(OSError, match="must stay as it is .* got the new name 'new' in sample 4"):
+    with pytest.raises(OSError, match=r"must stay as it is .* got the new name 'new' in sample 4"):
         ids.read(2, 6)
 
 
@@ -234,7 +234,7 @@ def test_samples_have_names_or_integers_all_of_them(size):
     for wrong in (3, None, 0.5, b"a", ["a"]):
         values = ["a"] * size
         values[8] = wrong
-        with pytest.raises(TypeError, match="must be a str, as in sample 0, got .* in sample 8"):
+        with pytest.raises(TypeError, match=r"must be a str, as in sample 0, got .* in sample 8"):
             read_patch_ids(Samples(values))
     values = [3] * size
     values[8] = "a"
