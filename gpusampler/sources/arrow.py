@@ -109,7 +109,7 @@ def dtype_of(kind: Any, where: str = "") -> str:
     # The last is younger than the oldest pyarrow that is supported.
     if any(getattr(types, name, lambda _: False)(value) for name in strings):
         return "str"
-    wrong_type(kind, where)
+    raise wrong_type(kind, where)
 
 
 def _chunks(values: Any, first: int) -> Iterator[tuple[int, Any]]:

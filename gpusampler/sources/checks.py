@@ -80,9 +80,9 @@ def checked_shape(shape: tuple[int, ...], what: str = "ids") -> int:
     return int(shape[0])
 
 
-def wrong_type(dtype: Any, detail: str = "", name: str = "ids") -> NoReturn:
-    """Raise TypeError for a column of another type than integers or strings."""
-    raise TypeError(f"{name} must be integers, got dtype {dtype}{detail}")
+def wrong_type(dtype: Any, detail: str = "", name: str = "ids") -> TypeError:
+    """Return the error for a column of another type than integers or strings."""
+    return TypeError(f"{name} must be integers, got dtype {dtype}{detail}")
 
 
 def missing(sample: int) -> NoReturn:

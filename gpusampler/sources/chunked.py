@@ -54,6 +54,8 @@ def zarr_path_ids(path: str, column: Any, progress: bool) -> PatchIds:
     zarr = imported("zarr", "zarr", path)
     try:
         source = zarr.open(path, mode="r")
+    except PermissionError:
+        raise
     except Exception as error:
         # Which one is raised changes from release to release.
         raise ValueError(f"source must be a Zarr array or group, got {path!r}: {error}") from error
@@ -148,7 +150,7 @@ def _array_ids(array: Any, load: Load, modified: int | None, progress: bool) -> 
             progress=progress,
         )
     if dtype.kind not in "iu":
-        wrong_type(dtype)
+        raise wrong_type(dtype)
     return ColumnIds(load, size, dtype.name, modified=modified, seekable=seekable)
 
 

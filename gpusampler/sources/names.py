@@ -113,7 +113,8 @@ class CodedIds(PatchIds):
 
     def read(self, start: int, stop: int) -> NDArray[Any]:
         """Return the places of the names of samples ``start .. stop - 1``."""
-        return self._codes[start:stop]
+        part: NDArray[Any] = self._codes[start:stop]
+        return part
 
 
 def used(codes: NDArray[Any], labels: int) -> NDArray[np.int64]:

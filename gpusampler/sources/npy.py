@@ -33,7 +33,7 @@ def npy_ids(path: str, column: Any, progress: bool) -> PatchIds:
         start, length = file.tell(), os.fstat(file.fileno()).st_size
         modified = os.fstat(file.fileno()).st_mtime_ns
     if dtype.hasobject:
-        wrong_type(dtype, f" (pickled, which is not read) in {path!r}")
+        raise wrong_type(dtype, f" (pickled, which is not read) in {path!r}")
     size = checked_shape(shape, f"ids in {path!r}")
     whole = start + size * dtype.itemsize
     if length < whole:
@@ -46,7 +46,7 @@ def npy_ids(path: str, column: Any, progress: bool) -> PatchIds:
         content = np.empty((last - first) * dtype.itemsize, np.uint8)
         with open(path, "rb", buffering=0) as raw:
             raw.seek(start + first * dtype.itemsize)
-            done = _fill(raw, memoryview(content))
+            done = _fill(raw, content.data)
         if done < content.size:
             raise OSError(
                 f"source must keep its length while it is read: {path!r} must have {whole} bytes, "
@@ -62,7 +62,7 @@ def npy_ids(path: str, column: Any, progress: bool) -> PatchIds:
             progress=progress,
         )
     if dtype.kind not in "iu":
-        wrong_type(dtype, f" in {path!r}")
+        raise wrong_type(dtype, f" in {path!r}")
     return ColumnIds(load, size, dtype.name, modified=modified)
 
 

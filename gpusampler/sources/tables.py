@@ -59,9 +59,10 @@ def _pandas(source: Any, column: Any, progress: bool) -> PatchIds | None:
         return _categories(series, dtype.categories, size, progress)
     if is_a(dtype, "pandas", "StringDtype"):
         return NamedIds(lambda a, b: _factorized(series.iloc[a:b], a), size, progress=progress)
-    if dtype == object:
+    if str(dtype) == "object":
         return listed_ids(lambda a, b: series.iloc[a:b].tolist(), size, "ids", progress)
-    name = str(dtype).lower()
+    # NumPy's in any byte order; pandas' own have names such as Int64.
+    name = dtype.name.lower()
     if name in _INTEGERS and isinstance(dtype, np.dtype):
         return ArrayIds(series.to_numpy())
     if name in _INTEGERS:
@@ -75,7 +76,7 @@ def _pandas(source: Any, column: Any, progress: bool) -> PatchIds | None:
         return ColumnIds(load, size, name)
     gone = series.isna().to_numpy() if name.startswith("float") else np.zeros(1, np.bool_)
     # pandas makes floats of integers when one is missing.
-    wrong_type(
+    raise wrong_type(
         dtype,
         f": values are missing, the first in sample {int(gone.argmax())}" if gone.any() else "",
     )
@@ -94,7 +95,7 @@ def _categories(series: Any, categories: Any, size: int, progress: bool) -> Patc
     labels = categories.tolist()
     for label in labels:
         if not isinstance(label, str):
-            wrong_type(f"category of {categories.dtype}", f", such as {shown(label)}")
+            raise wrong_type(f"category of {categories.dtype}", f", such as {shown(label)}")
     return NamedIds(lambda a, b: (codes(a, b), labels), size, progress=progress)
 
 
@@ -136,7 +137,7 @@ def _polars(source: Any, column: Any, progress: bool) -> PatchIds | None:
     if name == "null":
         check_all_there(np.ones(1, np.bool_), 0)
     if name not in _INTEGERS:
-        wrong_type(name)
+        raise wrong_type(name)
     return ColumnIds(lambda a, b: part(a, b).to_numpy(), size, name)
 
 
