@@ -33,7 +33,8 @@ class GWPatchDataset:
     [T, Ng, C]. Ghost points lie around a patch and belong to its neighbours. Hidden entries
     are skipped; patches are sorted by the folder's name as text (patch_10 before patch_2).
     The files stay on disk as memory maps that are opened when a sample is asked for, in each
-    worker process anew. Samples of a patch follow one another, in order of time.
+    worker process anew; the constructor reads their headers. Samples of a patch follow one
+    another, in order of time. Memory is taken by the samples asked for, never by the folder.
 
     It has the interface of `torch.utils.data.Dataset` without being one, so that importing it
     does not import torch. `gpusampler.PatchBatchSampler` finds its patch ids without reading a
@@ -67,7 +68,8 @@ class GWPatchDataset:
         northing of 5,000,000 m has steps of half a metre in float32: give the corner of
         the domain then.
     max_open_patches : int, default 64
-        Patches whose files are open at a time, four file descriptors each.
+        Patches whose files are open at a time, four file descriptors (and maps) each, in every
+        process that reads; a thread that reads beside others has one patch more open.
 
     Attributes
     ----------
@@ -88,8 +90,9 @@ class GWPatchDataset:
         If an argument is out of range, the folder holds no patch, a file's shape or dtype does
         not fit, patches differ in T or C, or T is shorter than one window of the split. The
         text names the patch and the file.
-    FileNotFoundError
-        If `root` is no folder, or a patch lacks a file.
+    OSError
+        If `root` is no folder, a patch lacks a file (both FileNotFoundError), or one cannot be
+        opened. The text names the patch and the file.
 
     Examples
     --------
@@ -128,6 +131,7 @@ class GWPatchDataset:
         max_open = checked_int(max_open_patches, "max_open_patches", least=1)
         self.root = Path(root)
         self._patches = read_folder(self.root, self.columns)
+        self._positions = {patch.patch_id: at for at, patch in enumerate(self._patches)}
         first = self._patches[0]
         self.windows = Windows(first.steps, inputs, outputs, split, val_ratio, gap, stride)
         if self.windows.count == 0:
@@ -179,7 +183,9 @@ class GWPatchDataset:
     def __getitems__(
         self, indices: Sequence[int] | NDArray[np.integer[Any]] | torch.Tensor
     ) -> list[Sample]:
-        """Return several samples; each patch's files are read once.
+        """Return several samples; each patch's files are read once, in order of time.
+
+        Steps that windows share are read once. Samples come in the order of the indices.
 
         Parameters
         ----------
@@ -201,6 +207,9 @@ class GWPatchDataset:
             If an index is out of range.
         TypeError
             If the indices are no integers.
+        OSError, ValueError
+            If a file went away, shrank or changed shape since the dataset was made. The text
+            names the patch and the file.
         """
         rows = self._rows(indices)
         samples: dict[int, Sample] = {}
@@ -253,17 +262,19 @@ class GWPatchDataset:
         Returns
         -------
         PatchArrays
-            Read-only memory maps in the files' own dtype, before any transform.
+            Read-only memory maps in the files' own dtype, before any transform. Should a file
+            be cut short later, reading its map ends the process.
 
         Raises
         ------
         KeyError
             If there is no such patch.
+        OSError, ValueError
+            If a file went away, shrank or changed shape since the dataset was made.
         """
-        for position, patch in enumerate(self._patches):
-            if patch.patch_id == patch_id:
-                return self._reader.arrays(position)
-        raise KeyError(f"patch_id must be one of the dataset's patches, got {patch_id}")
+        if patch_id not in self._positions:
+            raise KeyError(f"patch_id must be one of the dataset's patches, got {patch_id}")
+        return self._reader.arrays(self._positions[patch_id])
 
     def get_all_patch_ids(self) -> NDArray[np.int64]:
         """Return the patch id of every sample, without reading one.

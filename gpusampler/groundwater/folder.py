@@ -7,6 +7,7 @@ are read here, so that a folder larger than memory is checked in a moment.
 
 from __future__ import annotations
 
+import errno
 import re
 import tokenize
 from collections.abc import Sequence
@@ -35,12 +36,40 @@ _UNREADABLE = (
 
 
 class PatchArrays(NamedTuple):
-    """The four arrays of a patch, as read-only memory maps."""
+    """The four arrays of a patch, as read-only memory maps.
+
+    Each map holds one file descriptor for as long as it lives.
+    """
 
     core_coords: NDArray[Any]
     core_obs: NDArray[Any]
     ghost_coords: NDArray[Any]
     ghost_obs: NDArray[Any]
+
+    def check_sizes(self, path: Path) -> None:
+        """Raise if a file is shorter than its map.
+
+        To read a map beyond the end of its file is no error that could be caught: the system
+        ends the process (SIGBUS). A file that is cut between this and the reading still does.
+
+        Parameters
+        ----------
+        path : pathlib.Path
+            The patch's folder.
+
+        Raises
+        ------
+        OSError
+            If a file has shrunk since it was mapped. The text names the patch and the file.
+        """
+        for name, array in zip(self._fields, self, strict=True):
+            mapped: Any = array.base
+            size, needed = mapped.size(), array.offset + array.nbytes  # type: ignore[attr-defined]
+            if size < needed:
+                raise OSError(
+                    f"{path.name}/{name}.npy has shrunk to {size} bytes since it was mapped, and "
+                    f"{needed} are needed"
+                )
 
 
 @dataclass(frozen=True)
@@ -79,25 +108,40 @@ class Patch:
 
         Raises
         ------
-        FileNotFoundError
-            If a file is gone since the folder was checked.
+        OSError
+            If a file cannot be opened, e.g. is gone since the folder was checked.
         ValueError
             If a file is no longer an array of the shape that was checked.
         """
         arrays = open_arrays(self.path)
-        if arrays.core_obs.shape != (self.steps, self.core, self.columns) or (
-            arrays.ghost_obs.shape != (self.steps, self.ghost, self.columns)
-        ):
-            raise ValueError(f"{self.path.name} changed on disk since the dataset was made")
+        checked = (
+            (self.core, 3),
+            (self.steps, self.core, self.columns),
+            (self.ghost, 3),
+            (self.steps, self.ghost, self.columns),
+        )
+        for name, array, shape in zip(arrays._fields, arrays, checked, strict=True):
+            if array.shape != shape:
+                raise ValueError(
+                    f"{self.path.name} changed on disk since the dataset was made: {name}.npy has "
+                    f"shape {list(array.shape)} and had {list(shape)}"
+                )
         return arrays
 
 
 def _open_array(path: Path) -> NDArray[Any]:
     where = f"{path.parent.name}/{path.name}"
     try:
-        return open_memmap(path, mode="r")
+        # As text: NumPy would follow every link in a path, which takes a third of the time.
+        return open_memmap(str(path), mode="r")
     except FileNotFoundError:
         raise FileNotFoundError(f"{where} is missing: no file {path}") from None
+    except OSError as error:
+        # What mmap raises names no file.
+        reason = error.strerror or str(error)
+        if error.errno in (errno.EMFILE, errno.ENFILE):
+            reason += "; give the dataset a smaller max_open_patches, or raise `ulimit -n`"
+        raise OSError(error.errno, f"{where} cannot be opened: {reason}", str(path)) from error
     except _UNREADABLE as error:
         raise ValueError(f"{where} cannot be mapped as a .npy array: {error}") from error
 
@@ -117,10 +161,10 @@ def open_arrays(path: Path) -> PatchArrays:
 
     Raises
     ------
-    FileNotFoundError
-        If a file is missing.
+    OSError
+        If a file is missing, or cannot be opened. The text names the patch and the file.
     ValueError
-        If a file is no .npy array.
+        If a file is no .npy array, or shorter than its header says.
     """
     return PatchArrays(*(_open_array(path / f"{name}.npy") for name in PatchArrays._fields))
 

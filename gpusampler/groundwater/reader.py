@@ -34,7 +34,8 @@ class WindowReader:
     origin : ndarray of float64, shape (3,)
         Subtracted from every point.
     max_open : int
-        Patches whose files stay open; each holds four file descriptors.
+        Patches whose files stay open; each holds four file descriptors. A thread that reads has
+        the files of one more open.
     """
 
     def __init__(
@@ -68,17 +69,21 @@ class WindowReader:
 
         Raises
         ------
-        FileNotFoundError, ValueError
-            If the files went away or changed shape since they were checked.
+        OSError, ValueError
+            If the files went away, shrank or changed shape since they were checked.
         """
-        arrays = self._open.pop(position, None) or self._patches[position].open()
+        patch = self._patches[position]
+        # Threads share this without a lock, which a fork could copy while it is held: whichever
+        # of them comes last puts what is too many out.
+        arrays = self._open.pop(position, None) or patch.open()
+        arrays.check_sizes(patch.path)
         self._open[position] = arrays
         for oldest in list(self._open)[: -self._max_open]:
             self._open.pop(oldest, None)
         return arrays
 
     def read(self, position: int, windows: NDArray[np.int64]) -> list[dict[str, Any]]:
-        """Read some windows of a patch.
+        """Read some windows of a patch, in order of time and each step once.
 
         Parameters
         ----------
@@ -94,22 +99,22 @@ class WindowReader:
 
         Raises
         ------
-        FileNotFoundError, ValueError
-            If the files went away or changed shape since they were checked.
+        OSError, ValueError
+            If the files went away, shrank or changed shape since they were checked.
         """
         import torch
 
         patch, arrays = self._patches[position], self.arrays(position)
-        starts = self._starts[windows]
+        starts, cut = self._starts[windows], self._windows.inputs
         tensors: dict[str, Sequence[torch.Tensor]] = {}
         for kind in ("core", "ghost"):
-            obs = getattr(arrays, f"{kind}_obs")
-            values = _gather(obs, starts, self._windows.inputs)
-            tensors[f"{kind}_in"] = torch.from_numpy(values).unbind(0)
-            values = _gather(obs, starts + self._windows.inputs, self._windows.outputs)
+            obs = np.asarray(getattr(arrays, f"{kind}_obs"))
+            values = _read(obs, starts, self._windows.length)
+            outputs = values[:, cut:]
             if self._targets != list(range(patch.columns)):
-                values = np.ascontiguousarray(values[..., self._targets])
-            tensors[f"{kind}_out"] = torch.from_numpy(values).unbind(0)
+                outputs = np.ascontiguousarray(outputs[..., self._targets])
+            tensors[f"{kind}_in"] = torch.from_numpy(values[:, :cut]).unbind(0)
+            tensors[f"{kind}_out"] = torch.from_numpy(outputs).unbind(0)
             points = getattr(arrays, f"{kind}_coords").astype(np.float64) - self.origin
             cloud = torch.from_numpy(points.astype(np.float32))
             # A transform may work in place: no two samples share memory.
@@ -124,7 +129,22 @@ class WindowReader:
         return {**self.__dict__, "_open": {}}
 
 
-def _gather(obs: NDArray[Any], starts: NDArray[np.int64], length: int) -> NDArray[np.float32]:
-    steps = starts[:, None] + np.arange(length)
-    # Indexing by an array copies, so that no tensor ever wraps a read-only map.
-    return np.ascontiguousarray(obs[steps], dtype=np.float32)
+def _read(obs: NDArray[Any], starts: NDArray[np.int64], length: int) -> NDArray[np.float32]:
+    """Return the windows in the order of ``starts``, read in the order of time.
+
+    A file that is not in memory is so read forwards; steps that a window shares with the one
+    before are copied from it, converted already. An array of all steps between the two would
+    cost a second copy of the batch, which takes twice as long where the file is in memory.
+    """
+    found = np.empty((len(starts), length, *obs.shape[1:]), dtype=np.float32)
+    before, end = found[:0], 0
+    firsts: list[int] = starts.tolist()
+    for place in np.argsort(starts, kind="stable").tolist():
+        first, window = firsts[place], found[place]
+        known = max(end - first, 0)
+        if known:
+            window[:known] = before[length - known :]
+        end = first + length
+        window[known:] = obs[first + known : end]
+        before = window
+    return found

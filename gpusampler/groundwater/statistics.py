@@ -40,6 +40,8 @@ def training_statistics(dataset: GWPatchDataset) -> Statistics:
     ------
     ValueError
         If there are no training steps, or a value is not finite (named by patch and file).
+    OSError
+        If a file went away or shrank since the dataset was made.
 
     Examples
     --------
@@ -67,6 +69,7 @@ def training_statistics(dataset: GWPatchDataset) -> Statistics:
                 low, high = np.minimum(low, box.min(0)), np.maximum(high, box.max(0))
         rows = max(1, _BLOCK_VALUES // max(1, patch.core * width))
         for start in range(0, cut, rows):
+            arrays.check_sizes(patch.path)
             part = arrays.core_obs[start : min(start + rows, cut)]
             block = _finite(part, patch.path.name, "core_obs").reshape(-1, width)
             least, most = np.minimum(least, block.min(0)), np.maximum(most, block.max(0))
