@@ -5,19 +5,23 @@ from __future__ import annotations
 import functools
 import warnings
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
-from gpusampler import arrays, sources
+from gpusampler import arrays, profiling, sources
 from gpusampler.coverage import Coverage, coverage_of
 from gpusampler.frameworks import check_sharding
+from gpusampler.grouping import PatchGroups
 from gpusampler.iteration import Batch, BatchReader, EpochIterator, Reader, valid_counts
 from gpusampler.plan import EPOCHS, UNEVENS, EpochPlan, Partial, Uneven
+from gpusampler.profiling import Profile
 from gpusampler.ranks import LateGroup, checked_ranks, drawn_seed
 from gpusampler.state import Progress, Share, check_ranks
 from gpusampler.steps import STEPS, StepsKind
+from gpusampler.telemetry import GROUP, LOAD_IDS, Recorder
 from gpusampler.validation import checked_bool, checked_choice, checked_int, checked_seed
 
 if TYPE_CHECKING:
@@ -150,26 +154,32 @@ class PatchBatchSampler:
             )
         auto = isinstance(device, str) and device == "auto"
         where = None if auto else arrays.parse_device(device)
-        groups, placed = sources.resolve(source, progress=checked_bool(progress, "progress"))
+        checked_bool(progress, "progress")
+        recorder = Recorder()
+        with recorder.range(GROUP if _has_ids_at_hand(source) else LOAD_IDS):
+            groups, placed = sources.resolve(source, progress=progress)
         if where is None:
             where = groups.device if placed else arrays.default_device()
         if patch_costs is None and steps == "balanced":
             patch_costs = sources.patch_costs(source)
-        plan = EpochPlan(
-            groups,
-            batch_size,
-            seed,
-            shuffle_within_batches=shuffle_within_batches,
-            shuffle_patches=shuffle_patches,
-            interleave=interleave,
-            partial=partial,
-            steps=steps,
-            step_width=step_width,
-            uneven=uneven,
-            patch_costs=patch_costs,
-            device=where,
-        )
-        self._progress = Progress(plan, num_replicas, rank, uneven, seed_given, late_group)
+        with recorder.range(GROUP):
+            plan = EpochPlan(
+                groups,
+                batch_size,
+                seed,
+                shuffle_within_batches=shuffle_within_batches,
+                shuffle_patches=shuffle_patches,
+                interleave=interleave,
+                partial=partial,
+                steps=steps,
+                step_width=step_width,
+                uneven=uneven,
+                patch_costs=patch_costs,
+                device=where,
+            )
+            self._progress = Progress(
+                plan, num_replicas, rank, uneven, seed_given, late_group, recorder=recorder
+            )
         self._warn_of_patches_left_out()
         check_ranks(plan.num_batches, num_replicas, uneven)
         self.sampler = EpochSetter(self._progress)
@@ -429,6 +439,62 @@ class PatchBatchSampler:
         epoch = checked_int(self.epoch if epoch is None else epoch, "epoch", least=0, below=EPOCHS)
         return coverage_of(self.plan, epoch, self._progress.steps_per_epoch * self.num_replicas)
 
+    def stats(self) -> Profile:
+        """Return where the sampler's own time has gone since it was made.
+
+        Always counted, as it costs next to nothing: ranges stand around blocks of many batches.
+
+        Returns
+        -------
+        Profile
+            ``wall_seconds`` is what the sampler has taken, of which rows have their shares.
+
+        Examples
+        --------
+        >>> sampler = PatchBatchSampler([7, 7, 7, 2, 2], 2, seed=0)
+        >>> batches = list(sampler)
+        >>> stats = sampler.stats()
+        >>> stats.batches, stats.table_bytes["numpy"] > 0
+        (3, True)
+        """
+        return self._described(profiling.since_made(self._progress.recorder, self.plan.device))
+
+    @contextmanager
+    def profile(self) -> Iterator[Profile]:
+        """Find out where the time of a block goes, the sampler's and the loop's.
+
+        Of all that draws from this sampler: its iterators, a DataLoader's in this process, and
+        those of a `PatchTensorLoader`. Batches are handed out one at a time meanwhile, each seen,
+        and on a GPU every range waits for the device, so that time shows where it is spent: the
+        block is slower than the same loop without it.
+
+        Yields
+        ------
+        Profile
+            Filled when the block ends; `str` makes a table of it.
+
+        Raises
+        ------
+        RuntimeError
+            If another profile of the sampler has not ended.
+
+        Examples
+        --------
+        >>> sampler = PatchBatchSampler([7, 7, 7, 2, 2], 2, seed=0)
+        >>> with sampler.profile() as p:
+        ...     batches = list(sampler)
+        >>> p.batches, p.rows[-1].name
+        (3, 'your_loop')
+        """
+        profile = Profile()
+        with profiling.profiled(self._progress.recorder, self.plan.device, profile):
+            yield profile
+        self._described(profile)
+
+    def _described(self, profile: Profile) -> Profile:
+        profile.table_bytes = self.plan.table_bytes
+        return profile
+
     def state_dict(self, step: int | None = None) -> dict[str, Any]:
         """Return where the sampler is, as a fresh dictionary of plain values.
 
@@ -515,6 +581,11 @@ class EpochSetter:
     def set_epoch(self, epoch: int) -> None:
         """Do what `PatchBatchSampler.set_epoch` does."""
         self._progress.set_epoch(epoch, stacklevel=2)
+
+
+def _has_ids_at_hand(source: Any) -> bool:
+    """Whether a source is ids or groups, so that nothing is read, only grouped."""
+    return isinstance(source, (PatchGroups, list, tuple)) or arrays.library_of(source) is not None
 
 
 def _checked_step_width(step_width: int | None, steps: str, num_replicas: int) -> int:

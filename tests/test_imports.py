@@ -23,6 +23,7 @@ PACKAGE = Path(gpusampler.__file__).parent
 FLOORS = [
     ["arrays", "permutation", "telemetry", "frameworks"],
     ["validation", "streams", "lanes", "fingerprint", "idtable", "sizing", "memory"],
+    ["profiling"],
     ["ids", "runs", "steps"],
     ["sources", "counting"],
     ["sorting", "indexfile"],
