@@ -127,7 +127,12 @@ class Looking:
         self.peak_seen = 0
         self.device_peak_seen = 0
         self._device = device
+        self._since = 0.0
+
+    def begin(self) -> None:
+        """Begin the loop's time."""
         self.look()
+        arrays.synchronize(self._device)
         self._since = perf_counter()
 
     def entered(self) -> float:
@@ -146,10 +151,10 @@ class Looking:
             self.look()
 
     def left(self, now: float) -> None:
-        """Begin the loop's time."""
+        """Begin the loop's time again."""
         self._since = now
 
-    def ended(self) -> None:
+    def end(self) -> None:
         """End the loop's time for good."""
         arrays.synchronize(self._device)
         self.paused += perf_counter() - self._since
@@ -172,19 +177,21 @@ def profiled(recorder: Recorder, device: Device, profile: Profile) -> Iterator[N
     """
     if recorder.watch is not None:
         raise RuntimeError("profile must end before another of the same sampler begins")
-    began = perf_counter()
     highest, highest_there = memory.peak_resident(), memory.peak_on_device(device)
     before = {row.name: (row.calls, row.seconds) for row in recorder.ranges}
     looking = Looking(device)
     recorder.watch = looking
     for iterator in list(recorder.iterators):
         iterator.hold()
+    looking.begin()
+    began = perf_counter()
     try:
         yield
     finally:
+        looking.end()
+        wall = perf_counter() - began
         recorder.watch = None
         looking.look()
-        looking.ended()
         spent = {
             row.name: (row.calls - before[row.name][0], row.seconds - before[row.name][1])
             for row in recorder.ranges
@@ -193,7 +200,7 @@ def profiled(recorder: Recorder, device: Device, profile: Profile) -> Iterator[N
         profile.host_peak_bytes = _peak(highest, memory.peak_resident(), looking.peak_seen)
         there = memory.peak_on_device(device)
         profile.device_peak_bytes = _peak(highest_there, there, looking.device_peak_seen)
-        profile._fill(spent, looking.batches, perf_counter() - began)
+        profile._fill(spent, looking.batches, wall)
 
 
 def _peak(before: int | None, after: int | None, seen: int) -> int | None:

@@ -487,9 +487,11 @@ class PatchBatchSampler:
         (3, 'your_loop')
         """
         profile = Profile()
-        with profiling.profiled(self._progress.recorder, self.plan.device, profile):
-            yield profile
-        self._described(profile)
+        try:
+            with profiling.profiled(self._progress.recorder, self.plan.device, profile):
+                yield profile
+        finally:
+            self._described(profile)
 
     def _described(self, profile: Profile) -> Profile:
         profile.table_bytes = self.plan.table_bytes
