@@ -269,6 +269,16 @@ def wait_for(device: Device) -> None:
         torch.cuda.current_stream(device.name).synchronize()
 
 
+def synchronize(device: Device) -> None:
+    """Wait on the host for all that a GPU has been told to do; nothing is to be waited for else."""
+    if device.library == "torch" and device.name.startswith("cuda"):
+        import torch
+
+        torch.cuda.synchronize(device.name)
+    elif device.library == "cupy":
+        device_handle(device).synchronize()
+
+
 def untraced(function: Callable[[], None]) -> Callable[[], None]:
     """Return a function that torch.compile runs as it stands."""
     import torch
@@ -290,10 +300,11 @@ def keep_in_place(array: Any) -> None:
 
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether an error says that a device's memory has run out."""
-    torch, cupy = loaded("torch"), loaded("cupy")
+    # CuPy's own is a MemoryError, torch's a RuntimeError. Where a driver says it by itself, of
+    # pinned memory or at a kernel's start, only the text tells.
     return isinstance(error, MemoryError) or (
-        (torch is not None and isinstance(error, torch.cuda.OutOfMemoryError))
-        or (cupy is not None and isinstance(error, cupy.cuda.memory.OutOfMemoryError))
+        isinstance(error, RuntimeError)
+        and (type(error).__name__ == "OutOfMemoryError" or "out of memory" in str(error).lower())
     )
 
 

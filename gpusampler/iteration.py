@@ -14,6 +14,7 @@ from gpusampler.plan import EpochPlan, RaggedBlock
 from gpusampler.state import Progress, Share
 from gpusampler.streams import Ahead, ToHost, side_of
 from gpusampler.tables import Located
+from gpusampler.telemetry import EVALUATE, HAND_OUT, TRANSFER, Range
 
 FIRST_LANES = 1 << 9
 """Indices evaluated at first, so that the first batch comes at once; then as many as before."""
@@ -63,6 +64,7 @@ class Blocks:
     def __init__(self, share: Share) -> None:
         self.plan = share.plan
         self._share = share
+        self._evaluating = share.recorder.range(EVALUATE)
         self._at: Located | None = None
         self._ends = np.zeros(0, np.int64)
         self._row = 0
@@ -71,6 +73,13 @@ class Blocks:
 
     def read(self) -> RaggedBlock | None:
         """Return the next block of batches, None after the last."""
+        if self.plan.has_to_travel:
+            with self._share.recorder.range(TRANSFER):
+                self.plan.put_there()
+        with self._evaluating:
+            return self._evaluate()
+
+    def _evaluate(self) -> RaggedBlock | None:
         at = self._at
         if at is None or self._row == at.group.size:
             at = self._look_up()
@@ -124,24 +133,38 @@ def valid_counts(share: Share) -> Int64:
 class BlocksToHost:
     """`Blocks` of a plan on a device, whose samples travel to the host a block ahead.
 
-    What `read` returns is good until the next call.
+    What `read` returns is good until the next call. Blocks that are there already, as the device's
+    memory has run out, are passed on.
     """
 
-    def __init__(self, blocks: Blocks, pipe: ToHost) -> None:
+    def __init__(self, blocks: Blocks, pipe: ToHost, travelling: Range) -> None:
         self._blocks = blocks
         self._pipe = pipe
+        self._travelling = travelling
         self._ahead: Ahead[RaggedBlock] = Ahead()
 
     def read(self) -> RaggedBlock | None:
         """Return the next block of batches, with its samples in NumPy; None after the last."""
         # The one after it has been evaluated and sent before this one is waited for.
         block = self._ahead.read(self._send)
-        return None if block is None else block._replace(samples=self._pipe.take())
+        if block is None or arrays.library_of(block.samples) == "numpy":
+            return block
+        with self._travelling:
+            return block._replace(samples=self._pipe.take())
 
     def _send(self) -> RaggedBlock | None:
         block = self._blocks.read()
-        if block is not None:
-            self._pipe.send(block.samples)
+        if block is None or arrays.library_of(block.samples) == "numpy":
+            return block
+        with self._travelling:
+            try:
+                self._pipe.send(block.samples)
+            except Exception as error:
+                # There may be no more pinned memory either.
+                if not arrays.is_out_of_memory(error):
+                    raise
+                self._blocks.plan.go_on_on_host(error)
+                return block._replace(samples=arrays.to_numpy(block.samples))
         return block
 
 
@@ -178,6 +201,10 @@ class EpochIterator(Iterator[T], Generic[T]):
         self._reader: Reader[T] | None = None
         self._taken = 0
         self._ready: Iterator[T] = iter(())
+        # While a profile lasts, batches wait here instead, so that each is seen.
+        self._held: Iterator[T] = iter(())
+        self._recorder = progress.recorder
+        self._handing_out = progress.recorder.range(HAND_OUT)
 
     def __iter__(self) -> EpochIterator[T]:
         """Return itself."""
@@ -199,7 +226,7 @@ class EpochIterator(Iterator[T], Generic[T]):
     def _steps_done(self) -> int:
         # A list iterator knows what it still holds, so nothing is counted batch by batch; what a
         # reader has evaluated beyond it, or has on its way, has not been taken.
-        return self._taken - length_hint(self._ready)
+        return self._taken - length_hint(self._ready) - length_hint(self._held)
 
     def state_dict(self, step: int | None = None) -> dict[str, Any]:
         """Return the state after ``step`` batches of this iterator, or those drawn.
@@ -224,21 +251,38 @@ class EpochIterator(Iterator[T], Generic[T]):
         self._share = self._progress.bind_state(self, state)
         self._reader = None
         self._taken = 0
-        self._ready = iter(())
+        self._ready = self._held = iter(())
+
+    def hold(self) -> None:
+        """Hand the batches that are ready out one by one, while a profile lasts."""
+        if length_hint(self._ready):
+            self._ready, self._held = iter(()), self._ready
 
     def _refill(self) -> T:
+        """Return the next batch that is held, or take more from the reader."""
+        with self._handing_out:
+            if self._share is None:
+                self._share = self._progress.bind(self)
+            if not length_hint(self._held):
+                self._held = iter(self._read(self._share))
+            watch = self._recorder.watch
+            if watch is None:
+                self._ready, self._held = self._held, iter(())
+                return next(self._ready)
+            watch.batches += 1
+            return next(self._held)
+
+    def _read(self, share: Share) -> list[T]:
         """Take the next batches from the reader."""
-        if self._share is None:
-            self._share = self._progress.bind(self)
         if self._reader is None:
-            self._reader = self._begin(self._share)
+            self._reader = self._begin(share)
+            self._recorder.iterators.add(self)
         batches = self._reader.read()
         if batches is None:
-            self._ready = iter(())
             raise StopIteration
         self._taken += len(batches)
-        self._ready = iter(batches)
-        return next(self._ready)
+        self._recorder.batches += len(batches)
+        return batches
 
 
 class BatchReader(Generic[T]):
@@ -260,13 +304,14 @@ class BatchReader(Generic[T]):
         self._plan = plan
         self._output = output
         self._blocks: Blocks | BlocksToHost = Blocks(share)
+        self._travelling = share.recorder.range(TRANSFER)
         self._overwritten = False
         if output == "batch":
             arrays.check_not_in_worker(plan.device)
         elif not plan.works_on_host:
             side = side_of(plan.device)
             if side is not None:
-                self._blocks = BlocksToHost(self._blocks, ToHost(side))
+                self._blocks = BlocksToHost(self._blocks, ToHost(side), self._travelling)
                 self._overwritten = True
 
     def read(self) -> list[T] | None:
@@ -274,7 +319,14 @@ class BatchReader(Generic[T]):
         block = self._blocks.read()
         if block is None:
             return None
-        if self._overwritten and self._output == "numpy":
+        if self._output == "batch":
+            if arrays.device_of(block.samples) != self._plan.device:
+                with self._travelling:
+                    block = block._replace(samples=arrays.upload(block.samples, self._plan.device))
+        elif arrays.library_of(block.samples) != "numpy":
+            with self._travelling:
+                block = block._replace(samples=arrays.to_numpy(block.samples))
+        elif self._overwritten and self._output == "numpy":
             # What is handed out may be kept; pinned memory is used again.
             block = block._replace(samples=block.samples.copy())
         batches: list[T] = _SPLITTERS[self._output](self._plan, block)
@@ -314,9 +366,8 @@ def _as_tensors(plan: EpochPlan, block: RaggedBlock) -> list[Any]:
 
 
 def _as_batches(plan: EpochPlan, block: RaggedBlock) -> list[Batch]:
-    samples = arrays.to_device(block.samples, plan.device)
     patch_ids = plan.labels[block.groups].tolist()
-    return list(map(Batch, patch_ids, _views(samples, block), block.lengths.tolist()))
+    return list(map(Batch, patch_ids, _views(block.samples, block), block.lengths.tolist()))
 
 
 _SPLITTERS: dict[str, Any] = {

@@ -20,6 +20,7 @@ from gpusampler.plan import EpochPlan, RaggedBlock
 from gpusampler.sampler import PatchBatchSampler
 from gpusampler.state import Share
 from gpusampler.streams import Ahead, Event, Side, finish, side_of
+from gpusampler.telemetry import TRANSFER
 
 GATHERED_ON_HOST = 1 << 20
 GATHERED_ON_DEVICE = 1 << 25
@@ -200,6 +201,7 @@ class TensorReader:
         if travelling:
             side = side_of(device) if side is None else side
             self._staging = Staging(travelling, device, side)
+        self._travelling = share.recorder.range(TRANSFER)
         self._ahead: Ahead[tuple[RaggedBlock, Any]] = Ahead()
 
     def read(self) -> list[TensorBatch] | None:
@@ -210,7 +212,8 @@ class TensorReader:
         else:
             # The part after it is on its way before this one is waited for.
             part, sent = self._ahead.read(self._send) or (None, {})
-            rows = self._staging.take(sent)
+            with self._travelling:
+                rows = self._staging.take(sent)
         if part is None:
             return None
         if self._resident:
@@ -223,7 +226,8 @@ class TensorReader:
         part = self._parts.read()
         if part is None or self._staging is None:
             return None
-        return part, self._staging.send(part.samples)
+        with self._travelling:
+            return part, self._staging.send(part.samples)
 
     def _cut(self, part: RaggedBlock, rows: Mapping[str, Any]) -> list[TensorBatch]:
         sizes = part.sizes.tolist()

@@ -9,11 +9,13 @@ any order; nothing of the size of the dataset is made. Where batches are handed 
 
 from __future__ import annotations
 
-from typing import Any, Literal, NamedTuple
+import warnings
+from collections.abc import Callable
+from typing import Any, Literal, NamedTuple, TypeVar
 
 import numpy as np
 
-from gpusampler import arrays, lanes
+from gpusampler import arrays, lanes, memory
 from gpusampler.arrays import HOST, Device, Int64
 from gpusampler.costs import checked_costs
 from gpusampler.evaluation import Evaluator
@@ -22,6 +24,7 @@ from gpusampler.permutation import Grid, Streams, grid_of, key_of, permute
 from gpusampler.runs import permute_runs
 from gpusampler.steps import STEPS, StepsKind
 from gpusampler.tables import Located, PatchOrder, PatchTables, Shuffles
+from gpusampler.telemetry import logger
 from gpusampler.validation import as_array, checked_bool, checked_choice, checked_int, checked_seed
 
 Partial = Literal["keep", "drop", "pad"]
@@ -29,6 +32,16 @@ PARTIALS = ("keep", "drop", "pad")
 Uneven = Literal["pad", "drop"]
 UNEVENS = ("pad", "drop")
 EPOCHS = 1 << 63
+
+T = TypeVar("T")
+
+
+INSTEAD = (
+    "keep ids of a patch side by side (no order is needed then), or write device='numpy': the "
+    "batches are the same"
+)
+FEWER_BYTES = "sort the dataset by patch, so that no order is needed"
+"""What to do where tables are large."""
 
 
 class BatchBlock(NamedTuple):
@@ -107,7 +120,8 @@ class EpochPlan:
         Under "balanced", what a sample of each patch costs, in any unit: positive numbers by
         ascending patch id, a mapping from patch ids, or a function of the patch id. Default: 1.
     device : str, torch.device or Device, optional
-        Where `evaluate` works and its results lie. Default: where the groups' order lies.
+        Where `evaluate` works and its results lie. Default: where the groups' order lies. Where
+        its memory runs out, the host works on, with the same results.
 
     Attributes
     ----------
@@ -120,6 +134,12 @@ class EpochPlan:
     ------
     TypeError, ValueError
         If an argument is not as described, or no batch is left.
+
+    Warns
+    -----
+    UserWarning
+        At first use, if the tables take more than half of a device's free memory; once, if it runs
+        out.
 
     Examples
     --------
@@ -177,12 +197,42 @@ class EpochPlan:
         self._host_order: Any = None
         self._labels: Any = None
         self._patch_orders: dict[int, PatchOrder] = {}
+        # Devices whose memory has run out; plans that are alike share what they have found out.
+        self._full: set[Device] = set()
 
     @property
     def works_on_host(self) -> bool:
         """Whether NumPy does the work here."""
         # A DataLoader's worker must not touch a GPU: NumPy makes the same batches there.
-        return self.device.on_host or arrays.in_worker()
+        return self.device.on_host or self.device in self._full or arrays.in_worker()
+
+    @property
+    def has_to_travel(self) -> bool:
+        """Whether `put_there` has something to do."""
+        return self._on_device is None and not self.works_on_host
+
+    @property
+    def table_bytes(self) -> dict[str, int]:
+        """What the plan takes on each device once it is in use: known before it is allocated."""
+        order = self.groups.order
+        host = str(HOST)
+        sizes = {host: self._tables.nbytes}
+        if order is not None:
+            there = arrays.device_of(order)
+            name = host if there.on_host else str(there)
+            sizes[name] = sizes.get(name, 0) + int(order.nbytes)
+        if self.works_on_host:
+            if order is not None and not arrays.device_of(order).on_host:
+                sizes[host] += int(order.nbytes)
+        else:
+            name = str(self.device)
+            sizes[name] = sizes.get(name, 0) + self._bytes_to_send()
+        return sizes
+
+    def _bytes_to_send(self) -> int:
+        order = self.groups.order
+        travels = order is not None and arrays.device_of(order) != self.device
+        return self._tables.nbytes_sent + (int(order.nbytes) if travels else 0)
 
     @property
     def block_lanes(self) -> int:
@@ -191,9 +241,10 @@ class EpochPlan:
         On the host they still lie in cache when they are made into lists. On a device a kernel
         needs no room but for its result; array operations need a few dozen arrays of it.
         """
-        if self.works_on_host:
+        evaluator = None if self.works_on_host else self.put_there()
+        if evaluator is None:
             return 1 << 15
-        return 1 << 18 if self._evaluator().has_kernel else 1 << 16
+        return 1 << 18 if evaluator.has_kernel else 1 << 16
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -351,14 +402,19 @@ class EpochPlan:
         if self.works_on_host:
             block = self._evaluate_on_host(epoch, self._checked_slots(slots))
             block = block._replace(indices=block.indices.astype(dtype, copy=False))
-            where = self.device if self.device.on_host else HOST
+            where = HOST if arrays.in_worker() and not self.device.on_host else self.device
             return BatchBlock(*(arrays.to_device(part, where) for part in block))
-        slots = self._slots_there(slots)
-        return BatchBlock(
-            *self._evaluator().block(
-                self._streams, epoch, slots, self._order_of_patches(epoch), dtype
-            )
-        )
+        # Checked before anything is sent: what is wrong with them is no matter of memory.
+        there = self._slots_checked(slots)
+
+        def block_there(evaluator: Evaluator) -> tuple[Any, Any, Any]:
+            sent = self._slots_there(there)
+            order = self._order_of_patches(epoch)
+            return evaluator.block(self._streams, epoch, sent, order, dtype)
+
+        found = self._try_there(block_there)
+        # The second time, the host does it.
+        return self.evaluate(epoch, slots, dtype) if found is None else BatchBlock(*found)
 
     def batch(self, epoch: Any, slot: Any) -> Any:
         """Return one batch, as a function that torch.compile and CUDA graphs can take in.
@@ -435,10 +491,12 @@ class EpochPlan:
 
     def batches_at(self, epoch: int, at: Located) -> RaggedBlock:
         """Return the batches that `locate` found (the second half of `evaluate_ragged`)."""
-        if self.works_on_host:
+        samples = None
+        if not self.works_on_host:
+            samples = self._try_there(lambda there: there.ragged(self._streams, epoch, at))
+        if samples is None:
             samples, starts = self._samples(epoch, at, at.size)
         else:
-            samples = self._evaluator().ragged(self._streams, epoch, at)
             starts = np.cumsum(at.size) - at.size
         return RaggedBlock(samples, starts, at.size, at.length, at.group)
 
@@ -540,6 +598,9 @@ class EpochPlan:
                     "where a worker of a DataLoader evaluates the plan, got an order on "
                     f"{arrays.device_of(order)}, which a forked worker cannot read"
                 )
+            if not arrays.device_of(order).on_host:
+                what = "the order of the samples, which the host works with"
+                memory.check_room(int(order.nbytes), HOST, what, FEWER_BYTES)
             self._host_order = arrays.to_numpy(order)
         return self._host_order
 
@@ -565,14 +626,55 @@ class EpochPlan:
                 interleave=self.interleave,
                 pad=self.partial == "pad",
             )
+            what = f"the tables of {self.groups.num_samples} samples"
+            memory.check_room(self._bytes_to_send(), self.device, what, INSTEAD)
             self._on_device = Evaluator(self._tables, self.device, self.groups.order, shuffles)
         return self._on_device
 
-    def _slots_there(self, slots: Any) -> Any:
-        """Return slots as int64 on the plan's device; checked only if they are on the host."""
+    def put_there(self) -> Evaluator | None:
+        """Put the tables on the device, if they are not there; None where they do not fit."""
+        return self._try_there(lambda evaluator: evaluator)
+
+    def _try_there(self, run: Callable[[Evaluator], T]) -> T | None:
+        """Return what the device makes; None if it is full, and the host goes on."""
+        try:
+            return run(self._evaluator())
+        except Exception as error:
+            if not arrays.is_out_of_memory(error):
+                raise
+            self.go_on_on_host(error)
+            return None
+
+    def go_on_on_host(self, error: Exception) -> None:
+        """Leave a device whose memory has run out, with one warning; the batches stay the same."""
+        if self.device in self._full:
+            return
+        self._full.add(self.device)
+        # What was begun may still read them.
+        arrays.synchronize(self.device)
+        self._on_device = None
+        free = memory.free_bytes(self.device)
+        left = "" if free is None else f", {memory.human(free)} are free"
+        said = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+        text = (
+            f"the memory of {self.device} has run out (the plan's tables take "
+            f"{memory.human(self._bytes_to_send())} there{left}): batches are evaluated on the "
+            f"host from now on, the same ones, more slowly; {INSTEAD} ({said})"
+        )
+        logger.info("%s", text)
+        warnings.warn(text, stacklevel=2)
+
+    def _slots_checked(self, slots: Any) -> Any:
+        """Return slots as they are to be sent: checked for their values if they are on the host."""
         if arrays.library_of(slots) is None or arrays.device_of(slots).on_host:
-            return arrays.upload(self._checked_slots(slots), self.device)
+            return self._checked_slots(slots)
         self._check_kind(slots)
+        return slots
+
+    def _slots_there(self, slots: Any) -> Any:
+        """Return checked slots as int64 on the plan's device."""
+        if arrays.library_of(slots) == "numpy":
+            return arrays.upload(slots, self.device)
         slots = arrays.to_device(slots, self.device)
         xp = arrays.namespace(self.device)
         # Kernels read them side by side.
@@ -598,7 +700,7 @@ class EpochPlan:
     def __getstate__(self) -> dict[str, Any]:
         """Travel without live device memory; it is rebuilt at first use."""
         state = self.__dict__.copy()
-        state.update(_on_device=None, _host_order=None, _labels=None, _patch_orders={})
+        state.update(_on_device=None, _host_order=None, _labels=None, _patch_orders={}, _full=set())
         return state
 
     def __repr__(self) -> str:

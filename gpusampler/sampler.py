@@ -3,24 +3,25 @@
 from __future__ import annotations
 
 import functools
-import os
 import warnings
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
-from gpusampler import arrays, sources
+from gpusampler import arrays, profiling, sources
 from gpusampler.coverage import Coverage, coverage_of
 from gpusampler.frameworks import check_sharding
-from gpusampler.grouping import PatchGroups
-from gpusampler.indexfile import is_index
 from gpusampler.iteration import Batch, BatchReader, EpochIterator, Reader, valid_counts
 from gpusampler.plan import EPOCHS, UNEVENS, EpochPlan, Partial, Uneven
+from gpusampler.profiling import Profile
 from gpusampler.ranks import LateGroup, checked_ranks, drawn_seed
+from gpusampler.resolving import groups_of
 from gpusampler.state import Progress, Share, check_ranks
 from gpusampler.steps import STEPS, StepsKind
+from gpusampler.telemetry import GROUP, Recorder
 from gpusampler.validation import checked_bool, checked_choice, checked_int, checked_seed
 
 if TYPE_CHECKING:
@@ -29,17 +30,6 @@ if TYPE_CHECKING:
 OUTPUTS = ("list", "numpy", "tensor")
 
 T = TypeVar("T")
-
-
-def _resolve(source: Any, *, progress: bool) -> tuple[PatchGroups, bool]:
-    """Return the groups of a source, and whether it lies on a device where "auto" stays."""
-    if isinstance(source, PatchGroups):
-        return source, True
-    if isinstance(source, (str, os.PathLike)) and is_index(source):
-        return PatchGroups.load(source, progress=progress), True
-    ids = sources.read_patch_ids(source, progress=progress)
-    groups = PatchGroups.from_ids(ids, progress=progress)
-    return groups, arrays.library_of(source) is not None or not ids.device.on_host
 
 
 class PatchBatchSampler:
@@ -164,26 +154,31 @@ class PatchBatchSampler:
             )
         auto = isinstance(device, str) and device == "auto"
         where = None if auto else arrays.parse_device(device)
-        groups, placed = _resolve(source, progress=checked_bool(progress, "progress"))
+        checked_bool(progress, "progress")
+        recorder = Recorder()
+        groups, placed = groups_of(source, recorder, progress=progress)
         if where is None:
             where = groups.device if placed else arrays.default_device()
         if patch_costs is None and steps == "balanced":
             patch_costs = sources.patch_costs(source)
-        plan = EpochPlan(
-            groups,
-            batch_size,
-            seed,
-            shuffle_within_batches=shuffle_within_batches,
-            shuffle_patches=shuffle_patches,
-            interleave=interleave,
-            partial=partial,
-            steps=steps,
-            step_width=step_width,
-            uneven=uneven,
-            patch_costs=patch_costs,
-            device=where,
-        )
-        self._progress = Progress(plan, num_replicas, rank, uneven, seed_given, late_group)
+        with recorder.range(GROUP):
+            plan = EpochPlan(
+                groups,
+                batch_size,
+                seed,
+                shuffle_within_batches=shuffle_within_batches,
+                shuffle_patches=shuffle_patches,
+                interleave=interleave,
+                partial=partial,
+                steps=steps,
+                step_width=step_width,
+                uneven=uneven,
+                patch_costs=patch_costs,
+                device=where,
+            )
+            self._progress = Progress(
+                plan, num_replicas, rank, uneven, seed_given, late_group, recorder=recorder
+            )
         self._warn_of_patches_left_out()
         check_ranks(plan.num_batches, num_replicas, uneven)
         self.sampler = EpochSetter(self._progress)
@@ -442,6 +437,64 @@ class PatchBatchSampler:
         """
         epoch = checked_int(self.epoch if epoch is None else epoch, "epoch", least=0, below=EPOCHS)
         return coverage_of(self.plan, epoch, self._progress.steps_per_epoch * self.num_replicas)
+
+    def stats(self) -> Profile:
+        """Return where the sampler's own time has gone since it was made.
+
+        Always counted, as it costs next to nothing: ranges stand around blocks of many batches.
+
+        Returns
+        -------
+        Profile
+            ``wall_seconds`` is what the sampler has taken, of which rows have their shares.
+
+        Examples
+        --------
+        >>> sampler = PatchBatchSampler([7, 7, 7, 2, 2], 2, seed=0)
+        >>> batches = list(sampler)
+        >>> stats = sampler.stats()
+        >>> stats.batches, stats.table_bytes["numpy"] > 0
+        (3, True)
+        """
+        return self._described(profiling.since_made(self._progress.recorder, self.plan.device))
+
+    @contextmanager
+    def profile(self) -> Iterator[Profile]:
+        """Find out where the time of a block goes, the sampler's and the loop's.
+
+        Of all that draws from this sampler: its iterators, a DataLoader's in this process, and
+        those of a `PatchTensorLoader`. Batches are handed out one at a time meanwhile, each seen,
+        and on a GPU every range waits for the device, so that time shows where it is spent: the
+        block is slower than the same loop without it.
+
+        Yields
+        ------
+        Profile
+            Filled when the block ends; `str` makes a table of it.
+
+        Raises
+        ------
+        RuntimeError
+            If another profile of the sampler has not ended.
+
+        Examples
+        --------
+        >>> sampler = PatchBatchSampler([7, 7, 7, 2, 2], 2, seed=0)
+        >>> with sampler.profile() as p:
+        ...     batches = list(sampler)
+        >>> p.batches, p.rows[-1].name
+        (3, 'your_loop')
+        """
+        profile = Profile()
+        try:
+            with profiling.profiled(self._progress.recorder, self.plan.device, profile):
+                yield profile
+        finally:
+            self._described(profile)
+
+    def _described(self, profile: Profile) -> Profile:
+        profile.table_bytes = self.plan.table_bytes
+        return profile
 
     def state_dict(self, step: int | None = None) -> dict[str, Any]:
         """Return where the sampler is, as a fresh dictionary of plain values.

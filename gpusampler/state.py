@@ -9,9 +9,11 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 
 from gpusampler.arrays import Int64
+from gpusampler.memory import GrowthWatch
 from gpusampler.permutation import VERSION
 from gpusampler.plan import EPOCHS, EpochPlan
 from gpusampler.ranks import LateGroup
+from gpusampler.telemetry import Recorder
 from gpusampler.validation import checked_int, checked_seed, shown
 
 STATE_VERSION = 1
@@ -65,6 +67,7 @@ class Share(NamedTuple):
     """A rank's part of a plan's epoch, from a global slot on.
 
     ``repeats_count``: whether batches that come again, so that all ranks have equally many, count.
+    ``recorder``: told what the batches take.
     """
 
     plan: EpochPlan
@@ -74,6 +77,7 @@ class Share(NamedTuple):
     num_replicas: int
     rank: int
     repeats_count: bool
+    recorder: Recorder
 
     def slots(self, start: int, stop: int) -> Int64:
         """Return the global slots of some steps; those beyond the epoch's last come again."""
@@ -112,6 +116,8 @@ class Progress:
         Asked when a pass begins.
     repeats_count : bool
         As in `Share`.
+    recorder : Recorder, optional
+        As in `Share`; default: a new one.
     """
 
     def __init__(
@@ -123,6 +129,7 @@ class Progress:
         seed_given: bool,
         late_group: LateGroup | None = None,
         repeats_count: bool = True,
+        recorder: Recorder | None = None,
     ) -> None:
         self.plan = plan
         self.num_replicas = num_replicas
@@ -130,7 +137,9 @@ class Progress:
         self.uneven = uneven
         self.seed_given = seed_given
         self.repeats_count = repeats_count
+        self.recorder = Recorder() if recorder is None else recorder
         self._late_group = late_group
+        self._growth = GrowthWatch()
         self._place = Place(plan, 0, 0)
         self._loaded: Place | None = None
         self._begun: Pass | None = None
@@ -160,12 +169,13 @@ class Progress:
 
     def _share(self, place: Place) -> Share:
         steps = steps_from(place.slot, place.plan.num_batches, self.num_replicas, self.uneven)
-        return Share(*place, steps, self.num_replicas, self.rank, self.repeats_count)
+        return Share(*place, steps, self.num_replicas, self.rank, self.repeats_count, self.recorder)
 
     def bind(self, begun: Pass) -> Share:
         """Give the next epoch, from the pending slot on, to a pass that begins."""
         if self._late_group is not None:
             self._late_group.check(stacklevel=4)
+        self._growth.look(stacklevel=4)
         shuffled = self.plan.shuffle_within_batches or self.plan.shuffle_patches
         unset = self._passes > 0 and not self._epoch_chosen
         if self.num_replicas > 1 and shuffled and unset and not self._warned:

@@ -211,6 +211,16 @@ class PatchTables:
         classes = [] if self.classes is None else self.classes.members()
         return [*tables, *self.grid, *maybe, *classes]
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the arrays here; one number in place of many takes none."""
+        return sum(int(m.nbytes) for m in self.members() if m.size == 0 or any(m.strides))
+
+    @property
+    def nbytes_sent(self) -> int:
+        """Bytes of the arrays once they are sent to a device, but for the order."""
+        return sum(int(member.nbytes) for member in self.members())
+
     def on(self, device: Device, order: Any) -> PatchTables:
         """Return the same tables on a device, with the order (uploaded if it is elsewhere)."""
 

@@ -23,12 +23,13 @@ PACKAGE = Path(gpusampler.__file__).parent
 FLOORS = [
     ["arrays", "permutation", "telemetry", "frameworks"],
     ["validation", "streams", "lanes", "fingerprint", "idtable", "sizing", "memory"],
+    ["profiling"],
     ["ids", "runs", "steps"],
     ["sources", "counting", "signature", "checking"],
     ["sorting", "indexfile"],
     ["splitting", "building"],
     ["grouping"],
-    ["costs", "tables", "ranks"],
+    ["costs", "tables", "ranks", "resolving"],
     ["kernels", "reference"],
     ["evaluation"],
     ["plan"],
@@ -62,6 +63,7 @@ NAMES_LIBRARIES = {
     "demo",
 }
 HEAVY = {"torch", "cupy", "click", "matplotlib", "flopy", "gstools", "neuralop", "scipy"}
+HEAVY |= {"pyarrow", "pandas", "polars", "zarr", "h5py", "datasets", "nvtx"}
 
 
 def room_of(path: Path) -> str:

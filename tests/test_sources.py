@@ -422,7 +422,6 @@ class Endless:
 @pytest.mark.parametrize(
     "call",
     [
-        lambda: PatchGroups.from_ids(Endless()),
         lambda: PatchGroups.from_counts(Endless()),
         lambda: PatchGroups.from_ids([1, 2]).select(Endless()),
         lambda: PatchBatchSampler([1, 2], 1).plan.evaluate(0, Endless()),

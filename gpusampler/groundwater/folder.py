@@ -8,7 +8,9 @@ are read here, so that a folder larger than memory is checked in a moment.
 from __future__ import annotations
 
 import errno
+import os
 import re
+import threading
 import tokenize
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -33,6 +35,21 @@ _UNREADABLE = (
     SyntaxError,
     tokenize.TokenError,
 )
+
+
+_parsing = threading.Lock()
+"""Held while a header is read: NumPy parses it as Python, which Python up to 3.12 at times cannot
+do in two threads at once ("AST constructor recursion depth mismatch")."""
+
+
+def _forget_lock() -> None:
+    # A forked worker has none of the threads that might hold it.
+    global _parsing
+    _parsing = threading.Lock()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_forget_lock)
 
 
 class PatchArrays(NamedTuple):
@@ -133,7 +150,8 @@ def _open_array(path: Path) -> NDArray[Any]:
     where = f"{path.parent.name}/{path.name}"
     try:
         # As text: NumPy would follow every link in a path, which takes a third of the time.
-        return open_memmap(str(path), mode="r")
+        with _parsing:
+            return open_memmap(str(path), mode="r")
     except FileNotFoundError:
         raise FileNotFoundError(f"{where} is missing: no file {path}") from None
     except OSError as error:
