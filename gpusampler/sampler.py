@@ -537,6 +537,12 @@ class PatchBatchSampler:
         ValueError
             If its format version, ids, settings or (explicit) seed differ from this sampler's; the
             error names what differs.
+
+        Warns
+        -----
+        UserWarning
+            If, under ``steps="same_patch"``, the rest of the epoch cannot be of one patch a step,
+            because it was begun on other ranks.
         """
         self._progress.load_state_dict(state_dict)
 

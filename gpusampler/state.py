@@ -281,7 +281,22 @@ class Progress:
         epoch = checked_int(state["epoch"], "state_dict epoch", least=0, below=EPOCHS)
         slot = checked_int(state["slot"], "state_dict slot", least=0, below=begun.num_batches + 1)
         self.plan = plan
-        return Place(begun, epoch, slot)
+        place = Place(begun, epoch, slot)
+        self._warn_of_mixed_steps(place)
+        return place
+
+    def _warn_of_mixed_steps(self, place: Place) -> None:
+        """Warn if the ranks cut across the steps of one patch that an epoch was begun in."""
+        plan, ranks = place.plan, self.num_replicas
+        if plan.steps != "same_patch" or not self._share(place).steps:
+            return
+        if plan.step_width % ranks or place.slot % ranks:
+            warnings.warn(
+                f"epoch {place.epoch} was begun in steps of {plan.step_width} batches of one "
+                f"patch, which {ranks} ranks cut across from slot {place.slot} on: what they work "
+                "on at one time may be of two patches until that epoch is over",
+                stacklevel=5,
+            )
 
     def __getstate__(self) -> dict[str, Any]:
         """Travel without the pass that has begun: a copy begins at the next epoch."""

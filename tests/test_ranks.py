@@ -76,6 +76,7 @@ def test_ranks_share_the_epoch_out(library, data, seed, num_replicas, uneven, ep
     after=st.integers(1, 5),
     uneven=st.sampled_from(["pad", "drop"]),
 )
+@pytest.mark.filterwarnings("ignore:epoch 2 was begun in steps of")
 def test_another_number_of_ranks_goes_on_with_the_rest(data, seed, before, after, uneven):
     ids = data.draw(patchy_ids())
     settings = data.draw(plan_settings(ids, steps_of=before, uneven=uneven))

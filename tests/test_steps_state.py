@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import re
+import warnings
 from itertools import product
 
 import numpy as np
@@ -44,6 +45,7 @@ def in_width(width: int, epoch: int, **kind) -> list[list[int]]:
 
 @every_kind
 @pytest.mark.parametrize("uneven", ["pad", "drop"])
+@pytest.mark.filterwarnings("ignore:epoch 6 was begun in steps of")
 def test_other_ranks_go_on_in_mid_step_in_the_saved_width(kind, uneven):
     kind = {**kind, "uneven": uneven}
     for done, (before, width), after in product(
@@ -352,3 +354,64 @@ def test_a_plan_of_another_width_keeps_nothing_of_what_the_first_one_evaluated(s
         fresh = EpochPlan(groups, 4, 1, **{**settings, "step_width": 5})
         found = wider.evaluate(5, range(wider.num_batches)).indices.tolist()
         assert found == fresh.evaluate(5, range(fresh.num_batches)).indices.tolist()
+
+
+@pytest.mark.parametrize("uneven", ["pad", "drop"])
+@pytest.mark.parametrize("interleave", [True, False])
+def test_ranks_that_cut_across_steps_of_one_patch_are_warned(uneven, interleave):
+    ids = np.repeat([10, 2, 7], [50, 30, 41])
+
+    def world(ranks: int, width: int) -> list[PatchBatchSampler]:
+        kind = {"steps": "same_patch", "uneven": uneven, "interleave": interleave}
+        return [
+            PatchBatchSampler(
+                ids, 2, seed=1, num_replicas=ranks, rank=rank, step_width=width, **kind
+            )
+            for rank in range(ranks)
+        ]
+
+    seen = set()
+    for (before, width), after, done in product(
+        ((4, 4), (2, 4), (3, 6), (1, 1)), range(1, 9), (0, 1, 2, 3)
+    ):
+        first = world(before, width)[0]
+        draw(iter(first), done)
+        state = first.state_dict(step=done)
+        second = world(after, after)
+        warned = []
+        for rank in second:
+            # By the sampler, or by an iterator of it.
+            for loading in (rank, iter(rank)):
+                with warnings.catch_warnings(record=True) as caught:
+                    warnings.simplefilter("always")
+                    loading.load_state_dict(state)
+                assert all(entry.filename == __file__ for entry in caught)
+                warned.append(len(caught))
+        assert len(set(warned)) == 1
+        for rank in second:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                rank.load_state_dict(state)
+        steps = [*zip(*second, strict=True)]
+        mixed = any(len({int(ids[batch[0]]) for batch in step}) > 1 for step in steps)
+        # It cannot know which patches lie side by side, so it warns where they may be two.
+        assert warned[0] == 1 or not mixed
+        fits = width % after == 0 and before * done % after == 0
+        assert warned[0] == (not fits)
+        seen.add((warned[0], mixed))
+    assert {(0, False), (1, True)} <= seen
+
+
+def test_the_rest_of_steps_that_fit_and_of_a_finished_epoch_is_not_warned_of():
+    kind = {"steps": "same_patch"}
+    finished = {**world_of(4, **kind)[0].state_dict(), "epoch": 3}
+    finished["slot"] = world_of(4, **kind)[0].plan.num_batches
+    for rank in world_of(3, **kind):
+        rank.load_state_dict(finished)
+        assert rank.epoch == 4
+    message = (
+        "epoch 3 was begun in steps of 4 batches of one patch, which 3 ranks cut across from slot "
+        "0 on: what they work on at one time may be of two patches until that epoch is over"
+    )
+    with pytest.warns(UserWarning, match=f"^{message}$"):
+        world_of(3, **kind)[0].load_state_dict({**finished, "slot": 0})
