@@ -326,9 +326,17 @@ def test_a_library_that_is_not_installed(tmp_path, name, module, extra):
     assert said == [line + f"install gpusampler[{extra}]"] * 2
 
 
-def test_reading_an_npy_file_imports_no_other_library(tmp_path):
+def test_reading_what_needs_no_library_imports_none(tmp_path):
     code = (
-        "import sys, gpusampler; gpusampler.read_patch_ids(sys.argv[1]).read(0, 2);"
+        "import sys, numpy, gpusampler\n"
+        "class Known(list):\n"
+        "    patch_ids = [1, 2]\n"
+        "for source in (sys.argv[1], [1, 2], ['a', 'b'], numpy.arange(2), Known([3, 4])):\n"
+        "    gpusampler.read_patch_ids(source).read(0, 2)\n"
+        "class Samples:\n"
+        "    def __len__(self): return 2\n"
+        "    def __getitem__(self, i): return {'patch_id': i}\n"
+        "gpusampler.read_patch_ids(Samples()).read(0, 2)\n"
         "print({'pyarrow', 'zarr', 'h5py', 'pandas', 'polars', 'datasets', 'torch', 'cupy'}"
         " & set(sys.modules))"
     )
@@ -582,6 +590,10 @@ def test_chunks_are_decoded_once_and_only_where_asked(tmp_path, monkeypatch, kin
     asked.clear()
     np.testing.assert_array_equal(np.concatenate([b for _, b in ids.blocks(size=7)]), values)
     assert asked == [(0, 24), (24, 48), (48, 72), (72, 96), (96, 100)]
+    ids.read(0, 90)
+    # Of what was read only the last piece stays, not a view that keeps all of it.
+    assert ids._load._kept[1].shape == (24,)
+    assert ids._load._kept[1].base is None
 
 
 def test_a_chunk_larger_than_a_block_is_dear(tmp_path, monkeypatch):

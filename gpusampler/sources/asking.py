@@ -57,14 +57,10 @@ def ask_samples(dataset: Any, size: int, progress: bool) -> PatchIds:
         return code
 
     def read(part: range) -> int:
-        try:
-            for i in part:
-                if stopped.is_set():
-                    break
-                ids[i] = kept(i)
-        finally:
-            # Where sample 0 could not be read, none may wait for it for ever.
-            first_known.set()
+        for i in part:
+            if stopped.is_set():
+                break
+            ids[i] = kept(i)
         return len(part)
 
     def found() -> PatchIds:
@@ -85,6 +81,7 @@ def ask_samples(dataset: Any, size: int, progress: bool) -> PatchIds:
     finally:
         # After an exception or Ctrl-C no further sample is begun, and no thread stays behind.
         stopped.set()
+        # Where sample 0 could not be read, none may wait for it for ever.
         first_known.set()
         pool.shutdown(wait=True, cancel_futures=True)
     return found()
