@@ -165,6 +165,7 @@ def demo(out: Path, epochs: int, batch_size: int, data: Path | None, seed: int) 
 @cli.command()
 @click.argument("source", type=click.Path(path_type=Path))
 @click.option("--batch-size", type=click.IntRange(min=1), required=True)
+@click.option("--column", help="Which column, array or dataset of a file that has several.")
 @click.option(
     "--out", type=_DIRECTORY, help="The picture, a PNG.  [default: gpusampler-inspect.png]"
 )
@@ -192,6 +193,7 @@ def demo(out: Path, epochs: int, batch_size: int, data: Path | None, seed: int) 
 def inspect(
     source: Path,
     batch_size: int,
+    column: str | None,
     out: Path | None,
     input_window: int,
     output_window: int,
@@ -199,14 +201,15 @@ def inspect(
 ) -> None:
     """Show what a batch size does to patch ids.
 
-    SOURCE is a .npy file of one patch id a sample, or a patch folder.
+    SOURCE is a patch folder, an index file, or a file with one patch id a sample: .npy, Parquet,
+    Zarr or HDF5.
     """
     from gpusampler.inspection import draw, inspect_source
 
     if out is not None:
         _need("the picture", "matplotlib")
     with _refusing():
-        ids = _patch_ids(source, input_window, output_window, split)
+        ids = _patch_ids(source, column, input_window, output_window, split)
         found = inspect_source(ids, batch_size, source.name or str(source))
     click.echo(found.text())
     if out is None and find_spec("matplotlib") is None:
@@ -218,17 +221,21 @@ def inspect(
     click.echo(f"\nwritten: {picture}")
 
 
-def _patch_ids(source: Path, inputs: int, outputs: int, split: str) -> Any:
-    import numpy as np
-
+def _patch_ids(source: Path, column: str | None, inputs: int, outputs: int, split: str) -> Any:
     from gpusampler.groundwater import GWPatchDataset
+    from gpusampler.indexfile import is_index
+    from gpusampler.sources import read_patch_ids
 
-    if source.is_dir():
+    if is_index(source):
+        return source
+    if source.is_dir() and any(entry.name.startswith("patch_") for entry in source.iterdir()):
         return GWPatchDataset(source, inputs, outputs, split=split)
     try:
-        return np.lib.format.open_memmap(source, mode="r")
+        return read_patch_ids(source, column)
     except ValueError as error:
-        raise ValueError(f"{source} is neither a .npy file nor a patch folder: {error}") from error
+        if source.is_dir():
+            raise ValueError(f"{error}; nor does it hold folders patch_<id>") from None
+        raise
 
 
 @cli.command()

@@ -40,11 +40,13 @@ class PatchBatchSampler:
 
     Parameters
     ----------
-    source : dataset, integer array, sequence of int, or PatchGroups
-        Patch id of each sample, or a map-style dataset that has them: ``get_all_patch_ids()``,
-        else ``patch_ids``, else ``dataset[i]["patch_id"]`` (read on a pool of threads above 1,000
+    source : dataset, array, sequence, path, column or table, or PatchGroups
+        Patch id of each sample, in anything that `read_patch_ids` takes: integers or names in an
+        array of NumPy, torch or CuPy on any device, in a list, in a file (.npy, Parquet, Zarr,
+        HDF5), in a column; or a map-style dataset that has them: ``get_all_patch_ids()``, else
+        ``patch_ids``, else ``dataset[i]["patch_id"]`` (read on a pool of threads above 1,000
         samples). ``Subset`` and ``ConcatDataset`` of such datasets work without reading a sample.
-        Ids may be any int64 values, in a NumPy, torch or CuPy array on any device.
+        Or the path of an index file (see `PatchGroups.load`).
     batch_size : int
         Samples in a batch, at least 1.
     shuffle_within_batches : bool
@@ -84,7 +86,7 @@ class PatchBatchSampler:
         What iteration hands out: lists of int, or host int64 arrays of NumPy or torch, for
         datasets with ``__getitems__``.
     progress : bool
-        Show a bar while a dataset is read sample by sample.
+        Show bars while ids are read and grouped, if that takes more than a second.
 
     Attributes
     ----------

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -14,6 +15,7 @@ import pytest
 from click.testing import CliRunner
 
 import gpusampler
+from gpusampler import PatchGroups
 from gpusampler import cli as cli_module
 from gpusampler.cli import cli
 from gpusampler.demo.embedded import small_data
@@ -68,7 +70,10 @@ def test_a_real_refusal(tmp_path):
     done = module("inspect", tmp_path / "no.npy", "--batch-size", 2)
     assert done.returncode == 2
     assert done.stdout == ""
-    assert done.stderr == f"gpusampler: No such file or directory: {tmp_path / 'no.npy'}\n"
+    assert (
+        done.stderr
+        == f"gpusampler: source must be there: no such file or folder: {tmp_path / 'no.npy'}\n"
+    )
 
 
 def test_without_click():
@@ -173,6 +178,20 @@ def test_inspect_a_patch_folder(run, tmp_path):
     assert "small: 27 samples in 9 patches" in result.stdout
 
 
+def test_inspect_a_column_and_an_index(run, tmp_path):
+    pandas = pytest.importorskip("pandas")
+    pytest.importorskip("pyarrow")
+    table = pandas.DataFrame({"well": ["b", "a", "b"], "other": [1, 2, 3]})
+    table.to_parquet(tmp_path / "ids.parquet")
+    result = run("inspect", "ids.parquet", "--batch-size", 2, "--column", "well")
+    assert "3 samples in 2 patches" in result.stdout
+    assert re.search(r"^ *b +2", result.stdout, re.M)
+    refused(run("inspect", "ids.parquet", "--batch-size", 2), "well, other")
+    PatchGroups.from_ids(table["well"]).save(tmp_path / "ids.index")
+    again = run("inspect", "ids.index", "--batch-size", 2)
+    assert again.stdout.partition("\n")[2] == result.stdout.partition("\n")[2]
+
+
 def test_inspect_sums_up_many_patches(run, tmp_path):
     np.save(tmp_path / "many.npy", np.repeat(np.arange(1000), np.arange(1, 1001)))
     result = run("inspect", "many.npy", "--batch-size", 10)
@@ -251,12 +270,12 @@ def test_bad_sources(run, tmp_path):
     np.save(tmp_path / "empty.npy", np.zeros(0, dtype=int))
     (tmp_path / "folder").mkdir()
     for name, text in (
-        ("nowhere.npy", "No such file or directory: nowhere.npy"),
-        ("text.npy", "text.npy is neither a .npy file nor a patch folder"),
+        ("nowhere.npy", "source must be there: no such file or folder: nowhere.npy"),
+        ("text.npy", "text.npy"),
         ("float.npy", "float64"),
         ("table.npy", "(3, 2)"),
-        ("empty.npy", "gpusampler: ids must name at least one sample, got none"),
-        ("folder", "root must hold folders named patch_<id>, got none in 'folder'"),
+        ("empty.npy", "gpusampler: ids in 'empty.npy' must name at least one sample, got none"),
+        ("folder", "got the folder 'folder'; nor does it hold folders patch_<id>"),
     ):
         refused(run("inspect", name, "--batch-size", 4), text)
 
