@@ -186,7 +186,7 @@ def test_inspect_a_column_and_an_index(run, tmp_path):
     result = run("inspect", "ids.parquet", "--batch-size", 2, "--column", "well")
     assert "3 samples in 2 patches" in result.stdout
     assert re.search(r"^ *b +2", result.stdout, re.M)
-    refused(run("inspect", "ids.parquet", "--batch-size", 2), "well, other")
+    refused(run("inspect", "ids.parquet", "--batch-size", 2), "it has 'well', 'other'")
     PatchGroups.from_ids(table["well"]).save(tmp_path / "ids.index")
     again = run("inspect", "ids.index", "--batch-size", 2)
     assert again.stdout.partition("\n")[2] == result.stdout.partition("\n")[2]
