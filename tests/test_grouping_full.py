@@ -96,4 +96,3 @@ def test_a_warning_before_half_of_a_device_is_taken(elsewhere, free):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         PatchGroups.from_ids(torch.tensor(IDS))
-

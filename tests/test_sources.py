@@ -223,8 +223,9 @@ class Terminal(io.StringIO):
         return True
 
 
-def bar_of(monkeypatch, size: int, **settings) -> str:
+def bar_of(monkeypatch, size: int, after: float = 0.0, **settings) -> str:
     terminal = Terminal()
+    monkeypatch.setattr("gpusampler.telemetry.BAR_AFTER", after)
     monkeypatch.setattr("sys.stderr", terminal)
     # Its watching thread would outlive the test.
     monkeypatch.setattr(tqdm_module.tqdm, "monitor_interval", 0)
@@ -234,14 +235,16 @@ def bar_of(monkeypatch, size: int, **settings) -> str:
 
 def test_a_terminal_shows_a_bar_when_there_are_many(monkeypatch):
     shown = bar_of(monkeypatch, 5000)
-    assert "patch ids" in shown
-    assert "5000/5000" in shown
+    # All that takes long has one.
+    for what in ("patch ids", "counting patches"):
+        assert what in shown
+    assert "5.00k/5.00k" in shown
     assert "100%" in shown
 
 
-@pytest.mark.parametrize(("size", "settings"), [(5000, {"progress": False}), (THREADED_ABOVE, {})])
-def test_no_bar_when_not_wanted_or_when_few(monkeypatch, size, settings):
-    assert bar_of(monkeypatch, size, **settings) == ""
+@pytest.mark.parametrize("settings", [{"progress": False}, {"after": 60.0}])
+def test_no_bar_when_not_wanted_or_when_it_takes_no_time(monkeypatch, settings):
+    assert bar_of(monkeypatch, 5000, **settings) == ""
 
 
 @pytest.mark.parametrize("progress", [True, False])

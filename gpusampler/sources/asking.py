@@ -9,12 +9,12 @@ from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from typing import Any
 
 import numpy as np
-from tqdm import tqdm
 
 from gpusampler import arrays
 from gpusampler.ids import PatchIds
 from gpusampler.sources.inmemory import ArrayIds
 from gpusampler.sources.names import CodedIds
+from gpusampler.telemetry import bar
 
 THREADED_ABOVE = 1000
 """Samples above which a dataset is read by a pool of threads, with a progress bar."""
@@ -72,12 +72,11 @@ def ask_samples(dataset: Any, size: int, progress: bool) -> PatchIds:
     workers = min(32, (os.cpu_count() or 1) + 4)
     step = max(1, min(256, size // (workers * 8)))
     parts = [range(first, min(first + step, size)) for first in range(0, size, step)]
-    bar = tqdm(total=size, desc="patch ids", unit=" samples", disable=None if progress else True)
     pool = ThreadPoolExecutor(workers, thread_name_prefix="gpusampler-ids")
     try:
-        with bar:
+        with bar(size, "patch ids", "samples", progress) as shown:
             for done in _in_flight(pool, read, parts, 2 * workers):
-                bar.update(done)
+                shown.update(done)
     finally:
         # After an exception or Ctrl-C no further sample is begun, and no thread stays behind.
         stopped.set()
