@@ -199,18 +199,36 @@ class BatchCursor(torch.nn.Module):
         copied.__setstate__(copy.deepcopy(self.__dict__, memo))
         return copied
 
-    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+    def _load_from_state_dict(
+        self,
+        state_dict: Mapping[str, Any],
+        prefix: str,
+        local_metadata: Mapping[str, Any],
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
         """Take over a saved place, of any number of ranks; one that is refused changes nothing."""
         before, plan = self.position(), self._plan
+        known = len(missing_keys), len(error_msgs)
+        lists = missing_keys, unexpected_keys, error_msgs
         try:
+            for name in ("epoch", "slot"):
+                _check_place(state_dict.get(prefix + name), name)
             # Copies what is in the state as it stands, and has it checked only then.
-            super()._load_from_state_dict(*args, **kwargs)
+            super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, *lists)
             self._follow_buffers()
             self.seek(*self.position())
         except (TypeError, ValueError):
             self._plan = plan
             self.seek(*before)
             raise
+        # What is missing or misshapen torch tells of later, when the rest has been copied: half a
+        # place, or one that cannot be checked, is none, also where strict=False lets it be.
+        if (len(missing_keys), len(error_msgs)) != known:
+            self._plan = plan
+            self.seek(*before)
 
     def get_extra_state(self) -> dict[str, Any]:
         """Return what a saved place must fit: the seed, ids and settings."""
@@ -239,3 +257,9 @@ class BatchCursor(torch.nn.Module):
         """Return the plan and the ranks."""
         ranks = f", rank {self.rank} of {self.num_replicas}" if self.num_replicas > 1 else ""
         return f"{self._plan!r}, device={str(self._plan.device)!r}{ranks}"
+
+
+def _check_place(value: Any, name: str) -> None:
+    """Raise TypeError if a saved place is a tensor of no integers: torch would cut them off."""
+    if isinstance(value, Tensor) and (value.is_floating_point() or value.is_complex()):
+        raise TypeError(f"{name} must be an integer tensor, got {value.dtype}")

@@ -143,10 +143,15 @@ def _draw_anew(trainer: Trainer) -> None:
 def _count(trainer: Trainer, done: int | None) -> None:
     """Let Lightning count ``done`` batches of the epoch, None for all: it ends epochs by that.
 
-    It changes nothing where there are as many ranks as before.
+    It changes nothing where there are as many ranks as before, but at the start of an epoch.
     """
-    batches: Any = trainer.fit_loop.epoch_loop.batch_progress.current
+    progress: Any = trainer.fit_loop.epoch_loop.batch_progress
+    batches = progress.current
     ahead = (trainer.num_training_batches if done is None else done) - batches.processed
+    if done == 0:
+        # A checkpoint from the start of an epoch has this of the one before, and Lightning would
+        # leave a whole epoch out.
+        progress.is_last_batch = False
     for name in ("ready", "started", "processed", "completed"):
         setattr(batches, name, getattr(batches, name) + ahead)
 

@@ -325,6 +325,12 @@ def test_a_state_that_is_refused_for_its_place_leaves_the_seed():
     [
         ({"slot": torch.tensor(-1)}, ValueError, "slot must be >= 0, got -1"),
         ({"epoch": torch.tensor(-1)}, ValueError, "epoch must be >= 0, got -1"),
+        (
+            {"slot": torch.tensor(2.7)},
+            TypeError,
+            "slot must be an integer tensor, got torch.float32",
+        ),
+        ({"epoch": torch.zeros(2, dtype=torch.int64)}, RuntimeError, "size mismatch for epoch"),
         ({"_extra_state": None}, TypeError, "must come from a BatchCursor, got extra state None"),
         ({"_extra_state": {"seed": 5}}, TypeError, "must come from a BatchCursor"),
         ({"_extra_state": {"seed": 5, "fingerprint": 3}}, TypeError, "fingerprint must be a map"),
@@ -343,10 +349,13 @@ def test_broken_states(change, error, match):
 def test_loading_is_strict(lacking):
     state = BatchCursor(plan_of(), epoch=4, slot=5).state_dict()
     del state[lacking]
-    cursor = BatchCursor(plan_of())
+    cursor = BatchCursor(plan_of(), epoch=1, slot=2)
     with pytest.raises(RuntimeError, match=rf'Missing key\(s\) in state_dict: "{lacking}"'):
         cursor.load_state_dict(state)
+    assert cursor.position() == (1, 2)
+    # Half a place is none: the rest of it is not taken over.
     assert cursor.load_state_dict(state, strict=False).missing_keys == [lacking]
+    assert cursor.position() == (1, 2)
 
 
 def test_the_state_of_the_sampler_is_not_the_cursors():

@@ -190,6 +190,32 @@ def test_going_on_after_an_error(tmp_path, uninterrupted, workers, at):
     assert_goes_on(fitted(tmp_path, crashed, workers=workers), whole, at)
 
 
+class AtTheStart(lightning.Callback):
+    """Saves a checkpoint whenever an epoch begins."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def on_train_epoch_start(self, trainer, pl_module) -> None:
+        trainer.save_checkpoint(self.folder / f"start-{trainer.current_epoch}.ckpt")
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("first", [True, False])
+@pytest.mark.parametrize("settings", [{}, {"limit_train_batches": 5}, {"model": Validated}])
+def test_going_on_from_the_start_of_an_epoch(tmp_path, uninterrupted, settings, first, workers):
+    settings = {"workers": workers, **settings}
+    whole, _ = uninterrupted(**settings)
+    saving = AtTheStart(tmp_path)
+    # It may save before the callback has noted the epoch, or after.
+    order = (saving, ResumeSampler()) if first else (ResumeSampler(), saving)
+    fitted(tmp_path / "whole", None, *order, resume=False, **settings)
+    for epoch in range(EPOCHS):
+        done = epoch * settings.get("limit_train_batches", STEPS)
+        checkpoint = tmp_path / f"start-{epoch}.ckpt"
+        assert_goes_on(fitted(tmp_path / str(epoch), checkpoint, **settings), whole, done)
+
+
 def test_a_new_run_of_the_same_trainer_does_not_go_on(tmp_path, uninterrupted):
     _, checkpoints = uninterrupted(model=Validated, workers=0)
     trainer = trainer_of(tmp_path, ResumeSampler(), num_sanity_val_steps=0)
