@@ -316,15 +316,16 @@ def test_peaks_are_of_the_block():
     with sampler.profile() as p:
         list(sampler)
     before = p.host_peak_bytes
-    with sampler.profile() as p:
-        iterator = iter(sampler)
-        next(iterator)
-        held = np.ones(200 << 17)  # 200 MiB
-        # Seen at the end of the next evaluation.
-        list(iterator)
-        del held
-    assert p.host_peak_bytes >= before + (150 << 20)
-    assert p.device_peak_bytes is None
+    # The first time it is the most ever; the second, it is seen at the end of an evaluation.
+    for _ in range(2):
+        with sampler.profile() as p:
+            iterator = iter(sampler)
+            next(iterator)
+            held = np.ones(200 << 17)  # 200 MiB
+            list(iterator)
+            del held
+        assert p.host_peak_bytes >= before + (150 << 20)
+        assert p.device_peak_bytes is None
     with sampler.profile() as p:
         list(sampler)
     assert p.host_peak_bytes < before + (150 << 20)
