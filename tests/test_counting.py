@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import tracemalloc
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -99,7 +100,7 @@ def check(found: Counted, ids: np.ndarray) -> None:
 def census_of(ids: np.ndarray, borders: list[int], stopping: bool) -> Counted:
     """Count block by block; ``stopping`` at every border, to go on from the state."""
     census = Census(ids.size)
-    for start, stop in zip(borders[:-1], borders[1:], strict=True):
+    for start, stop in pairwise(borders):
         if stopping:
             state = through_npz(census.state())
             census = Census(ids.size, state)
@@ -117,7 +118,7 @@ def order_of(ids: np.ndarray, counted: Counted, borders: list[int], stopping: bo
     """Sort block by block; ``stopping`` at every border, after more was written than was kept."""
     order = np.full(ids.size, -1, np.int32)
     scatter = Scatter(counted, order, None)
-    for start, stop in zip(borders[:-1], borders[1:], strict=True):
+    for start, stop in pairwise(borders):
         if stopping:
             state = through_npz(scatter.state())
             # Work that is lost with the process, and that is done again.
@@ -151,7 +152,7 @@ def test_counts_and_order_are_numpys_wherever_blocks_are_cut(monkeypatch, sizes,
 @given(ids=ids_of_every_kind(), data=st.data())
 def test_a_fingerprint_of_blocks_in_any_order_is_that_of_the_whole(ids, data):
     borders = data.draw(cuts(ids.size))
-    spans = list(zip(borders[:-1], borders[1:], strict=True))
+    spans = list(pairwise(borders))
     total = fingerprint.IdSum()
     for start, stop in data.draw(st.permutations(spans)):
         total.add(start, ids[start:stop])
