@@ -146,8 +146,10 @@ class Build:
         if "written" in state:
             # An order of another start may be as long, and written in other places.
             whole = os.fstat(self._file.fileno()).st_size >= ORDER_AT + int(state["order_bytes"])
-            self._file.seek(TOKEN_AT)
-            if whole and self._file.read(TOKEN_BYTES) == token:
+            self._file.seek(0)
+            begin = self._file.read(TOKEN_AT + TOKEN_BYTES)
+            # A head in the token's place: all was written, but for the name.
+            if whole and (begin.startswith(indexfile.MAGIC) or begin[TOKEN_AT:] == token):
                 self._token = token
             else:
                 warnings.warn(
@@ -177,17 +179,15 @@ class Build:
             "order_bytes": np.array(order_bytes),
             **state(),
         }
-        try:
-            with (
-                told_of_room(self._progress, sum(part.nbytes for part in kept.values())),
-                open(self._aside, "wb") as file,
-            ):
-                np.savez(file, **kept)
-                to_disk(file)
-            os.replace(self._aside, self._progress)
-        except BaseException:
-            self._aside.unlink(missing_ok=True)
-            raise
+        with told_of_room(self._progress, sum(part.nbytes for part in kept.values())):
+            try:
+                with open(self._aside, "wb") as file:
+                    np.savez(file, **kept)
+                    to_disk(file)
+                os.replace(self._aside, self._progress)
+            except BaseException:
+                self._aside.unlink(missing_ok=True)
+                raise
         end = time.monotonic()
         self._next = end + max(CHECKPOINT_SECONDS, (end - start) / CHECKPOINT_SHARE)
 
@@ -218,17 +218,19 @@ class Build:
             fingerprint=found.fingerprint,
             signature=self._signature,
         )
-        dtype = None if found.order is None else found.order.dtype.str
+        dtype, patches = None if found.order is None else found.order.dtype.str, found.counts.size
         if self._map is not None:
             self._map.flush()
         indexfile.complete(self._file, contents, dtype, self._path)
         if fcntl is None:
             self._map = None
+            del found
             self._file.close()
-        # Where there are locks, held until the file has its name.
+        # Where there are locks, one is held until the file has its name.
         indexfile.rename(self._partial, self._path)
         self._progress.unlink(missing_ok=True)
-        logger.info("%s: %d patches of %d samples", self._path, found.counts.size, self._ids.size)
+        self._aside.unlink(missing_ok=True)
+        logger.info("%s: %d patches of %d samples", self._path, patches, self._ids.size)
 
     def discard(self) -> None:
         """Leave nothing behind: another process has made the index."""

@@ -149,10 +149,12 @@ class MappedFile:
     def _check(self) -> None:
         now = self._status()
         if now != self._known:
+            what = f"one of {now[0]} bytes where it had {self._known[0]}"
+            if now[0] == self._known[0]:
+                what = "one that was written to since it was opened"
             raise OSError(
-                f"{self.path} must stay as it is while it is in use, got a file of {now[0]} bytes "
-                f"where it had {self._known[0]}, or written to since; write a new one beside it "
-                "and rename it"
+                f"{self.path} must stay as it is while it is in use, got {what}; write a new file "
+                "beside it and rename it"
             )
 
     def _status(self) -> tuple[int, int]:
