@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
+import io
 import json
 import mmap
 import os
+import secrets
 import time
 import warnings
-import zipfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -20,7 +23,7 @@ from gpusampler.counting import Counted, State
 from gpusampler.ids import PatchIds
 from gpusampler.indexfile import ORDER_AT, Contents, reserve, to_disk, told_of_room
 from gpusampler.signature import difference, signature_of
-from gpusampler.sorting import Grouped, group_on_host
+from gpusampler.sorting import Grouped, IdsChanged, group_on_host
 from gpusampler.telemetry import logger
 
 try:
@@ -33,6 +36,9 @@ CHECKPOINT_SECONDS = 5.0
 
 CHECKPOINT_SHARE = 0.1
 """Of all time, for keeping what was done."""
+
+TOKEN_AT, TOKEN_BYTES = len(indexfile.MAGIC), 16
+_NO_LOCKS = (errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK)
 
 
 def build(ids: PatchIds, path: Path, *, progress: bool) -> None:
@@ -50,6 +56,7 @@ def build(ids: PatchIds, path: Path, *, progress: bool) -> None:
         If the ids changed meanwhile.
     """
     if _is_there(ids, path):
+        Build(ids, path).tidy()
         return
     with told_of_room(path), Build(ids, path) as work:
         # Another process may have built it while this one waited.
@@ -88,8 +95,10 @@ class Build:
         self._path = path
         self._partial = path.with_name(f"{path.name}.partial")
         self._progress = path.with_name(f"{path.name}.progress")
+        self._aside = path.with_name(f"{path.name}.progress.saving")
         self._signature = signature_of(ids)
         self._map: mmap.mmap | None = None
+        self._token = b""
         self._next = 0.0
 
     def __enter__(self) -> Build:
@@ -98,9 +107,16 @@ class Build:
         self._next = time.monotonic() + CHECKPOINT_SECONDS
         return self
 
-    def __exit__(self, *exception: object) -> None:
+    def __exit__(self, kind: type | None, error: object, trace: object) -> None:
         """Let others go on; what is not finished stays, to be gone on with."""
         self._map = None
+        if self._file.closed:
+            return
+        if isinstance(error, IdsChanged):
+            # Gone on with, it would find the same again.
+            self._progress.unlink(missing_ok=True)
+        if os.fstat(self._file.fileno()).st_size == 0 and not self._progress.exists():
+            self._partial.unlink(missing_ok=True)
         if fcntl is not None:
             # Said, for an array that is still about would keep the file, and the lock with it.
             fcntl.flock(self._file, fcntl.LOCK_UN)
@@ -109,24 +125,39 @@ class Build:
     def resumed(self) -> Mapping[str, NDArray[Any]] | None:
         """Return the state that was kept last, if it is of these ids."""
         try:
-            with np.load(self._progress, allow_pickle=False) as kept:
-                state: State = dict(kept)
+            content = self._progress.read_bytes()
         except FileNotFoundError:
             return None
-        except (ValueError, EOFError, zipfile.BadZipFile) as error:
+        try:
+            with np.load(io.BytesIO(content), allow_pickle=False) as kept:
+                state: State = dict(kept)
+            signature, token = json.loads(str(state["signature"])), state["token"].tobytes()
+        # What a damaged archive raises depends on the byte that is damaged.
+        except Exception as error:
             warnings.warn(
                 f"{self._progress} cannot be read, so grouping begins anew: {error}", stacklevel=2
             )
             return None
-        if json.loads(str(state.pop("signature"))) != self._signature:
+        if signature != self._signature:
             warnings.warn(
                 f"{self._progress} is of other ids, so grouping begins anew", stacklevel=2
             )
             return None
-        if "written" in state and os.fstat(self._file.fileno()).st_size < ORDER_AT + int(
-            state["order_bytes"]
-        ):
-            del state["written"]
+        if "written" in state:
+            # An order of another start may be as long, and written in other places.
+            whole = os.fstat(self._file.fileno()).st_size >= ORDER_AT + int(state["order_bytes"])
+            self._file.seek(0)
+            begin = self._file.read(TOKEN_AT + TOKEN_BYTES)
+            # A head in the token's place: all was written, but for the name.
+            if whole and (begin.startswith(indexfile.MAGIC) or begin[TOKEN_AT:] == token):
+                self._token = token
+            else:
+                warnings.warn(
+                    f"{self._partial} is not the file that {self._progress} is about, so sorting "
+                    "begins anew",
+                    stacklevel=2,
+                )
+                del state["written"]
         done, at = ("sorted", "written") if "written" in state else ("counted", "seen")
         logger.info(
             "%s: going on after %d of %d samples %s", self._path, state[at], self._ids.size, done
@@ -144,18 +175,19 @@ class Build:
         order_bytes = 0 if self._map is None else len(self._map) - ORDER_AT
         kept: dict[str, Any] = {
             "signature": np.array(json.dumps(self._signature)),
+            "token": np.frombuffer(self._token, np.uint8),
             "order_bytes": np.array(order_bytes),
             **state(),
         }
-        aside = self._progress.with_name(f"{self._progress.name}.saving")
-        try:
-            with open(aside, "wb") as file:
-                np.savez(file, **kept)
-                to_disk(file)
-            os.replace(aside, self._progress)
-        except BaseException:
-            aside.unlink(missing_ok=True)
-            raise
+        with told_of_room(self._progress, sum(part.nbytes for part in kept.values())):
+            try:
+                with open(self._aside, "wb") as file:
+                    np.savez(file, **kept)
+                    to_disk(file)
+                os.replace(self._aside, self._progress)
+            except BaseException:
+                self._aside.unlink(missing_ok=True)
+                raise
         end = time.monotonic()
         self._next = end + max(CHECKPOINT_SECONDS, (end - start) / CHECKPOINT_SHARE)
 
@@ -165,14 +197,18 @@ class Build:
         reserve(self._file, ORDER_AT + width * size, self._path)
         self._map = mmap.mmap(self._file.fileno(), ORDER_AT + width * size)
         # It may have been all but whole when it was left.
-        self._map[: len(indexfile.MAGIC)] = bytes(len(indexfile.MAGIC))
+        self._map[:TOKEN_AT] = bytes(TOKEN_AT)
+        self._token = self._token or secrets.token_bytes(TOKEN_BYTES)
+        self._map[TOKEN_AT : TOKEN_AT + TOKEN_BYTES] = self._token
+        # Before anything else is written over what another start may have left.
+        self._map.flush()
+        os.fsync(self._file.fileno())
         return np.frombuffer(self._map, dtype, size, ORDER_AT)
 
     def finish(self, found: Grouped) -> None:
         """Make the index of what was written."""
         if difference(self._signature, self._ids, whole=False) is not None:
-            self._progress.unlink(missing_ok=True)
-            raise RuntimeError("ids must stay as they are while they are grouped, got others since")
+            raise IdsChanged
         contents = Contents(
             found.patch_ids,
             found.counts,
@@ -182,17 +218,32 @@ class Build:
             fingerprint=found.fingerprint,
             signature=self._signature,
         )
-        dtype = None if found.order is None else found.order.dtype.str
+        dtype, patches = None if found.order is None else found.order.dtype.str, found.counts.size
         if self._map is not None:
             self._map.flush()
-        indexfile.finish(self._file, contents, dtype, self._partial, self._path)
+        indexfile.complete(self._file, contents, dtype, self._path)
+        if fcntl is None:
+            self._map = None
+            del found
+            self._file.close()
+        # Where there are locks, one is held until the file has its name.
+        indexfile.rename(self._partial, self._path)
         self._progress.unlink(missing_ok=True)
-        logger.info("%s: %d patches of %d samples", self._path, found.counts.size, self._ids.size)
+        self._aside.unlink(missing_ok=True)
+        logger.info("%s: %d patches of %d samples", self._path, patches, self._ids.size)
 
     def discard(self) -> None:
         """Leave nothing behind: another process has made the index."""
-        self._partial.unlink(missing_ok=True)
-        self._progress.unlink(missing_ok=True)
+        for left in (self._partial, self._progress, self._aside):
+            left.unlink(missing_ok=True)
+
+    def tidy(self) -> None:
+        """Take away what a process left behind that was killed just after it was done."""
+        if not self._partial.exists():
+            # Not worth an error in a folder that is only to be read.
+            with contextlib.suppress(OSError):
+                self._progress.unlink(missing_ok=True)
+                self._aside.unlink(missing_ok=True)
 
     def _locked(self) -> BinaryIO:
         """Return the partial file, open, once this process alone has it."""
@@ -206,6 +257,15 @@ class Build:
             except BlockingIOError:
                 logger.info("%s: waiting for the process that builds it", self._path)
                 fcntl.flock(file, fcntl.LOCK_EX)
+            except OSError as error:
+                file.close()
+                if error.errno not in _NO_LOCKS:
+                    raise
+                raise OSError(
+                    error.errno,
+                    f"path must be on a filesystem that has locks, got {self._path}: "
+                    f"{os.strerror(error.errno)}; group elsewhere and copy the index, or use save",
+                ) from error
             if self._is_partial(file):
                 return file
             # It was finished, and renamed, while this process waited for it.

@@ -14,14 +14,29 @@ from gpusampler.ids import PatchIds
 from gpusampler.telemetry import bar
 
 
-def mark_of(ids: PatchIds, *, progress: bool) -> int:
-    """Return the fingerprint of ids, all of which are read."""
-    found = IdSum()
+def mark_of(ids: PatchIds, held: NDArray[np.bool_] | None = None, *, progress: bool) -> int:
+    """Return the fingerprint of ids, all of which are read.
+
+    Parameters
+    ----------
+    ids : PatchIds
+    held : boolean array, shape (N,), optional
+        The samples that count. Default: all.
+    progress : bool
+    """
+    found, total = IdSum(), 0
     with bar(ids.size, "comparing ids", "samples", progress) as shown:
         for first, block in ids.blocks():
-            found.add(first, block.astype(np.int64, copy=False))
+            block = block.astype(np.int64, copy=False)
+            if held is None:
+                found.add(first, block)
+            else:
+                at = np.flatnonzero(held[first : first + block.size])
+                factor = fingerprint.mix_ids(block[at]) * np.uint64(2) + np.uint64(1)
+                weights = fingerprint.weights_of(first + at)
+                total += int((factor * weights).sum(dtype=np.uint64))
             shown.update(block.size)
-    return found.value(ids.size)
+    return found.value(ids.size) if held is None else total & ((1 << 64) - 1)
 
 
 def mark_of_order(

@@ -289,8 +289,13 @@ class PatchGroups:
             differs = difference(groups._signature, ids, whole=verify)
         elif not verify:
             differs = "ids that it knows nothing of (verify=True compares all of them)"
-        if differs is None and verify and groups._mark() != mark_of(ids, progress=progress):
-            differs = "other ids"
+        elif groups.source_size != ids.size:
+            differs = f"{groups.source_size} samples, got {ids.size}"
+        elif groups.names != ids.names:
+            differs = "patches of other names"
+        if differs is None and verify:
+            found = mark_of(ids, groups._held(), progress=progress)
+            differs = None if found == groups._mark() else "other ids"
         if differs is not None:
             raise ValueError(f"source must be the ids that {path} was made of, which are {differs}")
         return groups
@@ -309,6 +314,15 @@ class PatchGroups:
         )
         groups._signature = contents.signature
         return groups
+
+    def _held(self) -> NDArray[np.bool_] | None:
+        """Return which samples of the dataset these are, None if all."""
+        if self.num_samples == self.source_size:
+            return None
+        held = np.zeros(self.source_size, np.bool_)
+        order = None if self.order is None else arrays.to_numpy(self.order)
+        held[_places(self.starts, self.counts) if order is None else order] = True
+        return held
 
     def _verify(self, path: Any, progress: bool) -> None:
         """Raise ValueError unless an index is what it was saved as."""
@@ -410,7 +424,7 @@ class PatchGroups:
     @property
     def is_contiguous(self) -> bool:
         """Whether every patch is one run of consecutive samples, so that no order is kept."""
-        return self.order is None
+        return self._order is None
 
     @property
     def nbytes(self) -> int:

@@ -18,6 +18,7 @@ import errno
 import json
 import mmap
 import os
+import secrets
 import struct
 import zlib
 from collections.abc import Iterator
@@ -37,6 +38,8 @@ VERSION = 1
 ORDER_AT = 1 << 14
 _PIECE = 1 << 24
 _NO_ROOM = (errno.ENOSPC, errno.EFBIG, errno.EDQUOT)
+# What filesystems say that cannot take room beforehand, where the C library does not step in.
+_NO_SUCH_CALL = (errno.EOPNOTSUPP, errno.ENOTSUP, errno.ENOSYS, errno.EINVAL)
 _TABLES = ("patch_ids", "counts", "starts")
 
 
@@ -99,18 +102,35 @@ class MappedFile:
     dtype : str
     size : int
         Samples.
+    known : tuple of int, optional
+        Length and time that the file must have still, if it was opened before.
 
     Attributes
     ----------
     path : Path
+
+    Raises
+    ------
+    OSError
+        If it is not the file that is known.
     """
 
-    def __init__(self, path: Path, file: BinaryIO, dtype: str, size: int) -> None:
+    def __init__(
+        self,
+        path: Path,
+        file: BinaryIO,
+        dtype: str,
+        size: int,
+        known: tuple[int, int] | None = None,
+    ) -> None:
         self.path = path
-        self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        # Another process may open it from another folder.
+        self._absolute = path.absolute()
         # One descriptor of ours: it says what became of this very file, whatever its name is now.
         self._fd = os.dup(file.fileno())
-        self._known = self._status()
+        self._known = self._status() if known is None else known
+        self._check()
+        self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
         self._order: NDArray[Any] = np.frombuffer(self._map, dtype, size, ORDER_AT)
 
     @property
@@ -123,14 +143,19 @@ class MappedFile:
             If the file was written to or cut off since it was opened: pages that are gone would
             end the process without a word.
         """
+        self._check()
+        return self._order
+
+    def _check(self) -> None:
         now = self._status()
         if now != self._known:
+            what = f"one of {now[0]} bytes where it had {self._known[0]}"
+            if now[0] == self._known[0]:
+                what = "one that was written to since it was opened"
             raise OSError(
-                f"{self.path} must stay as it is while it is in use, got a file of {now[0]} bytes "
-                f"where it had {self._known[0]}, or written to since; write a new one beside it "
-                "and rename it"
+                f"{self.path} must stay as it is while it is in use, got {what}; write a new file "
+                "beside it and rename it"
             )
-        return self._order
 
     def _status(self) -> tuple[int, int]:
         status = os.fstat(self._fd)
@@ -143,14 +168,16 @@ class MappedFile:
 
     def __reduce__(self) -> Any:
         """Travel as a path: another process opens the file itself."""
-        return _mapped_again, (self.path, self._order.dtype.str, self._order.size, self._known)
+        return _mapped_again, (self._absolute, self._order.dtype.str, self._order.size, self._known)
+
+    def __deepcopy__(self, memo: Any) -> MappedFile:
+        """Return itself, which nothing changes: the file may have lost its name."""
+        return self
 
 
 def _mapped_again(path: Path, dtype: str, size: int, known: tuple[int, int]) -> MappedFile:
     with open(path, "rb") as file:
-        mapped = MappedFile(path, file, dtype, size)
-    mapped._known = known
-    return mapped
+        return MappedFile(path, file, dtype, size, known)
 
 
 def is_index(path: str | os.PathLike[str]) -> bool:
@@ -192,7 +219,7 @@ def read_index(
         there = os.fstat(file.fileno()).st_size
         whole = ORDER_AT + head["order_bytes"] + head["tables_bytes"]
         if there != whole:
-            raise ValueError(f"{path} must be a whole index of {whole} bytes, got {there}: cut off")
+            raise ValueError(f"{path} must be a whole index of {whole} bytes, got {there}")
         file.seek(ORDER_AT + head["order_bytes"])
         tables = file.read(head["tables_bytes"])
         if zlib.crc32(tables) != head["tables_crc"]:
@@ -258,24 +285,25 @@ def write_index(
     OSError
         If there is no room, or no permission; nothing is left behind then.
     """
-    aside = path.with_name(f"{path.name}.{os.getpid()}.saving")
+    # Processes of the same number, in containers, may share a disk.
+    aside = path.with_name(f"{path.name}.{os.getpid()}-{secrets.token_hex(4)}.saving")
     try:
-        with told_of_room(path), open(aside, "w+b") as file:
-            if order is not None:
-                order = np.ascontiguousarray(order, dtype=order.dtype.newbyteorder("<"))
-                reserve(file, ORDER_AT + order.nbytes, path)
-                file.seek(ORDER_AT)
-                _in_pieces(order, file.write, f"writing {path.name}", progress)
-            finish(file, contents, None if order is None else order.dtype.str, aside, path)
+        with told_of_room(path):
+            with open(aside, "x+b") as file:
+                if order is not None:
+                    order = np.ascontiguousarray(order, dtype=order.dtype.newbyteorder("<"))
+                    reserve(file, ORDER_AT + order.nbytes, path)
+                    file.seek(ORDER_AT)
+                    _in_pieces(order, file.write, f"writing {path.name}", progress)
+                complete(file, contents, None if order is None else order.dtype.str, path)
+            rename(aside, path)
     except BaseException:
         aside.unlink(missing_ok=True)
         raise
 
 
-def finish(
-    file: BinaryIO, contents: Contents, order_dtype: str | None, aside: Path, path: Path
-) -> None:
-    """Write all but the order to a file that was written aside, and give it its name."""
+def complete(file: BinaryIO, contents: Contents, order_dtype: str | None, path: Path) -> None:
+    """Write all but the order to a file that is written aside, and bring it to the disk."""
     width = 0 if order_dtype is None else np.dtype(order_dtype).itemsize
     order_bytes = width * int(contents.counts.sum())
     tables = contents.tables()
@@ -288,6 +316,10 @@ def finish(
     file.seek(0)
     file.write(contents.head(order_dtype, order_bytes, tables))
     to_disk(file)
+
+
+def rename(aside: Path, path: Path) -> None:
+    """Give a file that was written aside its name; on Windows it must be closed."""
     os.replace(aside, path)
     folder_to_disk(path.parent)
 
@@ -305,10 +337,7 @@ def reserve(file: BinaryIO, size: int, path: Path) -> None:
         return
     with told_of_room(path, size):
         try:
-            if hasattr(os, "posix_fallocate"):
-                os.posix_fallocate(file.fileno(), 0, size)
-            else:
-                _fill(file, size)
+            _take_room(file, size)
         except OSError:
             os.ftruncate(file.fileno(), before)
             raise
@@ -320,7 +349,7 @@ def told_of_room(path: Path, size: int | None = None) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.errno not in _NO_ROOM or str(path) in str(error):
+        if error.errno not in _NO_ROOM or "must have room" in str(error):
             raise
         needed = "" if size is None else f" for {size} bytes"
         free = ""
@@ -333,10 +362,18 @@ def told_of_room(path: Path, size: int | None = None) -> Iterator[None]:
         ) from error
 
 
-def _fill(file: BinaryIO, size: int) -> None:
+def _take_room(file: BinaryIO, size: int) -> None:
+    if hasattr(os, "posix_fallocate"):
+        try:
+            return os.posix_fallocate(file.fileno(), 0, size)
+        except OSError as error:
+            if error.errno not in _NO_SUCH_CALL:
+                raise
     file.seek(0, os.SEEK_END)
     while file.tell() < size:
         file.write(bytes(min(_PIECE, size - file.tell())))
+    file.flush()
+    return None
 
 
 def to_disk(file: BinaryIO) -> None:

@@ -26,6 +26,15 @@ from gpusampler.memory import check_room
 INT32_SAMPLES = 1 << 31
 
 
+class IdsChanged(RuntimeError):
+    """The second pass found other ids than the first."""
+
+    def __init__(self) -> None:
+        super().__init__(
+            "ids must stay as they are while they are grouped, got others in the second pass"
+        )
+
+
 class Grouped(NamedTuple):
     """What grouping finds.
 
@@ -88,7 +97,7 @@ def group_on_host(ids: PatchIds, work: Work | None = None, *, progress: bool = F
 
     Raises
     ------
-    RuntimeError
+    IdsChanged
         If the ids changed between the two passes.
     """
     arrays.reuse_temporaries()
@@ -147,9 +156,13 @@ class Scatter:
         self._ends = np.cumsum(counted.counts)
         self._cursor = self._ends - counted.counts
         self._group = counted.numbering()
+        self._fingerprint = counted.fingerprint
+        # Samples that have changed places leave every count as it was.
+        self._sum = fingerprint.IdSum()
         if state is not None and "written" in state:
             self.written = int(state["written"])
             self._cursor = state["cursor"].copy()
+            self._sum.total = int(state["written_sum"])
 
     def add(self, ids: NDArray[Any]) -> None:
         """Write the next block of samples."""
@@ -158,30 +171,37 @@ class Scatter:
         # are many.
         step = BLOCK if many else max(CHUNK, 2 * self._cursor.size)
         for first in range(0, ids.size, step):
+            part = ids[first : first + step]
+            self._sum.add(self.written, part.astype(np.int64, copy=False))
             try:
-                group = self._group(ids[first : first + step])
+                group = self._group(part)
                 target, ranked = self._among_many(group) if many else self._among_few(group)
                 ranked += self.written
                 self.order[target] = ranked
             except (IndexError, ValueError) as error:
                 # No place was counted for an id: it was not there in the first pass.
-                raise RuntimeError(CHANGED) from error
+                raise IdsChanged from error
             self.written += group.size
 
     def state(self) -> State:
         """Return how far this is, in arrays."""
-        return {"written": np.array(self.written), "cursor": self._cursor}
+        return {
+            "written": np.array(self.written),
+            "written_sum": np.array(self._sum.total, np.uint64),
+            "cursor": self._cursor,
+        }
 
     def finish(self) -> Int64:
         """Return where each patch starts in the order, once all samples are written.
 
         Raises
         ------
-        RuntimeError
-            If there were other ids than were counted.
+        IdsChanged
+            If there were other ids than were counted, or the same ones elsewhere.
         """
-        if not np.array_equal(self._cursor, self._ends):
-            raise RuntimeError(CHANGED)
+        same = self._sum.value(self.order.size) == self._fingerprint
+        if not same or not np.array_equal(self._cursor, self._ends):
+            raise IdsChanged
         return np.append(0, self._ends[:-1])
 
     def _among_few(self, group: NDArray[Any]) -> tuple[Int64, Int64]:
@@ -208,9 +228,6 @@ class Scatter:
         target += np.arange(group.size)
         self._cursor[here] += found
         return target, ranked
-
-
-CHANGED = "ids must stay as they are while they are grouped, got others in the second pass"
 
 
 def group_on_device(ids: Any) -> Grouped:
