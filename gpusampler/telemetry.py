@@ -10,16 +10,18 @@ import logging
 import os
 import sys
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from time import perf_counter
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 from weakref import WeakSet
 
 from tqdm import tqdm
 
 logger = logging.getLogger("gpusampler")
 """Says at level INFO what was made, read or gone on with; silent unless the program listens."""
+
+T = TypeVar("T")
 
 BAR_AFTER = 1.0
 """Seconds after which a bar is shown."""
@@ -46,14 +48,23 @@ def bar(total: int, what: str, unit: str, progress: bool) -> Any:
     progress : bool
         False: no bar. No bar either where standard error is no terminal.
     """
-    return tqdm(
-        total=total,
-        desc=what,
-        unit=f" {unit}",
-        unit_scale=True,
-        delay=BAR_AFTER,
-        disable=None if progress else True,
-    )
+    return tqdm(total=total, **_look(what, unit, progress))
+
+
+def over(items: Sequence[T], what: str, unit: str, progress: bool) -> Iterable[T]:
+    """Iterate over items under a `bar` that counts them."""
+    shown: Iterable[T] = tqdm(items, **_look(what, unit, progress))
+    return shown
+
+
+def _look(what: str, unit: str, progress: bool) -> dict[str, Any]:
+    return {
+        "desc": what,
+        "unit": f" {unit}",
+        "unit_scale": True,
+        "delay": BAR_AFTER,
+        "disable": None if progress else True,
+    }
 
 
 class Watch(Protocol):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import io
 import os
 import shutil
 import subprocess
@@ -13,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import tqdm
 from torch.utils.data import DataLoader
 
 from gpusampler import PatchBatchSampler
@@ -418,3 +420,23 @@ except OSError as error:
     (text,) = run(code, tmp_path)
     assert "npy cannot be opened: Too many open files; give the dataset a smaller" in text
     assert "[Errno 24] patch_" in text
+
+
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
+@pytest.mark.parametrize(("after", "progress"), [(0.0, True), (0.0, False), (60.0, True)])
+def test_bars_for_what_takes_long(tmp_path, monkeypatch, after, progress):
+    for patch_id in range(3):
+        write_patch(tmp_path, patch_id)
+    terminal = Terminal()
+    monkeypatch.setattr("sys.stderr", terminal)
+    monkeypatch.setattr(tqdm.tqdm, "monitor_interval", 0)
+    monkeypatch.setattr("gpusampler.telemetry.BAR_AFTER", after)
+    dataset = GWPatchDataset(tmp_path, 2, 1, progress=progress)
+    Normalize.from_dataset(dataset, progress=progress)
+    shown = terminal.getvalue()
+    for what in ("reading headers", "statistics"):
+        assert (what in shown) == (progress and after == 0)

@@ -16,7 +16,7 @@ from gpusampler.groundwater.folder import COLUMNS, Patch, PatchArrays, read_fold
 from gpusampler.groundwater.normalize import Normalize
 from gpusampler.groundwater.reader import WindowReader
 from gpusampler.groundwater.windows import Windows
-from gpusampler.validation import checked_int
+from gpusampler.validation import checked_bool, checked_int
 
 if TYPE_CHECKING:
     import torch
@@ -70,6 +70,8 @@ class GWPatchDataset:
     max_open_patches : int, default 64
         Patches whose files are open at a time, four file descriptors (and maps) each, in every
         process that reads; a thread that reads beside others has one patch more open.
+    progress : bool, default True
+        Show a bar while the folder is read, if that takes more than a second.
 
     Attributes
     ----------
@@ -120,6 +122,7 @@ class GWPatchDataset:
         columns: Sequence[str] = COLUMNS,
         origin: Sequence[float] = (0.0, 0.0, 0.0),
         max_open_patches: int = 64,
+        progress: bool = True,
     ) -> None:
         inputs = checked_int(input_window_size, "input_window_size", least=1)
         outputs = checked_int(output_window_size, "output_window_size", least=1)
@@ -129,8 +132,9 @@ class GWPatchDataset:
         self.transform = transform
         corner = check_origin(origin)
         max_open = checked_int(max_open_patches, "max_open_patches", least=1)
+        checked_bool(progress, "progress")
         self.root = Path(root)
-        self._patches = read_folder(self.root, self.columns)
+        self._patches = read_folder(self.root, self.columns, progress=progress)
         self._positions = {patch.patch_id: at for at, patch in enumerate(self._patches)}
         first = self._patches[0]
         self.windows = Windows(first.steps, inputs, outputs, split, val_ratio, gap, stride)

@@ -21,6 +21,8 @@ import numpy as np
 from numpy.lib.format import open_memmap
 from numpy.typing import NDArray
 
+from gpusampler.telemetry import over
+
 COLUMNS = ("mass_concentration", "head", "pressure")
 
 _NAME = re.compile(r"patch_(.*)", re.DOTALL)
@@ -229,7 +231,9 @@ def _check_patch(path: Path, patch_id: int, columns: Sequence[str]) -> Patch:
     )
 
 
-def read_folder(root: Path, columns: Sequence[str] = COLUMNS) -> list[Patch]:
+def read_folder(
+    root: Path, columns: Sequence[str] = COLUMNS, *, progress: bool = True
+) -> list[Patch]:
     """Find and check the patches of a folder.
 
     Parameters
@@ -239,6 +243,8 @@ def read_folder(root: Path, columns: Sequence[str] = COLUMNS) -> list[Patch]:
         other names are passed over.
     columns : sequence of str
         Names of the C columns of the observations.
+    progress : bool
+        Show a bar if it takes more than a second.
 
     Returns
     -------
@@ -263,7 +269,8 @@ def read_folder(root: Path, columns: Sequence[str] = COLUMNS) -> list[Patch]:
         raise FileNotFoundError(f"root must be a folder of patches, got {str(root)!r}")
     patches: list[Patch] = []
     names: dict[int, str] = {}
-    for path in sorted(root.iterdir(), key=lambda entry: entry.name):
+    entries = sorted(root.iterdir(), key=lambda entry: entry.name)
+    for path in over(entries, "reading headers", "folders", progress):
         match = _NAME.fullmatch(path.name)
         if match is None or not path.is_dir():
             continue

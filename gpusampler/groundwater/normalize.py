@@ -98,7 +98,11 @@ class Normalize:
 
     @classmethod
     def from_dataset(
-        cls, dataset: GWPatchDataset, coords: Literal["patch", "domain"] = "patch"
+        cls,
+        dataset: GWPatchDataset,
+        coords: Literal["patch", "domain"] = "patch",
+        *,
+        progress: bool = True,
     ) -> Normalize:
         """Learn the statistics from the training steps of a dataset.
 
@@ -112,6 +116,8 @@ class Normalize:
             Where the files are; its transform plays no part.
         coords : {"patch", "domain"}, default "patch"
             Which box becomes the unit cube.
+        progress : bool
+            Show a bar if it takes more than a second.
 
         Returns
         -------
@@ -123,7 +129,7 @@ class Normalize:
         ValueError
             If there are no training steps, or a value is not finite (named by patch and file).
         """
-        found = training_statistics(dataset)
+        found = training_statistics(dataset, progress=progress)
         origin = dataset.origin
         return cls(
             columns=dataset.columns,

@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from gpusampler.telemetry import over
+
 if TYPE_CHECKING:
     from gpusampler.groundwater.dataset import GWPatchDataset
 
@@ -22,13 +24,15 @@ class Statistics(NamedTuple):
     high: NDArray[np.float64]
 
 
-def training_statistics(dataset: GWPatchDataset) -> Statistics:
+def training_statistics(dataset: GWPatchDataset, *, progress: bool = True) -> Statistics:
     """Read the training steps of all core points once.
 
     Parameters
     ----------
     dataset : GWPatchDataset
         Where the files are; neither its split nor its transform plays a part.
+    progress : bool
+        Show a bar if it takes more than a second.
 
     Returns
     -------
@@ -58,7 +62,7 @@ def training_statistics(dataset: GWPatchDataset) -> Statistics:
     mean, moment = np.zeros(width), np.zeros(width)
     least, most = np.full(width, np.inf), np.full(width, -np.inf)
     low, high = np.full(3, np.inf), np.full(3, -np.inf)
-    for patch in dataset.patches:
+    for patch in over(dataset.patches, "statistics", "patches", progress):
         arrays = dataset.arrays(patch.patch_id)
         for points, name in (
             (arrays.core_coords, "core_coords"),
