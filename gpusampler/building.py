@@ -115,7 +115,10 @@ class Build:
         if isinstance(error, IdsChanged):
             # Gone on with, it would find the same again.
             self._progress.unlink(missing_ok=True)
-        if os.fstat(self._file.fileno()).st_size == 0 and not self._progress.exists():
+        empty = os.fstat(self._file.fileno()).st_size == 0 and self._is_partial(self._file)
+        if fcntl is None:
+            self._file.close()
+        if empty and not self._progress.exists():
             self._partial.unlink(missing_ok=True)
         if fcntl is not None:
             # Said, for an array that is still about would keep the file, and the lock with it.
@@ -234,6 +237,8 @@ class Build:
 
     def discard(self) -> None:
         """Leave nothing behind: another process has made the index."""
+        if fcntl is None:
+            self._file.close()
         for left in (self._partial, self._progress, self._aside):
             left.unlink(missing_ok=True)
 

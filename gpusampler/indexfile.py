@@ -365,15 +365,19 @@ def told_of_room(path: Path, size: int | None = None) -> Iterator[None]:
 def _take_room(file: BinaryIO, size: int) -> None:
     if hasattr(os, "posix_fallocate"):
         try:
-            return os.posix_fallocate(file.fileno(), 0, size)
+            os.posix_fallocate(file.fileno(), 0, size)
         except OSError as error:
             if error.errno not in _NO_SUCH_CALL:
                 raise
-    file.seek(0, os.SEEK_END)
-    while file.tell() < size:
-        file.write(bytes(min(_PIECE, size - file.tell())))
+        else:
+            return
+    # Not through its buffer, which would try again when the file is closed.
     file.flush()
-    return None
+    fd, there = file.fileno(), file.tell()
+    end = os.lseek(fd, 0, os.SEEK_END)
+    while end < size:
+        end += os.write(fd, bytes(min(_PIECE, size - end)))
+    os.lseek(fd, there, os.SEEK_SET)
 
 
 def to_disk(file: BinaryIO) -> None:

@@ -397,6 +397,14 @@ def over_the_limit_of_a_file(folder: Path) -> None:
     other = folder / "b"
     refused(lambda: PatchGroups.from_ids(ids, path=other), other, needed, None)
     assert PatchGroups.load(path, [5, 4, 5], verify=True).num_samples == 3
+    # Where room can only be taken by writing zeros.
+    fallocate = os.posix_fallocate
+    del os.posix_fallocate
+    refused(lambda: groups.save(path), path, needed, None)
+    refused(lambda: PatchGroups.from_ids(ids, path=other), other, needed, None)
+    assert sorted(os.listdir(folder)) == ["a", "b.partial", "b.progress"]
+    assert (folder / "b.partial").stat().st_size == 0
+    os.posix_fallocate = fallocate
     resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
     PatchGroups.from_ids(ids, path=other)
     groups.save(path)

@@ -245,6 +245,31 @@ def test_an_order_of_other_ids_is_not_the_one_that_was_kept(folder, kept, monkey
     check_built(folder, ids)
 
 
+def test_a_head_of_other_ids_does_not_stay_over_a_new_order(folder, kept):
+    others = PatchGroups.from_ids(ids_of("dense"))
+    # As by a process that was killed before it gave the file its name.
+    others.save(folder / "a.partial")
+    ids = ids_of("sparse")
+    stopped(ids, folder, BLOCKS + 10)
+    check_unfinished(folder, ids)
+    with pytest.raises(ValueError, match="must be an index"):
+        PatchGroups.load(folder / "a.partial")
+    PatchGroups.from_ids(Slow(ids), path=folder / "a")
+    check_built(folder, ids)
+
+
+def test_an_index_without_its_name_is_given_it(folder, kept):
+    ids = ids_of("dense")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(indexfile, "rename", lambda *_: (_ for _ in ()).throw(OSError("no name")))
+        with pytest.raises(OSError, match="no name"):
+            PatchGroups.from_ids(ids, path=folder / "a")
+    slow = Slow(ids)
+    PatchGroups.from_ids(slow, path=folder / "a")
+    assert slow.blocks_read == []
+    check_built(folder, ids)
+
+
 def test_what_was_left_after_the_index_was_done_is_taken_away(folder):
     ids = ids_of("dense")
     PatchGroups.from_ids(ids, path=folder / "a")
@@ -318,18 +343,29 @@ def test_ids_that_are_no_ids_leave_nothing_behind(folder):
 def test_without_locks_one_process_builds(folder, kept, monkeypatch):
     # Windows has none, and renames no file that is open.
     monkeypatch.setattr(building, "fcntl", None)
-    replace = os.replace
 
-    def strict(source: Any, target: Any) -> None:
-        fds = [f"/proc/self/fd/{fd}" for fd in os.listdir("/proc/self/fd")]
-        assert str(source) not in [os.readlink(fd) for fd in fds if os.path.islink(fd)]
-        replace(source, target)
+    def strict(call: Any) -> Any:
+        def checked(source: Any, *rest: Any) -> None:
+            fds = [f"/proc/self/fd/{fd}" for fd in os.listdir("/proc/self/fd")]
+            assert str(source) not in [os.readlink(fd) for fd in fds if os.path.islink(fd)]
+            call(source, *rest)
 
-    monkeypatch.setattr(indexfile.os, "replace", strict)
+        return checked
+
     ids = ids_of("dense")
-    stopped(ids, folder, BLOCKS + 5)
-    PatchGroups.from_ids(Slow(ids), path=folder / "a")
-    check_built(folder, ids)
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", strict(os.replace))
+        patch.setattr(os, "unlink", strict(os.unlink))
+        stopped(ids, folder, 0)
+        assert os.listdir(folder) == []
+        stopped(ids, folder, BLOCKS + 5)
+        PatchGroups.from_ids(Slow(ids), path=folder / "a")
+        check_built(folder, ids)
+        # Another process makes it between the two looks.
+        there = iter([False, True])
+        patch.setattr(building, "_is_there", lambda *_: next(there))
+        PatchGroups.from_ids(Slow(ids), path=folder / "a")
+        check_built(folder, ids)
 
 
 def test_the_module_is_imported_where_there_are_no_locks():

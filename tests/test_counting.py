@@ -12,8 +12,8 @@ from expected import INT64
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from gpusampler import counting, fingerprint, sorting
-from gpusampler.counting import Census, Counted
+from gpusampler import PatchGroups, counting, fingerprint, sorting
+from gpusampler.counting import CHUNK, Census, Counted
 from gpusampler.ids import HostIds, PatchIds
 from gpusampler.sorting import IdsChanged, Scatter, group_on_host
 
@@ -210,6 +210,22 @@ def test_a_window_that_grows(direction):
     check(census_of(ids, [0, size], stopping=False), ids)
 
 
+@pytest.mark.parametrize("end", [INT64.min, INT64.max], ids=["smallest", "largest"])
+def test_a_window_that_grows_to_the_end_of_the_integers(end):
+    rng = np.random.default_rng(3)
+    # There is no room to spare beyond.
+    far = [1000, 900, 20, 1]
+    parts = [rng.integers(least, 2000, CHUNK) for least in far]
+    parts[-1][7] = 0
+    ids = np.concatenate(parts)
+    ids = end + ids if end < 0 else end - ids
+    counted = census_of(ids, [0, CHUNK, 3 * CHUNK, ids.size], stopping=False)
+    check(counted, ids)
+    check(census_of(ids, [0, CHUNK, 3 * CHUNK, ids.size], stopping=True), ids)
+    order = order_of(ids, counted, [0, ids.size], stopping=False)
+    np.testing.assert_array_equal(order, np.argsort(ids, kind="stable"))
+
+
 @pytest.mark.parametrize("late", [65_537, 140_000, 199_999])
 @pytest.mark.parametrize("spread", [1, 1 << 50], ids=["dense", "sparse"])
 def test_runs_of_which_one_comes_again_late(late, spread):
@@ -279,6 +295,30 @@ def test_grouping_takes_little_more_than_its_result():
         tracemalloc.stop()
         assert found.order.nbytes == 4 * size
         assert peak < 4 * size + 16_000_000
+
+
+@pytest.mark.parametrize("patches", [3, 100_000])
+def test_samples_beyond_two_to_the_thirty_first(patches):
+    ids = np.random.default_rng(0).permutation(np.arange(300_000) % patches)
+    counted = census_of(ids, [0, ids.size], stopping=False)
+    order = np.zeros(ids.size, np.int64)
+    scatter = Scatter(counted, order, None)
+    # Where work goes on whose first samples are elsewhere.
+    first = scatter.written = (1 << 31) - 100_000
+    scatter.add(ids)
+    np.testing.assert_array_equal(order, np.argsort(ids, kind="stable") + first)
+
+
+def test_orders_of_more_samples_are_wider(monkeypatch, tmp_path):
+    monkeypatch.setattr(sorting, "INT32_SAMPLES", 1000)
+    for size, dtype in ((999, np.int32), (1000, np.int64)):
+        ids = np.random.default_rng(0).integers(0, 9, size)
+        in_memory = PatchGroups.from_ids(ids)
+        in_file = PatchGroups.from_ids(ids, path=tmp_path / str(size))
+        for groups in (in_memory, in_file, PatchGroups.load(tmp_path / str(size), mmap=False)):
+            assert groups.order.dtype == dtype
+            np.testing.assert_array_equal(groups.order, np.argsort(ids, kind="stable"))
+        PatchGroups.load(tmp_path / str(size), ids, verify=True)
 
 
 @pytest.mark.battery
