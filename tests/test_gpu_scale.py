@@ -72,8 +72,7 @@ def test_a_gpu_that_is_really_full(torch, left):
     torch.cuda.set_per_process_memory_fraction((torch.cuda.memory_reserved() + left) / total)
     try:
         with pytest.warns(UserWarning, match="does not suffice to sort|has run out"):
-            sampler = PatchBatchSampler(ids, 64, seed=1)
-            batches = list(sampler)
+            batches = list(PatchBatchSampler(ids, 64, seed=1))
     finally:
         torch.cuda.set_per_process_memory_fraction(1.0)
     assert batches == EXPECTED
