@@ -8,6 +8,8 @@ import os
 import random
 import subprocess
 import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -135,6 +137,20 @@ def test_several_processes_build_one_index(tmp_path, kind, kill):
 @posix
 def test_processes_of_different_ids(tmp_path):
     run_job(tmp_path, "other_ids_at_once")
+
+
+def test_one_that_waits_for_a_file_that_is_then_taken_away(folder):
+    ids = ids_of("dense")
+    # Another process has it, fails before it has written anything, and leaves nothing behind.
+    with open(folder / "a.partial", "wb") as file, ThreadPoolExecutor() as pool:
+        building.fcntl.flock(file, building.fcntl.LOCK_EX)
+        waiting = pool.submit(PatchGroups.from_ids, Slow(ids), path=folder / "a")
+        time.sleep(0.3)
+        assert not waiting.done()
+        os.unlink(folder / "a.partial")
+        building.fcntl.flock(file, building.fcntl.LOCK_UN)
+        waiting.result(60)
+    check_built(folder, ids)
 
 
 # What others left
