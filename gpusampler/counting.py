@@ -27,6 +27,9 @@ WIDEST = 1 << 26
 TABLE_MOST = 1 << 18
 """Ids in a table at most; one that leaves the cache is slower than sorting."""
 
+MAX_PATCH = 1 << 31
+"""A patch holds fewer samples than this, so that its positions fit in 31 bits."""
+
 _NONE = np.zeros(0, np.int64)
 
 State = dict[str, NDArray[Any]]
@@ -62,6 +65,21 @@ class Counted(NamedTuple):
             return lambda part: group[np.subtract(part, low, dtype=np.int64)]
         table = IdTable(ids)
         return table.lookup_all
+
+
+def check_patch_sizes(patch_ids: Int64, counts: Int64, names: tuple[str, ...] | None) -> None:
+    """Raise ValueError if a patch has 2**31 samples or more."""
+    large = int(counts.argmax())
+    if int(counts[large]) >= MAX_PATCH:
+        raise ValueError(
+            f"a patch must have fewer than 2**31 samples, got {int(counts[large])} "
+            f"in patch {label_of(patch_ids[large], names)!r}"
+        )
+
+
+def label_of(patch_id: Any, names: tuple[str, ...] | None) -> int | str:
+    """Return what the user calls a patch."""
+    return int(patch_id) if names is None else names[int(patch_id)]
 
 
 class Census:

@@ -21,10 +21,11 @@ from gpusampler import arrays, fingerprint
 from gpusampler.arrays import HOST, Device, Int64
 from gpusampler.building import build
 from gpusampler.checking import mark_of, mark_of_order
+from gpusampler.counting import check_patch_sizes, label_of
 from gpusampler.ids import HostIds, PatchIds
 from gpusampler.indexfile import Contents, MappedFile, is_index, read_index, write_index
 from gpusampler.signature import difference, signature_of
-from gpusampler.sorting import Grouped, group_on_device, group_on_host
+from gpusampler.sorting import INT32_SAMPLES, Grouped, group_on_device, group_on_host
 from gpusampler.sources import read_patch_ids
 from gpusampler.splitting import checked_fractions, split_patches, split_samples
 from gpusampler.validation import (
@@ -35,9 +36,6 @@ from gpusampler.validation import (
     checked_int,
     checked_seed,
 )
-
-MAX_PATCH = 1 << 31
-"""A patch holds fewer samples than this, so that its positions fit in 31 bits."""
 
 
 class PatchGroups:
@@ -96,12 +94,7 @@ class PatchGroups:
     ) -> None:
         if counts.size == 0:
             raise ValueError("counts must hold at least one patch, got none")
-        if int(counts.max()) >= MAX_PATCH:
-            large = int(counts.argmax())
-            raise ValueError(
-                f"a patch must have fewer than 2**31 samples, got {int(counts[large])} "
-                f"in patch {_label(patch_ids[large], names)!r}"
-            )
+        check_patch_sizes(patch_ids, counts, names)
         self.patch_ids = _read_only(patch_ids)
         self.counts = _read_only(counts)
         self.starts = _read_only(starts)
@@ -369,7 +362,7 @@ class PatchGroups:
         by_id = np.argsort(ids, kind="stable")
         same = np.flatnonzero(np.diff(ids[by_id]) == 0)
         if same.size:
-            twice = _label(ids[by_id][same[0]], names)
+            twice = label_of(ids[by_id][same[0]], names)
             raise ValueError(f"patch_ids must be distinct, got {twice!r} twice")
         total = float(sizes.astype(np.float64).sum())
         if total >= 2.0**62:
@@ -430,7 +423,7 @@ class PatchGroups:
     def nbytes(self) -> int:
         """Bytes kept, on host and device."""
         tables = self.patch_ids.nbytes + self.counts.nbytes + self.starts.nbytes
-        return tables + (0 if self.order is None else int(self.order.nbytes))
+        return tables + (0 if self._order is None else int(self._order.nbytes))
 
     @property
     def fingerprint(self) -> int:
@@ -572,7 +565,7 @@ class PatchGroups:
 
     def _like(self, patch_ids: Int64, counts: Int64, starts: Int64, order: Any) -> PatchGroups:
         if order is not None:
-            narrow = np.int32 if self.source_size < MAX_PATCH else np.int64
+            narrow = np.int32 if self.source_size < INT32_SAMPLES else np.int64
             order = arrays.to_device(order.astype(narrow, copy=False), self.device)
         return PatchGroups(
             patch_ids,
@@ -624,7 +617,7 @@ class PatchGroups:
 
     def __repr__(self) -> str:
         """Return sizes, form and device."""
-        form = "contiguous" if self.is_contiguous else str(self.order.dtype).split(".")[-1]
+        form = "contiguous" if self.is_contiguous else str(self._order.dtype).split(".")[-1]
         return (
             f"PatchGroups({self.num_patches} patches, {self.num_samples} samples, "
             f"order={form}, device={str(self.device)!r})"
@@ -662,10 +655,6 @@ def _ids_and_names(patch_ids: Any, size: int) -> tuple[Int64, tuple[str, ...] | 
         ids = read_patch_ids(patch_ids)
         return ids.read(0, ids.size).astype(np.int64), ids.names
     return as_int64(patch_ids, "patch_ids"), None
-
-
-def _label(patch_id: Any, names: tuple[str, ...] | None) -> int | str:
-    return int(patch_id) if names is None else names[int(patch_id)]
 
 
 def _places(starts: Int64, counts: Int64) -> Int64:

@@ -146,6 +146,16 @@ class MappedFile:
         self._check()
         return self._order
 
+    @property
+    def dtype(self) -> np.dtype[Any]:
+        """Type of the order."""
+        return self._order.dtype
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the order."""
+        return self._order.nbytes
+
     def _check(self) -> None:
         now = self._status()
         if now != self._known:

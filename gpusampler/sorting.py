@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from gpusampler import arrays, fingerprint, telemetry
 from gpusampler.arrays import HOST, Device, Int64
-from gpusampler.counting import CHUNK, DIGIT, Census, Counted, State
+from gpusampler.counting import CHUNK, DIGIT, Census, Counted, State, check_patch_sizes
 from gpusampler.ids import BLOCK, PatchIds
 from gpusampler.memory import check_room
 
@@ -97,6 +97,8 @@ def group_on_host(ids: PatchIds, work: Work | None = None, *, progress: bool = F
 
     Raises
     ------
+    ValueError
+        If a patch has 2**31 samples or more.
     IdsChanged
         If the ids changed between the two passes.
     """
@@ -109,6 +111,7 @@ def group_on_host(ids: PatchIds, work: Work | None = None, *, progress: bool = F
             keep = partial(work.checkpoint, census.state)
             _in_blocks(ids, census.seen, census.add, keep, shown)
     found = census.result()
+    check_patch_sizes(found.patch_ids, found.counts, ids.names)
     if found.starts is not None:
         return Grouped(found.patch_ids, found.counts, found.starts, None, found.fingerprint)
     dtype = np.int32 if ids.size < INT32_SAMPLES else np.int64

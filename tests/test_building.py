@@ -495,3 +495,22 @@ def test_the_progress_is_small_and_plain(folder, kept):
     assert json.loads(str(state["signature"]))["size"] == SIZE
     assert (folder / "a.progress").stat().st_size < 20_000
     assert (folder / "a.partial").stat().st_size == ORDER_AT + 4 * SIZE
+
+
+def test_a_patch_that_is_too_large_is_refused_before_any_order_is_written(monkeypatch, tmp_path):
+    monkeypatch.setattr("gpusampler.counting.MAX_PATCH", 1000)
+    path = tmp_path / "ids.index"
+    with pytest.raises(ValueError, match=r"fewer than 2\*\*31 samples, got 1001 in patch 'b'"):
+        PatchGroups.from_ids(["a", "b", "a", *["b"] * 1000], path=path)
+    assert not path.exists()
+    assert (tmp_path / "ids.index.partial").stat().st_size == 0
+
+
+def test_what_groups_are_is_said_even_when_their_file_has_changed(tmp_path):
+    groups = PatchGroups.from_ids(np.arange(1000) % 3, path=tmp_path / "ids.index")
+    said, size = repr(groups), groups.nbytes
+    os.truncate(tmp_path / "ids.index", 100)
+    assert (repr(groups), groups.nbytes) == (said, size)
+    assert "order=int32" in said
+    with pytest.raises(OSError, match="must stay as it is"):
+        _ = groups.order
