@@ -147,14 +147,15 @@ def killed_at_random(folder: Path, kind: str, seed: str) -> None:
     while True:
         status = in_child(
             lambda: PatchGroups.from_ids(Slow(ids, pause, log), path=folder / "a", progress=False),
-            rng.uniform(0.01, 0.1),
+            # Longer each time: a busy machine may take this long for what is kept first.
+            rng.uniform(0.01, 0.1 * 1.05**kills),
         )
         assert status in (0, -signal.SIGKILL), status
         check_unfinished(folder, ids)
         if status == 0:
             break
         kills += 1
-        assert kills < 500
+        assert kills < 200
     if not (folder / "a").exists():
         PatchGroups.from_ids(Slow(ids), path=folder / "a")
     check_built(folder, ids)
