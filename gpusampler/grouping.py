@@ -34,7 +34,9 @@ from gpusampler.validation import (
     checked_bool,
     checked_choice,
     checked_int,
+    checked_path,
     checked_seed,
+    shown,
 )
 
 
@@ -143,7 +145,8 @@ class PatchGroups:
             If ``ids`` are neither integers (booleans and floats are none) nor names.
         ValueError
             If ``ids`` are not 1-D, are empty, do not fit in int64, or a patch has 2**31 samples; or
-            ``path`` has an index of other ids, or another file.
+            ``path`` has an index of other ids (some blocks of them are compared, as by `load`), or
+            another file.
         OSError
             If a file cannot be read, or the disk has no room for an index.
         RuntimeError
@@ -156,11 +159,13 @@ class PatchGroups:
             the host groups instead.
         """
         progress = checked_bool(progress, "progress")
+        # Before ids are read, which may take minutes.
+        target = None if path is None else checked_path(path)
         found = read_patch_ids(ids, column, progress=progress)
-        if path is None:
+        if target is None:
             return cls._of(found, progress)
-        build(found, Path(path), progress=progress)
-        return cls._loaded(Path(path), True, progress)
+        build(found, target, progress=progress)
+        return cls._loaded(target, True, progress)
 
     @classmethod
     def _of(cls, ids: PatchIds, progress: bool) -> PatchGroups:
@@ -204,7 +209,7 @@ class PatchGroups:
             If there is no room or no permission; what was there is there still.
         """
         checked_bool(progress, "progress")
-        target = Path(path)
+        target = checked_path(path)
         if target.exists() and not is_index(target):
             raise ValueError(f"path must be free or an index, got another file in {target}")
         contents = Contents(
@@ -246,7 +251,8 @@ class PatchGroups:
             and lets go of as it likes; False reads it now.
         verify : bool
             Compare all ids with the index, by hashes, and the index with what it was saved as:
-            reads everything once, and does not ask when a file was changed.
+            reads everything once, and does not ask when a file was changed. `save` then notes the
+            time that the file has now, so that it is opened without this again.
         progress : bool
             Show bars where it takes more than a second.
 
@@ -271,8 +277,11 @@ class PatchGroups:
         [1, 4, 0, 2, 3]
         """
         checked_bool(mmap, "mmap"), checked_bool(progress, "progress")
-        groups = cls._loaded(Path(path), mmap, progress)
-        if checked_bool(verify, "verify"):
+        checked_bool(verify, "verify")
+        if source is None and column is not None:
+            raise ValueError(f"column must be None without a source, got {shown(column)}")
+        groups = cls._loaded(checked_path(path), mmap, progress)
+        if verify:
             groups._verify(path, progress)
         if source is None:
             return groups
@@ -291,6 +300,9 @@ class PatchGroups:
             differs = None if found == groups._mark() else "other ids"
         if differs is not None:
             raise ValueError(f"source must be the ids that {path} was made of, which are {differs}")
+        if verify and groups._signature is not None and ids.modified is not None:
+            # All ids were compared: what is saved from here on is of the file as it is now.
+            groups._signature = signature_of(ids)
         return groups
 
     @classmethod

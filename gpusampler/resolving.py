@@ -32,7 +32,7 @@ def groups_of(source: Any, recorder: Recorder, *, progress: bool) -> tuple[Patch
     """
     if isinstance(source, PatchGroups):
         return source, True
-    if isinstance(source, (str, os.PathLike)) and is_index(source):
+    if isinstance(source, (str, os.PathLike)) and _is_index(source):
         with recorder.range(GROUP):
             return PatchGroups.load(source, progress=progress), True
     with recorder.range(LOAD_IDS):
@@ -41,6 +41,14 @@ def groups_of(source: Any, recorder: Recorder, *, progress: bool) -> tuple[Patch
         timed = TimedIds(ids, recorder) if ids.device.on_host else ids
         groups = PatchGroups.from_ids(timed, progress=progress)
     return groups, arrays.library_of(source) is not None or not ids.device.on_host
+
+
+def _is_index(path: str | os.PathLike[str]) -> bool:
+    try:
+        return is_index(path)
+    except PermissionError:
+        # Who reads ids says what to do.
+        return False
 
 
 class TimedIds(PatchIds):

@@ -375,7 +375,16 @@ class PatchBatchSampler:
         Returns
         -------
         gpusampler.cursor.BatchCursor
+
+        Raises
+        ------
+        RuntimeError
+            If torch is not installed.
         """
+        if not arrays.has_torch():
+            raise RuntimeError(
+                "cursor must have torch, which is not installed; install gpusampler[torch]"
+            )
         from gpusampler.cursor import BatchCursor
 
         share = self._progress.pending()

@@ -76,7 +76,7 @@ def difference(saved: dict[str, Any], ids: PatchIds, *, whole: bool) -> str | No
     if None not in times and times[0] != times[1] and not whole:
         return (
             f"a file last changed at {_time(times[0])}, got {_time(times[1])} "
-            "(with verify=True all ids are compared instead)"
+            "(PatchGroups.load(..., verify=True) compares all ids instead)"
         )
     return None
 

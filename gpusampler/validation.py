@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import operator
+import os
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -54,6 +57,32 @@ def checked_bool(value: Any, name: str) -> bool:
     if isinstance(value, (bool, np.bool_)):
         return bool(value)
     raise TypeError(f"{name} must be a bool, got {value!r}")
+
+
+def checked_path(value: Any, name: str = "path") -> Path:
+    """Return where a file is, or is to be, or raise before anything else is done.
+
+    Raises
+    ------
+    TypeError
+        If it is neither a str nor a path.
+    FileNotFoundError, IsADirectoryError, NotADirectoryError
+        If its folder is not there, or it is a folder itself.
+    """
+    if not isinstance(value, (str, os.PathLike)) or not isinstance(os.fspath(value), str):
+        raise TypeError(f"{name} must be a str or an os.PathLike of one, got {shown(value)}")
+    path, given = Path(value), os.fspath(value)
+    if path.is_dir():
+        raise IsADirectoryError(errno.EISDIR, f"{name} must be a file, got a folder", given)
+    if not path.parent.exists():
+        raise FileNotFoundError(
+            errno.ENOENT, f"{name} must be in a folder that is there, got no such folder", given
+        )
+    if not path.parent.is_dir():
+        raise NotADirectoryError(
+            errno.ENOTDIR, f"{name} must be in a folder, got one in a file", given
+        )
+    return path
 
 
 def checked_choice(value: Any, name: str, choices: tuple[str, ...]) -> str:

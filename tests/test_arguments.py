@@ -88,6 +88,12 @@ def test_cuda_where_there_is_none():
         make(device="cuda")
 
 
+def test_a_cursor_without_torch(monkeypatch):
+    monkeypatch.setattr("gpusampler.arrays.has_torch", lambda: False)
+    with pytest.raises(RuntimeError, match=r"not installed; install gpusampler\[torch\]"):
+        PatchBatchSampler([1, 1], 2).cursor()
+
+
 @pytest.mark.parametrize(
     ("source", "error", "match"),
     [

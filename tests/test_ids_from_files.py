@@ -261,16 +261,17 @@ def test_files_that_are_not_there(tmp_path, name):
 REFUSED = """
 import os, sys
 import h5py, numpy, pyarrow.dataset, pyarrow.parquet
-from gpusampler import read_patch_ids
+from gpusampler import PatchBatchSampler, read_patch_ids
 if os.geteuid() == 0:
     # What root may read says nothing.
     os.setgroups([]); os.setgid(65534); os.setuid(65534)
 for path in sys.argv[1:]:
-    try:
-        read_patch_ids(path)
-        print("read", path)
-    except PermissionError as error:
-        print(error)
+    for read in (read_patch_ids, lambda path: PatchBatchSampler(path, 2)):
+        try:
+            read(path)
+            print("read", path)
+        except PermissionError as error:
+            print(error)
 """
 
 
@@ -295,8 +296,8 @@ def test_files_that_may_not_be_read(public_folder):
     paths += [closed, inside, parts]
     said = in_a_child(REFUSED, *paths).splitlines()
     closed.chmod(0o700)
-    assert len(said) == len(paths)
-    for path, line in zip(paths, said, strict=True):
+    assert len(said) == 2 * len(paths)
+    for path, line in zip(np.repeat(paths, 2), said, strict=True):
         assert "source must be readable: this user may not read it" in line
         assert "chmod a+r" in line
         assert str(path) in line
@@ -378,7 +379,18 @@ def test_groups_in_groups(tmp_path):
         read_patch_ids(tmp_path / "a.h5", "in")
     group = zarr.open_group(tmp_path / "g", mode="w")
     group.create_array("in/ids", shape=(2,), dtype="int8")[:] = [4, 5]
-    assert read_patch_ids(tmp_path / "g", "in/ids").read(0, 2).tolist() == [4, 5]
+    for column in ("in/ids", "/in/ids"):
+        ids = read_patch_ids(tmp_path / "g", column)
+        assert ids.read(0, 2).tolist() == [4, 5]
+        assert ids.modified is not None
+    with pytest.raises(ValueError, match=r"column must be a path in .*, got '\.\./g'"):
+        read_patch_ids(tmp_path / "g", "../g")
+    # No array at the top: what there is instead is named.
+    with h5py.File(tmp_path / "a.h5", "a") as file:
+        del file["z"]
+    for source in (tmp_path / "a.h5", tmp_path / "g"):
+        with pytest.raises(ValueError, match=r"groups too \('in'\), whose arrays are named 'in/"):
+            read_patch_ids(source)
 
 
 def test_a_column_of_what_has_none(tmp_path):

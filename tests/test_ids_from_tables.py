@@ -262,7 +262,9 @@ def test_arrays_keep_their_device(library):
             "column must be given for a structured",
         ),
         (np.ma.masked_array([1, 2, 3], [0, 0, 1]), ValueError, "got none in sample 2"),
+        ([b"a", b"\xff"], ValueError, r"ids must be UTF-8, got b'\\xff' in sample 1"),
         (7, TypeError, "source must be a dataset, an array"),
+        (type("Rows", (), {"patch_ids": [1]})(), TypeError, "got Rows without __getitem__"),
         (None, TypeError, "source must be a dataset, an array"),
         ({1: 2}, TypeError, "source must be a dataset, an array"),
     ],
@@ -270,6 +272,12 @@ def test_arrays_keep_their_device(library):
 def test_arrays_and_lists_that_hold_no_ids(source, error, match):
     with pytest.raises(error, match=match):
         np.asarray(read_patch_ids(source))
+
+
+@pytest.mark.parametrize("progress", [None, 1, "no"])
+def test_progress_is_a_bool(progress):
+    with pytest.raises(TypeError, match=f"progress must be a bool, got {progress!r}"):
+        read_patch_ids([1, 2], progress=progress)
 
 
 def test_a_masked_array_without_a_gap():

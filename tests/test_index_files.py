@@ -7,6 +7,7 @@ import io
 import multiprocessing
 import os
 import pickle
+import re
 import struct
 import zlib
 from pathlib import Path
@@ -305,10 +306,19 @@ def test_a_touched_file_is_compared_as_a_whole(tmp_path):
     for same in (source, np.load(source, mmap_mode="r"), LONG):
         PatchGroups.load(tmp_path / "a", source=same)
     os.utime(source, ns=(0, 1_600_000_000_000_000_007))
-    text = r"a file last changed at 20.*, got 2020-09-13T12:26:40\.000000007 \(with verify=True"
+    text = r"a file last changed at 20.*, got 2020-09-13T12:26:40\.000000007 \(PatchGroups.load"
     with pytest.raises(ValueError, match=text):
         PatchGroups.load(tmp_path / "a", source=source)
-    PatchGroups.load(tmp_path / "a", source=source, verify=True)
+    with pytest.raises(ValueError, match=text):
+        PatchGroups.from_ids(source, path=tmp_path / "a")
+    # Ids that lie in no file say nothing of the time of one.
+    PatchGroups.load(tmp_path / "a", source=LONG, verify=True).save(tmp_path / "a")
+    with pytest.raises(ValueError, match=text):
+        PatchGroups.load(tmp_path / "a", source=source)
+    # Once it was compared, the time that it has now can be noted.
+    PatchGroups.load(tmp_path / "a", source=source, verify=True).save(tmp_path / "a")
+    PatchGroups.load(tmp_path / "a", source=source)
+    PatchGroups.from_ids(source, path=tmp_path / "a")
     np.save(source, changed(BETWEEN))
     with pytest.raises(ValueError, match="a file last changed at"):
         PatchGroups.load(tmp_path / "a", source=source)
@@ -438,17 +448,50 @@ def test_a_folder_and_a_file_that_is_not_there(tmp_path):
     groups = PatchGroups.from_ids(LONG)
     with pytest.raises(FileNotFoundError, match="no index"):
         PatchGroups.load(tmp_path / "no index")
-    with pytest.raises(IsADirectoryError):
-        PatchGroups.load(tmp_path)
-    with pytest.raises(IsADirectoryError):
-        PatchGroups.from_ids(LONG, path=tmp_path)
-    with pytest.raises(ValueError, match="path must be free or an index"):
-        groups.save(tmp_path)
-    with pytest.raises(FileNotFoundError, match="no folder"):
-        groups.save(tmp_path / "no folder" / "a")
-    with pytest.raises(FileNotFoundError, match="no folder"):
-        PatchGroups.from_ids(LONG, path=tmp_path / "no folder" / "a")
-    assert os.listdir(tmp_path) == []
+    (tmp_path / "file").touch()
+    for use in (groups.save, PatchGroups.load, from_unreadable_ids):
+        with pytest.raises(IsADirectoryError, match=r"path must be a file, got a folder: '.+'"):
+            use(tmp_path)
+        with pytest.raises(IsADirectoryError, match="path must be a file, got a folder: ''"):
+            use("")
+        with pytest.raises(FileNotFoundError, match=r"path must be in a folder .*no folder/a'"):
+            use(tmp_path / "no folder" / "a")
+        with pytest.raises(NotADirectoryError, match="path must be in a folder, got one in a file"):
+            use(tmp_path / "file" / "a")
+        for none in (3, True, b"a", ["a"]):
+            with pytest.raises(
+                TypeError, match=rf"path must be a str or an .* got {re.escape(repr(none))}"
+            ):
+                use(none)
+    assert os.listdir(tmp_path) == ["file"]
+
+
+def from_unreadable_ids(path):
+    """Where an index cannot be is told before ids are read."""
+
+    class Unreadable:
+        def get_all_patch_ids(self):
+            raise AssertionError
+
+        def __len__(self):
+            return 3
+
+        def __getitem__(self, i):
+            raise AssertionError
+
+    PatchGroups.from_ids(Unreadable(), path=path)
+
+
+def test_a_column_of_no_source(index):
+    with pytest.raises(ValueError, match="column must be None without a source, got 'x'"):
+        PatchGroups.load(index, column="x")
+
+
+def test_an_index_and_groups_are_no_ids(index):
+    with pytest.raises(ValueError, match=r"got an index file: '.*'; PatchGroups\.load opens it"):
+        PatchGroups.from_ids(index)
+    with pytest.raises(TypeError, match="got PatchGroups, which are grouped already"):
+        PatchGroups.from_ids(PatchGroups.load(index))
 
 
 # What is kept open

@@ -188,7 +188,7 @@ class TestGrowth:
         sampler = PatchBatchSampler([1, 1, 2], 2, seed=0)
         kept = []
         with pytest.warns(UserWarning, match="has grown in each of the last 5 epochs"):
-            kept += [np.ones(14 * MB // 8) for _ in range(7) for _batch in sampler]
+            kept += [np.ones(40 * MB // 8) for _ in range(7) for _batch in sampler]
 
     @linux
     def test_a_look_reads_one_file(self, monkeypatch):

@@ -14,6 +14,7 @@ from gpusampler.sources.checks import no_column
 from gpusampler.sources.costs import patch_costs
 from gpusampler.sources.datasets import dataset_patch_ids
 from gpusampler.sources.reading import known_ids
+from gpusampler.validation import checked_bool
 
 __all__ = ["THREADED_ABOVE", "dataset_patch_ids", "patch_costs", "read_patch_ids"]
 
@@ -71,6 +72,7 @@ def read_patch_ids(source: Any, column: Any = None, *, progress: bool = True) ->
     >>> read_patch_ids(np.array([7, -1, 7], np.int16)).read(1, 3)
     array([-1,  7], dtype=int16)
     """
+    checked_bool(progress, "progress")
     ids = known_ids(source, column, progress=progress)
     if ids is not None:
         return ids

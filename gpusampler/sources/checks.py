@@ -15,7 +15,7 @@ from gpusampler.validation import shown
 PATCH_ID = "patch_id"
 """The column that is read where none is named."""
 
-_LISTED = 20
+LISTED = 20
 
 
 def is_a(source: Any, module: str, *names: str) -> bool:
@@ -51,7 +51,7 @@ def chosen_column(columns: Sequence[Any], column: Any, what: str) -> Any:
     ValueError
         If it is not there, or several are and none is named.
     """
-    listed = ", ".join(map(repr, columns[:_LISTED])) + (", ..." if len(columns) > _LISTED else "")
+    listed = ", ".join(map(repr, columns[:LISTED])) + (", ..." if len(columns) > LISTED else "")
     if column is None:
         if not len(columns):
             raise ValueError(f"source must have a column of patch ids, got {what} without columns")

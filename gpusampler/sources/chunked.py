@@ -7,6 +7,7 @@ from typing import Any
 
 from gpusampler.ids import BLOCK, PatchIds
 from gpusampler.sources.checks import (
+    LISTED,
     checked_shape,
     chosen_column,
     imported,
@@ -99,12 +100,11 @@ def hdf5_path_ids(path: str, column: Any, progress: bool) -> PatchIds:
 def _zarr_ids(source: Any, column: Any, what: str, path: str | None, progress: bool) -> PatchIds:
     if is_a(source, "zarr", "Group"):
         names = sorted(source.array_keys())
-        if not (isinstance(column, str) and "/" in column and column in source):
-            column = chosen_column(names, column, what)
+        column = _chosen_array(source, names, sorted(source.group_keys()), column, what)
         source = source[column]
         if not is_a(source, "zarr", "Array"):
             raise ValueError(f"column must be an array of {what}, got the group {column!r}")
-        path = None if path is None else os.path.join(path, column)
+        path = None if path is None else os.path.join(path, column.strip("/"))
     else:
         no_column(column, what)
     modified = None if path is None else _newest(path)
@@ -125,12 +125,31 @@ def _hdf5_array(source: Any, column: Any, what: str) -> Any:
         no_column(column, what)
         return source
     names = [name for name, item in source.items() if is_a(item, "h5py", "Dataset")]
-    if not (isinstance(column, str) and "/" in column and column in source):
-        column = chosen_column(names, column, what)
+    groups = [name for name, item in source.items() if is_a(item, "h5py", "Group")]
+    column = _chosen_array(source, names, groups, column, what)
     found = source[column]
     if not is_a(found, "h5py", "Dataset"):
         raise ValueError(f"column must be a dataset of {what}, got the group {column!r}")
     return found
+
+
+def _chosen_array(source: Any, names: list[str], groups: list[str], column: Any, what: str) -> Any:
+    """Return the array to read in a group: as by `chosen_column`, or by a path."""
+    try:
+        if isinstance(column, str) and "/" in column and column in source:
+            return column
+    # Zarr refuses "..", for one.
+    except ValueError as error:
+        raise ValueError(f"column must be a path in {what}, got {column!r}: {error}") from error
+    try:
+        return chosen_column(names, column, what)
+    except ValueError as error:
+        if not groups:
+            raise
+        listed = ", ".join(map(repr, groups[:LISTED])) + (", ..." if len(groups) > LISTED else "")
+        raise ValueError(
+            f"{error}; it has groups too ({listed}), whose arrays are named '{groups[0]}/...'"
+        ) from None
 
 
 def _array_ids(array: Any, load: Load, modified: int | None, progress: bool) -> PatchIds:

@@ -147,12 +147,18 @@ def _can_tell(dataset: Any) -> bool:
 def _size_of(dataset: Any) -> int:
     if not hasattr(dataset, "__getitem__") or isinstance(dataset, (str, bytes, Mapping)):
         extra = ""
+        if not isinstance(dataset, type) and any(
+            hasattr(dataset, known) for known in ("get_all_patch_ids", "patch_ids")
+        ):
+            extra = " without __getitem__ (give its patch ids instead)"
         if _is_sampler(dataset):
             # Lightning rebuilds batch samplers with another sampler where our source stood.
             extra = (
                 "; if Lightning put it there, pass Trainer(use_distributed_sampler=False): "
                 "this sampler shards by itself"
             )
+        if _name(dataset) == "PatchGroups":
+            raise TypeError("source must be patch ids, got PatchGroups, which are grouped already")
         raise TypeError(
             "source must be a dataset, an array of patch ids or PatchGroups, "
             f"got {_name(dataset)}{extra}"

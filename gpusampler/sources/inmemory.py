@@ -176,7 +176,7 @@ def is_list_of_ids(source: Any) -> bool:
     if not isinstance(source, (list, tuple)):
         return False
     first = next((item for item in source if item is not None), None)
-    return not source or isinstance(first, (int, float, str, np.generic, list, tuple))
+    return not source or isinstance(first, (int, float, str, bytes, np.generic, list, tuple))
 
 
 def list_ids(source: Any, name: str, progress: bool) -> PatchIds:
@@ -188,7 +188,7 @@ def list_ids(source: Any, name: str, progress: bool) -> PatchIds:
         As by `array_ids`.
     """
     if isinstance(source, (list, tuple)) and any(
-        isinstance(item, str) or item is None for item in source[:1]
+        isinstance(item, (str, bytes)) or item is None for item in source[:1]
     ):
         return listed_ids(lambda start, stop: list(source[start:stop]), len(source), name, progress)
     array = as_array(source, name)

@@ -15,6 +15,8 @@ _UNDERSTOOD = (
     ".npy, .parquet or .pq (a file or a folder of them), .zarr (a folder), .h5, .hdf5 or .hdf"
 )
 _HDF5 = (".h5", ".hdf5", ".hdf")
+_INDEX = b"gpusampl"
+"""How `gpusampler.indexfile.MAGIC` begins."""
 _ZARR = ("zarr.json", ".zarray", ".zgroup")
 _BEGINNINGS = {b"\x93NUMPY": npy_ids, b"PAR1": parquet_path_ids, b"\x89HDF\r\n": hdf5_path_ids}
 
@@ -59,6 +61,10 @@ def path_ids(path: str, column: Any, progress: bool) -> PatchIds:
             "(chmod a+r a file, a+rx a folder)",
             error.filename or path,
         ) from error
+    if begin == _INDEX:
+        raise ValueError(
+            f"source must be patch ids, got an index file: {path!r}; PatchGroups.load opens it"
+        )
     raise ValueError(f"source must be one of {_UNDERSTOOD}, got {path!r}")
 
 
