@@ -400,7 +400,7 @@ def folder_to_disk(folder: Path) -> None:
 def _in_pieces(order: NDArray[Any], move: Any, what: str, progress: bool) -> None:
     """Read or write an array piece by piece."""
     view = order.view(np.uint8).data
-    with telemetry.bar(len(view), what, "B", progress) as shown:
+    with telemetry.Bar(len(view), what, "B", progress) as shown:
         done = 0
         while done < len(view):
             moved = move(view[done : done + _PIECE])

@@ -221,10 +221,9 @@ class EpochPlan:
             there = arrays.device_of(order)
             name = host if there.on_host else str(there)
             sizes[name] = sizes.get(name, 0) + int(order.nbytes)
-        if self.works_on_host:
-            if order is not None and not arrays.device_of(order).on_host:
-                sizes[host] += int(order.nbytes)
-        else:
+        if self.works_on_host and order is not None and not arrays.device_of(order).on_host:
+            sizes[host] += int(order.nbytes)
+        if not self.works_on_host or self._on_device is not None:
             name = str(self.device)
             sizes[name] = sizes.get(name, 0) + self._bytes_to_send()
         return sizes
@@ -652,7 +651,9 @@ class EpochPlan:
         self._full.add(self.device)
         # What was begun may still read them.
         arrays.synchronize(self.device)
-        self._on_device = None
+        # A graph that was captured or compiled goes on to read them wherever they were.
+        if self._on_device is not None and not self._on_device.prepared:
+            self._on_device = None
         free = memory.free_bytes(self.device)
         left = "" if free is None else f", {memory.human(free)} are free"
         said = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"

@@ -65,6 +65,7 @@ def free(monkeypatch):
     """Let a device have so many bytes free."""
 
     def have(number):
+        monkeypatch.setattr(memory, "ASKED_FROM", 0)
         monkeypatch.setattr(memory, "free_bytes", lambda device: number)
 
     return have

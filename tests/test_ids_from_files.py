@@ -650,3 +650,25 @@ def test_an_hdf5_file_is_open_only_while_it_is_read(tmp_path):
     with h5py.File(path, "a") as file:
         file["more"] = 1
     assert ids.read(90, 100).tolist() == list(range(90, 100))
+
+
+def test_an_array_in_chunks_that_shrinks_is_an_error(tmp_path):
+    h5py, zarr = pytest.importorskip("h5py"), pytest.importorskip("zarr")
+    values = np.arange(200_000) // 100
+    with h5py.File(tmp_path / "a.h5", "w") as file:
+        dataset = file.create_dataset("patch_id", data=values, maxshape=(None,), chunks=(1000,))
+        array = zarr.create_array(tmp_path / "a.zarr", data=values, chunks=(1000,))
+        for source in (dataset, array):
+            ids = read_patch_ids(source)
+            source.resize((150_000,))
+            # Libraries cut a stretch off at the end; the last patch would have 50,000 samples more.
+            with pytest.raises(OSError, match=r"keep its length .* got 150000 ids for samples 0"):
+                PatchBatchSampler(ids, 8)
+
+
+def test_ids_in_memory_that_processes_share():
+    mapped = mmap.mmap(-1, 8 * 5000)
+    shared = np.frombuffer(mapped, np.int64)
+    shared[:] = np.arange(5000) % 7
+    assert PatchBatchSampler(shared, 8).plan.groups.num_patches == 7
+    assert read_patch_ids(shared).modified is None
