@@ -8,7 +8,6 @@ in whatever order of patches, it is not there at all.
 from __future__ import annotations
 
 import os
-import warnings
 from bisect import bisect_left
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -17,7 +16,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from gpusampler import arrays, fingerprint
+from gpusampler import arrays, fingerprint, telemetry
 from gpusampler.arrays import HOST, Device, Int64
 from gpusampler.building import build
 from gpusampler.checking import mark_of, mark_of_order
@@ -646,10 +645,9 @@ def _grouped_there(ids: PatchIds, progress: bool) -> Grouped:
     except Exception as error:
         if not arrays.is_out_of_memory(error):
             raise
-        warnings.warn(
+        telemetry.warn(
             f"the memory of {ids.device} does not suffice to sort {ids.size} ids, so the host does "
-            f"it, with the same result: {' '.join(str(error).split())[:200]}",
-            stacklevel=4,
+            f"it, with the same result: {' '.join(str(error).split())[:200]}"
         )
     return group_on_host(ids, progress=progress)
 

@@ -10,7 +10,7 @@ import warnings
 from contextlib import suppress
 from pathlib import Path
 
-from gpusampler import arrays
+from gpusampler import arrays, telemetry
 from gpusampler.arrays import Device
 
 PROC = Path("/proc")
@@ -192,10 +192,9 @@ def check_room(needed: int, device: Device, what: str, instead: str) -> None:
         return
     free = free_bytes(device)
     if free is not None and needed > free // 2:
-        warnings.warn(
+        telemetry.warn(
             f"{what} will take {human(needed)} of the {human(free)} that are free on {device}, "
-            f"more than half; {instead}",
-            stacklevel=3,
+            f"more than half; {instead}"
         )
 
 

@@ -9,13 +9,12 @@ any order; nothing of the size of the dataset is made. Where batches are handed 
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable
 from typing import Any, Literal, NamedTuple, TypeVar
 
 import numpy as np
 
-from gpusampler import arrays, lanes, memory
+from gpusampler import arrays, lanes, memory, telemetry
 from gpusampler.arrays import HOST, Device, Int64
 from gpusampler.costs import checked_costs
 from gpusampler.evaluation import Evaluator
@@ -24,7 +23,6 @@ from gpusampler.permutation import Grid, Streams, grid_of, key_of, permute
 from gpusampler.runs import permute_runs
 from gpusampler.steps import STEPS, StepsKind
 from gpusampler.tables import Located, PatchOrder, PatchTables, Shuffles
-from gpusampler.telemetry import logger
 from gpusampler.validation import as_array, checked_bool, checked_choice, checked_int, checked_seed
 
 Partial = Literal["keep", "drop", "pad"]
@@ -662,8 +660,8 @@ class EpochPlan:
             f"{memory.human(self._bytes_to_send())} there{left}): batches are evaluated on the "
             f"host from now on, the same ones, more slowly; {INSTEAD} ({said})"
         )
-        logger.info("%s", text)
-        warnings.warn(text, stacklevel=2)
+        telemetry.logger.info("%s", text)
+        telemetry.warn(text)
 
     def _slots_checked(self, slots: Any) -> Any:
         """Return slots as they are to be sent: checked for their values if they are on the host."""

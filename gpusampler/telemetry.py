@@ -10,6 +10,7 @@ import logging
 import os
 import sys
 import threading
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from time import perf_counter, time
@@ -94,6 +95,18 @@ def over(items: Sequence[T], what: str, unit: str, progress: bool) -> Iterator[T
 def _on_terminal() -> bool:
     # None in a program that has no console.
     return sys.stderr is not None and sys.stderr.isatty()
+
+
+def warn(text: str) -> None:
+    """Warn the line that called the package, from however deep inside it."""
+    level, frame = 2, sys._getframe(1)
+    while frame.f_back is not None and _is_ours(frame.f_globals.get("__name__", "")):
+        level, frame = level + 1, frame.f_back
+    warnings.warn(text, stacklevel=level)
+
+
+def _is_ours(module: str) -> bool:
+    return module.partition(".")[0] == __package__
 
 
 class Watch(Protocol):

@@ -67,6 +67,7 @@ def test_the_epoch_goes_on_with_the_same_batches(monkeypatch, place, output, err
     with pytest.warns(UserWarning, match="memory of cpu has run out") as warned:
         assert plain(sampler) == WANTED
     assert len(warned) == 1
+    assert warned[0].filename == __file__
     assert "the same ones" in str(warned[0].message)
     assert sampler.plan.works_on_host
     assert sampler.plan._on_device is None

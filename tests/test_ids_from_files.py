@@ -11,6 +11,7 @@ import subprocess
 import sys
 import tempfile
 import tracemalloc
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -672,3 +673,19 @@ def test_ids_in_memory_that_processes_share():
     shared[:] = np.arange(5000) % 7
     assert PatchBatchSampler(shared, 8).plan.groups.num_patches == 7
     assert read_patch_ids(shared).modified is None
+
+
+def test_threads_may_read_the_same_ids(tmp_path, monkeypatch):
+    files = pytest.importorskip("pyarrow.parquet")
+    monkeypatch.setattr("gpusampler.sources.parquet.BLOCK", 500)
+    values = np.random.default_rng(0).integers(0, 1000, 100_000)
+    path = tmp_path / "ids.parquet"
+    files.write_table(table(values), path, row_group_size=5000)
+    ids = read_patch_ids(path)
+    starts = np.random.default_rng(1).integers(0, values.size - 3000, 200).tolist()
+
+    def right(start: int) -> bool:
+        return np.array_equal(ids.read(start, start + 3000), values[start : start + 3000])
+
+    with ThreadPoolExecutor(4) as pool:
+        assert all(pool.map(right, starts))
