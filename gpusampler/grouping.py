@@ -394,6 +394,11 @@ class PatchGroups:
         return self._order.order if isinstance(self._order, MappedFile) else self._order
 
     @property
+    def _order_unchecked(self) -> Any:
+        """`order`, for who asks of which type and how large it is, without a look at its file."""
+        return self._order.unchecked if isinstance(self._order, MappedFile) else self._order
+
+    @property
     def labels(self) -> NDArray[Any]:
         """What the user calls the patches: `patch_ids`, or an array of their names, shape (G,)."""
         if self.names is None:
@@ -429,7 +434,8 @@ class PatchGroups:
     def nbytes(self) -> int:
         """Bytes kept, on host and device."""
         tables = self.patch_ids.nbytes + self.counts.nbytes + self.starts.nbytes
-        return tables + (0 if self.order is None else int(self.order.nbytes))
+        order = self._order_unchecked
+        return tables + (0 if order is None else int(order.nbytes))
 
     @property
     def fingerprint(self) -> int:
@@ -623,7 +629,7 @@ class PatchGroups:
 
     def __repr__(self) -> str:
         """Return sizes, form and device."""
-        form = "contiguous" if self.is_contiguous else str(self.order.dtype).split(".")[-1]
+        form = "contiguous" if self.is_contiguous else arrays.dtype_name(self._order_unchecked)
         return (
             f"PatchGroups({self.num_patches} patches, {self.num_samples} samples, "
             f"order={form}, device={str(self.device)!r})"

@@ -212,7 +212,7 @@ class EpochPlan:
     @property
     def table_bytes(self) -> dict[str, int]:
         """What the plan takes on each device once it is in use: known before it is allocated."""
-        order = self.groups.order
+        order = self.groups._order_unchecked
         host = str(HOST)
         sizes = {host: self._tables.nbytes}
         if order is not None:
@@ -227,7 +227,7 @@ class EpochPlan:
         return sizes
 
     def _bytes_to_send(self) -> int:
-        order = self.groups.order
+        order = self.groups._order_unchecked
         travels = order is not None and arrays.device_of(order) != self.device
         return self._tables.nbytes_sent + (int(order.nbytes) if travels else 0)
 
