@@ -11,7 +11,7 @@ from gpusampler import fingerprint
 from gpusampler.arrays import Int64
 from gpusampler.fingerprint import IdSum
 from gpusampler.ids import PatchIds
-from gpusampler.telemetry import bar
+from gpusampler.telemetry import Bar
 
 
 def mark_of(ids: PatchIds, held: NDArray[np.bool_] | None = None, *, progress: bool) -> int:
@@ -25,7 +25,7 @@ def mark_of(ids: PatchIds, held: NDArray[np.bool_] | None = None, *, progress: b
     progress : bool
     """
     found, total = IdSum(), 0
-    with bar(ids.size, "comparing ids", "samples", progress) as shown:
+    with Bar(ids.size, "comparing ids", "samples", progress) as shown:
         for first, block in ids.blocks():
             block = block.astype(np.int64, copy=False)
             if held is None:
@@ -52,7 +52,7 @@ def mark_of_order(
     """
     ends = np.cumsum(counts)
     total, last, last_group = 0, -1, -1
-    with bar(order.size, "checking the index", "samples", progress) as shown:
+    with Bar(order.size, "checking the index", "samples", progress) as shown:
         for first in range(0, order.size, fingerprint.BLOCK):
             part = order[first : first + fingerprint.BLOCK]
             group = np.searchsorted(ends, np.arange(first, first + part.size), side="right")

@@ -8,7 +8,6 @@ in whatever order of patches, it is not there at all.
 from __future__ import annotations
 
 import os
-import warnings
 from bisect import bisect_left
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -17,7 +16,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from gpusampler import arrays, fingerprint
+from gpusampler import arrays, fingerprint, telemetry
 from gpusampler.arrays import HOST, Device, Int64
 from gpusampler.building import build
 from gpusampler.checking import mark_of, mark_of_order
@@ -400,6 +399,11 @@ class PatchGroups:
         return self._order.order if isinstance(self._order, MappedFile) else self._order
 
     @property
+    def _order_unchecked(self) -> Any:
+        """`order`, for who asks of which type and how large it is, without a look at its file."""
+        return self._order.unchecked if isinstance(self._order, MappedFile) else self._order
+
+    @property
     def labels(self) -> NDArray[Any]:
         """What the user calls the patches: `patch_ids`, or an array of their names, shape (G,)."""
         if self.names is None:
@@ -435,7 +439,8 @@ class PatchGroups:
     def nbytes(self) -> int:
         """Bytes kept, on host and device."""
         tables = self.patch_ids.nbytes + self.counts.nbytes + self.starts.nbytes
-        return tables + (0 if self._order is None else int(self._order.nbytes))
+        order = self._order_unchecked
+        return tables + (0 if order is None else int(order.nbytes))
 
     @property
     def fingerprint(self) -> int:
@@ -629,7 +634,7 @@ class PatchGroups:
 
     def __repr__(self) -> str:
         """Return sizes, form and device."""
-        form = "contiguous" if self.is_contiguous else str(self._order.dtype).split(".")[-1]
+        form = "contiguous" if self.is_contiguous else arrays.dtype_name(self._order_unchecked)
         return (
             f"PatchGroups({self.num_patches} patches, {self.num_samples} samples, "
             f"order={form}, device={str(self.device)!r})"
@@ -651,10 +656,9 @@ def _grouped_there(ids: PatchIds, progress: bool) -> Grouped:
     except Exception as error:
         if not arrays.is_out_of_memory(error):
             raise
-        warnings.warn(
+        telemetry.warn(
             f"the memory of {ids.device} does not suffice to sort {ids.size} ids, so the host does "
-            f"it, with the same result: {' '.join(str(error).split())[:200]}",
-            stacklevel=4,
+            f"it, with the same result: {' '.join(str(error).split())[:200]}"
         )
     return group_on_host(ids, progress=progress)
 

@@ -57,9 +57,23 @@ class PatchIds(ABC):
         """
 
     def blocks(self, start: int = 0, size: int = BLOCK) -> Iterator[tuple[int, NDArray[Any]]]:
-        """Yield the ids from ``start`` on, in order: (first sample, ids) of each block."""
+        """Yield the ids from ``start`` on, in order: (first sample, ids) of each block.
+
+        Raises
+        ------
+        TypeError, ValueError, OSError
+            As by `read`; also where a block is shorter than it should be.
+        """
         for first in range(start, self.size, size):
-            yield first, self.read(first, min(first + size, self.size))
+            stop = min(first + size, self.size)
+            block = self.read(first, stop)
+            # Libraries cut off what is asked for beyond the end of an array that has shrunk.
+            if block.size != stop - first:
+                raise OSError(
+                    f"source must keep its length while it is read, got {block.size} ids for "
+                    f"samples {first} .. {stop - 1}"
+                )
+            yield first, block
 
     def __len__(self) -> int:
         """Return the number of samples."""

@@ -108,6 +108,8 @@ class MappedFile:
     Attributes
     ----------
     path : Path
+    unchecked : array, shape (N,)
+        The order, for who asks how large it is: its values may end the process.
 
     Raises
     ------
@@ -131,7 +133,7 @@ class MappedFile:
         self._known = self._status() if known is None else known
         self._check()
         self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-        self._order: NDArray[Any] = np.frombuffer(self._map, dtype, size, ORDER_AT)
+        self.unchecked: NDArray[Any] = np.frombuffer(self._map, dtype, size, ORDER_AT)
 
     @property
     def order(self) -> NDArray[Any]:
@@ -144,17 +146,7 @@ class MappedFile:
             end the process without a word.
         """
         self._check()
-        return self._order
-
-    @property
-    def dtype(self) -> np.dtype[Any]:
-        """Type of the order."""
-        return self._order.dtype
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of the order."""
-        return self._order.nbytes
+        return self.unchecked
 
     def _check(self) -> None:
         now = self._status()
@@ -171,14 +163,18 @@ class MappedFile:
         status = os.fstat(self._fd)
         return status.st_size, status.st_mtime_ns
 
+    # When the program ends, the module may be gone before this.
+    _close = staticmethod(os.close)
+
     def __del__(self) -> None:
         """Close the descriptor; the map goes with the arrays that are made of it."""
         if hasattr(self, "_fd"):
-            os.close(self._fd)
+            self._close(self._fd)
 
     def __reduce__(self) -> Any:
         """Travel as a path: another process opens the file itself."""
-        return _mapped_again, (self._absolute, self._order.dtype.str, self._order.size, self._known)
+        order = self.unchecked
+        return _mapped_again, (self._absolute, order.dtype.str, order.size, self._known)
 
     def __deepcopy__(self, memo: Any) -> MappedFile:
         """Return itself, which nothing changes: the file may have lost its name."""
@@ -410,7 +406,7 @@ def folder_to_disk(folder: Path) -> None:
 def _in_pieces(order: NDArray[Any], move: Any, what: str, progress: bool) -> None:
     """Read or write an array piece by piece."""
     view = order.view(np.uint8).data
-    with telemetry.bar(len(view), what, "B", progress) as shown:
+    with telemetry.Bar(len(view), what, "B", progress) as shown:
         done = 0
         while done < len(view):
             moved = move(view[done : done + _PIECE])

@@ -10,7 +10,7 @@ import warnings
 from contextlib import suppress
 from pathlib import Path
 
-from gpusampler import arrays
+from gpusampler import arrays, telemetry
 from gpusampler.arrays import Device
 
 PROC = Path("/proc")
@@ -18,6 +18,9 @@ CGROUPS = Path("/sys/fs/cgroup")
 
 NO_LIMIT = 1 << 60
 """A cgroup's limit that is none."""
+
+ASKED_FROM = 1 << 20
+"""Bytes that are worth the question what is free, which takes as long as a small sampler does."""
 
 GROWN_EPOCHS = 5
 GROWN_EACH = 8 << 20
@@ -162,6 +165,8 @@ def taken_on_device(device: Device) -> int | None:
 def check_room(needed: int, device: Device, what: str, instead: str) -> None:
     """Warn if what is about to be allocated takes more than half of the memory that is free.
 
+    Not if it is less than a MiB.
+
     Parameters
     ----------
     needed : int
@@ -183,12 +188,13 @@ def check_room(needed: int, device: Device, what: str, instead: str) -> None:
     >>> from gpusampler.arrays import HOST
     >>> check_room(1000, HOST, "a table", "make it smaller")
     """
+    if needed < ASKED_FROM:
+        return
     free = free_bytes(device)
     if free is not None and needed > free // 2:
-        warnings.warn(
+        telemetry.warn(
             f"{what} will take {human(needed)} of the {human(free)} that are free on {device}, "
-            f"more than half; {instead}",
-            stacklevel=3,
+            f"more than half; {instead}"
         )
 
 

@@ -9,13 +9,12 @@ any order; nothing of the size of the dataset is made. Where batches are handed 
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable
 from typing import Any, Literal, NamedTuple, TypeVar
 
 import numpy as np
 
-from gpusampler import arrays, lanes, memory
+from gpusampler import arrays, lanes, memory, telemetry
 from gpusampler.arrays import HOST, Device, Int64
 from gpusampler.costs import checked_costs
 from gpusampler.evaluation import Evaluator
@@ -24,7 +23,6 @@ from gpusampler.permutation import Grid, Streams, grid_of, key_of, permute
 from gpusampler.runs import permute_runs
 from gpusampler.steps import STEPS, StepsKind
 from gpusampler.tables import Located, PatchOrder, PatchTables, Shuffles
-from gpusampler.telemetry import logger
 from gpusampler.validation import as_array, checked_bool, checked_choice, checked_int, checked_seed
 
 Partial = Literal["keep", "drop", "pad"]
@@ -214,23 +212,22 @@ class EpochPlan:
     @property
     def table_bytes(self) -> dict[str, int]:
         """What the plan takes on each device once it is in use: known before it is allocated."""
-        order = self.groups.order
+        order = self.groups._order_unchecked
         host = str(HOST)
         sizes = {host: self._tables.nbytes}
         if order is not None:
             there = arrays.device_of(order)
             name = host if there.on_host else str(there)
             sizes[name] = sizes.get(name, 0) + int(order.nbytes)
-        if self.works_on_host:
-            if order is not None and not arrays.device_of(order).on_host:
-                sizes[host] += int(order.nbytes)
-        else:
+        if self.works_on_host and order is not None and not arrays.device_of(order).on_host:
+            sizes[host] += int(order.nbytes)
+        if not self.works_on_host or self._on_device is not None:
             name = str(self.device)
             sizes[name] = sizes.get(name, 0) + self._bytes_to_send()
         return sizes
 
     def _bytes_to_send(self) -> int:
-        order = self.groups.order
+        order = self.groups._order_unchecked
         travels = order is not None and arrays.device_of(order) != self.device
         return self._tables.nbytes_sent + (int(order.nbytes) if travels else 0)
 
@@ -652,7 +649,9 @@ class EpochPlan:
         self._full.add(self.device)
         # What was begun may still read them.
         arrays.synchronize(self.device)
-        self._on_device = None
+        # A graph that was captured or compiled goes on to read them wherever they were.
+        if self._on_device is not None and not self._on_device.prepared:
+            self._on_device = None
         free = memory.free_bytes(self.device)
         left = "" if free is None else f", {memory.human(free)} are free"
         said = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
@@ -661,8 +660,8 @@ class EpochPlan:
             f"{memory.human(self._bytes_to_send())} there{left}): batches are evaluated on the "
             f"host from now on, the same ones, more slowly; {INSTEAD} ({said})"
         )
-        logger.info("%s", text)
-        warnings.warn(text, stacklevel=2)
+        telemetry.logger.info("%s", text)
+        telemetry.warn(text)
 
     def _slots_checked(self, slots: Any) -> Any:
         """Return slots as they are to be sent: checked for their values if they are on the host."""

@@ -474,7 +474,8 @@ class PatchBatchSampler:
         """Find out where the time of a block goes, the sampler's and the loop's.
 
         Of all that draws from this sampler: its iterators, a DataLoader's in this process, and
-        those of a `PatchTensorLoader`. Batches are handed out one at a time meanwhile, each seen,
+        those of a `PatchTensorLoader`, in one thread: of several that draw at a time, shares add up
+        to more than the whole. Batches are handed out one at a time meanwhile, each seen,
         and on a GPU every range waits for the device, so that time shows where it is spent: the
         block is slower than the same loop without it.
 

@@ -22,6 +22,7 @@ from gpusampler.arrays import HOST, Device, Int64
 from gpusampler.counting import CHUNK, DIGIT, Census, Counted, State, check_patch_sizes
 from gpusampler.ids import BLOCK, PatchIds
 from gpusampler.memory import check_room
+from gpusampler.validation import checked_ids
 
 INT32_SAMPLES = 1 << 31
 
@@ -106,7 +107,7 @@ def group_on_host(ids: PatchIds, work: Work | None = None, *, progress: bool = F
     work = InMemory() if work is None else work
     state = work.resumed()
     census = Census(ids.size, state)
-    with telemetry.bar(ids.size, "counting patches", "samples", progress) as shown:
+    with telemetry.Bar(ids.size, "counting patches", "samples", progress) as shown:
         if census.seen < ids.size:
             keep = partial(work.checkpoint, census.state)
             _in_blocks(ids, census.seen, census.add, keep, shown)
@@ -116,7 +117,7 @@ def group_on_host(ids: PatchIds, work: Work | None = None, *, progress: bool = F
         return Grouped(found.patch_ids, found.counts, found.starts, None, found.fingerprint)
     dtype = np.int32 if ids.size < INT32_SAMPLES else np.int64
     scatter = Scatter(found, work.order(found, ids.size, dtype), state)
-    with telemetry.bar(ids.size, "sorting samples", "samples", progress) as shown:
+    with telemetry.Bar(ids.size, "sorting samples", "samples", progress) as shown:
         keep = partial(work.checkpoint, lambda: {**census.state(), **scatter.state()})
         _in_blocks(ids, scatter.written, scatter.add, keep, shown)
     starts = scatter.finish()
@@ -241,7 +242,8 @@ def group_on_device(ids: Any) -> Grouped:
     Raises
     ------
     ValueError
-        If there are 2**31 samples or more: a device's sort takes no more at once.
+        If there are 2**31 samples or more: a device's sort takes no more at once; or if an id does
+        not fit in int64.
     """
     device = arrays.device_of(ids)
     with arrays.on(device):
@@ -262,8 +264,9 @@ def _group_on(device: Device, ids: Any) -> Grouped:
         raise ValueError(
             f"ids on {device} must be fewer than 2**31, got {size}; pass them on the host"
         )
-    # torch has no arithmetic on unsigned types beyond uint8.
-    ids = xp.astype(ids, xp.int64, copy=False)
+    # torch has no arithmetic on unsigned types beyond uint8. What does not fit would come out
+    # negative.
+    ids = xp.astype(checked_ids(ids), xp.int64, copy=False)
     mark = fingerprint.of_ids_on(xp, ids, arrays.device_handle(device))
     if _distinct_on(xp, arrays.unique_consecutive(ids[:CHUNK])[0]):
         values, counts = arrays.unique_consecutive(ids)

@@ -10,13 +10,12 @@ import logging
 import os
 import sys
 import threading
-from collections.abc import Callable, Iterable, Sequence
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
-from time import perf_counter
+from time import perf_counter, time
 from typing import Any, Protocol, TypeVar
 from weakref import WeakSet
-
-from tqdm import tqdm
 
 logger = logging.getLogger("gpusampler")
 """Says at level INFO what was made, read or gone on with; silent unless the program listens."""
@@ -37,8 +36,11 @@ RANGES = (LOAD_IDS, GROUP, EVALUATE, TRANSFER, HAND_OUT)
 """What a sampler's time goes to; profilers show them as "gpusampler.evaluate" and so on."""
 
 
-def bar(total: int, what: str, unit: str, progress: bool) -> Any:
-    """Return a tqdm bar for work that may take more than a second.
+class Bar:
+    """Counts what is done, and shows a bar of tqdm's once that has taken more than a second.
+
+    tqdm is made then and not before: each process in which it is made once has a thread of its and
+    a semaphore from there on, and one that has threads should not fork, as DataLoaders do.
 
     Parameters
     ----------
@@ -48,23 +50,63 @@ def bar(total: int, what: str, unit: str, progress: bool) -> Any:
     progress : bool
         False: no bar. No bar either where standard error is no terminal.
     """
-    return tqdm(total=total, **_look(what, unit, progress))
+
+    def __init__(self, total: int, what: str, unit: str, progress: bool) -> None:
+        self._look = {"total": total, "desc": what, "unit": f" {unit}", "unit_scale": True}
+        self._wanted = progress and _on_terminal()
+        self._began = time()
+        self._done = 0
+        self._shown: Any = None
+
+    def __enter__(self) -> Bar:
+        """Return itself."""
+        return self
+
+    def update(self, done: int) -> None:
+        """Count some more."""
+        if not self._wanted:
+            return
+        self._done += done
+        if self._shown is None:
+            if time() - self._began < BAR_AFTER:
+                return
+            from tqdm import tqdm
+
+            self._shown = tqdm(**self._look)
+            # So that what is shown as the time taken, and what is left, count from the start.
+            self._shown.start_t = self._shown.last_print_t = self._began
+            done = self._done
+        self._shown.update(done)
+
+    def __exit__(self, *error: object) -> None:
+        """Leave the bar as it is."""
+        if self._shown is not None:
+            self._shown.close()
 
 
-def over(items: Sequence[T], what: str, unit: str, progress: bool) -> Iterable[T]:
-    """Iterate over items under a `bar` that counts them."""
-    shown: Iterable[T] = tqdm(items, **_look(what, unit, progress))
-    return shown
+def over(items: Sequence[T], what: str, unit: str, progress: bool) -> Iterator[T]:
+    """Iterate over items under a `Bar` that counts them."""
+    with Bar(len(items), what, unit, progress) as shown:
+        for item in items:
+            yield item
+            shown.update(1)
 
 
-def _look(what: str, unit: str, progress: bool) -> dict[str, Any]:
-    return {
-        "desc": what,
-        "unit": f" {unit}",
-        "unit_scale": True,
-        "delay": BAR_AFTER,
-        "disable": None if progress else True,
-    }
+def _on_terminal() -> bool:
+    # None in a program that has no console.
+    return sys.stderr is not None and sys.stderr.isatty()
+
+
+def warn(text: str) -> None:
+    """Warn the line that called the package, from however deep inside it."""
+    level, frame = 2, sys._getframe(1)
+    while frame.f_back is not None and _is_ours(frame.f_globals.get("__name__", "")):
+        level, frame = level + 1, frame.f_back
+    warnings.warn(text, stacklevel=level)
+
+
+def _is_ours(module: str) -> bool:
+    return module.partition(".")[0] == __package__
 
 
 class Watch(Protocol):

@@ -67,6 +67,7 @@ def test_the_epoch_goes_on_with_the_same_batches(monkeypatch, place, output, err
     with pytest.warns(UserWarning, match="memory of cpu has run out") as warned:
         assert plain(sampler) == WANTED
     assert len(warned) == 1
+    assert warned[0].filename == __file__
     assert "the same ones" in str(warned[0].message)
     assert sampler.plan.works_on_host
     assert sampler.plan._on_device is None
@@ -204,6 +205,7 @@ def test_tables_are_known_before_they_are_made():
 def test_tables_larger_than_half_of_the_memory_are_warned_of(monkeypatch):
     sampler = make()
     wanted = sampler.plan.table_bytes["cpu"]
+    monkeypatch.setattr("gpusampler.memory.ASKED_FROM", 0)
     monkeypatch.setattr("gpusampler.memory.free_bytes", lambda device: 2 * wanted - 1)
     with pytest.warns(UserWarning, match="the tables of 20000 samples will take") as warned:
         assert plain(sampler) == WANTED
@@ -224,3 +226,26 @@ def test_the_pipe_is_left_as_it_was(monkeypatch):
     with pytest.warns(UserWarning, match="has run out"):
         list(iter(blocks.read, None))
     assert blocks._pipe._on_the_way == []
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_a_cursor_goes_on_where_it_is(monkeypatch, compiled):
+    wanted = plain(make("numpy", partial="pad"))
+    sampler = make(partial="pad")
+    cursor = sampler.cursor()
+
+    def step():
+        return cursor().indices
+
+    if compiled:
+        torch._dynamo.reset()
+        step = torch.compile(step, fullgraph=True, backend="eager")
+    found = [step().tolist() for _ in range(2)]
+    # A graph that was captured reads the tables where they were, so they must stay there.
+    tables = sampler.plan._on_device
+    fails_from(monkeypatch, Evaluator, "ragged", 0, FULL)
+    with pytest.warns(UserWarning, match="has run out"):
+        assert plain(sampler) == wanted
+    assert sampler.plan._on_device is tables
+    assert set(sampler.plan.table_bytes) == {"numpy", "cpu"}
+    assert found + [step().tolist() for _ in range(2)] == wanted[:4]

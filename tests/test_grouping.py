@@ -274,3 +274,10 @@ def test_a_memory_map_is_read_in_chunks(tmp_path, seed):
     # The order itself, and chunks: never a copy of the ids (8 bytes a sample).
     assert groups.order.nbytes == 4 * size
     assert peak < 4 * size + 4_000_000
+
+
+def test_ids_on_a_device_that_do_not_fit_are_refused():
+    torch = pytest.importorskip("torch")
+    ids = torch.tensor([7, -5, 7]).view(torch.uint64)
+    with pytest.raises(ValueError, match="ids must fit in int64, got 18446744073709551611"):
+        group_on_device(ids)

@@ -65,6 +65,7 @@ def free(monkeypatch):
     """Let a device have so many bytes free."""
 
     def have(number):
+        monkeypatch.setattr(memory, "ASKED_FROM", 0)
         monkeypatch.setattr(memory, "free_bytes", lambda device: number)
 
     return have
@@ -96,3 +97,12 @@ def test_a_warning_before_half_of_a_device_is_taken(elsewhere, free):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         PatchGroups.from_ids(torch.tensor(IDS))
+
+
+@pytest.mark.parametrize("make", [PatchGroups.from_ids, lambda ids: PatchBatchSampler(ids, 16)])
+def test_the_line_that_called_is_warned(full_device, free, make):
+    for ids in (IDS, torch.tensor(IDS)):
+        free(10)
+        with pytest.warns(UserWarning, match="5000") as said:
+            make(ids)
+        assert {warning.filename for warning in said} == {__file__}

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import tempfile
 import tracemalloc
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -662,3 +663,41 @@ def test_an_hdf5_file_is_open_only_while_it_is_read(tmp_path):
     with h5py.File(path, "a") as file:
         file["more"] = 1
     assert ids.read(90, 100).tolist() == list(range(90, 100))
+
+
+def test_an_array_in_chunks_that_shrinks_is_an_error(tmp_path):
+    h5py, zarr = pytest.importorskip("h5py"), pytest.importorskip("zarr")
+    values = np.arange(200_000) // 100
+    with h5py.File(tmp_path / "a.h5", "w") as file:
+        dataset = file.create_dataset("patch_id", data=values, maxshape=(None,), chunks=(1000,))
+        array = zarr.create_array(tmp_path / "a.zarr", data=values, chunks=(1000,))
+        for source in (dataset, array):
+            ids = read_patch_ids(source)
+            source.resize((150_000,))
+            # Libraries cut a stretch off at the end; the last patch would have 50,000 samples more.
+            with pytest.raises(OSError, match=r"keep its length .* got 150000 ids for samples 0"):
+                PatchBatchSampler(ids, 8)
+
+
+def test_ids_in_memory_that_processes_share():
+    mapped = mmap.mmap(-1, 8 * 5000)
+    shared = np.frombuffer(mapped, np.int64)
+    shared[:] = np.arange(5000) % 7
+    assert PatchBatchSampler(shared, 8).plan.groups.num_patches == 7
+    assert read_patch_ids(shared).modified is None
+
+
+def test_threads_may_read_the_same_ids(tmp_path, monkeypatch):
+    files = pytest.importorskip("pyarrow.parquet")
+    monkeypatch.setattr("gpusampler.sources.parquet.BLOCK", 500)
+    values = np.random.default_rng(0).integers(0, 1000, 100_000)
+    path = tmp_path / "ids.parquet"
+    files.write_table(table(values), path, row_group_size=5000)
+    ids = read_patch_ids(path)
+    starts = np.random.default_rng(1).integers(0, values.size - 3000, 200).tolist()
+
+    def right(start: int) -> bool:
+        return np.array_equal(ids.read(start, start + 3000), values[start : start + 3000])
+
+    with ThreadPoolExecutor(4) as pool:
+        assert all(pool.map(right, starts))

@@ -191,7 +191,7 @@ def test_the_package_works_where_torch_is_not_installed():
 
 def test_importing_takes_well_under_a_tenth_of_a_second_beyond_numpy():
     code = (
-        "import numpy, tqdm, time; start = time.process_time(); import gpusampler;"
+        "import numpy, time; start = time.process_time(); import gpusampler;"
         "print(time.process_time() - start)"
     )
     assert min(float(in_a_new_process(code)) for _ in range(3)) < 0.1
@@ -299,3 +299,14 @@ def test_examples_of_every_other_docstring_run(path):
     module = import_module(".".join(part for part in parts if part != "__init__"))
     with np.printoptions(threshold=50):
         assert doctest.testmod(module).failed == 0
+
+
+def test_a_sampler_leaves_no_thread_and_loads_no_bars():
+    # A process that has threads should not fork, as DataLoaders make their workers by.
+    code = (
+        "import sys, threading, numpy, gpusampler;"
+        "sys.stderr.isatty = lambda: True;"
+        "list(gpusampler.PatchBatchSampler(numpy.arange(9999) % 7, 8));"
+        "print(threading.active_count(), 'tqdm' in sys.modules)"
+    )
+    assert in_a_new_process(code) == "1 False\n"

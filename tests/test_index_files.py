@@ -9,6 +9,8 @@ import os
 import pickle
 import re
 import struct
+import subprocess
+import sys
 import zlib
 from pathlib import Path
 from typing import Any
@@ -570,3 +572,25 @@ def test_a_file_is_a_function_of_the_ids(tmp_path):
     contents = {(tmp_path / name).read_bytes() for name in "abc"}
     assert len(contents) == 1
     assert io.BytesIO(contents.pop()).read(16) == MAGIC
+
+
+def test_what_looks_at_no_sample_needs_no_file(index):
+    sampler = PatchBatchSampler(PatchGroups.load(index), 8, seed=0)
+    groups, before = sampler.plan.groups, sampler.stats().table_bytes
+    size, text = groups.nbytes, repr(groups)
+    os.truncate(index, ORDER_AT + 8)
+    with pytest.raises(OSError, match="stay as it is"):
+        list(sampler)
+    assert (groups.nbytes, repr(groups)) == (size, text)
+    assert sampler.stats().table_bytes == before
+    # What goes wrong in a profile is told as it is.
+    with pytest.raises(KeyError, match="mine"), sampler.profile():
+        raise KeyError("mine")
+
+
+def test_nothing_is_said_when_the_program_ends_with_a_map(index):
+    pytest.importorskip("torch")
+    # What torch keeps lets modules go before the groups.
+    code = "import sys, torch, gpusampler; groups = gpusampler.PatchGroups.load(sys.argv[1])"
+    done = subprocess.run([sys.executable, "-c", code, str(index)], capture_output=True, check=True)
+    assert done.stderr == b""

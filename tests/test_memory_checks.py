@@ -200,3 +200,13 @@ class TestGrowth:
         monkeypatch.setattr(type(memory.PROC), "read_text", None)
         list(PatchBatchSampler([1, 1, 2], 2, seed=0))
         assert len(opened) == 1
+
+
+def test_what_is_small_is_not_worth_the_question(monkeypatch):
+    def asked(device):
+        raise AssertionError
+
+    monkeypatch.setattr("gpusampler.memory.free_bytes", asked)
+    check_room((1 << 20) - 1, HOST, "a table", "nothing")
+    with pytest.raises(AssertionError):
+        check_room(1 << 20, HOST, "a table", "nothing")

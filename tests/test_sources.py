@@ -433,3 +433,17 @@ class Endless:
 def test_a_dataset_where_an_array_is_due_is_refused(call):
     with pytest.raises(TypeError, match="must be an array or a list of integers, got Endless"):
         call()
+
+
+@pytest.mark.parametrize("kind", ["numpy", "torch"])
+def test_lists_of_arrays_of_one_id(kind):
+    if kind == "torch":
+        make = pytest.importorskip("torch").tensor
+    else:
+        make = np.array
+    ids = [make(4), make(-2), make(4)]
+    assert PatchGroups.from_ids(ids).patch_ids.tolist() == [-2, 4]
+    assert PatchBatchSampler(ByAttribute(ids), 2).plan.groups.counts.tolist() == [1, 2]
+    # A list of longer ones is none of ids.
+    with pytest.raises(TypeError):
+        PatchGroups.from_ids([np.arange(3), np.arange(3)])

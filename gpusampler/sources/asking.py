@@ -14,7 +14,7 @@ from gpusampler import arrays
 from gpusampler.ids import PatchIds
 from gpusampler.sources.inmemory import ArrayIds
 from gpusampler.sources.names import CodedIds
-from gpusampler.telemetry import bar
+from gpusampler.telemetry import Bar
 
 THREADED_ABOVE = 1000
 """Samples above which a dataset is read by a pool of threads, with a progress bar."""
@@ -74,7 +74,7 @@ def ask_samples(dataset: Any, size: int, progress: bool) -> PatchIds:
     parts = [range(first, min(first + step, size)) for first in range(0, size, step)]
     pool = ThreadPoolExecutor(workers, thread_name_prefix="gpusampler-ids")
     try:
-        with bar(size, "patch ids", "samples", progress) as shown:
+        with Bar(size, "patch ids", "samples", progress) as shown:
             for done in _in_flight(pool, read, parts, 2 * workers):
                 shown.update(done)
     finally:

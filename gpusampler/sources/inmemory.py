@@ -80,7 +80,14 @@ class MappedFile:
             if isinstance(base, np.memmap) and base.filename is not None:
                 name, offset = os.fspath(base.filename), base.offset
             base = base.obj if isinstance(base, memoryview) else base.base
-        return cls(base, name, offset) if isinstance(base, mmap.mmap) else None
+        if not isinstance(base, mmap.mmap):
+            return None
+        try:
+            base.size()
+        except (OSError, ValueError):
+            # Memory that processes share, with no file under it; or a map that keeps none open.
+            return None
+        return cls(base, name, offset)
 
     def modified(self) -> int | None:
         """Return when the file was changed last, in ns; None if it has no name any more."""
@@ -176,6 +183,9 @@ def is_list_of_ids(source: Any) -> bool:
     if not isinstance(source, (list, tuple)):
         return False
     first = next((item for item in source if item is not None), None)
+    if first is not None and arrays.library_of(first) is not None:
+        # One number is an id; more of them are a sample.
+        return np.ndim(first) == 0
     return not source or isinstance(first, (int, float, str, bytes, np.generic, list, tuple))
 
 

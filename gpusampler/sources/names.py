@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from gpusampler import arrays
 from gpusampler.ids import BLOCK, PatchIds
 from gpusampler.sources.checks import is_missing, missing
-from gpusampler.telemetry import bar
+from gpusampler.telemetry import Bar
 from gpusampler.validation import shown
 
 Factored = tuple[NDArray[Any], Sequence[str]]
@@ -57,7 +57,7 @@ class NamedIds(PatchIds):
         self.modified = modified
         self.seekable = seekable
         found: set[str] = set()
-        with bar(size, "patch names", "samples", progress) as shown_bar:
+        with Bar(size, "patch names", "samples", progress) as shown_bar:
             for start in range(0, size, BLOCK):
                 stop = min(start + BLOCK, size)
                 codes, labels = factor(start, stop)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -180,15 +181,18 @@ class _Column:
         self._batch: Any = ()
         self._first = 0
         self._end = 0
+        # Ids that several threads read would move what is kept under one another.
+        self._reading = threading.Lock()
 
     def values(self, start: int, stop: int) -> list[Any]:
         """Return samples ``start .. stop - 1`` as a list of Arrays."""
         parts = []
-        while start < stop:
-            batch = self._batch_with(start)
-            part = batch.slice(start - self._first, stop - start)
-            parts.append(part)
-            start += len(part)
+        with self._reading:
+            while start < stop:
+                batch = self._batch_with(start)
+                part = batch.slice(start - self._first, stop - start)
+                parts.append(part)
+                start += len(part)
         return parts
 
     def _batch_with(self, sample: int) -> Any:
