@@ -19,6 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gpusampler import indexfile
+from gpusampler.checking import mark_of
 from gpusampler.counting import Counted, State
 from gpusampler.ids import PatchIds
 from gpusampler.indexfile import ORDER_AT, Contents, reserve, to_disk, told_of_room
@@ -55,23 +56,29 @@ def build(ids: PatchIds, path: Path, *, progress: bool) -> None:
     RuntimeError
         If the ids changed meanwhile.
     """
-    if _is_there(ids, path):
+    if _is_there(ids, path, progress):
         Build(ids, path).tidy()
         return
     with told_of_room(path), Build(ids, path) as work:
         # Another process may have built it while this one waited.
-        if _is_there(ids, path):
+        if _is_there(ids, path, progress):
             work.discard()
             return
         work.finish(group_on_host(ids, work, progress=progress))
 
 
-def _is_there(ids: PatchIds, path: Path) -> bool:
+def _is_there(ids: PatchIds, path: Path, progress: bool) -> bool:
     if not path.exists():
         return False
+    if not indexfile.is_index(path):
+        raise ValueError(f"path must be free or an index, got another file in {path}")
     contents, _ = indexfile.read_index(path, mapped=True, progress=False)
     saved = contents.signature
     differs = "ids nobody knows" if saved is None else difference(saved, ids, whole=False)
+    if differs is None and None in (ids.modified, saved and saved["modified"]):
+        # Without a file's time to go by, blocks alone would let a change between them pass.
+        same = mark_of(ids, progress=progress) == contents.fingerprint
+        differs = None if same else "other ids"
     if differs is None:
         return True
     raise ValueError(

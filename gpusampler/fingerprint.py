@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -109,8 +110,13 @@ class IdSum:
 
     def value(self, size: int) -> int:
         """Return the fingerprint, when the ids of samples 0 .. size - 1 have been added."""
-        ones = int(weights_before(np.array([size], np.int64))[0])
-        return (2 * self.total + ones) & _WRAP
+        return (2 * self.total + _weight_of_all(size)) & _WRAP
+
+
+@lru_cache(maxsize=64)
+def _weight_of_all(size: int) -> int:
+    """Return the wrapping sum of w(i) over all of ``size`` samples."""
+    return int(weights_before(np.array([size], np.int64))[0])
 
 
 def of_ids(ids: NDArray[Any]) -> int:
@@ -154,7 +160,7 @@ def of_ids_on(xp: Any, ids: Any, device: Any) -> int:
             at = first + offset + np.arange(sums.size, dtype=np.int64) * BLOCK
             scale = weights_of(at) * np.uint64(pow(int(_BLOCK_WEIGHTS[0]), -1, 1 << 64))
             total += int((sums * scale).sum(dtype=np.uint64))
-    return (2 * total + int(weights_before(np.array([size], np.int64))[0])) & _WRAP
+    return (2 * total + _weight_of_all(size)) & _WRAP
 
 
 def _mix_ids_on(ids: Any) -> Any:

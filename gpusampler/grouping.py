@@ -144,8 +144,8 @@ class PatchGroups:
             If ``ids`` are neither integers (booleans and floats are none) nor names.
         ValueError
             If ``ids`` are not 1-D, are empty, do not fit in int64, or a patch has 2**31 samples; or
-            ``path`` has an index of other ids (some blocks of them are compared, as by `load`), or
-            another file.
+            ``path`` has an index of other ids (compared as by `load`, and whole where they lie in
+            no file that has a time), or another file.
         OSError
             If a file cannot be read, or the disk has no room for an index.
         RuntimeError

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -35,6 +35,8 @@ class PatchIds(ABC):
         lie in no file.
     seekable : bool
         Whether a few ids in the middle cost no more than as many at the start.
+    reopen : tuple of a callable and its arguments, or None
+        What makes the same ids in another process, where they lie in a file.
     """
 
     size: int
@@ -43,6 +45,7 @@ class PatchIds(ABC):
     device: Device = HOST
     modified: int | None = None
     seekable: bool = True
+    reopen: tuple[Callable[..., Any], tuple[Any, ...]] | None = None
 
     @abstractmethod
     def read(self, start: int, stop: int) -> NDArray[Any]:
@@ -74,6 +77,10 @@ class PatchIds(ABC):
                     f"samples {first} .. {stop - 1}"
                 )
             yield first, block
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """Travel as the file's name, where there is one."""
+        return super().__reduce_ex__(protocol) if self.reopen is None else self.reopen
 
     def __len__(self) -> int:
         """Return the number of samples."""

@@ -69,6 +69,8 @@ class Slow(PatchIds):
         self.ids, self.seconds, self.log, self.fail_at = ids, seconds, log, fail_at
         self.size, self.dtype = ids.size, ids.dtype.name
         self.blocks_read: list[int] = []
+        # As in a file: without its time, opening an index again would read everything.
+        self.modified = 1
 
     def read(self, start: int, stop: int) -> np.ndarray:
         return self.ids[start:stop]

@@ -104,7 +104,7 @@ def test_a_cursor_without_torch(monkeypatch):
         (np.array([np.nan]), TypeError, "ids must be integers, got dtype float64"),
         ([True, False], TypeError, "ids must be integers, got dtype bool"),
         (["a", 1], TypeError, "ids must be all names or all integers, got 1 in sample 1"),
-        ("abc", FileNotFoundError, "source must be there: .*'abc'"),
+        ("abc", FileNotFoundError, "source must be there: .*abc'"),
         ({1: 2}, TypeError, "source must be a dataset, an array .* got dict"),
         (None, TypeError, "source must be a dataset, an array .* got NoneType"),
         (7, TypeError, "source must be a dataset, an array .* got int"),

@@ -62,9 +62,9 @@ BLOCKS = SIZE // BLOCK
 @pytest.mark.parametrize("kind", KINDS)
 def test_an_index_that_is_built_is_the_one_that_is_saved(folder, tmp_path, kind):
     ids = ids_of(kind)
-    groups = PatchGroups.from_ids(ids, path=folder / "a")
+    groups = PatchGroups.from_ids(Slow(ids), path=folder / "a")
     check_built(folder, ids)
-    PatchGroups.from_ids(ids).save(tmp_path / "b")
+    PatchGroups.from_ids(Slow(ids)).save(tmp_path / "b")
     assert (folder / "a").read_bytes() == (tmp_path / "b").read_bytes()
     # The second run reads blocks to compare, and no more.
     again = Slow(ids)
@@ -279,7 +279,7 @@ def test_an_index_without_its_name_is_given_it(folder, kept):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(indexfile, "rename", lambda *_: (_ for _ in ()).throw(OSError("no name")))
         with pytest.raises(OSError, match="no name"):
-            PatchGroups.from_ids(ids, path=folder / "a")
+            PatchGroups.from_ids(Slow(ids), path=folder / "a")
     slow = Slow(ids)
     PatchGroups.from_ids(slow, path=folder / "a")
     assert slow.blocks_read == []
@@ -514,3 +514,25 @@ def test_what_groups_are_is_said_even_when_their_file_has_changed(tmp_path):
     assert "order=int32" in said
     with pytest.raises(OSError, match="must stay as it is"):
         _ = groups.order
+
+
+def test_ids_of_no_file_are_compared_whole_when_their_index_is_opened(folder):
+    ids = ids_of("dense")
+    PatchGroups.from_ids(ids, path=folder / "a")
+    check_built(folder, ids)
+    PatchGroups.from_ids(ids.copy(), path=folder / "a")
+    changed = ids.copy()
+    # Between the blocks that a signature is made of.
+    changed[1000] += 1
+    PatchGroups.load(folder / "a", source=changed)
+    with pytest.raises(ValueError, match=r"path must be free or hold .* got one of other ids"):
+        PatchGroups.from_ids(changed, path=folder / "a")
+    check_built(folder, ids)
+
+
+def test_another_file_at_the_path_is_left_alone(folder):
+    np.save(folder / "ids.npy", np.arange(5))
+    with pytest.raises(ValueError, match="path must be free or an index, got another file"):
+        PatchGroups.from_ids(folder / "ids.npy", path=folder / "ids.npy")
+    assert np.load(folder / "ids.npy").tolist() == [0, 1, 2, 3, 4]
+    assert os.listdir(folder) == ["ids.npy"]

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import gzip
 import io
 import mmap
 import os
+import pickle
 import shutil
 import subprocess
 import sys
@@ -701,3 +703,28 @@ def test_threads_may_read_the_same_ids(tmp_path, monkeypatch):
 
     with ThreadPoolExecutor(4) as pool:
         assert all(pool.map(right, starts))
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda ids: pickle.loads(pickle.dumps(ids))])
+def test_ids_in_a_file_travel_as_its_name(tmp_path, monkeypatch, copied):
+    np.save(tmp_path / "ids.npy", np.arange(100_000) % 7)
+    monkeypatch.chdir(tmp_path)
+    ids = read_patch_ids("ids.npy")
+    assert len(pickle.dumps(ids)) < 1000
+    # The program may go elsewhere meanwhile.
+    monkeypatch.chdir("/")
+    assert ids.read(5, 9).tolist() == [5, 6, 0, 1]
+    assert copied(ids).read(5, 9).tolist() == [5, 6, 0, 1]
+
+
+def test_a_column_of_a_file_travels(tmp_path):
+    pandas = pytest.importorskip("pandas")
+    pytest.importorskip("pyarrow")
+    pandas.DataFrame({"a": ["x", "y"], "b": [1, 2]}).to_parquet(tmp_path / "t.parquet")
+    ids = pickle.loads(pickle.dumps(read_patch_ids(tmp_path / "t.parquet", "a")))
+    assert ids.names == ("x", "y")
+
+
+def test_ids_in_memory_travel_as_they_are():
+    ids = pickle.loads(pickle.dumps(read_patch_ids(np.array([3, 1, 3]))))
+    assert ids.read(0, 3).tolist() == [3, 1, 3]
