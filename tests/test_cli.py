@@ -278,7 +278,7 @@ def test_bad_sources(run, tmp_path):
         ("float.npy", "float64"),
         ("table.npy", "(3, 2)"),
         ("empty.npy", "empty.npy' must name at least one sample, got none"),
-        ("folder", "got the folder 'folder'; nor does it hold folders patch_<id>"),
+        ("folder", "folder'; nor does it hold folders patch_<id>"),
     ):
         refused(run("inspect", name, "--batch-size", 4), text)
 
