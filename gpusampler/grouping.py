@@ -21,14 +21,14 @@ from gpusampler.arrays import HOST, Device, Int64
 from gpusampler.building import build
 from gpusampler.checking import mark_of, mark_of_order
 from gpusampler.counting import check_patch_sizes, label_of
-from gpusampler.ids import HostIds, PatchIds
+from gpusampler.ids import PatchIds
 from gpusampler.indexfile import Contents, MappedFile, is_index, read_index, write_index
+from gpusampler.selecting import by_group, checked_indices, group_of, places_of
 from gpusampler.signature import difference, signature_of
 from gpusampler.sorting import INT32_SAMPLES, Grouped, group_on_device, group_on_host
 from gpusampler.sources import read_patch_ids
 from gpusampler.splitting import checked_fractions, split_patches, split_samples
 from gpusampler.validation import (
-    as_array,
     as_int64,
     checked_bool,
     checked_choice,
@@ -325,7 +325,7 @@ class PatchGroups:
             return None
         held = np.zeros(self.source_size, np.bool_)
         order = None if self.order is None else arrays.to_numpy(self.order)
-        held[_places(self.starts, self.counts) if order is None else order] = True
+        held[places_of(self.starts, self.counts) if order is None else order] = True
         return held
 
     def _verify(self, path: Any, progress: bool) -> None:
@@ -513,18 +513,11 @@ class PatchGroups:
         ValueError
             If they are empty, repeat, or name a sample that these groups do not hold.
         """
-        chosen = self._checked_indices(indices)
-        group = self._group_of(chosen)
-        found = group_on_host(HostIds(group))
-        patch_ids = self.patch_ids[found.patch_ids]
-        samples = chosen if found.order is None else chosen[found.order]
-        offsets = np.cumsum(found.counts) - found.counts
-        if found.order is None:
-            samples = samples[_places(found.starts, found.counts)]
-        first, last = samples[offsets], samples[offsets + found.counts - 1]
-        if bool((last - first + 1 == found.counts).all()):
-            return self._like(patch_ids, found.counts, first, None)
-        return self._like(patch_ids, found.counts, offsets, samples)
+        chosen = checked_indices(indices, self.source_size)
+        order = None if self.order is None else arrays.to_numpy(self.order)
+        group = group_of(chosen, self.counts, self.starts, order, self.source_size)
+        part = by_group(chosen, group)
+        return self._like(self.patch_ids[part.groups], part.counts, part.starts, part.order)
 
     def split(
         self,
@@ -577,7 +570,7 @@ class PatchGroups:
         counts, starts = self.counts[groups], self.starts[groups]
         if self.order is None:
             return self._like(self.patch_ids[groups], counts, starts, None)
-        taken = arrays.to_numpy(self.order)[_places(starts, counts)]
+        taken = arrays.to_numpy(self.order)[places_of(starts, counts)]
         return self._like(self.patch_ids[groups], counts, np.cumsum(counts) - counts, taken)
 
     def _like(self, patch_ids: Int64, counts: Int64, starts: Int64, order: Any) -> PatchGroups:
@@ -593,44 +586,6 @@ class PatchGroups:
             device=self.device,
             names=self.names,
         )
-
-    def _checked_indices(self, indices: Any) -> Int64:
-        chosen = arrays.to_numpy(as_array(indices, "indices"))
-        if chosen.dtype == np.bool_:
-            if chosen.shape != (self.source_size,):
-                raise ValueError(
-                    f"indices must be a mask of shape ({self.source_size},), got {chosen.shape}"
-                )
-            chosen = np.flatnonzero(chosen)
-        chosen = np.sort(as_int64(chosen, "indices"))
-        if chosen.size == 0:
-            raise ValueError("indices must name at least one sample, got none")
-        same = np.flatnonzero(chosen[1:] == chosen[:-1])
-        if same.size:
-            raise ValueError(f"indices must be distinct, got {int(chosen[same[0]])} twice")
-        for extreme in (int(chosen[0]), int(chosen[-1])):
-            if not 0 <= extreme < self.source_size:
-                raise ValueError(f"indices must be in 0 .. {self.source_size - 1}, got {extreme}")
-        return chosen
-
-    def _group_of(self, samples: Int64) -> Int64:
-        """Group of each of some samples (ascending), by whichever of two ways fits the form."""
-        if self.order is None:
-            by_start = np.argsort(self.starts)
-            at = np.searchsorted(self.starts[by_start], samples, side="right") - 1
-            group = by_start[np.maximum(at, 0)]
-            held = (at >= 0) & (samples < self.starts[group] + self.counts[group])
-        else:
-            of_sample = np.full(self.source_size, -1, np.int32)
-            numbers = np.arange(self.num_patches, dtype=np.int32)
-            of_sample[arrays.to_numpy(self.order)] = np.repeat(numbers, self.counts)
-            group = of_sample[samples].astype(np.int64)
-            held = group >= 0
-        if not held.all():
-            raise ValueError(
-                f"indices must be samples of these groups, got {int(samples[~held][0])}"
-            )
-        return group.astype(np.int64)
 
     def __repr__(self) -> str:
         """Return sizes, form and device."""
@@ -671,12 +626,6 @@ def _ids_and_names(patch_ids: Any, size: int) -> tuple[Int64, tuple[str, ...] | 
         ids = read_patch_ids(patch_ids)
         return ids.read(0, ids.size).astype(np.int64), ids.names
     return as_int64(patch_ids, "patch_ids"), None
-
-
-def _places(starts: Int64, counts: Int64) -> Int64:
-    """Return the places of runs, end to end: int64, shape (sum of counts,)."""
-    offsets = np.cumsum(counts) - counts
-    return np.repeat(starts - offsets, counts) + np.arange(int(counts.sum()))
 
 
 def _read_only(table: Int64) -> Int64:

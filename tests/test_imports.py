@@ -27,7 +27,7 @@ FLOORS = [
     ["ids", "runs", "steps"],
     ["sources", "counting", "signature", "checking"],
     ["sorting", "indexfile"],
-    ["splitting", "building"],
+    ["splitting", "building", "selecting"],
     ["grouping"],
     ["costs", "tables", "ranks", "resolving"],
     ["kernels", "reference"],
