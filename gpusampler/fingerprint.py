@@ -119,22 +119,8 @@ def _weight_of_all(size: int) -> int:
     return int(weights_before(np.array([size], np.int64))[0])
 
 
-def of_ids(ids: NDArray[Any]) -> int:
-    """Return the fingerprint of the ids of samples 0 .. N-1, read in blocks.
-
-    Parameters
-    ----------
-    ids : integer array, shape (N,)
-        May be a memory map.
-    """
-    found = IdSum()
-    for first in range(0, ids.shape[0], BLOCK):
-        found.add(first, ids[first : first + BLOCK].astype(np.int64, copy=False))
-    return found.value(ids.shape[0])
-
-
 def of_ids_on(xp: Any, ids: Any, device: Any) -> int:
-    """Return `of_ids` of an int64 array that lies on a device, computed there.
+    """Return the fingerprint of an int64 array that lies on a device, computed there.
 
     Parameters
     ----------

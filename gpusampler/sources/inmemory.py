@@ -51,7 +51,7 @@ class ArrayIds(PatchIds):
         self.size = int(self.array.shape[0])
         self.dtype = arrays.dtype_name(self.array)
         self.device = arrays.device_of(self.array)
-        self._file = MappedFile.under(self.array)
+        self._file = FileBelow.under(self.array)
         self.modified = None if self._file is None else self._file.modified()
 
     def read(self, start: int, stop: int) -> NDArray[Any]:
@@ -62,7 +62,7 @@ class ArrayIds(PatchIds):
         return fitting(arrays.to_numpy(part), start)
 
 
-class MappedFile:
+class FileBelow:
     """The file under a memory map, which may become shorter: reading on would kill the process."""
 
     def __init__(self, mapped: mmap.mmap, name: str | None, offset: int) -> None:
@@ -73,7 +73,7 @@ class MappedFile:
         self._address = byte_bounds(np.frombuffer(mapped, np.uint8))[0]
 
     @classmethod
-    def under(cls, array: Any) -> MappedFile | None:
+    def under(cls, array: Any) -> FileBelow | None:
         """Return the file that an array is a view of, or None."""
         name, offset, base = None, 0, array
         while isinstance(base, (np.ndarray, memoryview)):
@@ -133,7 +133,7 @@ def array_ids(source: Any, column: Any, name: str, progress: bool) -> PatchIds:
 
 
 def _of_objects(array: NDArray[Any], size: int, name: str, progress: bool) -> PatchIds:
-    file = MappedFile.under(array)
+    file = FileBelow.under(array)
     modified = None if file is None else file.modified()
 
     def values(start: int, stop: int) -> list[Any]:
