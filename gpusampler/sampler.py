@@ -80,8 +80,8 @@ class PatchBatchSampler:
         samples together.
     device : str or torch.device
         Where the tables live and batches are evaluated: "numpy", "cpu", "cuda:0", "cupy", ...
-        "auto": where the ids already are; for a dataset, CUDA if torch is imported and sees a GPU,
-        else NumPy. The batches are the same on all.
+        "auto": where the ids already are (of an index file: the host); for a dataset or a file of
+        ids, CUDA if torch is imported and sees a GPU, else NumPy. The batches are the same on all.
     output : {"list", "numpy", "tensor"}
         What iteration hands out: lists of int, or host int64 arrays of NumPy or torch, for
         datasets with ``__getitems__``.

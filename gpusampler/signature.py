@@ -34,7 +34,9 @@ def signature_of(ids: PatchIds, blocks: int | None = None) -> dict[str, Any]:
         If the ids cannot be read.
     """
     if blocks is None:
-        blocks = BLOCKS if ids.seekable else BLOCKS_WHERE_DEAR
+        # From a device each block is a copy that is waited for.
+        cheap = ids.seekable and ids.device.on_host
+        blocks = BLOCKS if cheap else BLOCKS_WHERE_DEAR
     if ids.size <= blocks * LENGTH:
         spans = [(0, ids.size)]
     else:
