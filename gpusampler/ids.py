@@ -35,6 +35,8 @@ class PatchIds(ABC):
         lie in no file.
     seekable : bool
         Whether a few ids in the middle cost no more than as many at the start.
+    in_memory : bool
+        Whether they lie in an array in memory, where nobody changes them while they are read.
     reopen : tuple of a callable and its arguments, or None
         What makes the same ids in another process, where they lie in a file.
     """
@@ -45,6 +47,7 @@ class PatchIds(ABC):
     device: Device = HOST
     modified: int | None = None
     seekable: bool = True
+    in_memory: bool = False
     reopen: tuple[Callable[..., Any], tuple[Any, ...]] | None = None
 
     @abstractmethod
@@ -103,6 +106,8 @@ class HostIds(PatchIds):
     ----------
     ids : integer array, shape (N,)
     """
+
+    in_memory = True
 
     def __init__(self, ids: NDArray[Any]) -> None:
         self.ids = ids

@@ -116,7 +116,8 @@ def group_on_host(ids: PatchIds, work: Work | None = None, *, progress: bool = F
     if found.starts is not None:
         return Grouped(found.patch_ids, found.counts, found.starts, None, found.fingerprint)
     dtype = np.int32 if ids.size < INT32_SAMPLES else np.int64
-    scatter = Scatter(found, work.order(found, ids.size, dtype), state)
+    order = work.order(found, ids.size, dtype)
+    scatter = Scatter(found, order, state, checked=not ids.in_memory)
     with telemetry.Bar(ids.size, "sorting samples", "samples", progress) as shown:
         keep = partial(work.checkpoint, lambda: {**census.state(), **scatter.state()})
         _in_blocks(ids, scatter.written, scatter.add, keep, shown)
@@ -150,10 +151,17 @@ class Scatter:
         Where to.
     state : mapping of arrays, optional
         From `state`, to go on from there; what was written since is written again.
+    checked : bool
+        Whether the ids may have changed since they were counted.
     """
 
     def __init__(
-        self, counted: Counted, order: NDArray[Any], state: Mapping[str, NDArray[Any]] | None
+        self,
+        counted: Counted,
+        order: NDArray[Any],
+        state: Mapping[str, NDArray[Any]] | None,
+        *,
+        checked: bool = True,
     ) -> None:
         self.order = order
         self.written = 0
@@ -163,6 +171,7 @@ class Scatter:
         self._fingerprint = counted.fingerprint
         # Samples that have changed places leave every count as it was.
         self._sum = fingerprint.IdSum()
+        self._checked = checked
         if state is not None and "written" in state:
             self.written = int(state["written"])
             self._cursor = state["cursor"].copy()
@@ -176,7 +185,8 @@ class Scatter:
         step = BLOCK if many else max(CHUNK, 2 * self._cursor.size)
         for first in range(0, ids.size, step):
             part = ids[first : first + step]
-            self._sum.add(self.written, part.astype(np.int64, copy=False))
+            if self._checked:
+                self._sum.add(self.written, part.astype(np.int64, copy=False))
             try:
                 group = self._group(part)
                 target, ranked = self._among_many(group) if many else self._among_few(group)
@@ -203,7 +213,7 @@ class Scatter:
         IdsChanged
             If there were other ids than were counted, or the same ones elsewhere.
         """
-        same = self._sum.value(self.order.size) == self._fingerprint
+        same = not self._checked or self._sum.value(self.order.size) == self._fingerprint
         if not same or not np.array_equal(self._cursor, self._ends):
             raise IdsChanged
         return np.append(0, self._ends[:-1])

@@ -348,3 +348,24 @@ def test_long_ids_of_every_kind(seed):
     if counted.starts is None:
         order = order_of(ids, counted, borders, stopping=bool(seed % 2))
         np.testing.assert_array_equal(order, np.argsort(ids, kind="stable"))
+
+
+def test_ids_in_memory_are_not_looked_at_twice_for_changes(tmp_path, monkeypatch):
+    ids = np.random.default_rng(0).integers(0, 50, 200_000)
+    np.save(tmp_path / "ids.npy", ids)
+    sums = []
+    add = fingerprint.IdSum.add
+    monkeypatch.setattr(
+        fingerprint.IdSum,
+        "add",
+        lambda self, first, part: (sums.append(part.size), add(self, first, part))[1],
+    )
+    PatchGroups.from_ids(ids)
+    assert sum(sums) == ids.size
+    sums.clear()
+    # A file, mapped or not, may be written to between the two passes.
+    PatchGroups.from_ids(np.load(tmp_path / "ids.npy", mmap_mode="r"))
+    assert sum(sums) == 2 * ids.size
+    sums.clear()
+    PatchGroups.from_ids(tmp_path / "ids.npy")
+    assert sum(sums) == 2 * ids.size

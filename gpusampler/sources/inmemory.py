@@ -52,6 +52,7 @@ class ArrayIds(PatchIds):
         self.dtype = arrays.dtype_name(self.array)
         self.device = arrays.device_of(self.array)
         self._file = FileBelow.under(self.array)
+        self.in_memory = self._file is None
         self.modified = None if self._file is None else self._file.modified()
 
     def read(self, start: int, stop: int) -> NDArray[Any]:
