@@ -8,7 +8,7 @@ import os
 os.environ["OMP_NUM_THREADS"] = "1"
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from importlib.util import find_spec
 from typing import Any
@@ -70,6 +70,15 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     for item in items:
         if item.get_closest_marker("battery"):
             item.add_marker(skip)
+
+
+@pytest.fixture(name="torch")
+def torch_with_cuda() -> Iterator[Any]:
+    """torch, where it sees a GPU; what was begun there is done when the test is."""
+    if not torch_cuda():
+        pytest.skip("torch sees no CUDA device")
+    yield torch
+    torch.cuda.synchronize()
 
 
 @pytest.fixture

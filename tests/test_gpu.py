@@ -8,7 +8,7 @@ from collections import deque
 
 import numpy as np
 import pytest
-from conftest import cupy_cuda, torch_cuda
+from conftest import cupy_cuda
 
 from gpusampler import EpochPlan, PatchBatchSampler, PatchGroups, PatchTensorLoader, arrays
 
@@ -29,16 +29,6 @@ ORDERS = {
     "same patch": {"steps": "same_patch", "step_width": 4},
 }
 every_order = pytest.mark.parametrize("order", ORDERS.values(), ids=ORDERS)
-
-
-@pytest.fixture
-def torch():
-    if not torch_cuda():
-        pytest.skip("torch sees no CUDA device")
-    import torch
-
-    yield torch
-    torch.cuda.synchronize()
 
 
 @pytest.fixture

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from conftest import torch_cuda
 
 from gpusampler import PatchBatchSampler, PatchGroups, memory
 from gpusampler.arrays import Device
@@ -13,16 +12,6 @@ pytestmark = pytest.mark.gpu
 
 IDS = np.random.default_rng(5).integers(0, 300, 200_000)
 EXPECTED = list(PatchBatchSampler(IDS, 64, seed=1))
-
-
-@pytest.fixture
-def torch():
-    if not torch_cuda():
-        pytest.skip("torch sees no CUDA device")
-    import torch
-
-    yield torch
-    torch.cuda.synchronize()
 
 
 def test_a_mapped_index_on_a_gpu_gives_the_same_batches(torch, tmp_path):
