@@ -10,7 +10,6 @@ import mmap
 import os
 import secrets
 import time
-import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -25,7 +24,7 @@ from gpusampler.ids import PatchIds
 from gpusampler.indexfile import ORDER_AT, Contents, reserve, to_disk, told_of_room
 from gpusampler.signature import difference, signature_of
 from gpusampler.sorting import Grouped, IdsChanged, group_on_host
-from gpusampler.telemetry import logger
+from gpusampler.telemetry import logger, warn
 
 try:
     import fcntl
@@ -70,14 +69,12 @@ def build(ids: PatchIds, path: Path, *, progress: bool) -> None:
 def _is_there(ids: PatchIds, path: Path, progress: bool) -> bool:
     if not path.exists():
         return False
-    if not indexfile.is_index(path):
-        raise ValueError(f"path must be free or an index, got another file in {path}")
-    contents, _ = indexfile.read_index(path, mapped=True, progress=False)
-    saved = contents.signature
+    head = indexfile.read_head(path)
+    saved = head["signature"]
     differs = "ids nobody knows" if saved is None else difference(saved, ids, whole=False)
     if differs is None and None in (ids.modified, saved and saved["modified"]):
         # Without a file's time to go by, blocks alone would let a change between them pass.
-        same = mark_of(ids, progress=progress) == contents.fingerprint
+        same = mark_of(ids, progress=progress) == head["fingerprint"]
         differs = None if same else "other ids"
     if differs is None:
         return True
@@ -103,13 +100,14 @@ class Build:
         self._partial = path.with_name(f"{path.name}.partial")
         self._progress = path.with_name(f"{path.name}.progress")
         self._aside = path.with_name(f"{path.name}.progress.saving")
-        self._signature = signature_of(ids)
+        self._signature: dict[str, Any] = {}
         self._map: mmap.mmap | None = None
         self._token = b""
         self._next = 0.0
 
     def __enter__(self) -> Build:
         """Wait until no other process builds this index."""
+        self._signature = signature_of(self._ids)
         self._file = self._locked()
         self._next = time.monotonic() + CHECKPOINT_SECONDS
         return self
@@ -144,14 +142,10 @@ class Build:
             signature, token = json.loads(str(state["signature"])), state["token"].tobytes()
         # What a damaged archive raises depends on the byte that is damaged.
         except Exception as error:
-            warnings.warn(
-                f"{self._progress} cannot be read, so grouping begins anew: {error}", stacklevel=2
-            )
+            warn(f"{self._progress} cannot be read, so grouping begins anew: {error}")
             return None
         if signature != self._signature:
-            warnings.warn(
-                f"{self._progress} is of other ids, so grouping begins anew", stacklevel=2
-            )
+            warn(f"{self._progress} is of other ids, so grouping begins anew")
             return None
         if "written" in state:
             # An order of another start may be as long, and written in other places.
@@ -162,10 +156,9 @@ class Build:
             if whole and (begin.startswith(indexfile.MAGIC) or begin[TOKEN_AT:] == token):
                 self._token = token
             else:
-                warnings.warn(
+                warn(
                     f"{self._partial} is not the file that {self._progress} is about, so sorting "
-                    "begins anew",
-                    stacklevel=2,
+                    "begins anew"
                 )
                 del state["written"]
         done, at = ("sorted", "written") if "written" in state else ("counted", "seen")

@@ -32,9 +32,7 @@ def mark_of(ids: PatchIds, held: NDArray[np.bool_] | None = None, *, progress: b
                 found.add(first, block)
             else:
                 at = np.flatnonzero(held[first : first + block.size])
-                factor = fingerprint.mix_ids(block[at]) * np.uint64(2) + np.uint64(1)
-                weights = fingerprint.weights_of(first + at)
-                total += int((factor * weights).sum(dtype=np.uint64))
+                total += fingerprint.of_samples(block, at, first + at) if at.size else 0
             shown.update(block.size)
     return found.value(ids.size) if held is None else total & ((1 << 64) - 1)
 

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from gpusampler import fingerprint
+from gpusampler import arrays, fingerprint
 from gpusampler.arrays import Int64
 from gpusampler.ids import BLOCK
 from gpusampler.idtable import IdTable
@@ -55,7 +55,7 @@ class Counted(NamedTuple):
     def numbering(self) -> Callable[[NDArray[Any]], NDArray[Any]]:
         """Return the function from ids, all of these, to their groups in the narrowest type."""
         ids = self.patch_ids
-        dtype = np.uint8 if ids.size <= 1 << 8 else np.uint16 if ids.size <= DIGIT else np.int32
+        dtype = np.dtype(arrays.narrowest("numpy", ids.size)[0])
         low, span = int(ids[0]), int(ids[-1]) - int(ids[0]) + 1
         if span == ids.size:
             return lambda part: np.subtract(part, low, dtype=np.int64).astype(dtype)
@@ -269,8 +269,7 @@ class Table:
             return
         values = np.sort(np.concatenate(self._waiting))
         self._waiting, self._waiting_size = [], 0
-        first = first_of_each(values)
-        new, counts = values[first], np.diff(first, append=values.size)
+        new, counts = arrays.unique_consecutive(values)
         place = np.searchsorted(self._ids, new)
         # Where no table is, ids that are known wait like others.
         known = self._ids[np.minimum(place, self._ids.size - 1)] == new if self._ids.size else False

@@ -22,7 +22,7 @@ from gpusampler.building import build
 from gpusampler.checking import mark_of, mark_of_order
 from gpusampler.counting import check_patch_sizes, label_of
 from gpusampler.ids import PatchIds
-from gpusampler.indexfile import Contents, MappedFile, is_index, read_index, write_index
+from gpusampler.indexfile import Contents, MappedFile, check_free, read_index, write_index
 from gpusampler.selecting import by_group, checked_indices, group_of, places_of
 from gpusampler.signature import difference, signature_of
 from gpusampler.sorting import INT32_SAMPLES, Grouped, group_on_device, group_on_host
@@ -209,8 +209,7 @@ class PatchGroups:
         """
         checked_bool(progress, "progress")
         target = checked_path(path)
-        if target.exists() and not is_index(target):
-            raise ValueError(f"path must be free or an index, got another file in {target}")
+        check_free(target)
         contents = Contents(
             self.patch_ids,
             self.counts,

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from gpusampler import arrays
 from gpusampler.arrays import Int64
 from gpusampler.permutation import derive_key
 
@@ -61,8 +62,7 @@ class IdTable:
 
     def lookup_all(self, ids: NDArray[Any]) -> NDArray[Any]:
         """Return the group number of ids that are all in the table, in the narrowest dtype."""
-        dtype = np.uint8 if self.size <= 1 << 8 else np.uint16 if self.size <= 1 << 16 else np.int32
-        groups = np.empty(ids.size, dtype)
+        groups = np.empty(ids.size, arrays.narrowest("numpy", self.size)[0])
         for first in range(0, ids.size, CHUNK):
             groups[first : first + CHUNK] = self.lookup(ids[first : first + CHUNK])
         return groups

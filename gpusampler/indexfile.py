@@ -195,6 +195,12 @@ def is_index(path: str | os.PathLike[str]) -> bool:
         return False
 
 
+def check_free(path: Path) -> None:
+    """Raise ValueError if there is a file that is no index, and should stay what it is."""
+    if path.exists() and not is_index(path):
+        raise ValueError(f"path must be free or an index, got another file in {path}")
+
+
 def read_index(
     path: Path, *, mapped: bool, progress: bool
 ) -> tuple[Contents, MappedFile | NDArray[Any] | None]:
@@ -221,7 +227,7 @@ def read_index(
         If it is no index, of another version, cut off or damaged.
     """
     with open(path, "rb") as file:
-        head = _read_head(path, file)
+        head = _head_of(path, file)
         there = os.fstat(file.fileno()).st_size
         whole = ORDER_AT + head["order_bytes"] + head["tables_bytes"]
         if there != whole:
@@ -242,7 +248,20 @@ def read_index(
         return contents, order
 
 
-def _read_head(path: Path, file: BinaryIO) -> dict[str, Any]:
+def read_head(path: Path) -> dict[str, Any]:
+    """Return what the head of a file says: "signature" and "fingerprint" as in `Contents`.
+
+    Raises
+    ------
+    ValueError
+        If there is another file, or a head that is damaged or of another version.
+    """
+    check_free(path)
+    with open(path, "rb") as file:
+        return _head_of(path, file)
+
+
+def _head_of(path: Path, file: BinaryIO) -> dict[str, Any]:
     start = file.read(ORDER_AT)
     if start[: len(MAGIC)] != MAGIC:
         raise ValueError(

@@ -6,7 +6,6 @@ What is not known (no Linux, no such question in a library) is None, and nothing
 from __future__ import annotations
 
 import os
-import warnings
 from contextlib import suppress
 from pathlib import Path
 
@@ -223,7 +222,7 @@ class GrowthWatch:
     def __init__(self) -> None:
         self._sizes: list[int] = []
 
-    def look(self, stacklevel: int) -> None:
+    def look(self) -> None:
         """Compare with the epochs before.
 
         Warns
@@ -243,12 +242,11 @@ class GrowthWatch:
         if len(sizes) <= GROWN_EPOCHS or grown < GROWN_TOGETHER:
             return
         _said_growth.append(True)
-        warnings.warn(
+        telemetry.warn(
             f"the memory of this process has grown in each of the last {GROWN_EPOCHS} epochs, from "
             f"{human(sizes[0])} to {human(size)}, {human(grown // GROWN_EPOCHS)} an epoch: "
             "something keeps what an epoch makes, such as losses with their graphs "
-            "(sum loss.item()), batches in a list, or a cache without an end",
-            stacklevel=stacklevel + 1,
+            "(sum loss.item()), batches in a list, or a cache without an end"
         )
 
     def __reduce__(self) -> tuple[type[GrowthWatch], tuple[()]]:

@@ -19,7 +19,15 @@ from numpy.typing import NDArray
 
 from gpusampler import arrays, fingerprint, telemetry
 from gpusampler.arrays import HOST, Device, Int64
-from gpusampler.counting import CHUNK, DIGIT, Census, Counted, State, check_patch_sizes
+from gpusampler.counting import (
+    CHUNK,
+    DIGIT,
+    Census,
+    Counted,
+    State,
+    check_patch_sizes,
+    first_of_each,
+)
 from gpusampler.ids import BLOCK, PatchIds
 from gpusampler.memory import check_room
 from gpusampler.validation import checked_ids
@@ -235,7 +243,7 @@ class Scatter:
         high = (group >> 16).astype(np.uint16)[ranked]
         ranked = ranked[high.argsort(kind="stable")]
         ordered = group[ranked]
-        start = np.append(0, np.flatnonzero(ordered[1:] != ordered[:-1]) + 1)
+        start = first_of_each(ordered)
         found = np.diff(start, append=group.size)
         here = ordered[start]
         target = np.repeat(self._cursor[here] - start, found)

@@ -13,7 +13,7 @@ from gpusampler.memory import GrowthWatch
 from gpusampler.permutation import VERSION
 from gpusampler.plan import EPOCHS, EpochPlan
 from gpusampler.ranks import LateGroup
-from gpusampler.telemetry import Recorder
+from gpusampler.telemetry import Recorder, warn
 from gpusampler.validation import checked_int, checked_seed, shown
 
 STATE_VERSION = 1
@@ -175,7 +175,7 @@ class Progress:
         """Give the next epoch, from the pending slot on, to a pass that begins."""
         if self._late_group is not None:
             self._late_group.check(stacklevel=4)
-        self._growth.look(stacklevel=4)
+        self._growth.look()
         shuffled = self.plan.shuffle_within_batches or self.plan.shuffle_patches
         unset = self._passes > 0 and not self._epoch_chosen
         if self.num_replicas > 1 and shuffled and unset and not self._warned:
@@ -291,11 +291,10 @@ class Progress:
         if plan.steps != "same_patch" or not self._share(place).steps:
             return
         if plan.step_width % ranks or place.slot % ranks:
-            warnings.warn(
+            warn(
                 f"epoch {place.epoch} was begun in steps of {plan.step_width} batches of one "
                 f"patch, which {ranks} ranks cut across from slot {place.slot} on: what they work "
-                "on at one time may be of two patches until that epoch is over",
-                stacklevel=5,
+                "on at one time may be of two patches until that epoch is over"
             )
 
     def __getstate__(self) -> dict[str, Any]:

@@ -73,7 +73,7 @@ class TestFree:
         assert free_bytes(HOST) is None
         assert memory.resident() is memory.anonymous() is memory.peak_resident() is None
         check_room(1 << 60, HOST, "a table", "nothing")
-        GrowthWatch().look(1)
+        GrowthWatch().look()
         assert free_bytes(Device("torch", "mps:0")) is None
 
     @linux

@@ -6,7 +6,6 @@ their libraries is imported before a source of theirs is met.
 
 from __future__ import annotations
 
-import os
 from typing import Any
 
 from gpusampler.ids import PatchIds
@@ -14,7 +13,6 @@ from gpusampler.sources.asking import THREADED_ABOVE
 from gpusampler.sources.checks import no_column
 from gpusampler.sources.costs import patch_costs
 from gpusampler.sources.datasets import dataset_patch_ids
-from gpusampler.sources.paths import path_ids
 from gpusampler.sources.reading import known_ids
 from gpusampler.validation import checked_bool
 
@@ -75,19 +73,8 @@ def read_patch_ids(source: Any, column: Any = None, *, progress: bool = True) ->
     array([-1,  7], dtype=int16)
     """
     checked_bool(progress, "progress")
-    if isinstance(source, (str, os.PathLike)):
-        # In full: the program may go to another folder before they are read.
-        path = os.path.abspath(os.fsdecode(source))
-        ids = path_ids(path, column, progress)
-        ids.reopen = _reopened, (path, column)
+    ids = known_ids(source, column, progress=progress)
+    if ids is not None:
         return ids
-    found = known_ids(source, column, progress=progress)
-    if found is not None:
-        return found
     no_column(column, f"a {type(source).__name__}")
     return dataset_patch_ids(source, progress=progress)
-
-
-def _reopened(path: str, column: Any) -> PatchIds:
-    """Return the ids in a file once more, in a process that they travelled to."""
-    return read_patch_ids(path, column, progress=False)

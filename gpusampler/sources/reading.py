@@ -37,7 +37,8 @@ def known_ids(
         no_column(column, f"a {type(source).__name__}")
         return source
     if isinstance(source, (str, os.PathLike)):
-        return path_ids(os.fsdecode(source), column, progress)
+        # In full: the program may go to another folder before they are read.
+        return _ids_in_file(os.path.abspath(os.fsdecode(source)), column, progress)
     if arrays.library_of(source) is not None:
         return array_ids(source, column, name, progress)
     for reader in (table_ids, arrow_ids, parquet_ids, chunked_ids):
@@ -49,3 +50,10 @@ def known_ids(
         no_column(column, f"a {type(source).__name__}")
         return list_ids(source, name, progress)
     return None
+
+
+def _ids_in_file(path: str, column: Any, progress: bool) -> PatchIds:
+    """Return ids that travel to another process as the file's name."""
+    ids = path_ids(path, column, progress)
+    ids.reopen = _ids_in_file, (path, column, False)
+    return ids
