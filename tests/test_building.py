@@ -536,3 +536,19 @@ def test_another_file_at_the_path_is_left_alone(folder):
         PatchGroups.from_ids(folder / "ids.npy", path=folder / "ids.npy")
     assert np.load(folder / "ids.npy").tolist() == [0, 1, 2, 3, 4]
     assert os.listdir(folder) == ["ids.npy"]
+
+
+def test_a_selection_is_compared_with_its_ids_in_every_block(folder):
+    ids = ids_of("dense")
+    chosen = np.arange(0, SIZE, 3)
+    PatchGroups.from_ids(ids).select(chosen).save(folder / "a")
+    assert SIZE > 2 * BLOCK
+    groups = PatchGroups.load(folder / "a", source=Slow(ids), verify=True)
+    assert groups.num_samples == chosen.size
+    changed = ids.copy()
+    # Of what was not chosen nothing is known; of what was, in the last block too, everything.
+    changed[SIZE - 1 - (SIZE - 1) % 3 - 1] += 1
+    PatchGroups.load(folder / "a", source=Slow(changed), verify=True)
+    changed[SIZE - 1 - (SIZE - 1) % 3] += 1
+    with pytest.raises(ValueError, match="which are other ids"):
+        PatchGroups.load(folder / "a", source=Slow(changed), verify=True)
