@@ -35,8 +35,10 @@ def checked_costs(costs: Any, groups: PatchGroups, steps: str) -> NDArray[np.flo
     return None
 
 
-def costs_by_patch(costs: Any, groups: PatchGroups) -> NDArray[np.float64]:
-    """Return the cost of a sample of each patch.
+def costs_by_patch(
+    costs: Any, groups: PatchGroups, name: str = "patch_costs"
+) -> NDArray[np.float64]:
+    """Return the cost of a sample of each patch, or another positive number by patch.
 
     Parameters
     ----------
@@ -44,6 +46,8 @@ def costs_by_patch(costs: Any, groups: PatchGroups) -> NDArray[np.float64]:
         By ascending patch id, from patch ids (others may be there too), or a function of the
         patch id.
     groups : PatchGroups
+    name : str
+        Of the argument, for errors.
 
     Returns
     -------
@@ -56,42 +60,64 @@ def costs_by_patch(costs: Any, groups: PatchGroups) -> NDArray[np.float64]:
     ValueError
         If there are not as many as patches, a patch has none, or one is not in (0, 2**512).
     """
-    # A column of a table with an index is a mapping, too: by place it would mix patches up.
-    if isinstance(costs, Mapping) or hasattr(costs, "keys"):
-        patch_ids = groups.labels.tolist()
-        missing = [patch_id for patch_id in patch_ids if patch_id not in costs]
-        if missing:
-            raise ValueError(
-                f"patch_costs must have a cost for every patch, got none for {_listed(missing)}"
-            )
-        costs = [costs[patch_id] for patch_id in patch_ids]
-    elif callable(costs):
-        costs = [costs(patch_id) for patch_id in groups.labels.tolist()]
-    if isinstance(costs, np.ma.MaskedArray):
-        raise TypeError("patch_costs must have a value for every patch, got a masked array")
-    try:
-        found = np.asarray(arrays.to_numpy(costs) if arrays.library_of(costs) else costs)
-    except ValueError as error:
-        raise ValueError(f"patch_costs must be one number a patch: {error}") from error
-    if found.dtype.kind not in "iuf":
-        raise TypeError(
-            "patch_costs must be numbers by ascending patch id, a mapping from patch ids, or a "
-            f"function of the patch id, got {shown(costs)}"
-        )
-    if found.shape != (groups.num_patches,):
-        raise ValueError(
-            f"patch_costs must be one number a patch, shape ({groups.num_patches},), got shape "
-            f"{found.shape}"
-        )
-    found = found.astype(np.float64)
+    found = checked_numbers(listed_by_patch(costs, groups, name), groups.num_patches, name)
     wrong = np.flatnonzero(~((found > 0) & (found < MOST)))
     if wrong.size:
         group = int(wrong[0])
         raise ValueError(
-            f"patch_costs must be > 0 and < 2**512, got {found[group]} for patch "
-            f"{groups.labels[group]}"
+            f"{name} must be > 0 and < 2**512, got {found[group]} for patch {groups.labels[group]}"
         )
     return found
+
+
+def listed_by_patch(values: Any, groups: PatchGroups, name: str) -> Any:
+    """Return what a mapping or a function of patch ids says, by ascending patch id; else as it is.
+
+    Raises
+    ------
+    ValueError
+        If a mapping lacks a patch.
+    """
+    # A column of a table with an index is a mapping, too: by place it would mix patches up.
+    if isinstance(values, Mapping) or hasattr(values, "keys"):
+        patch_ids = groups.labels.tolist()
+        missing = [patch_id for patch_id in patch_ids if patch_id not in values]
+        if missing:
+            raise ValueError(
+                f"{name} must have a number for every patch, got none for {_listed(missing)}"
+            )
+        return [values[patch_id] for patch_id in patch_ids]
+    if callable(values):
+        return [values(patch_id) for patch_id in groups.labels.tolist()]
+    return values
+
+
+def checked_numbers(values: Any, count: int, name: str, of: str = "patch") -> NDArray[np.float64]:
+    """Return numbers, one a patch (or sample), as float64; what is finite or positive is not asked.
+
+    Raises
+    ------
+    TypeError
+        If one is no number.
+    ValueError
+        If there are not ``count`` of them, in one dimension.
+    """
+    if isinstance(values, np.ma.MaskedArray):
+        raise TypeError(f"{name} must have a value for every {of}, got a masked array")
+    try:
+        found = np.asarray(arrays.to_numpy(values) if arrays.library_of(values) else values)
+    except ValueError as error:
+        raise ValueError(f"{name} must be one number a {of}: {error}") from error
+    if found.dtype.kind not in "iuf":
+        by = "one a sample"
+        if of == "patch":
+            by = "by ascending patch id, a mapping from patch ids, or a function of the patch id"
+        raise TypeError(f"{name} must be numbers {by}, got {shown(values)}")
+    if found.shape != (count,):
+        raise ValueError(
+            f"{name} must be one number a {of}, shape ({count},), got shape {found.shape}"
+        )
+    return found.astype(np.float64)
 
 
 def _listed(patch_ids: list[Any]) -> str:

@@ -206,7 +206,7 @@ def test_a_column_with_an_index_is_a_mapping():
     column = pandas.Series(COSTS)
     assert column.tolist() != by_id(COSTS)
     assert epoch_of(balanced(column), 3) == epoch_of(balanced(COSTS), 3)
-    with pytest.raises(ValueError, match="a cost for every patch, got none for -2, 5, 9, 40"):
+    with pytest.raises(ValueError, match="a number for every patch, got none for -2, 5, 9, 40"):
         balanced(pandas.Series(by_id(COSTS), index=[100, 101, 102, 103]))
 
 

@@ -1,0 +1,189 @@
+"""Mixing: what share of an epoch's batches a patch has.
+
+A patch with as many slots as it has batches is gone through once an epoch. One with more starts
+another pass, under a fresh permutation; one with fewer goes on in the next epoch where it stopped
+in this one. Both follow from one line: the j-th slot of the patch in an epoch is its batch number
+``t = epoch * slots + j`` since the beginning, and ``divmod(t, own batches)`` is the pass and the
+batch in it.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from gpusampler.arrays import Int64
+from gpusampler.costs import costs_by_patch
+from gpusampler.grouping import PatchGroups
+from gpusampler.validation import checked_int, shown
+
+EXACT = 1 << 52
+"""Weights are integers that add up to about this much: a sum that float64 and int64 hold."""
+
+MOST_BATCHES = 1 << 60
+"""Batches of an epoch are fewer."""
+
+
+@dataclass(frozen=True)
+class Temperature:
+    """Weights between the patches' own sizes and equal shares, for ``weights``.
+
+    A patch's share of an epoch's batches goes with its own batches to the power of 1 / t: 1 is the
+    plain epoch, more brings small patches up, infinity gives all patches equally many. (The
+    temperature of mixtures of languages and tasks: Arivazhagan et al. 2019, arXiv 1907.05019.)
+
+    Parameters
+    ----------
+    t : float
+        > 0; ``float("inf")`` is allowed.
+
+    Raises
+    ------
+    TypeError, ValueError
+        If it is no such number.
+
+    Examples
+    --------
+    >>> from gpusampler import PatchBatchSampler
+    >>> sampler = PatchBatchSampler([1] * 90 + [2] * 10, 1, seed=0, weights=Temperature(2))
+    >>> sampler.coverage().batches.tolist()
+    [75, 25]
+    """
+
+    t: float
+
+    def __post_init__(self) -> None:
+        """Check the number."""
+        if isinstance(self.t, (bool, np.bool_)) or not isinstance(
+            self.t, (int, float, np.integer, np.floating)
+        ):
+            raise TypeError(f"t must be a number, got {shown(self.t)}")
+        if not self.t > 0:
+            raise ValueError(f"t must be > 0, got {self.t}")
+
+    def weights(self, own: Int64) -> NDArray[np.float64]:
+        """Return the weights of patches that have ``own`` batches each, shape (G,); 0 for none."""
+        if self.t == 1:
+            return own.astype(np.float64)
+        # Relative to the largest: no power overflows, and what underflows is 0 and gets one slot.
+        power = np.power(own / max(int(own.max()), 1), 1.0 / float(self.t))
+        return np.where(own > 0, power, 0.0)
+
+
+def slots_by_patch(
+    weights: Any, epoch_batches: int | None, groups: PatchGroups, own: Int64
+) -> Int64:
+    """Return the slots of each patch in an epoch.
+
+    Parameters
+    ----------
+    weights : array (G,), mapping, Temperature, or None
+        A patch's share of the batches; None: its own batches.
+    epoch_batches : int, optional
+        Slots of an epoch; default: all patches' own batches.
+    groups : PatchGroups
+    own : int64 array, shape (G,)
+        Batches that each patch is cut into; those without any take no part.
+
+    Returns
+    -------
+    int64 array, shape (G,)
+        At least 1 for each patch that has a batch; see `apportion`.
+
+    Raises
+    ------
+    TypeError, ValueError
+        If an argument is not as described, or there are fewer slots than patches.
+    """
+    taking_part = int((own > 0).sum())
+    if epoch_batches is None:
+        total = int(own.sum())
+    else:
+        total = checked_int(epoch_batches, "epoch_batches", least=1, below=MOST_BATCHES)
+    if total < taking_part:
+        raise ValueError(
+            f"epoch_batches must be at least the number of patches that have a batch, "
+            f"{taking_part}, got {total}"
+        )
+    if weights is None:
+        found = own.astype(np.float64)
+    elif isinstance(weights, Temperature):
+        found = weights.weights(own)
+    elif callable(weights):
+        raise TypeError(
+            "weights must be a mapping from patch ids, numbers by ascending patch id, or a "
+            f"Temperature, got {shown(weights)}"
+        )
+    else:
+        found = np.where(own > 0, costs_by_patch(weights, groups, "weights"), 0.0)
+    return apportion(as_integers(found), total, own > 0)
+
+
+def as_integers(weights: NDArray[np.float64]) -> Int64:
+    """Return weights as integers in the same ratio, whose sum is at most about 2**52.
+
+    Integral ones of a small sum stay as they are; others are multiplied by a power of two, which
+    is exact, and rounded. The sum that decides is rounded once, so that all machines agree.
+    """
+    total = math.fsum(weights.tolist())
+    if total <= EXACT and bool((weights == np.floor(weights)).all()):
+        return weights.astype(np.int64)
+    exponent = math.frexp(total)[1]
+    return np.rint(np.ldexp(weights, 52 - exponent)).astype(np.int64)
+
+
+def apportion(weights: Int64, total: int, taking_part: NDArray[np.bool_]) -> Int64:
+    """Share out a total in proportion to weights: at least 1 each, within 1 of the exact share.
+
+    Who would get less than 1 gets 1, and the others share the rest: whole parts first, what is
+    left over one each by the largest remainders (Hamilton's method), the lower place at a tie.
+
+    Parameters
+    ----------
+    weights : int64 array, shape (G,)
+        0 or more, of a sum up to 2**53.
+    total : int
+        At least the number of those that take part, below 2**60.
+    taking_part : bool array, shape (G,)
+        Who gets anything.
+
+    Returns
+    -------
+    int64 array, shape (G,)
+        They add up to ``total``.
+    """
+    shares = np.zeros(weights.shape, np.int64)
+    free = taking_part.copy()
+    while True:
+        rest = total - int((taking_part & ~free).sum())
+        whole, left = _divided(weights[free], rest, int(weights[free].sum()))
+        few = whole == 0
+        if not few.any():
+            break
+        at = np.flatnonzero(free)
+        shares[at[few]] = 1
+        free[at[few]] = False
+        if not free.any():
+            return shares
+    over = rest - int(whole.sum())
+    whole[np.argsort(-left, kind="stable")[:over]] += 1
+    shares[free] = whole
+    return shares
+
+
+def _divided(weights: Int64, total: int, divisor: int) -> tuple[Int64, Int64]:
+    """Return ``divmod(weights * total, divisor)``, whose products are beyond 64 bits.
+
+    The quotient is guessed in float64, good to 2**-50, and what it lacks is worked out modulo
+    2**64: it is far smaller, so that it comes out exactly.
+    """
+    if divisor == 0:
+        return np.zeros_like(weights), np.zeros_like(weights)
+    guess = np.floor(weights.astype(np.float64) * (total / divisor)).astype(np.int64)
+    left = weights * np.int64(total) - guess * np.int64(divisor)
+    more = left // divisor
+    return guess + more, left - more * divisor
