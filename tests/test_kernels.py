@@ -347,7 +347,8 @@ def test_any_number_of_rows(kind, rows):
 def test_patches_of_every_kind_side_by_side(kind, partial):
     # Where rounds differ from patch to patch, each row goes by its own.
     plan = plan_of([*EDGES, 1025, 65_537], 24, partial=partial, shuffle_patches=False)
-    assert form_of(plan)[2:6] == (True, 32, 3, 6)
+    found = form_of(plan)
+    assert (found.samples, found.small, found.fewest, found.most) == (True, 32, 3, 6)
     ends = np.cumsum(plan.batches_by_patch)
     check(plan, kind, 6, np.concatenate([ends - 1, ends - plan.batches_by_patch]))
 
@@ -402,8 +403,8 @@ NOWHERE = {
 @pytest.mark.parametrize("groups", NOWHERE.values(), ids=NOWHERE)
 @every_kernel
 def test_slots_that_do_not_exist_stay_in_bounds(kind, groups):
-    choices = product(KINDS_OF_PLANS, [True, False], ["keep", "pad"])
-    for (interleave, steps), shuffle, partial in choices:
+    choices = product(KINDS_OF_PLANS, [True, False], ["keep", "pad"], [None, 50])
+    for (interleave, steps), shuffle, partial, epoch_batches in choices:
         plan = EpochPlan(
             groups,
             3,
@@ -413,6 +414,7 @@ def test_slots_that_do_not_exist_stay_in_bounds(kind, groups):
             partial=partial,
             steps=steps,
             step_width=1 if steps == "free" else 2,
+            epoch_batches=epoch_batches,
         )
         last = plan.num_batches - 1
         slots = [-1, -(2**31), -(2**63), last + 1, last + 2, 2**31, 2**32, 2**63 - 1, last]
