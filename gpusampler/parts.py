@@ -263,23 +263,23 @@ def _check_over_budget(
     budget: CostBudget,
 ) -> None:
     """Raise ValueError as classes are over the budget, unless others are not and these skipped."""
-    if budget.over_budget == "error":
-        at = np.flatnonzero(over[row])
-        samples = places_of(groups.starts, groups.counts) if order is None else order
-        place = int(at[samples[at].argmin()])
-        sample, patch = int(samples[place]), int(classes.patches[row[place]])
-        costs = _checked_costs(budget.sample_costs, groups.source_size)
-        cost = float(_rounded_up(costs[sample : sample + 1])[0])
+    if budget.over_budget != "error" and not bool(over.all()):
+        return
+    samples = places_of(groups.starts, groups.counts) if order is None else order
+    costs = _rounded_up(_checked_costs(budget.sample_costs, groups.source_size)[samples])
+    if budget.over_budget != "error":
         raise ValueError(
-            f"max_cost must be enough for every sample, got {at.size} of {groups.num_samples} over "
-            f"the budget, sample {sample} of patch {groups.labels[patch]} first: "
-            f"{budget.refusal(cost)}; over_budget='skip' leaves them out"
+            "max_cost must be enough for at least one sample, got none: "
+            f"{budget.refusal(float(costs.min()))}"
         )
-    if bool(over.all()):
-        raise ValueError(
-            f"max_cost must be enough for at least one sample, got none: "
-            f"{budget.refusal(float(classes.costs.min()))}"
-        )
+    at = np.flatnonzero(over[row])
+    first = int(at[samples[at].argmin()])
+    label = groups.labels[classes.patches[row[first]]]
+    raise ValueError(
+        f"max_cost must be enough for every sample, got {at.size} of {groups.num_samples} over the "
+        f"budget, sample {samples[first]} of patch {label} first: "
+        f"{budget.refusal(float(costs[first]))}; over_budget='skip' leaves them out"
+    )
 
 
 def _last_of_parts(
