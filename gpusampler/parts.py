@@ -69,6 +69,10 @@ PER_PART = 2.0**-9
 """What a part counts, so that of two ways with as many batches the one with fewer is taken."""
 
 
+KINDS = 256
+"""Room for the classes of a patch: eight for each of 31 octaves of sizes, and one over budget."""
+
+
 class Parts(NamedTuple):
     """Patches cut into classes of cost.
 
@@ -198,12 +202,15 @@ def _classes_of(
 ) -> tuple[_Classes, NDArray[Any]]:
     """Return the classes of all patches, and the class of each sample in the groups' order."""
     row = np.empty(groups.num_samples, np.int32 if groups.num_samples < INT32_SAMPLES else np.int64)
-    found: list[_Classes] = []
+    found: list[tuple[Int64, Int64, NDArray[np.float64]]] = []
     rows = 0
-    for first, last, start, stop in _blocks(groups):
-        counts = groups.counts[first:last]
+    offsets = groups.offsets
+    for first, last, start, stop in _blocks(offsets):
+        bounds = np.clip(offsets[first : last + 1], start, stop)
+        counts = np.diff(bounds)
         if order is None:
-            samples: NDArray[Any] = places_of(groups.starts[first:last], counts)
+            begin = groups.starts[first:last] + bounds[:-1] - offsets[first:last]
+            samples: NDArray[Any] = places_of(begin, counts)
         else:
             samples = order[start:stop]
         cost = _rounded_up(costs[samples])
@@ -211,28 +218,45 @@ def _classes_of(
         kind = _kinds(budget.sizes_for(cost))
         lowest = int(kind.min())
         width = int(kind.max()) - lowest + 1
-        place = np.repeat(np.arange(last - first) * width - lowest, counts) + kind
-        met = np.bincount(place, minlength=width * (last - first))
+        key = np.repeat(np.arange(last - first) * width - lowest, counts) + kind
+        met = np.bincount(key)
         there = np.flatnonzero(met)
         number = np.zeros(met.size, row.dtype)
         number[there] = np.arange(there.size)
-        here = number[place]
+        here = number[key]
         largest = np.zeros(there.size)
         np.maximum.at(largest, here, cost)
         row[start:stop] = here + rows
         rows += there.size
-        found.append(_Classes(first + there // width, met[there], largest))
-    return _Classes(*map(np.concatenate, zip(*found, strict=True))), row
+        patch, kind_met = np.divmod(there, width)
+        found.append(((first + patch) * KINDS + lowest + kind_met, met[there], largest))
+    keys, counts, largest = map(np.concatenate, zip(*found, strict=True))
+    if bool((keys[1:] <= keys[:-1]).any()):
+        # A patch was worked on in several blocks.
+        keys, number = np.unique(keys, return_inverse=True)
+        in_blocks, of_blocks = counts, largest
+        counts, largest = np.zeros(keys.size, np.int64), np.zeros(keys.size)
+        np.add.at(counts, number, in_blocks)
+        np.maximum.at(largest, number, of_blocks)
+        row = number.astype(row.dtype)[row]
+    return _Classes(keys // KINDS, counts, largest), row
 
 
-def _blocks(groups: PatchGroups) -> Iterator[tuple[int, int, int, int]]:
-    """Yield whole patches, a few at a time: the first, the last, and where their samples stand."""
-    offsets = groups.offsets
+def _blocks(offsets: Int64) -> Iterator[tuple[int, int, int, int]]:
+    """Yield whole patches, or a part of a large one: the first, the last, and from where to where.
+
+    Parameters
+    ----------
+    offsets : int64 array, shape (G + 1,)
+        Samples before each patch.
+    """
     first = 0
-    while first < groups.num_patches:
-        last = int(np.searchsorted(offsets, offsets[first] + CHUNK, side="right")) - 1
+    while first + 1 < offsets.size:
+        start = int(offsets[first])
+        last = int(np.searchsorted(offsets, start + CHUNK, side="right")) - 1
         last = min(max(last, first + 1), first + PATCHES)
-        yield first, last, int(offsets[first]), int(offsets[last])
+        for begin in range(start, int(offsets[last]), CHUNK):
+            yield first, last, begin, min(begin + CHUNK, int(offsets[last]))
         first = last
 
 
