@@ -278,10 +278,8 @@ def size_of(
         return size if size >= least else 0
 
     def allowed_up(size: int) -> int:
-        size = max(size, least)
-        return (
-            1 << (size - 1).bit_length() if power_of_two else -(-size // multiple_of) * multiple_of
-        )
+        size = -(-max(size, least) // multiple_of) * multiple_of
+        return 1 << (size - 1).bit_length() if power_of_two else size
 
     fitting = bisect_right(range(1, most + 1), max_cost, key=lambda size: size * cost)
     size = allowed_down(fitting)
