@@ -156,16 +156,9 @@ def test_sizes_of_some(max_cost, cost, bounds, size):
 @pytest.mark.parametrize(
     ("cost", "bounds", "said"),
     [
-        (
-            100.00000000000001,
-            {},
-            "allows 0 samples of cost 100 in a batch, which min_batch_size=1 ",
-        ),
-        (
-            10,
-            {"min_batch_size": 11},
-            "allows 10 samples of cost 10 in a batch, which min_batch_size",
-        ),
+        (100.00000000000001, {}, "allows up to 0 samples of cost 100.00000000000001 in a batch"),
+        (10, {"min_batch_size": 11}, "10 samples of cost 10.0 in a batch, and none of these sizes"),
+        (10, {"min_batch_size": 11}, "is right by min_batch_size=11;"),
         (10, {"multiple_of": 11}, "multiple_of=11"),
         (10, {"power_of_two": True, "min_batch_size": 9}, "power_of_two=True"),
         (10, {"power_of_two": True, "multiple_of": 16}, "multiple_of=16"),
@@ -193,7 +186,7 @@ def test_over_the_budget(cost, bounds, said):
 
 def test_bounds_that_leave_no_size():
     budget = CostBudget(100, [1, 1], multiple_of=4, max_batch_size=3)
-    with pytest.raises(ValueError, match="multiple_of=4 and max_batch_size=3"):
+    with pytest.raises(ValueError, match="multiple_of=4, max_batch_size=3"):
         EpochPlan(PatchGroups.from_counts([20, 50]), budget, 0)
 
 
