@@ -260,6 +260,14 @@ def test_sizes_by_patch_are_as_the_oracle_says(data, partial, seed, epoch):
     wanted = oracle.epoch(ids.tolist(), seed, epoch, oracle.Settings(sizes, partial))
     found = [(batch.patch_id, batch.indices.tolist()) for batch in sampler.batches(epoch)]
     assert found == wanted
+    valid = [batch.valid for batch in sampler.batches(epoch)]
+    lengths = [len(samples) for _, samples in wanted]
+    if partial == "pad":
+        # What fills up a last batch does not count.
+        assert all(0 < counted <= length for counted, length in zip(valid, lengths, strict=True))
+        assert sum(valid) == ids.size
+    else:
+        assert valid == lengths
     there = quiet(torch.from_numpy(ids), given, seed=seed, partial=partial)
     assert [(batch.patch_id, batch.indices.tolist()) for batch in there.batches(epoch)] == wanted
     assert sampler.plan.max_batch_size == max(
@@ -278,6 +286,20 @@ def test_equal_sizes_are_one_size():
     assert (
         PatchBatchSampler(IDS, {-2: 1, 5: 2, 9: 3, 40: 1}, seed=1, partial="pad").batch_size is None
     )
+
+
+@pytest.mark.parametrize("partial", ["keep", "pad"])
+@pytest.mark.parametrize("sizes", [{-2: 3, 5: 7, 9: 8, 40: 2}, CostBudget(21, [3, 1.5, 2, 7])])
+def test_evaluation_counts_every_sample_once(sizes, partial):
+    world = [
+        PatchBatchSampler.for_evaluation(IDS, sizes, partial=partial, num_replicas=3, rank=rank)
+        for rank in range(3)
+    ]
+    counted = [
+        sample for s in world for b in s.batches() for sample in b.indices[: b.valid].tolist()
+    ]
+    assert sorted(counted) == list(range(IDS.size))
+    assert len({len(list(sampler.batches())) for sampler in world}) == 1
 
 
 def test_costs_are_taken_in_any_form():
