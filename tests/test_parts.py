@@ -310,7 +310,7 @@ def test_the_first_sample_over_the_budget_is_named():
     costs = np.array([5, 7, 13, 12, 1])
     with pytest.raises(ValueError, match=r"max_cost .*every sample, got 2 of 5 .*sample 2 of pa"):
         parts_of(groups, CostBudget(10, sample_costs=costs), "keep")
-    with pytest.raises(ValueError, match=r"patch b first.* cost 13 .*min_batch_size=1.*'skip'"):
+    with pytest.raises(ValueError, match=r"patch b first.* cost 13.0 .*min_batch_size=1.*'skip'"):
         parts_of(groups, CostBudget(10, sample_costs=costs), "keep")
     with pytest.raises(ValueError, match=r"at least one sample, got none.* cost 1 in"):
         parts_of(groups, CostBudget(0.5, sample_costs=costs, over_budget="skip"), "keep")
