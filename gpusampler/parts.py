@@ -17,18 +17,21 @@ it would have the same members in every epoch; among equals, one with the fewest
 fill. Sizes and exact comparisons decide: every machine cuts alike. Samples over the budget are a
 part of their own.
 
-**What it costs.** A batch's members are of one part. A patch has at most as many parts as half its
-batches, and eight for each octave of sizes; typically about the square root of its batches.
-Measured (``benchmarks/parts.py``; mean batch of 8 samples; share of the budget that batches use,
-parts a patch, share of samples in parts of one batch):
+**What it costs.** A batch's members are of one part. A patch has at most eight parts for each octave
+of sizes, in practice about the square root of its batches. Measured with a mean batch of 8 samples
+(``python -m benchmarks.parts``): the share of the budget that batches use, parts of a patch, and
+the share of samples in parts of one batch.
 
-==========================  =================  =================  =================  ==============
-lengths, patches            one size a patch   1/8 octave,        this rule          as many parts
-                                               merged upwards                        as save a batch
-==========================  =================  =================  =================  ==============
-lognormal, 1 of 5,000       0.11   1.0  0.00   0.87  41.0  0.00   0.89  18.0  0.00   0.89 18.0 0.00
-lognormal, 100 of 100       0.19   1.0  0.00   0.63  11.5  0.34   0.72   5.0  0.00   0.74  5.7 0.13
-==========================  =================  =================  =================  ==============
+=====================  ==========  ==================  ==================  ==================
+patches                one size    1/8 octave, merged  as many parts as    this rule
+                                   upwards             save a batch
+=====================  ==========  ==================  ==================  ==================
+10 of 500, lognormal   0.12  1  0  0.80  19.3  0.06    0.83  10.8  0.02    0.83  10.6  0.00
+10 of 500, utterances  0.63  1  0  0.86  11.1  0.08    0.89   7.0  0.06    0.88   6.2  0.00
+100 of 100, lognormal  0.19  1  0  0.67  10.2  0.30    0.74   5.7  0.13    0.72   5.0  0.00
+=====================  ==========  ==================  ==================  ==================
+
+With two leading bits fewer classes to choose from cost up to 0.03, with four they gain up to 0.02.
 """
 
 from __future__ import annotations
