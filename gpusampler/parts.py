@@ -17,10 +17,10 @@ it would have the same members in every epoch; among equals, one with the fewest
 fill. Sizes and exact comparisons decide: every machine cuts alike. Samples over the budget are a
 part of their own.
 
-**What it costs.** A batch's members are of one part. A patch has at most eight parts for each octave
-of sizes, in practice about the square root of its batches. Measured with a mean batch of 8 samples
-(``python -m benchmarks.parts``): the share of the budget that batches use, parts of a patch, and
-the share of samples in parts of one batch.
+**What it costs.** A batch's members are of one part. A patch has at most eight parts for each
+octave of sizes, in practice about the square root of its batches. Measured with a mean batch of 8
+samples (``python -m benchmarks.parts``): the share of the budget that batches use, parts of a
+patch, and the share of samples in parts of one batch.
 
 =====================  ==========  ==================  ==================  ==================
 patches                one size    1/8 octave, merged  as many parts as    this rule
@@ -31,7 +31,7 @@ patches                one size    1/8 octave, merged  as many parts as    this 
 100 of 100, lognormal  0.19  1  0  0.67  10.2  0.30    0.74   5.7  0.13    0.72   5.0  0.00
 =====================  ==========  ==================  ==================  ==================
 
-With two leading bits fewer classes to choose from cost up to 0.03, with four they gain up to 0.02.
+Three leading bits use up to 0.04 less of the budget, five up to 0.03 more in more parts.
 """
 
 from __future__ import annotations
