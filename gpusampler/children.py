@@ -148,7 +148,8 @@ def _wait(reading: int, child: int, most: int | None) -> tuple[bytes, str, int]:
     (bytes, str, int)
         What it has sent, why it was killed, and the most bytes that it was seen to hold.
     """
-    answer, why, held = [], "", 0
+    answer: list[bytes] = []
+    why, held = "", 0
     worked, since = -1, monotonic()
     while True:
         if select([reading], [], [], LOOK_EVERY)[0]:

@@ -1,0 +1,527 @@
+"""calibrate: a budget of cost from what the user's own training step takes of the memory."""
+
+from __future__ import annotations
+
+import math
+import os
+import platform
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from gpusampler import arrays, memory, sources, telemetry
+from gpusampler.arrays import Int64
+from gpusampler.calibration_report import draw, table
+from gpusampler.costs import costs_by_patch
+from gpusampler.fitting import Fit, Floats, fit_peaks, residuals
+from gpusampler.iteration import Batch
+from gpusampler.keeping import check_state
+from gpusampler.plan import EpochPlan
+from gpusampler.probing import Meter, Probe, meter_for
+from gpusampler.sampler import PatchBatchSampler
+from gpusampler.sizing import LARGEST, CostBudget, OverBudget, sizes_of
+from gpusampler.validation import checked_bool, checked_path, shown
+
+ENOUGH = 4
+"""Sizes of a patch whose peaks are large enough to tell something."""
+
+RISE = 3.0
+"""The largest of them is so many times the smallest, or what is fixed would hide what grows."""
+
+FASTEST = 16
+"""Sizes grow by this at most, as long as peaks are too small to tell anything; then they double."""
+
+SAMPLES = 4096
+MOST_SAMPLES = 1 << 20
+"""Patches of fewer samples than the first are gone through again, as long as peaks are small; of
+none are more than the second taken."""
+
+OFF = 0.15
+"""By more than this share of a peak, the cost does not describe what the step takes."""
+
+ROUNDS = 12
+"""Times that a budget is made smaller before calibration gives up."""
+
+
+class Point(NamedTuple):
+    """One measurement: a group's place, its cost, the batch's size, and what it took."""
+
+    group: int
+    cost: float
+    size: int
+    probe: Probe | None
+
+
+def calibrate(
+    step: Callable[[Batch], object],
+    sampler: PatchBatchSampler,
+    *,
+    state: Sequence[Any] = (),
+    cost: Any = None,
+    per_sample: bool = False,
+    memory_limit: float | None = None,
+    share: float = 0.9,
+    max_batch_size: int | None = None,
+    min_batch_size: int = 1,
+    multiple_of: int = 1,
+    power_of_two: bool = False,
+    over_budget: OverBudget = "error",
+    picture: str | os.PathLike[str] | None = None,
+    progress: bool = True,
+) -> CostBudget:
+    """Measure what a training step takes of the memory, and return the budget that fits.
+
+    The step is made for a few patches (the cheapest, one in the middle, the dearest) and sizes that
+    double, each twice: what the optimizer and libraries make at the first step is held from then
+    on, and the second is measured. Through the peaks above what was held goes the line ``fixed +
+    per_cost * cost * batch_size``, of least squares of relative errors, and ``max_cost`` is what
+    fills the share of the memory by it. Then the dearest batch of all patches is tried; if it
+    takes more, the budget is made smaller until it does not.
+
+    On CUDA, memory is what torch gives out (``torch.cuda.max_memory_allocated``), in this process.
+    On the CPU, each measurement is made in a child process of its own, made by ``fork`` (Linux): by
+    its high-water mark of resident memory, with one thread, and malloc set to give back what is
+    freed. Memory that runs out is a finding, here as there: half the size is tried next.
+
+    Parameters
+    ----------
+    step : callable
+        Your training step, ``step(batch)`` with a `Batch`: gathers, forward, backward, optimizer.
+        It is called many times.
+    sampler : PatchBatchSampler
+        Of the patches that are to be trained on, with any batch size.
+    state : tuple
+        What the step changes: modules (with buffers, gradients and training mode), optimizers,
+        schedulers, anything else with ``state_dict`` and ``load_state_dict``, random generators,
+        tensors. It is as it was afterwards, bit for bit, as are the random generators of Python,
+        NumPy and torch; also when the step raises.
+    cost : array (G,), mapping, callable or dataset, optional
+        Cost of a sample of each patch, as for `CostBudget`, or a dataset with ``patch_costs()``.
+        Default: the costs of the sampler's own budget.
+    per_sample : bool
+        Fit ``fixed + (per_sample + per_cost * cost) * batch_size``, where a sample takes something
+        whatever its cost (a latent grid, say). The costs of the budget are bytes then.
+    memory_limit : float, optional
+        Bytes, with what this process holds. Default: what is free on the device and what this
+        process holds already.
+    share : float
+        Of the limit, in (0, 1], that a batch may fill with what is held.
+    max_batch_size, min_batch_size, multiple_of, power_of_two, over_budget
+        As for `CostBudget`.
+    picture : path, optional
+        Where to draw peaks, line and residuals (PNG).
+    progress : bool
+        Print the table.
+
+    Returns
+    -------
+    CostBudget
+        ``cost`` is a mapping from patch ids; ``calibration`` has all that was measured, JSON-safe.
+
+    Raises
+    ------
+    TypeError
+        If an argument has the wrong type, or an object of ``state`` cannot be put back.
+    ValueError
+        If a value is out of range, costs are missing, or ``share`` of the limit does not suffice
+        for what is held, or for the smallest batch of a patch (see ``over_budget``).
+    RuntimeError
+        If the memory of the device cannot be measured here, no probe succeeds, or the step's
+        process ends or waits for ever.
+    ImportError
+        If ``picture`` is given and matplotlib is not installed.
+    BaseException
+        What the step raises, but for memory that has run out; from a child process with its
+        traceback as the cause.
+
+    Warns
+    -----
+    UserWarning
+        If the line is off by more than 15 % of a peak: the cost does not describe what the step
+        takes.
+
+    Examples
+    --------
+    >>> from gpusampler import PatchBatchSampler
+    >>> points = {7: 4_000, 8: 64_000}
+    >>> sampler = PatchBatchSampler([7] * 500 + [8] * 90, 4, seed=0)
+    >>> def step(batch):
+    ...     field = np.ones((len(batch.indices), points[batch.patch_id], 8))
+    >>> budget = calibrate(step, sampler, cost=points, memory_limit=2e9, share=0.5, progress=False)
+    >>> 55 < budget.calibration["per_cost"] < 73  # 8 numbers of 8 bytes a point
+    True
+    >>> sampler = PatchBatchSampler([7] * 500 + [8] * 90, budget, seed=0)
+    """
+    if not callable(step):
+        raise TypeError(f"step must be a function of a batch, got {shown(step)}")
+    if not isinstance(sampler, PatchBatchSampler):
+        raise TypeError(f"sampler must be a PatchBatchSampler, got {shown(sampler)}")
+    objects = check_state(state)
+    limit = _checked_limit(memory_limit)
+    share = _checked_share(share)
+    checked_bool(per_sample, "per_sample")
+    checked_bool(progress, "progress")
+    bounds = CostBudget(
+        1,
+        min_batch_size=min_batch_size,
+        max_batch_size=max_batch_size,
+        multiple_of=multiple_of,
+        power_of_two=power_of_two,
+        over_budget=over_budget,
+    )
+    path = None if picture is None else _checked_picture(picture)
+    plan = sampler.plan
+    costs = _checked_costs(cost, plan)
+    device, meter = meter_for(step, plan, objects, limit)
+    if share * meter.limit <= meter.held():
+        raise ValueError(
+            f"memory_limit must be more than the {memory.human(meter.held())} that are held "
+            f"already, times share={share:g}, got {memory.human(meter.limit)}"
+        )
+    search = _Search(meter, plan, costs, bounds, share, per_sample)
+    search.climb()
+    budget = search.settle()
+    record = search.record(device)
+    budget = replace(budget, calibration=record)
+    said = table(record)
+    telemetry.logger.info("calibrate:\n%s", said)
+    if progress:
+        print(said)  # noqa: T201
+    if path is not None:
+        draw(record, path)
+    search.warn_if_off()
+    return budget
+
+
+class _Search:
+    """What was measured so far, and what is tried next."""
+
+    def __init__(
+        self,
+        meter: Meter,
+        plan: EpochPlan,
+        costs: Floats,
+        bounds: CostBudget,
+        share: float,
+        per_sample: bool,
+    ) -> None:
+        self._meter, self._plan, self._costs = meter, plan, costs
+        self._bounds, self._share, self._per_sample = bounds, share, per_sample
+        self.points: list[Point] = []
+        self.verified: list[tuple[Point, float]] = []
+        """What was tried of budgets, and what was predicted."""
+        self.sizes: Int64 = np.zeros(costs.size, np.int64)
+        top = np.full(costs.size, LARGEST, np.int64)
+        counts = plan.groups.counts
+        allowed = replace(bounds, max_cost=float(LARGEST)).sizes_for(np.ones(1))[0]
+        useful = bounds.sizes_of_use(np.minimum(top, allowed), counts, plan.partial)
+        self._useful = useful
+        self._least = int(bounds.sizes_of_use(top[:1], np.ones(1, np.int64), "keep")[0])
+
+    @property
+    def room(self) -> float:
+        """Bytes that a batch may fill, with what is held."""
+        return self._share * self._meter.limit
+
+    def climb(self) -> None:
+        """Measure a few patches at sizes that double."""
+        cheapest, dearest = int(np.argmin(self._costs)), int(np.argmax(self._costs))
+        # In the middle of what is to be fitted by shares: of the logarithms.
+        between = math.sqrt(self._costs[cheapest] * self._costs[dearest])
+        middle = int(np.argmin(np.abs(self._costs - between)))
+        begin = 0.0
+        for group in dict.fromkeys((cheapest, middle, dearest)):
+            found = self._climb(group, begin)
+            # Where one patch is first seen to take something, the next will be, too.
+            begin = begin or found
+        if not self._good():
+            raise RuntimeError(
+                f"step must fit into memory_limit={memory.human(self._meter.limit)} with at least "
+                f"one batch of {self._least}, got none that does: "
+                f"{len(self.points)} probes, all out of memory"
+            )
+
+    def _climb(self, group: int, begin: float) -> float:
+        """Measure one patch; return the cost of its smallest batch that tells something."""
+        cost = float(self._costs[group])
+        most = min(max(int(self._useful[group]), SAMPLES), MOST_SAMPLES)
+        size = max(self._rounded(min(begin / cost, most)), self._least)
+        own: list[Point] = []
+        telling: list[Point] = []
+        beyond = LARGEST
+        while size <= most and size < beyond and self._fits(group, size, own):
+            point = self._measure(group, size)
+            if point.probe is None:
+                # Half the way back, but not to where it has been.
+                beyond, size = size, self._rounded(size / 2)
+                if size < self._least or (own and size <= own[-1].size):
+                    break
+                continue
+            own.append(point)
+            peak = point.probe.peak
+            factor = 2.0
+            if peak >= self._meter.measurable:
+                telling.append(point)
+                if len(telling) >= ENOUGH and peak >= RISE * _peak(telling[0]):
+                    break
+            else:
+                factor = min(max(self._meter.measurable / peak, 2.0), FASTEST)
+            size = self._larger(size, factor)
+        return telling[0].cost * telling[0].size if telling else 0.0
+
+    def _fits(self, group: int, size: int, own: list[Point]) -> bool:
+        """Whether a batch is foreseen to stay within the share, as far as can be told by now."""
+        known = self._good()
+        if len(own) >= 2:
+            first, last = own[-2], own[-1]
+            rise = max(_peak(last) - _peak(first), 0) / (last.size - first.size)
+            peak = _peak(last) + rise * (size - last.size)
+        elif len(known) >= 3:
+            peak = float(self._fitted().predict(self._costs[group], size))
+        else:
+            return True
+        return peak + self._held() <= self.room
+
+    def _measure(self, group: int, size: int) -> Point:
+        point = Point(group, float(self._costs[group]), size, self._meter.measure(group, size))
+        self.points.append(point)
+        return point
+
+    def _good(self) -> list[Point]:
+        return [point for point in self.points if point.probe is not None]
+
+    def _held(self) -> int:
+        return max((point.probe.held for point in self._good() if point.probe), default=0)
+
+    def _telling(self) -> list[Point]:
+        """Return the points that are fitted: those large enough, if there are some."""
+        good = self._good()
+        telling = [point for point in good if _peak(point) >= self._meter.measurable]
+        return telling if len({p.cost * p.size for p in telling}) >= 3 else good
+
+    def _fitted(self, per_sample: bool | None = None) -> Fit:
+        costs, sizes, peaks = _columns(self._telling())
+        return fit_peaks(
+            costs, sizes, peaks, self._per_sample if per_sample is None else per_sample
+        )
+
+    def settle(self) -> CostBudget:
+        """Return the budget by the line, made smaller as long as its dearest batch takes more."""
+        self.fit = self._fitted()
+        held = self._held()
+        unit = self.unit_costs()
+        per_unit = 1.0 if self._per_sample else self.fit.per_cost
+        most = (self.room - held - self.fit.fixed) / per_unit
+        labels = self._plan.groups.labels.tolist()
+        for _ in range(ROUNDS):
+            if not most > 0:
+                raise ValueError(
+                    f"memory_limit must be more than what is held ({memory.human(held)}) and what "
+                    f"any batch takes ({memory.human(int(self.fit.fixed))}), times "
+                    f"share={self._share:g}, got {memory.human(self._meter.limit)}"
+                )
+            by_patch = dict(zip(labels, unit.tolist(), strict=True))
+            budget = replace(self._bounds, max_cost=most, cost=by_patch)
+            self.sizes = self._sizes(budget)
+            group = int(np.argmax(self.sizes * unit))
+            size = int(self.sizes[group])
+            foreseen = float(self.fit.predict(self._costs[group], size))
+            point = Point(group, float(self._costs[group]), size, self._meter.measure(group, size))
+            self.verified.append((point, foreseen))
+            used = size * float(unit[group])
+            if point.probe is None:
+                most = used / 2
+                continue
+            over = point.probe.held + point.probe.peak - self.room
+            if over <= 0:
+                return budget
+            # By the slope from what is fixed to what was found; at least by one sample.
+            fixed = min(self.fit.fixed, point.probe.peak - 1)
+            left = max(point.probe.peak - over - fixed, 0) / (point.probe.peak - fixed)
+            most = min(used * left, math.nextafter(used, 0))
+        raise RuntimeError(
+            f"share={self._share:g} of memory_limit={memory.human(self._meter.limit)} is exceeded "
+            f"by the dearest batch, however often ({ROUNDS} times) the budget is made smaller: the "
+            "cost does not describe what the step takes"
+        )
+
+    def unit_costs(self) -> Floats:
+        """Return the costs that the budget counts in: as given, or bytes of a sample."""
+        if not self._per_sample:
+            return self._costs
+        return self._costs * self.fit.per_cost + self.fit.per_sample
+
+    def _sizes(self, budget: CostBudget) -> Int64:
+        try:
+            return sizes_of(budget, self._plan.groups, self._plan.partial).sizes
+        except ValueError as error:
+            raise ValueError(
+                f"memory_limit={memory.human(self._meter.limit)} must be enough, at "
+                f"share={self._share:g}, for every patch: {error}"
+            ) from error
+
+    def _off(self, fit: Fit) -> float:
+        """Return by which share a fit is off at worst, of the peaks that tell something."""
+        points = [*self._telling(), *(p for p, _ in self.verified if p.probe is not None)]
+        telling = [point for point in points if _peak(point) >= self._meter.measurable]
+        if not telling:
+            return 0.0
+        return float(np.abs(residuals(fit, *_columns(telling))).max())
+
+    def warn_if_off(self) -> None:
+        """Warn where the cost does not describe what was measured."""
+        off = self._off(self.fit)
+        if off <= OFF:
+            return
+        better = self._fitted(per_sample=True)
+        advice = "give costs that go with what a sample takes"
+        if not self._per_sample and self._off(better) <= min(OFF, off / 2):
+            offset = better.per_sample / better.per_cost
+            advice = (
+                f"a part of each sample does not grow with it: per_sample=True, or costs that are "
+                f"{offset:.3g} more each, describe it within {self._off(better):.0%}"
+            )
+        telemetry.warn(
+            f"the cost does not describe the memory that the step takes: the line is off by "
+            f"{off:.0%} of a measured peak; {advice}"
+        )
+
+    def record(self, device: str) -> dict[str, Any]:
+        """Return what was measured, as plain values."""
+        labels = self._plan.groups.labels.tolist()
+        median = np.argsort(self._costs, kind="stable")[self._costs.size // 2]
+        chosen = dict.fromkeys(
+            (int(np.argmin(self._costs)), int(median), int(np.argmax(self._costs)))
+        )
+        used = [id(point) for point in self._telling()]
+
+        def plain(point: Point, foreseen: float) -> dict[str, Any]:
+            probe = point.probe
+            return {
+                "patch_id": labels[point.group],
+                "cost": point.cost,
+                "batch_size": point.size,
+                "held": None if probe is None else probe.held,
+                "peak": None if probe is None else probe.peak,
+                "predicted": foreseen,
+            }
+
+        return {
+            "fixed": self.fit.fixed,
+            "per_cost": self.fit.per_cost,
+            "per_sample": self.fit.per_sample,
+            "held": self._held(),
+            "memory_limit": int(self._meter.limit),
+            "share": self._share,
+            "device": device,
+            "worst_residual": self._off(self.fit),
+            "points": [
+                {
+                    **plain(point, float(self.fit.predict(point.cost, point.size))),
+                    "fitted": id(point) in used,
+                }
+                for point in self.points
+            ],
+            "verified": [plain(point, foreseen) for point, foreseen in self.verified],
+            "sizes": [
+                {
+                    "patch_id": labels[group],
+                    "cost": float(self._costs[group]),
+                    "batch_size": int(self.sizes[group]),
+                    "samples": int(self._plan.groups.counts[group]),
+                }
+                for group in chosen
+            ],
+            "versions": _versions(),
+        }
+
+    def _rounded(self, size: float) -> int:
+        """Return the largest size that is allowed and no larger, 0 if none is."""
+        if size < 1:
+            return 0
+        return int(replace(self._bounds, max_cost=float(size)).sizes_for(np.ones(1))[0])
+
+    def _larger(self, size: int, factor: float) -> int:
+        """Return an allowed size about ``factor`` times as large; beyond all, if there is none."""
+        larger = self._rounded(size * factor)
+        return larger if larger > size else LARGEST
+
+
+def _peak(point: Point) -> int:
+    assert point.probe is not None
+    return point.probe.peak
+
+
+def _columns(points: Sequence[Point]) -> tuple[Floats, Floats, Floats]:
+    """Return costs, sizes and peaks."""
+    return (
+        np.array([point.cost for point in points]),
+        np.array([point.size for point in points], np.float64),
+        np.array([_peak(point) for point in points], np.float64),
+    )
+
+
+def _versions() -> dict[str, str]:
+    found = {
+        # The package's number stands above this room; it is there by now.
+        "gpusampler": str(getattr(sys.modules.get("gpusampler"), "__version__", "unknown")),
+        "python": platform.python_version(),
+        "numpy": np.__version__,
+        "machine": platform.platform(),
+    }
+    for name in ("torch", "cupy"):
+        module = arrays.loaded(name)
+        if module is not None:
+            found[name] = str(module.__version__)
+    return found
+
+
+def _checked_costs(cost: Any, plan: EpochPlan) -> Floats:
+    if cost is not None and not isinstance(cost, Mapping) and not isinstance(cost, np.ndarray):
+        said = sources.patch_costs(cost)
+        cost = cost if said is None else said
+    if cost is None:
+        cost = plan.costs_by_patch
+    if cost is None:
+        raise ValueError(
+            "cost must be given, as a mapping from patch ids or a dataset that has patch_costs(), "
+            "where the sampler's batch_size is no CostBudget, got None"
+        )
+    return costs_by_patch(cost, plan.groups, "cost")
+
+
+def _checked_limit(limit: Any) -> int | None:
+    if limit is None:
+        return None
+    if isinstance(limit, (bool, np.bool_)) or not isinstance(
+        limit, (int, float, np.integer, np.floating)
+    ):
+        raise TypeError(f"memory_limit must be a number of bytes, got {shown(limit)}")
+    if not 0 < limit < 2.0**62:
+        raise ValueError(f"memory_limit must be > 0 bytes and < 2**62, got {shown(limit)}")
+    return int(limit)
+
+
+def _checked_share(share: Any) -> float:
+    if isinstance(share, (bool, np.bool_)) or not isinstance(
+        share, (int, float, np.integer, np.floating)
+    ):
+        raise TypeError(f"share must be a number, got {shown(share)}")
+    if not 0 < share <= 1:
+        raise ValueError(f"share must be in (0, 1], got {shown(share)}")
+    return float(share)
+
+
+def _checked_picture(picture: Any) -> Path:
+    path = checked_path(picture, "picture")
+    try:
+        import matplotlib  # noqa: F401
+    except ImportError as error:
+        raise ImportError(
+            "picture must be left out where matplotlib is not installed; pip install matplotlib"
+        ) from error
+    return path
