@@ -9,7 +9,7 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
@@ -17,14 +17,14 @@ from gpusampler import arrays, memory, sources, telemetry
 from gpusampler.arrays import Int64
 from gpusampler.calibration_report import draw, table
 from gpusampler.costs import costs_by_patch
-from gpusampler.fitting import Fit, Floats, fit_peaks, residuals
+from gpusampler.fitting import Fit, Floats, Form, fit_peaks, residuals
 from gpusampler.iteration import Batch
 from gpusampler.keeping import check_state
 from gpusampler.plan import EpochPlan
 from gpusampler.probing import Meter, Probe, meter_for
 from gpusampler.sampler import PatchBatchSampler
 from gpusampler.sizing import LARGEST, CostBudget, OverBudget, sizes_of
-from gpusampler.validation import checked_bool, checked_path, shown
+from gpusampler.validation import checked_bool, checked_choice, checked_path, shown
 
 ENOUGH = 4
 """Sizes of a patch whose peaks are large enough to tell something."""
@@ -44,7 +44,13 @@ OFF = 0.15
 """By more than this share of a peak, the cost does not describe what the step takes."""
 
 ROUNDS = 12
-"""Times that a budget is made smaller before calibration gives up."""
+"""Budgets that are tried before calibration gives up."""
+
+REFITS = 2
+"""Times that a dearest batch which is off by more than `OFF` moves the line."""
+
+
+FITS = ("auto", "proportional", "affine")
 
 
 class Point(NamedTuple):
@@ -62,7 +68,7 @@ def calibrate(
     *,
     state: Sequence[Any] = (),
     cost: Any = None,
-    per_sample: bool = False,
+    fit: Literal["auto", "proportional", "affine"] = "auto",
     memory_limit: float | None = None,
     share: float = 0.9,
     max_batch_size: int | None = None,
@@ -102,9 +108,12 @@ def calibrate(
     cost : array (G,), mapping, callable or dataset, optional
         Cost of a sample of each patch, as for `CostBudget`, or a dataset with ``patch_costs()``.
         Default: the costs of the sampler's own budget.
-    per_sample : bool
-        Fit ``fixed + (per_sample + per_cost * cost) * batch_size``, where a sample takes something
-        whatever its cost (a latent grid, say). The costs of the budget are bytes then.
+    fit : {"auto", "proportional", "affine"}
+        "proportional": as above. "affine": ``fixed + per_patch * cost + (per_sample + per_cost *
+        cost) * batch_size``, for models that keep something once for a batch (the graph of its
+        patch) or for a sample whatever its cost (a latent grid); the costs of the budget are bytes
+        then. "auto": proportional, unless that is off by more than 15 % and affine by less than
+        half as much.
     memory_limit : float, optional
         Bytes, with what this process holds. Default: what is free on the device and what this
         process holds already.
@@ -163,7 +172,7 @@ def calibrate(
     objects = check_state(state)
     limit = _checked_limit(memory_limit)
     share = _checked_share(share)
-    checked_bool(per_sample, "per_sample")
+    checked_choice(fit, "fit", FITS)
     checked_bool(progress, "progress")
     bounds = CostBudget(
         1,
@@ -182,7 +191,7 @@ def calibrate(
             f"memory_limit must be more than the {memory.human(meter.held())} that are held "
             f"already, times share={share:g}, got {memory.human(meter.limit)}"
         )
-    search = _Search(meter, plan, costs, bounds, share, per_sample)
+    search = _Search(meter, plan, costs, bounds, share, fit)
     search.climb()
     budget = search.settle()
     record = search.record(device)
@@ -207,10 +216,11 @@ class _Search:
         costs: Floats,
         bounds: CostBudget,
         share: float,
-        per_sample: bool,
+        fit: str,
     ) -> None:
         self._meter, self._plan, self._costs = meter, plan, costs
-        self._bounds, self._share, self._per_sample = bounds, share, per_sample
+        self._bounds, self._share, self._form = bounds, share, fit
+        self.fit = Fit(0.0, 0.0)
         self.points: list[Point] = []
         self.verified: list[tuple[Point, float]] = []
         """What was tried of budgets, and what was predicted."""
@@ -281,7 +291,7 @@ class _Search:
             rise = max(_peak(last) - _peak(first), 0) / (last.size - first.size)
             peak = _peak(last) + rise * (size - last.size)
         elif len(known) >= 3:
-            peak = float(self._fitted().predict(self._costs[group], size))
+            peak = float(self._fitted()[0].predict(self._costs[group], size))
         else:
             return True
         return peak + self._held() <= self.room
@@ -303,57 +313,77 @@ class _Search:
         telling = [point for point in good if _peak(point) >= self._meter.measurable]
         return telling if len({p.cost * p.size for p in telling}) >= 3 else good
 
-    def _fitted(self, per_sample: bool | None = None) -> Fit:
-        costs, sizes, peaks = _columns(self._telling())
-        return fit_peaks(
-            costs, sizes, peaks, self._per_sample if per_sample is None else per_sample
-        )
+    def _fitted(self) -> tuple[Fit, Form]:
+        points = self._telling()
+        columns = _columns(points)
+        plain = fit_peaks(*columns)
+        if self._form == "proportional":
+            return plain, "proportional"
+        # As many points as there are terms would be met by any.
+        if self._form == "auto" and len(points) < 8:
+            return plain, "proportional"
+        affine = fit_peaks(*columns, "affine")
+        off = _worst(plain, points)
+        if self._form == "affine" or (off > OFF and _worst(affine, points) < off / 2):
+            return affine, "affine"
+        return plain, "proportional"
 
     def settle(self) -> CostBudget:
-        """Return the budget by the line, made smaller as long as its dearest batch takes more."""
-        self.fit = self._fitted()
-        held = self._held()
-        unit = self.unit_costs()
-        per_unit = 1.0 if self._per_sample else self.fit.per_cost
-        most = (self.room - held - self.fit.fixed) / per_unit
-        labels = self._plan.groups.labels.tolist()
+        """Return the budget by the fit, made smaller as long as its dearest batch takes more."""
+        refits = 0
+        shrunk = 1.0
+        self.fit, self.form = self._fitted()
         for _ in range(ROUNDS):
-            if not most > 0:
-                raise ValueError(
-                    f"memory_limit must be more than what is held ({memory.human(held)}) and what "
-                    f"any batch takes ({memory.human(int(self.fit.fixed))}), times "
-                    f"share={self._share:g}, got {memory.human(self._meter.limit)}"
-                )
-            by_patch = dict(zip(labels, unit.tolist(), strict=True))
-            budget = replace(self._bounds, max_cost=most, cost=by_patch)
+            unit, most = self._units()
+            budget = replace(
+                self._bounds,
+                max_cost=most * shrunk,
+                cost=dict(zip(self._plan.groups.labels.tolist(), unit.tolist(), strict=True)),
+            )
             self.sizes = self._sizes(budget)
-            group = int(np.argmax(self.sizes * unit))
+            foreseen = np.where(self.sizes > 0, self.fit.predict(self._costs, self.sizes), 0)
+            group = int(np.argmax(foreseen))
             size = int(self.sizes[group])
-            foreseen = float(self.fit.predict(self._costs[group], size))
-            point = Point(group, float(self._costs[group]), size, self._meter.measure(group, size))
-            self.verified.append((point, foreseen))
-            used = size * float(unit[group])
+            point = self._measure(group, size)
+            self.verified.append((point, float(foreseen[group])))
             if point.probe is None:
-                most = used / 2
+                shrunk = size * float(unit[group]) / most / 2
                 continue
-            over = point.probe.held + point.probe.peak - self.room
+            peak = point.probe.peak
+            over = point.probe.held + peak - self.room
+            if abs(foreseen[group] / peak - 1) > OFF and refits < REFITS:
+                # Now that its greatest batch is known, the line can be a better one.
+                refits += 1
+                self.fit, self.form = self._fitted()
+                continue
             if over <= 0:
                 return budget
-            # By the slope from what is fixed to what was found; at least by one sample.
-            fixed = min(self.fit.fixed, point.probe.peak - 1)
-            left = max(point.probe.peak - over - fixed, 0) / (point.probe.peak - fixed)
-            most = min(used * left, math.nextafter(used, 0))
+            # Down the slope from what is there once to what was found; by one sample at least.
+            once = min(float(self.fit.once(self._costs[group])), peak - 1.0)
+            left = max(peak - over - once, 0.0) / (peak - once)
+            shrunk = min(size * left, math.nextafter(size, 0)) * float(unit[group]) / most
         raise RuntimeError(
             f"share={self._share:g} of memory_limit={memory.human(self._meter.limit)} is exceeded "
             f"by the dearest batch, however often ({ROUNDS} times) the budget is made smaller: the "
             "cost does not describe what the step takes"
         )
 
-    def unit_costs(self) -> Floats:
-        """Return the costs that the budget counts in: as given, or bytes of a sample."""
-        if not self._per_sample:
-            return self._costs
-        return self._costs * self.fit.per_cost + self.fit.per_sample
+    def _units(self) -> tuple[Floats, float]:
+        """Return what the budget counts a sample of each patch as, and how much there may be."""
+        held = self._held()
+        left = self.room - held - self.fit.fixed
+        if not left > 0:
+            raise ValueError(
+                f"memory_limit must be more than what is held ({memory.human(held)}) and what any "
+                f"batch takes ({memory.human(int(self.fit.fixed))}), times share={self._share:g}, "
+                f"got {memory.human(self._meter.limit)}"
+            )
+        if self.form == "proportional":
+            return self._costs, left / self.fit.per_cost
+        # What a batch of the patch takes once is spread over its samples, as many as fit.
+        own = self.room - held - self.fit.once(self._costs)
+        each = self.fit.each(self._costs)
+        return np.where(own > each, each * left / np.maximum(own, each), 2 * left), left
 
     def _sizes(self, budget: CostBudget) -> Int64:
         try:
@@ -364,27 +394,20 @@ class _Search:
                 f"share={self._share:g}, for every patch: {error}"
             ) from error
 
-    def _off(self, fit: Fit) -> float:
-        """Return by which share a fit is off at worst, of the peaks that tell something."""
-        points = [*self._telling(), *(p for p, _ in self.verified if p.probe is not None)]
-        telling = [point for point in points if _peak(point) >= self._meter.measurable]
-        if not telling:
-            return 0.0
-        return float(np.abs(residuals(fit, *_columns(telling))).max())
+    def off(self) -> float:
+        """Return by which share the fit is off at worst, of the peaks that tell something."""
+        return _worst(self.fit, [p for p in self._good() if _peak(p) >= self._meter.measurable])
 
     def warn_if_off(self) -> None:
         """Warn where the cost does not describe what was measured."""
-        off = self._off(self.fit)
+        off = self.off()
         if off <= OFF:
             return
-        better = self._fitted(per_sample=True)
         advice = "give costs that go with what a sample takes"
-        if not self._per_sample and self._off(better) <= min(OFF, off / 2):
-            offset = better.per_sample / better.per_cost
-            advice = (
-                f"a part of each sample does not grow with it: per_sample=True, or costs that are "
-                f"{offset:.3g} more each, describe it within {self._off(better):.0%}"
-            )
+        if self._form == "proportional":
+            better = fit_peaks(*_columns(self._telling()), "affine")
+            if _worst(better, self._telling()) < off / 2:
+                advice = f"fit='affine' describes it within {_worst(better, self._telling()):.0%}"
         telemetry.warn(
             f"the cost does not describe the memory that the step takes: the line is off by "
             f"{off:.0%} of a measured peak; {advice}"
@@ -397,7 +420,8 @@ class _Search:
         chosen = dict.fromkeys(
             (int(np.argmin(self._costs)), int(median), int(np.argmax(self._costs)))
         )
-        used = [id(point) for point in self._telling()]
+        used = {id(point) for point in self._telling()}
+        tried = {id(point) for point, _ in self.verified}
 
         def plain(point: Point, foreseen: float) -> dict[str, Any]:
             probe = point.probe
@@ -414,17 +438,20 @@ class _Search:
             "fixed": self.fit.fixed,
             "per_cost": self.fit.per_cost,
             "per_sample": self.fit.per_sample,
+            "per_patch": self.fit.per_patch,
+            "fit": self.form,
             "held": self._held(),
             "memory_limit": int(self._meter.limit),
             "share": self._share,
             "device": device,
-            "worst_residual": self._off(self.fit),
+            "worst_residual": self.off(),
             "points": [
                 {
-                    **plain(point, float(self.fit.predict(point.cost, point.size))),
+                    **plain(point, self._predicted(point)),
                     "fitted": id(point) in used,
                 }
                 for point in self.points
+                if id(point) not in tried
             ],
             "verified": [plain(point, foreseen) for point, foreseen in self.verified],
             "sizes": [
@@ -438,6 +465,9 @@ class _Search:
             ],
             "versions": _versions(),
         }
+
+    def _predicted(self, point: Point) -> float:
+        return float(self.fit.predict(point.cost, point.size))
 
     def _rounded(self, size: float) -> int:
         """Return the largest size that is allowed and no larger, 0 if none is."""
@@ -454,6 +484,11 @@ class _Search:
 def _peak(point: Point) -> int:
     assert point.probe is not None
     return point.probe.peak
+
+
+def _worst(fit: Fit, points: Sequence[Point]) -> float:
+    """Return by which share of a peak a fit is off at most."""
+    return float(np.abs(residuals(fit, *_columns(points))).max()) if points else 0.0
 
 
 def _columns(points: Sequence[Point]) -> tuple[Floats, Floats, Floats]:

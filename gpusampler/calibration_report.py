@@ -22,9 +22,12 @@ def table(record: Record) -> str:
         ``CostBudget.calibration``.
     """
     limit, share = record["memory_limit"], record["share"]
-    each = f"{record['per_cost']:.4g} a unit of cost"
+    line = f"{human(int(record['fixed']))}"
+    if record["per_patch"]:
+        line += f" + {record['per_patch']:.4g} B * cost"
+    each = f"{record['per_cost']:.4g} B * cost"
     if record["per_sample"]:
-        each = f"({human(int(record['per_sample']))} + {each}), by samples"
+        each = f"({human(int(record['per_sample']))} + {each})"
     rows = [(*_row(point), "" if point["fitted"] else "no") for point in record["points"]]
     rows += [(*_row(point), "tried") for point in record["verified"]]
     header = ("patch", "cost", "batch size", "peak", "line", "off", "fitted")
@@ -32,8 +35,7 @@ def table(record: Record) -> str:
         f"calibration on {record['device']}: bytes above the {human(record['held'])} that are held",
         *_columns(header, rows),
         "",
-        f"  line: {human(int(record['fixed']))} + {each}; "
-        f"off by {record['worst_residual']:.1%} at worst",
+        f"  line: {line} + {each} * batch size; off by {record['worst_residual']:.1%} at worst",
         f"  memory: {share:.0%} of {human(limit)} is {human(int(share * limit))}",
         "",
         *_columns(
