@@ -52,8 +52,7 @@ class Fit(NamedTuple):
         return np.asarray(self.once(costs) + self.each(costs) * np.asarray(sizes, np.float64))
 
 
-def fit_peaks(costs: Floats, sizes: Floats, peaks: Floats, form: Values = NDArray[np.float64] | NDArray[np.int64] | float
-Form = "proportional") -> Fit:
+def fit_peaks(costs: Floats, sizes: Floats, peaks: Floats, form: Form = "proportional") -> Fit:
     """Return the fit that is off by the least share of each peak, by least squares.
 
     Parameters
