@@ -7,7 +7,7 @@
 //
 //   SLOTS     0 slots as they are, 1 Fisher-Yates, 2 grid of 32-bit slots, 3 grid of 64-bit slots
 //   LOCATED   `slots` holds batches of the patches that `row_groups` holds
-//   MIXED     they are of the passes over their patches that `row_passes` holds, not of the epoch
+//   PASSES    they are of the passes over their patches that `row_passes` holds, not of the epoch
 //   SAMPLES   permute inside the patches
 //   SMALL     the largest n that goes through Fisher-Yates here, 0 if none
 //   FEWEST, MOST  pairs of rounds of the largest and of the smallest patch above 32; 0 if none
@@ -155,7 +155,7 @@ KERNEL void gpusampler_batches(
 #endif
 #if SAMPLES
             u32 s0 = state0, s1 = state1;
-#if MIXED
+#if PASSES
             const i64 pass = row_passes[row_0 + t];
             absorb(s0, s1, (u32)pass);
             absorb(s0, s1, (u32)(pass >> 32));

@@ -19,8 +19,8 @@ class Form(NamedTuple):
         How slots are permuted: not, by Fisher-Yates, on a grid of 32-bit or of 64-bit slots.
     located : bool
         Whether rows are told as batches of patches, and not as slots.
-    mixed : bool
-        Whether rows have a pass over their patch each, told like the patch, in place of the epoch.
+    passes : bool
+        Whether rows are of a pass over their patch each, told like it, and not of the epoch.
     samples : bool
         Whether samples are permuted inside their patches.
     small : int
@@ -39,7 +39,7 @@ class Form(NamedTuple):
 
     slots: int
     located: bool
-    mixed: bool
+    passes: bool
     samples: bool
     small: int
     fewest: int
@@ -57,7 +57,7 @@ class Form(NamedTuple):
         *,
         ragged: bool,
         located: bool = False,
-        mixed: bool = False,
+        passes: bool = False,
         epoch_there: bool = False,
     ) -> Form:
         """Return the form for a plan's tables; what no patch of it needs is left out."""
@@ -76,7 +76,7 @@ class Form(NamedTuple):
         return cls(
             slots=slots,
             located=located,
-            mixed=mixed and shuffles.samples,
+            passes=passes and shuffles.samples,
             samples=shuffles.samples,
             small=small,
             fewest=fewest,

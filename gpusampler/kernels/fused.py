@@ -137,7 +137,7 @@ class Fused:
             self._shuffles,
             ragged=ragged,
             located=group is not None,
-            mixed=passes is not None,
+            passes=passes is not None,
         )
 
     def _empty(self, shape: tuple[int, ...], dtype: str = "int64") -> Any:
@@ -146,7 +146,7 @@ class Fused:
 
     def _keys(self, streams: Streams, epoch: int, form: Form) -> tuple[int, int, int, int]:
         # Where each row has a pass of its own, the kernel absorbs it.
-        samples = streams.samples if form.mixed else absorb_pair(streams.samples, epoch)
+        samples = streams.samples if form.passes else absorb_pair(streams.samples, epoch)
         return *key_of(streams.batches, epoch, 0), *samples
 
     def _run(

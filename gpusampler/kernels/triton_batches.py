@@ -3,8 +3,8 @@
 Imported at first use only. A program takes ``ROWS`` rows (batches): it finds out what each row is
 (slot -> batch by a keyed bijection -> patch by a search -> key, grid and first position) and then
 writes the rows' samples (position -> permutation -> order), ``COLS`` of each row at a time. Where
-rows are LOCATED, ``slots`` holds batches of the patches that ``row_groups`` holds; where they are
-MIXED, of the passes over them that ``row_passes`` holds.
+rows are LOCATED, ``slots`` holds batches of the patches that ``row_groups`` holds; where it holds
+PASSES, of those over the patches that ``row_passes`` holds.
 
 Integer arguments are signed 32-bit numbers, keys by their bits: Triton types an argument by its
 value, and a key that is 64-bit in one epoch would be another kernel to compile.
@@ -156,7 +156,7 @@ def batches_kernel(
     state1,
     SLOTS: tl.constexpr,
     LOCATED: tl.constexpr,
-    MIXED: tl.constexpr,
+    PASSES: tl.constexpr,
     SAMPLES: tl.constexpr,
     SMALL: tl.constexpr,
     FEWEST: tl.constexpr,
@@ -225,7 +225,7 @@ def batches_kernel(
     if SAMPLES:
         # What belongs to a row, as a column beside the row's lanes.
         key, step = s0, s1
-        if MIXED:
+        if PASSES:
             passes = tl.load(row_passes + row, mask=inside, other=0)
             key, step = _absorb_epoch(key, step, passes)
         key, step = _absorb(key, step, group.to(tl.uint32))
