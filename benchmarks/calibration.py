@@ -240,12 +240,17 @@ def line(found: dict[str, Any]) -> str:
     off = np.abs([one["off"] for one in found["held_out"]])
     peaks = [one["measured"] for one in found["held_out"]]
     record = found["calibration"]
-    return (
-        f"| {found['case']} | {record['fit']} | {len(record['points'])} in {found['seconds']:.1f} s "
-        f"| {record['worst_residual']:.1%} | {len(off)}, {memory.human(min(peaks))} to "
-        f"{memory.human(max(peaks))} | {np.median(off):.1%} | {off.max():.1%} | "
-        f"{found['epoch_peak'] / found['limit']:.1%} |"
-    )
+    cells = [
+        found["case"],
+        record["fit"],
+        f"{len(record['points'])}, {found['seconds']:.1f} s",
+        f"{record['worst_residual']:.1%}",
+        f"{len(off)}, {memory.human(min(peaks))} to {memory.human(max(peaks))}",
+        f"{np.median(off):.1%}",
+        f"{off.max():.1%}",
+        f"{found['epoch_peak'] / found['limit']:.1%}",
+    ]
+    return f"| {' | '.join(cells)} |"
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -46,6 +46,9 @@ OFF = 0.15
 ROUNDS = 12
 """Budgets that are tried before calibration gives up."""
 
+WALK = 12
+"""Batches that are made in a row with a budget: most of what malloc holds on to shows by then."""
+
 REFITS = 2
 """Times that a dearest batch which is off by more than `OFF` moves the line."""
 
@@ -85,13 +88,15 @@ def calibrate(
     double, each twice: what the optimizer and libraries make at the first step is held from then
     on, and the second is measured. Through the peaks above what was held goes the line ``fixed +
     per_cost * cost * batch_size``, of least squares of relative errors, and ``max_cost`` is what
-    fills the share of the memory by it. Then the dearest batch of all patches is tried; if it
-    takes more, the budget is made smaller until it does not.
+    fills the share of the memory by it. Then the dearest batch of all patches is tried, and a dozen
+    batches in a row; if they take more, the budget is made smaller until they do not.
 
     On CUDA, memory is what torch gives out (``torch.cuda.max_memory_allocated``), in this process.
     On the CPU, each measurement is made in a child process of its own, made by ``fork`` (Linux): by
     its high-water mark of resident memory, with one thread, and malloc set to give back what is
-    freed. Memory that runs out is a finding, here as there: half the size is tried next.
+    freed; only for the batches in a row it is left as it is in this process, where it holds on to
+    pieces that do not fit what comes next (see the how-to page for what helps). Memory that runs
+    out is a finding, here as there: half the size is tried next.
 
     Parameters
     ----------
@@ -224,6 +229,8 @@ class _Search:
         self.points: list[Point] = []
         self.verified: list[tuple[Point, float]] = []
         """What was tried of budgets, and what was predicted."""
+        self.walks: list[int | None] = []
+        """What batches in a row held at most, of each budget that its dearest batch fits."""
         self.sizes: Int64 = np.zeros(costs.size, np.int64)
         top = np.full(costs.size, LARGEST, np.int64)
         counts = plan.groups.counts
@@ -357,7 +364,12 @@ class _Search:
                 self.fit, self.form = self._fitted()
                 continue
             if over <= 0:
-                return budget
+                most_held = self._walk()
+                if most_held is not None and most_held <= self.room:
+                    return budget
+                part = 0.5 if most_held is None else self._part(most_held)
+                shrunk = min(float((self.sizes * unit).max()) / most, shrunk) * part
+                continue
             # Down the slope from what is there once to what was found; by one sample at least.
             once = min(float(self.fit.once(self._costs[group])), peak - 1.0)
             left = max(peak - over - once, 0.0) / (peak - once)
@@ -367,6 +379,20 @@ class _Search:
             f"by the dearest batch, however often ({ROUNDS} times) the budget is made smaller: the "
             "cost does not describe what the step takes"
         )
+
+    def _walk(self) -> int | None:
+        """Make a few batches in a row: the dearest, and others as they come."""
+        foreseen = np.where(self.sizes > 0, self.fit.predict(self._costs, self.sizes), 0)
+        drawn = np.random.default_rng(0).choice(np.flatnonzero(self.sizes), WALK - 1)
+        groups = [int(np.argmax(foreseen)), *drawn.tolist()]
+        found = self._meter.walk([(group, int(self.sizes[group])) for group in groups])
+        self.walks.append(found)
+        return found
+
+    def _part(self, most_held: int) -> float:
+        """Return to which part a budget is to be cut whose batches in a row held so much."""
+        held = self._held()
+        return 0.98 * max(self.room - held, 0.0) / max(most_held - held, 1)
 
     def _units(self) -> tuple[Floats, float]:
         """Return what the budget counts a sample of each patch as, and how much there may be."""
@@ -454,6 +480,7 @@ class _Search:
                 if id(point) not in tried
             ],
             "verified": [plain(point, foreseen) for point, foreseen in self.verified],
+            "walks": list(self.walks),
             "sizes": [
                 {
                     "patch_id": labels[group],

@@ -37,6 +37,7 @@ def table(record: Record) -> str:
         "",
         f"  line: {line} + {each} * batch size; off by {record['worst_residual']:.1%} at worst",
         f"  memory: {share:.0%} of {human(limit)} is {human(int(share * limit))}",
+        f"  a dozen batches in a row held {_walks(record)} at most",
         "",
         *_columns(
             ("patch", "cost", "batch size", "samples"),
@@ -47,6 +48,11 @@ def table(record: Record) -> str:
         ),
     ]
     return "\n".join(lines)
+
+
+def _walks(record: Record) -> str:
+    found = ["out of memory" if most is None else human(most) for most in record["walks"]]
+    return ", with a smaller budget ".join(found)
 
 
 def _row(point: Record) -> tuple[str, ...]:

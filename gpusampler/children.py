@@ -72,7 +72,9 @@ def check_there() -> None:
         )
 
 
-def call_in_child(work: Callable[[], Any], most: int | None = None) -> tuple[bool, Any]:
+def call_in_child(
+    work: Callable[[], Any], most: int | None = None, *, tidy: bool = True
+) -> tuple[bool, Any]:
     """Call a function in a copy of this process.
 
     Parameters
@@ -82,6 +84,8 @@ def call_in_child(work: Callable[[], Any], most: int | None = None) -> tuple[boo
     most : int, optional
         Bytes that the child may hold, with what this process holds already. Allocations beyond
         fail; if it comes to hold more all the same, it is killed.
+    tidy : bool
+        Let malloc give back at once what is freed. False: leave it as this process has it.
 
     Returns
     -------
@@ -104,7 +108,7 @@ def call_in_child(work: Callable[[], Any], most: int | None = None) -> tuple[boo
     child = _fork()
     if child == 0:
         os.close(reading)
-        _be_the_child(work, most, writing, parent)
+        _be_the_child(work, most, tidy, writing, parent)
     os.close(writing)
     ended = False
     try:
@@ -180,10 +184,12 @@ def _ticks(child: int) -> int:
     return 0
 
 
-def _be_the_child(work: Callable[[], Any], most: int | None, writing: int, parent: int) -> NoReturn:
+def _be_the_child(
+    work: Callable[[], Any], most: int | None, tidy: bool, writing: int, parent: int
+) -> NoReturn:
     """Work, send what comes of it, and end without a word to whatever the parent has open."""
     try:
-        answer = _answer(work, most, parent)
+        answer = _answer(work, most, tidy, parent)
         for stream in (sys.stdout, sys.stderr):
             if stream is not None:
                 stream.flush()
@@ -193,12 +199,12 @@ def _be_the_child(work: Callable[[], Any], most: int | None, writing: int, paren
         os._exit(0)
 
 
-def _answer(work: Callable[[], Any], most: int | None, parent: int) -> bytes:
+def _answer(work: Callable[[], Any], most: int | None, tidy: bool, parent: int) -> bytes:
     import resource
 
     before = resource.getrlimit(resource.RLIMIT_DATA)
     try:
-        _settle(parent)
+        _settle(parent, tidy)
         if most is not None:
             resource.setrlimit(resource.RLIMIT_DATA, (_data_limit(most, before), before[1]))
         try:
@@ -212,8 +218,8 @@ def _answer(work: Callable[[], Any], most: int | None, parent: int) -> bytes:
         return _packed(error)
 
 
-def _settle(parent: int) -> None:
-    """Make this process one that gives back at once what is freed, and goes before its parent."""
+def _settle(parent: int, tidy: bool) -> None:
+    """Make this process one that is measured well, and goes before its parent does."""
     library = ctypes.CDLL(None)
     library.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
     if os.getppid() != parent:
@@ -225,7 +231,7 @@ def _settle(parent: int) -> None:
     with suppress(OSError):
         os.sched_setaffinity(0, {library.sched_getcpu()})
     # Not every C library has them; peaks are less alike from run to run then.
-    if hasattr(library, "mallopt") and hasattr(library, "malloc_trim"):
+    if tidy and hasattr(library, "mallopt"):
         for setting in (_TRIM_THRESHOLD, _MMAP_THRESHOLD):
             library.mallopt(setting, BLOCK)
         library.mallopt(_TOP_PAD, 0)

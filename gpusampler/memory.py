@@ -57,13 +57,18 @@ def _statm(process: str) -> tuple[int, int] | None:
         return None
 
 
+def of_files() -> int:
+    """Return the bytes of resident memory that are pages of files: code, and memory maps."""
+    return field(PROC / "self" / "status", "RssFile") or 0
+
+
 def peak_resident() -> int | None:
     """Return the most bytes that this process has ever held."""
     return field(PROC / "self" / "status", "VmHWM")
 
 
 def field(path: Path, name: str) -> int | None:
-    """Return a number of bytes from a table of the kernel's."""
+    """Return a number of bytes from a table of the kernel's, None if it is not there."""
     with suppress(OSError, ValueError):
         for line in path.read_text().splitlines():
             words = line.replace(":", " ").split()

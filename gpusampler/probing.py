@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 import numpy as np
 
@@ -15,6 +15,7 @@ from gpusampler.keeping import Kept, tensors_of
 from gpusampler.plan import EpochPlan
 from gpusampler.telemetry import logger
 
+T = TypeVar("T")
 Step = Callable[[Batch], object]
 
 
@@ -47,6 +48,15 @@ class Meter(Protocol):
 
     def measure(self, group: int, size: int) -> Probe | None:
         """Make a step with a batch of a patch, twice; None if memory ran out."""
+
+    def walk(self, batches: Sequence[tuple[int, int]]) -> int | None:
+        """Make steps with batches of patches, one after another, as training does.
+
+        Returns
+        -------
+        int or None
+            The most bytes that were held, all in all; None if memory ran out.
+        """
 
 
 def meter_for(
@@ -122,21 +132,47 @@ class HostMeter:
 
     def measure(self, group: int, size: int) -> Probe | None:
         """Make the steps in a child process."""
+        files = memory.of_files()
         try:
-            done, found = call_in_child(lambda: self._steps(group, size), self.limit)
+            done, found = call_in_child(lambda: self._steps(group, size, files), self.limit)
         except RuntimeError as error:
             _explain(error)
             raise
         _log(self._plan, group, size, found)
         return Probe(*found) if done else None
 
-    def _steps(self, group: int, size: int) -> tuple[int, int]:
+    def walk(self, batches: Sequence[tuple[int, int]]) -> int | None:
+        """Make the steps in a child process, whose malloc is as this process has it.
+
+        It keeps what is freed, in pieces that do not fit what comes next.
+        """
+        files = memory.of_files()
+        done, most = call_in_child(lambda: self._walked(batches, files), self.limit, tidy=False)
+        logger.info("calibrate: %d batches in a row: %s", len(batches), most)
+        return int(most) if done else None
+
+    def _walked(self, batches: Sequence[tuple[int, int]], files: int) -> int:
+        high_water(reset=True)
+        for group, size in batches:
+            self._step(batch_of(self._plan, group, size))
+        return high_water() + _not_mapped(files)
+
+    def _steps(self, group: int, size: int, files: int) -> tuple[int, int]:
         batch = batch_of(self._plan, group, size)
         self._step(batch)
         trim()
         held = high_water(reset=True)
         self._step(batch)
-        return held, max(high_water() - held, 1)
+        peak = max(high_water() - held, 1)
+        return held + _not_mapped(files), peak
+
+
+def _not_mapped(files: int) -> int:
+    """Return the bytes of files that the parent holds and a child has not come to touch.
+
+    Pages of code are not there in a copy of a process until it runs through them.
+    """
+    return max(files - memory.of_files(), 0)
 
 
 class CudaMeter:
@@ -171,28 +207,43 @@ class CudaMeter:
         return int(self._cuda.memory_allocated(self._device))
 
     def measure(self, group: int, size: int) -> Probe | None:
-        """Make the steps here."""
-        try:
-            found = self._steps_or_none(group, size)
-        finally:
-            # What the step leaves is to be gone before there is to be room for anything else.
-            self._clear()
-            self._kept.put_back()
-            self._clear()
+        """Make the steps here, and put the state back."""
+        found = self._and_back(lambda: self._steps(group, size))
         if self._asks and found is not None:
             self._asks = False
             self.limit = min(self.limit, self._room())
         _log(self._plan, group, size, found)
         return found
 
-    def _steps_or_none(self, group: int, size: int) -> Probe | None:
+    def walk(self, batches: Sequence[tuple[int, int]]) -> int | None:
+        """Make the steps here, and put the state back."""
+        return self._and_back(lambda: self._walked(batches))
+
+    def _and_back(self, work: Callable[[], T]) -> T | None:
+        """Return what work returns, None if memory ran out, with the state as it was."""
+        try:
+            return self._or_none(work)
+        finally:
+            # What the step leaves is to be gone before there is to be room for anything else.
+            self._clear()
+            self._kept.put_back()
+            self._clear()
+
+    def _or_none(self, work: Callable[[], T]) -> T | None:
         # The error holds its frames, and they the tensors: both are gone when this returns.
         try:
-            return self._steps(group, size)
+            return work()
         except Exception as error:
             if not is_out_of_memory(error):
                 raise
         return None
+
+    def _walked(self, batches: Sequence[tuple[int, int]]) -> int:
+        self._cuda.reset_peak_memory_stats(self._device)
+        for group, size in batches:
+            self._step(batch_of(self._plan, group, size))
+        self._cuda.synchronize(self._device)
+        return int(self._cuda.max_memory_allocated(self._device))
 
     def _steps(self, group: int, size: int) -> Probe:
         batch = batch_of(self._plan, group, size)
