@@ -12,6 +12,11 @@ from gpusampler.memory import human
 
 Record = Mapping[str, Any]
 
+TIDY = (
+    "malloc held on to what was freed, which made the budget smaller: MALLOC_MMAP_THRESHOLD_="
+    "1048576 in the environment gives most of it back"
+)
+
 
 def table(record: Record) -> str:
     """Return a calibration as a page of text.
@@ -38,6 +43,7 @@ def table(record: Record) -> str:
         f"  line: {line} + {each} * batch size; off by {record['worst_residual']:.1%} at worst",
         f"  memory: {share:.0%} of {human(limit)} is {human(int(share * limit))}",
         f"  a dozen batches in a row held {_walks(record)} at most",
+        *([f"  {TIDY}"] if record["device"] == "cpu" and len(record["walks"]) > 1 else []),
         "",
         *_columns(
             ("patch", "cost", "batch size", "samples"),

@@ -225,9 +225,10 @@ class CudaMeter:
             return self._or_none(work)
         finally:
             # What the step leaves is to be gone before there is to be room for anything else.
-            self._clear()
+            gc.collect()
+            self._cuda.empty_cache()
             self._kept.put_back()
-            self._clear()
+            self._cuda.empty_cache()
 
     def _or_none(self, work: Callable[[], T]) -> T | None:
         # The error holds its frames, and they the tensors: both are gone when this returns.
@@ -256,10 +257,6 @@ class CudaMeter:
         self._cuda.synchronize(self._device)
         peak = int(self._cuda.max_memory_allocated(self._device))
         return Probe(held, max(peak - held, 1))
-
-    def _clear(self) -> None:
-        gc.collect()
-        self._cuda.empty_cache()
 
 
 def _log(plan: EpochPlan, group: int, size: int, found: tuple[int, int] | None) -> None:
