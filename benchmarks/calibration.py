@@ -267,6 +267,8 @@ def main(arguments: list[str] | None = None) -> None:
         "python": platform.python_version(),
         "numpy": np.__version__,
         "torch": torch.__version__,
+        "malloc": ", ".join(f"{k}={v}" for k, v in os.environ.items() if k.startswith("MALLOC_"))
+        or "as it comes",
     }
     print(", ".join(f"{name} {value}" for name, value in machine.items()))
     found = []

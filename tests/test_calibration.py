@@ -406,9 +406,10 @@ def everything(model, optimizer, schedule):
 @needs_torch
 def test_peaks_of_unseen_patches_and_sizes_are_foretold_within_a_seventh():
     model, optimizer, schedule, step = torch_case()
-    limit = room(150)
+    limit = room(600)
     plan = sampler().plan
-    budget = quiet(step, state=(model, optimizer, schedule), memory_limit=limit)
+    state = (model, optimizer, schedule)
+    budget = quiet(step, state=state, memory_limit=limit, max_batch_size=32)
     record = budget.calibration
     fit = Fit(*(record[name] for name in Fit._fields))
     meter = HostMeter(step, plan, limit)
@@ -428,7 +429,7 @@ def test_on_the_cpu_all_is_as_it_was(warm):
         step(batch_of(sampler().plan, 0, 2))
     model.eval()
     before = everything(model, optimizer, schedule)
-    quiet(step, state=(model, optimizer, schedule), memory_limit=room(150))
+    quiet(step, state=(model, optimizer, schedule), memory_limit=room(400), max_batch_size=8)
     assert everything(model, optimizer, schedule) == before
 
 
@@ -516,7 +517,7 @@ def test_a_cost_that_describes_nothing_is_warned_of():
         np.ones(len(batch.indices) * {3: 40, 5: 1, 8: 9, 9: 3}[batch.patch_id] * 100_000, np.uint8)
 
     with pytest.warns(UserWarning, match="the cost does not describe the memory .* is off by"):
-        quiet(step)
+        quiet(step, memory_limit=room(100))
 
 
 @linux

@@ -42,6 +42,7 @@ FLOORS = [
     ["iteration", "cursor"],
     ["sampler"],
     ["loader", "lightning", "probing"],
+    ["searching"],
     ["calibration"],
     ["groundwater"],
     ["inspection"],
