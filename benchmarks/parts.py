@@ -76,7 +76,6 @@ RULES: dict[str, dict[str, Any]] = {
     "one size a patch": {"_last_of_parts": lambda c, s, *rest: np.diff(c.patches, append=-1) != 0},
     "1/8 octave, merged upwards": {"_last_of_parts": merged_upwards},
     "any that saves a batch": {"LEAST_BATCHES": 1},
-    "a part saves two batches": {"LEAST_BATCHES": 1, "PER_PART": 1.0},
     "this rule, 2 bits": {"CLASS_BITS": 2},
     "this rule": {},
     "this rule, 4 bits": {"CLASS_BITS": 4},
