@@ -12,11 +12,10 @@ the largest within the budget, as `CostBudget` rounds it. Samples whose sizes ag
 leading bits (all sizes up to 16, eight in every octave from there on) stay together: below 16 they
 lose nothing by it. Of all ways to cut the row of these classes, from the cheapest to the costliest,
 into parts, that with the fewest batches is taken, where a part of a single batch counts as two, as
-it would have the same members in every epoch; among equals, the one whose costliest part is
-the longest (and so on, down to the cheapest), which has few parts. Under
-``partial="drop"`` samples that fill no batch count as well: three times the batches that they would
-fill. Sizes and exact comparisons decide: every machine cuts alike. Samples over the budget are a
-part of their own.
+it would have the same members in every epoch; among equals, the one whose costliest part is the
+longest (and so on, down to the cheapest), which has few parts. Under ``partial="drop"`` samples
+that fill no batch count as well: three times the batches that they would fill. Sizes and exact
+comparisons decide: every machine cuts alike. Samples over the budget are a part of their own.
 
 **What it costs.** A batch's members are of one part. A patch has at most eight parts for each
 octave of sizes, in practice about the square root of its batches. Measured with a mean batch of 8
