@@ -49,7 +49,7 @@ from gpusampler.grouping import PatchGroups
 from gpusampler.selecting import by_group, places_of
 from gpusampler.sizing import LARGEST, CostBudget
 from gpusampler.sorting import INT32_SAMPLES
-from gpusampler.steps import class_of
+from gpusampler.steps import CLASS_BITS, class_of
 from gpusampler.validation import shown
 
 CHUNK = 1 << 18
@@ -69,7 +69,7 @@ Measured with 100 patches of 100 lognormal lengths and a mean batch of 8, 4 % ar
 """
 
 
-KINDS = 256
+KINDS = 32 << CLASS_BITS
 """Room for the classes of a patch: eight for each of 31 octaves of sizes, and one over budget."""
 
 
