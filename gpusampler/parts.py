@@ -12,10 +12,10 @@ the largest within the budget, as `CostBudget` rounds it. Samples whose sizes ag
 leading bits (all sizes up to 16, eight in every octave from there on) stay together: below 16 they
 lose nothing by it. Of all ways to cut the row of these classes, from the cheapest to the costliest,
 into parts, that with the fewest batches is taken, where a part of a single batch counts as two, as
-it would have the same members in every epoch; among equals, one with the fewest parts. Under
-``partial="drop"`` samples that fill no batch count as well: three times the batches that they would
-fill. Sizes and exact comparisons decide: every machine cuts alike. Samples over the budget are a
-part of their own.
+it would have the same members in every epoch; among equals, the one whose costliest part is the
+longest (and so on, down to the cheapest), which has few parts. Under ``partial="drop"`` samples
+that fill no batch count as well: three times the batches that they would fill. Sizes and exact
+comparisons decide: every machine cuts alike. Samples over the budget are a part of their own.
 
 **What it costs.** A batch's members are of one part. A patch has at most eight parts for each
 octave of sizes, in practice about the square root of its batches. Measured with a mean batch of 8
@@ -49,7 +49,7 @@ from gpusampler.grouping import PatchGroups
 from gpusampler.selecting import by_group, places_of
 from gpusampler.sizing import LARGEST, CostBudget
 from gpusampler.sorting import INT32_SAMPLES
-from gpusampler.steps import class_of
+from gpusampler.steps import CLASS_BITS, class_of
 from gpusampler.validation import shown
 
 CHUNK = 1 << 18
@@ -68,11 +68,8 @@ Measured with 100 patches of 100 lognormal lengths and a mean batch of 8, 4 % ar
 6 % with 2, 12 % with 1 and 16 % if only batches count; batches use 0.74 to 0.77 of the budget.
 """
 
-PER_PART = 2.0**-9
-"""What a part counts, so that of two ways with as many batches the one with fewer is taken."""
 
-
-KINDS = 256
+KINDS = 32 << CLASS_BITS
 """Room for the classes of a patch: eight for each of 31 octaves of sizes, and one over budget."""
 
 
@@ -154,7 +151,7 @@ def parts_of(groups: PatchGroups, budget: CostBudget, partial: str) -> Parts:
         ),
         classes.patches[last],
         classes.costs[last],
-        np.where(sizes > 0, budget.sizes_of_use(sizes, counts, partial), 0),
+        budget.sizes_of_use(sizes, counts, partial),
     )
 
 
@@ -348,6 +345,7 @@ def _ends(
     for end in range(1, widest + 1):
         held = before[:, end, None] - before[:, :end]
         value = least[:, :end] + _worth(held, size[:, end - 1, None], budget, partial)
+        # Of equals, the first: the longest part.
         begin[:, end] = value.argmin(axis=1)
         least[:, end] = np.take_along_axis(value, begin[:, end, None], axis=1)[:, 0]
     # Back from the last part to the first.
@@ -363,7 +361,7 @@ def _worth(held: Int64, size: Int64, budget: CostBudget, partial: str) -> NDArra
     """Return what parts of some samples and batch sizes count."""
     if partial != "drop":
         # Quotients of numbers below 2**31 are never rounded to an integer that they are not.
-        return np.asarray(np.maximum(np.ceil(held / size), LEAST_BATCHES) + PER_PART)
+        return np.asarray(np.maximum(np.ceil(held / size), LEAST_BATCHES))
     used = budget.sizes_of_use(size, held, partial)
     whole, left = np.divmod(held, used)
-    return np.asarray(np.maximum(whole, LEAST_BATCHES) + LEFT_OUT * (left / used) + PER_PART)
+    return np.asarray(np.maximum(whole, LEAST_BATCHES) + LEFT_OUT * (left / used))
