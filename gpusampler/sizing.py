@@ -117,7 +117,8 @@ class CostBudget:
         """
         most = float(self.max_cost)
         # A quotient is rounded, so the product decides: the floor may be one off either way.
-        ratio = np.floor(np.minimum(most / costs, float(LARGEST)))
+        with np.errstate(over="ignore"):
+            ratio = np.floor(np.minimum(most / costs, float(LARGEST)))
         ratio += (ratio + 1) * costs <= most
         ratio -= ratio * costs > most
         found = np.minimum(ratio, float(LARGEST)).astype(np.int64)
