@@ -204,7 +204,7 @@ def test_no_other_cut_has_fewer_batches(case):
     budget = CostBudget(100, sample_costs=np.minimum(costs, 100))
     found = parts_of(PatchGroups.from_ids(np.array(ids)), budget, partial)
     for patch, samples in enumerate(by_patch(ids)):
-        classes = classes_of(samples, budget.sample_costs, budget)[-11:]
+        classes = classes_of(samples, budget.sample_costs, budget)[-9:]
         kept = {s for c in classes for s in c}
         mine = [p for p, g in zip(listed(found), found.parents, strict=True) if g == patch]
         if kept != set(flat(mine)):
@@ -310,13 +310,13 @@ def test_the_first_sample_over_the_budget_is_named():
     costs = np.array([5, 7, 13, 12, 1])
     with pytest.raises(ValueError, match=r"max_cost .*every sample, got 2 of 5 .*sample 2 of pa"):
         parts_of(groups, CostBudget(10, sample_costs=costs), "keep")
-    with pytest.raises(ValueError, match=r"patch b first.* cost 13.0 .*min_batch_size=1.*'skip'"):
+    with pytest.raises(ValueError, match=r"patch b first.* cost 13\.0 .*min_batch_size=1.*'skip'"):
         parts_of(groups, CostBudget(10, sample_costs=costs), "keep")
     with pytest.raises(ValueError, match=r"at least one sample, got none.* cost 1\.0 in"):
         parts_of(groups, CostBudget(0.5, sample_costs=costs, over_budget="skip"), "keep")
     # Of those that are held.
     held = groups.select([0, 1, 3, 4])
-    with pytest.raises(ValueError, match=r"got 1 of 4 .*sample 3 of patch a first.* cost 12.0 "):
+    with pytest.raises(ValueError, match=r"got 1 of 4 .*sample 3 of patch a first.* cost 12\.0 "):
         parts_of(held, CostBudget(10, sample_costs=costs), "keep")
     assert parts_of(groups.select([0, 4]), CostBudget(10, sample_costs=costs), "keep").sizes.all()
 
