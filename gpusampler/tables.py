@@ -155,10 +155,15 @@ class PatchTables:
         offsets = _running_total(batches)
         total = int(offsets[-1])
         if total == 0:
+            # The one that lacks fewest samples.
+            there = np.flatnonzero(~left_out)
+            nearest = there[(sizes - counts)[there].argmin()]
+            what = "patches" if parents is None else "classes of cost of patches"
+            which = "largest" if bool((sizes[there] == sizes[nearest]).all()) else "nearest"
             raise ValueError(
                 f"batch_size must be at most the largest patch under partial='drop', got "
-                f"{int(sizes[~left_out].min())}: all {counts.size} patches are smaller (the "
-                f"largest has {int(counts.max())} samples), so no batch is left"
+                f"{int(sizes[nearest])}: all {there.size} {what} are smaller (the {which} has "
+                f"{int(counts[nearest])} samples), so no batch is left"
             )
         batches.flags.writeable = False
         filled = sizes if partial == "pad" else np.minimum(sizes, counts)

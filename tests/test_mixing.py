@@ -20,6 +20,7 @@ from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 
 from gpusampler import EpochPlan, PatchBatchSampler, PatchGroups, Temperature
+from gpusampler.mixing import apportion
 
 PARTIALS = ("keep", "drop", "pad")
 KINDS = [
@@ -116,7 +117,7 @@ def cases(
     wanted = wanted._replace(**fixed)
 
     given = wanted._asdict()
-    del given["batch_size"]
+    del given["batch_size"], given["parents"]
     if isinstance(sizes, list):
         sizes = dict(zip(patch_ids.tolist(), sizes, strict=True))
     if wanted.weights is not None and draw(st.booleans()):
@@ -306,6 +307,18 @@ def test_shares_of_some(counts, weights, length, wanted):
     groups = PatchGroups.from_counts(counts)
     plan = EpochPlan(groups, 1, 0, weights=weights, epoch_batches=length)
     assert plan.batches_by_patch.tolist() == (counts if wanted is None else wanted)
+
+
+@pytest.mark.parametrize("width", [1, 2, 3])
+def test_shares_of_the_longest_epochs_are_shared_out_as_steps_exactly(width):
+    # Slots of a patch are beyond what a double holds.
+    weights = [3, 7, 10, 11]
+    slots = apportion(np.array(weights), 2**60 - 1, np.ones(4, bool))
+    assert slots.tolist() == oracle.apportion(weights, 2**60 - 1)
+    steps = -(-(2**60 - 1) // width)
+    found = apportion(slots, steps, np.ones(4, bool))
+    assert found.tolist() == oracle.apportion(slots.tolist(), steps)
+    assert int(found.sum()) == steps
 
 
 def test_patches_without_a_batch_take_no_part():
