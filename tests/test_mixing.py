@@ -117,6 +117,7 @@ def cases(
     wanted = wanted._replace(**fixed)
 
     given = wanted._asdict()
+    # Classes of cost are other tests' matter.
     del given["batch_size"], given["parents"]
     if isinstance(sizes, list):
         sizes = dict(zip(patch_ids.tolist(), sizes, strict=True))
