@@ -44,7 +44,7 @@ from numpy.typing import NDArray
 
 from gpusampler import arrays
 from gpusampler.arrays import Int64
-from gpusampler.costs import MOST
+from gpusampler.costs import MOST, on_host
 from gpusampler.grouping import PatchGroups
 from gpusampler.selecting import by_group, places_of
 from gpusampler.sizing import LARGEST, CostBudget
@@ -168,11 +168,7 @@ def _checked_costs(values: Any, size: int) -> NDArray[Any]:
     elif not arrays.is_numbers(values):
         raise TypeError(f"sample_costs must be numbers, one a sample, got {shown(values)}")
     else:
-        if arrays.dtype_name(values).startswith(("bfloat", "float8")):
-            # NumPy has no such numbers; each of them is one of float32.
-            xp = arrays.namespace(arrays.device_of(values))
-            values = xp.astype(values, xp.float32)
-        found = arrays.to_numpy(values)
+        found = on_host(values)
     if found.dtype.kind not in "iuf":
         raise TypeError(f"sample_costs must be numbers, one a sample, got {shown(values)}")
     if found.shape != (size,):
