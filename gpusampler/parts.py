@@ -26,9 +26,9 @@ patch, and the share of samples in parts of one batch.
 patches                one size    1/8 octave, merged  as many parts as    this rule
                                    upwards             save a batch
 =====================  ==========  ==================  ==================  ==================
-10 of 500, lognormal   0.12  1  0  0.80  19.3  0.06    0.83  10.8  0.02    0.83  10.6  0.00
-10 of 500, utterances  0.63  1  0  0.86  11.1  0.08    0.89   7.0  0.06    0.88   6.2  0.00
-100 of 100, lognormal  0.19  1  0  0.67  10.2  0.30    0.74   5.7  0.13    0.72   5.0  0.00
+10 of 500, lognormal   0.12  1  0  0.80  19.3  0.06    0.83  10.9  0.02    0.83  10.7  0.00
+10 of 500, utterances  0.63  1  0  0.86  11.1  0.08    0.89   7.1  0.06    0.88   6.3  0.00
+100 of 100, lognormal  0.19  1  0  0.67  10.2  0.30    0.74   5.8  0.17    0.72   5.0  0.00
 =====================  ==========  ==================  ==================  ==================
 
 Three leading bits use up to 0.04 less of the budget, five up to 0.03 more in more parts.

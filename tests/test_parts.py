@@ -271,11 +271,21 @@ def test_a_part_of_one_batch_has_to_save_two():
 
 
 def test_under_drop_samples_that_fill_no_batch_count():
-    costs = [1] * 34 + [2] * 15
-    assert whole(costs, 10, "keep").sizes.tolist() == [10, 5]
-    # 34 leave out 4, for which a batch of one of the two sizes is no gain; together, as many.
-    assert whole([1] * 30 + [2] * 15, 10, "drop").sizes.tolist() == [10, 5]
-    assert whole([1] * 19 + [2] * 16, 10, "drop").sizes.tolist() == [5]
+    # Together 40 fill eight batches of five. Apart they fill two and two, and leave out 0.7 and 0.6
+    # of a batch, or 0.6 and 0.8.
+    assert whole([1] * 27 + [2] * 13, 10, "drop").sizes.tolist() == [10, 5]
+    assert whole([1] * 26 + [2] * 14, 10, "drop").sizes.tolist() == [5]
+    assert whole([1] * 26 + [2] * 14, 10, "keep").sizes.tolist() == [10, 5]
+
+
+@given(st.floats(1e-3, 1e3), st.integers(1, 1000))
+def test_sizes_are_exact_where_quotients_are_rounded(cost, size):
+    most = size * cost
+    just, short = np.nextafter([most] * 2, [np.inf, 0]).tolist()
+    for limit in (most, just, short):
+        found = whole([cost] * (size + 2), limit, over_budget="skip") if limit >= cost else None
+        fits = max((s for s in range(max(1, size - 1), size + 2) if s * cost <= limit), default=0)
+        assert (0 if found is None else found.sizes[0]) == fits
 
 
 @pytest.mark.parametrize("partial", PARTIALS)
