@@ -1,0 +1,521 @@
+"""What a budget of cost gains over a fixed size: ``python -m benchmarks.sizing``.
+
+Three parts: the share of a memory budget that batches of groundwater patches use (``memory``), the
+demo's training with and without a budget (``training``), and samplers of other projects that fill
+a budget, on the same lengths as ours (``peers``). Needs the ``demo`` extra; a peer that is not
+installed (``bench`` extra) is named as missing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import multiprocessing
+import platform
+import time
+from collections.abc import Callable, Mapping
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from benchmarks import peers_sizing
+from gpusampler import CostBudget, PatchBatchSampler, PatchGroups
+
+FIXED = (1, 2, 4, 8, 16, 32, 64)
+"""Fixed batch sizes; the budget of each is what its batch of the largest patch costs."""
+SHOWN = 8
+"""The demo's own batch size."""
+STEPS = (365, 3_650)
+"""Time steps beside those of the preset: daily values of one year, and of ten."""
+TRAINED = (1, 2, 4, 8)
+EPOCHS = 5
+PROBED = 8
+"""Samples in the batches whose memory is measured to learn what a sample of a patch costs."""
+GROWTH = (20_000, 80_000, 320_000)
+WANTED = 0.85
+
+
+def patch_points(preset: str) -> dict[str, list[int]]:
+    """Return the points of a preset's patches: of their cores, and with their ghosts.
+
+    The map is drawn and cut as the simulation does it, which does not need MODFLOW.
+    """
+    from gpusampler.demo.aquifer import build_aquifer
+    from gpusampler.demo.patches import cut_patches
+    from gpusampler.demo.simulate import DEFAULT_SEED
+    from gpusampler.demo.simulation_settings import preset_settings
+
+    settings = preset_settings(preset)
+    aquifer = build_aquifer(settings, DEFAULT_SEED)
+    patches = cut_patches(
+        aquifer.active,
+        aquifer.x,
+        aquifer.y,
+        settings.patch_sizes,
+        seed=DEFAULT_SEED,
+        rings=settings.ghost_rings,
+        neighbours=settings.ghost_neighbours,
+    )
+    core = [settings.n_layers * int(patch.core.sum()) for patch in patches]
+    ghost = [settings.n_layers * int(patch.ghost.sum()) for patch in patches]
+    return {"core": core, "core and ghost": [a + b for a, b in zip(core, ghost, strict=True)]}
+
+
+def samples_of(steps: int) -> int:
+    """Return the training windows of a series, as the demo cuts it."""
+    from gpusampler.demo.loading import INPUTS, OUTPUTS, STRIDE
+    from gpusampler.groundwater.windows import Windows
+
+    return Windows(steps, INPUTS, OUTPUTS, stride=STRIDE).count
+
+
+def batch_costs(counts: np.ndarray, costs: np.ndarray, batch_size: Any) -> np.ndarray:
+    """Return what each batch of an epoch costs."""
+    groups = PatchGroups.from_counts(counts)
+    sampler = PatchBatchSampler(groups, batch_size, seed=0, num_replicas=1, rank=0, progress=False)
+    at = sampler.plan.locate(0, np.arange(sampler.plan.num_batches))
+    found: np.ndarray = costs[at.group] * at.size
+    return found
+
+
+def used(costs: np.ndarray, samples: int, fixed: int) -> dict[str, Any]:
+    """Compare a fixed size with the budget of the same peak."""
+    counts = np.full(costs.size, samples)
+    budget = float(fixed * costs.max())
+    plain = batch_costs(counts, costs, fixed)
+    sized = batch_costs(counts, costs, CostBudget(budget, cost=costs))
+    if max(plain.max(), sized.max()) > budget:
+        raise AssertionError(f"a batch is over the budget of {budget}")
+    fills = [float(found.mean() / budget) for found in (plain, sized)]
+    possible = float(costs.max() / costs.mean())
+    gain = fills[1] / fills[0]
+    return {
+        "fixed": fixed,
+        "budget": budget,
+        "batches_fixed": int(plain.size),
+        "batches": int(sized.size),
+        "fill_fixed": fills[0],
+        "fill": fills[1],
+        "gain": gain,
+        "possible": possible,
+        "ratio": gain / possible,
+    }
+
+
+def memory() -> dict[str, Any]:
+    """Measure the use of the budget on both presets, for all sizes and lengths of the series."""
+    from gpusampler.demo.simulation_settings import preset_settings
+
+    found: dict[str, Any] = {}
+    for preset in ("small", "medium"):
+        own = preset_settings(preset).n_steps
+        for what, points in patch_points(preset).items():
+            costs = np.array(points, np.float64)
+            for steps in (own, *STEPS):
+                samples = samples_of(steps)
+                found[f"{preset}, {what}, {steps} steps"] = {
+                    "points": sorted(points),
+                    "samples": samples,
+                    "by_size": [used(costs, samples, fixed) for fixed in FIXED],
+                }
+    return found
+
+
+def _status(line: str) -> float:
+    """Return a line of /proc/self/status in MB."""
+    for text in Path("/proc/self/status").read_text().splitlines():
+        if text.startswith(f"{line}:"):
+            return int(text.split()[1]) * 1024 / 1e6
+    raise OSError(f"/proc/self/status must have a line {line}")
+
+
+def in_child(call: Callable[[], Any]) -> Any:
+    """Run in a forked process, whose memory nobody has used before; return what it returns."""
+    context = multiprocessing.get_context("fork")
+    ours, theirs = context.Pipe(duplex=False)
+
+    def run() -> None:
+        theirs.send(call())
+
+    child = context.Process(target=run)
+    child.start()
+    theirs.close()
+    try:
+        return ours.recv()
+    except EOFError as error:
+        raise RuntimeError("the child must send its result, it died") from error
+    finally:
+        child.join()
+
+
+class Demo:
+    """The demo's model and data, trained on batches of one's own."""
+
+    def __init__(self) -> None:
+        from gpusampler.demo.loading import load
+
+        self.data = load()
+        self.model = self._new()
+
+    def _new(self) -> Any:
+        from gpusampler.demo.gino import PatchGino
+        from gpusampler.demo.loading import INPUTS, OUTPUTS
+
+        normalize = self.data.normalize
+        columns, targets = len(normalize.columns), len(normalize.target_columns)
+        return PatchGino(INPUTS, OUTPUTS, columns, targets, seed=0)
+
+    def sampler(self, batch_size: Any) -> PatchBatchSampler:
+        return PatchBatchSampler(self.data.train, batch_size, seed=0, device="numpy")
+
+    def start(self) -> Callable[[Any], None]:
+        """Return a function that trains a model of its own on what it is given."""
+        import torch
+
+        from gpusampler.demo.loading import as_torch, loader
+        from gpusampler.demo.train import LEARNING_RATE, batch_loss
+
+        self.model = model = self._new()
+        optimizer = torch.optim.Adam(model.net.parameters(), lr=LEARNING_RATE)
+
+        def train(batches: Any) -> None:
+            for batch in loader(as_torch(self.data.train), batches):
+                optimizer.zero_grad()
+                batch_loss(model, batch).backward()  # type: ignore[no-untyped-call]
+                optimizer.step()
+
+        train.model = model  # type: ignore[attr-defined]
+        return train
+
+    def peak(self, batches: Any) -> float:
+        """Return the MB that training on batches takes at most, above what was held before.
+
+        For a process of its own: what others have freed would hide some of it.
+        """
+        train = self.start()
+        first = min(batches, key=len)
+        train([first[:1]])  # what is made once: the optimizer's state, buffers of libraries
+        gc.collect()
+        before = _status("VmRSS")
+        Path("/proc/self/clear_refs").write_text("5")
+        train(batches)
+        return _status("VmHWM") - before
+
+    def measured_costs(self) -> dict[int, float]:
+        """Return the MB that a sample of each patch takes, by one batch of each."""
+        ids = np.asarray(self.data.train.get_all_patch_ids())
+        return {
+            int(patch): in_child(lambda p=patch: self.peak([_first(ids, p)])) / PROBED
+            for patch in np.unique(ids)
+        }
+
+
+def _first(ids: np.ndarray, patch: int) -> list[int]:
+    found: list[int] = np.flatnonzero(ids == patch)[:PROBED].tolist()
+    return found
+
+
+def training(sizes: tuple[int, ...] = TRAINED, epochs: int = EPOCHS) -> dict[str, Any]:
+    """Train the demo's GINO with fixed sizes and with budgets of the same peak, taking turns."""
+    from gpusampler.demo.gino import fast_segment_csr
+    from gpusampler.demo.train import one_thread, probe
+
+    with one_thread(), fast_segment_csr():
+        demo = Demo()
+        points = demo.data.train.patch_costs()
+        measured = demo.measured_costs()
+        rows = []
+        ways: dict[str, dict[str, Any]] = {}
+        for size in sizes:
+            ways[f"fixed {size}"] = {"fixed": size, "batch_size": size}
+            for name, costs in (("points", points), ("measured", measured)):
+                budget = CostBudget(size * max(costs.values()), cost=costs)
+                ways[f"{name} {size}"] = {"fixed": size, "batch_size": budget}
+        # Memory first: once this process has trained, its children begin with what it freed.
+        for name, way in ways.items():
+            sampler = demo.sampler(way["batch_size"])
+            way |= {"name": name.split()[0], "sampler": sampler, "steps": len(sampler)}
+            way["peak_mb"] = in_child(lambda own=sampler: demo.peak(list(own)))
+            way["seconds"] = []
+        runs = {name: demo.start() for name in ways}
+        for epoch in range(epochs):
+            for name, way in ways.items():
+                way["sampler"].set_epoch(epoch)
+                start = time.perf_counter()
+                runs[name](way["sampler"])
+                way["seconds"].append(time.perf_counter() - start)
+        for name, way in ways.items():
+            best = min(way["seconds"])
+            rows.append(
+                {
+                    "batches": way["name"],
+                    "fixed": way["fixed"],
+                    "steps": way["steps"],
+                    "samples_a_second": len(demo.data.train) / best,
+                    "peak_mb": way["peak_mb"],
+                    "probe_loss": probe(runs[name].model, demo.data, 8).loss,  # type: ignore[attr-defined]
+                }
+            )
+    return {
+        "samples": len(demo.data.train),
+        "epochs": epochs,
+        "points": points,
+        "mb_a_sample": measured,
+        "rows": rows,
+    }
+
+
+def peers(samples: int = 20_000, rounds: int = peers_sizing.ROUNDS) -> dict[str, Any]:
+    """Run all samplers on the same lengths."""
+    share = samples / 20_000
+    workloads = [make(samples) for make in peers_sizing.WORKLOADS]
+    return {
+        "versions": {name: peers_sizing.version(name) for name in peers_sizing.PACKAGES},
+        "workloads": [
+            {
+                "name": workload.name,
+                "samples": int(workload.lengths.size),
+                "patches": int(np.unique(workload.patch_of).size),
+                "budget": workload.budget,
+                "mean": float(workload.lengths.mean()),
+                "longest": int(workload.lengths.max()),
+                "peers": peers_sizing.compare(workload, rounds),
+            }
+            for workload in workloads
+        ],
+        "pyg_seconds_by_samples": peers_sizing.growth([round(size * share) for size in GROWTH]),
+        "pyg_seconds_unshuffled": peers_sizing.growth(
+            [round(size * share) for size in GROWTH], shuffle=False
+        ),
+        "pyg_too_long_at_the_end": peers_sizing.too_long_at_the_end(),
+    }
+
+
+def _table(head: str, rows: list[list[str]]) -> None:
+    print(head)
+    print("|" + "---|" * (head.count("|") - 1))
+    for row in rows:
+        print(f"| {' | '.join(row)} |")
+    print(flush=True)
+
+
+def print_memory(found: Mapping[str, Any]) -> None:
+    print(f"\nuse of the budget: {SHOWN} samples of the largest patch\n")
+    rows = []
+    for name, case in found.items():
+        one = next(one for one in case["by_size"] if one["fixed"] == SHOWN)
+        points = case["points"]
+        rows.append(
+            [
+                name,
+                f"{points[0]} to {points[-1]:,}",
+                f"{case['samples']:,}",
+                f"{one['batches_fixed']:,}",
+                f"{one['batches']:,}",
+                f"{one['fill_fixed']:.2f}",
+                f"{one['fill']:.2f}",
+                f"{one['gain']:.2f}",
+                f"{one['possible']:.2f}",
+                f"{one['ratio']:.2f}",
+            ]
+        )
+    _table(
+        "| patches, cost, series | points | samples a patch | batches, fixed | batches, budget | "
+        "fill, fixed | fill, budget | gain | possible | gain / possible |",
+        rows,
+    )
+    print("fill of the budget / gain over possible gain, by the fixed size that sets it\n")
+    rows = [
+        [name, *(f"{one['fill']:.2f} / {one['ratio']:.2f}" for one in case["by_size"])]
+        for name, case in found.items()
+    ]
+    _table(f"| patches, cost, series | {' | '.join(map(str, FIXED))} |", rows)
+
+
+def print_training(found: Mapping[str, Any]) -> None:
+    print(f"\nGINO of the demo, {found['samples']} samples, best of {found['epochs']} epochs\n")
+    by_patch = [
+        f"{points} points {found['mb_a_sample'][patch]:.2f} MB"
+        for patch, points in found["points"].items()
+    ]
+    print(f"a sample takes: {', '.join(by_patch)}\n")
+    rows = []
+    for row in found["rows"]:
+        plain = next(
+            one
+            for one in found["rows"]
+            if one["batches"] == "fixed" and one["fixed"] == row["fixed"]
+        )
+        rows.append(
+            [
+                str(row["fixed"]),
+                "fixed size" if row is plain else f"budget, cost = {row['batches']}",
+                str(row["steps"]),
+                f"{row['samples_a_second']:.0f}",
+                f"{row['samples_a_second'] / plain['samples_a_second']:.2f}",
+                f"{row['peak_mb']:.0f}",
+                f"{row['probe_loss']:.2f}",
+            ]
+        )
+    _table(
+        "| size | batches | steps an epoch | samples / s | against fixed | peak, MB | "
+        f"probe loss after {found['epochs']} epochs |",
+        rows,
+    )
+
+
+def print_peers(found: Mapping[str, Any]) -> None:
+    for workload in found["workloads"]:
+        print(
+            f"\n{workload['name']}: {workload['samples']:,} samples, mean {workload['mean']:.0f}, "
+            f"longest {workload['longest']:,}, budget {workload['budget']:,}\n"
+        )
+        rows, more = [], []
+        for peer in workload["peers"]:
+            if "missing" in peer:
+                rows.append([peer["name"], peer["missing"], *["-"] * 8])
+                continue
+            over = "over_budget" if peer["bounds"] == "sum" else "over_budget_padded"
+            rows.append(
+                [
+                    peer["name"],
+                    peer["bounds"],
+                    f"{peer['batches']:,}",
+                    f"{peer['fill']:.3f}",
+                    f"{peer['fill_padded']:.3f}",
+                    f"{peer['padding']:.1%}",
+                    f"{peer[over]:,}",
+                    f"{peer['mixed']:,}",
+                    f"{peer['lost']} / {peer['repeated']}",
+                    f"{peer['too_long_in_batches']} of {peer['too_long']}",
+                ]
+            )
+            right = peer["len"] == peer["batches"] == peer["second_epoch_batches"]
+            resume = peer["resume"]
+            if "resume_seconds" in peer:
+                resume += f", {peer['resume_seconds'] * 1e3:.1f} ms"
+            more.append(
+                [
+                    peer["name"],
+                    f"{peer['construct_seconds'] * 1e3:.1f}",
+                    f"{peer['epoch_seconds'] * 1e3:.1f}",
+                    "right" if right else str(peer["len"]),
+                    f"{peer['second_epoch_batches'] - peer['batches']:+d}",
+                    "other batches" if peer["second_epoch_differs"] else "the same batches",
+                    resume,
+                ]
+            )
+        _table(
+            "| sampler | bounds | batches | sum / budget | padded / budget | padding | "
+            "over its bound | mixed | lost / repeated | too long, handed out |",
+            rows,
+        )
+        if workload is found["workloads"][1]:
+            _table(
+                "| sampler | construct, ms | an epoch, ms | len() | batches of the second epoch | "
+                "second epoch | stopped in the middle, goes on with |",
+                more,
+            )
+    for name in ("pyg_seconds_by_samples", "pyg_seconds_unshuffled", "pyg_too_long_at_the_end"):
+        print(f"{name}: {json.dumps(found[name])}")
+
+
+def draw(found: Mapping[str, Any], path: Path) -> None:
+    """Draw the fill of the budget: fixed beside budget, and the peers."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 5), layout="constrained")
+    cases = [(name, case) for name, case in found["memory"].items() if ", core," in name]
+    for row, (_, case) in enumerate(cases):
+        one = next(one for one in case["by_size"] if one["fixed"] == SHOWN)
+        for shift, key, colour in ((-0.2, "fill_fixed", "#c44e52"), (0.2, "fill", "#2a7f62")):
+            left.barh(row + shift, one[key], 0.38, color=colour)
+            left.text(one[key] + 0.01, row + shift, f"{one[key]:.2f}", va="center", fontsize=8)
+    names = [
+        f"{name.split(', ')[0]}, {case['points'][0]} to {case['points'][-1]:,} points,\n"
+        f"{case['samples']:,} samples a patch"
+        for name, case in cases
+    ]
+    left.set_yticks(range(len(cases)), names, fontsize=8)
+    left.barh(0, 0, color="#c44e52", label=f"batch size {SHOWN}")
+    left.barh(0, 0, color="#2a7f62", label="CostBudget of the same peak")
+    left.set(xlim=(0, 1.02), xlabel="mean use of the budget", title="Groundwater patches")
+    # Both bars are long at the bottom and short at the top, so the legend is below.
+    left.legend(frameon=False, fontsize=8, loc="upper center", bbox_to_anchor=(0.4, -0.12))
+
+    workload = found["peers"]["workloads"][1]
+    there = [peer for peer in workload["peers"] if "missing" not in peer]
+    for row, peer in enumerate(there):
+        whole = min(peer["fill_padded"], 1.6)
+        right.barh(row, whole, 0.7, color="#d8d8d8")
+        right.barh(row, peer["fill"], 0.7, color="#2a7f62" if row == 0 else "#4c72b0")
+        text = f"{peer['fill']:.2f}, padded {peer['fill_padded']:.2f}"
+        text += f", {peer['mixed'] / peer['batches']:.0%} mixed" if peer["mixed"] else ", one patch"
+        right.text(0.02, row, text, va="center", fontsize=7, color="white")
+    right.axvline(1, color="black", linewidth=0.8)
+    right.set_yticks(range(len(there)), [peer["name"] for peer in there], fontsize=7)
+    right.set(
+        xlabel="use of the budget: lengths (coloured), with padding (grey)",
+        title=f"{workload['samples']:,} lengths in {workload['patches']} patches",
+        xlim=(0, 1.6),
+    )
+    for axes in (left, right):
+        axes.invert_yaxis()
+        axes.spines[["top", "right"]].set_visible(False)
+    figure.savefig(path, dpi=110)
+
+
+def _machine() -> dict[str, str]:
+    found = {
+        "processor": platform.machine(),
+        "python": platform.python_version(),
+        "numpy": np.__version__,
+        "date": time.strftime("%Y-%m-%d"),
+    }
+    for name in ("torch", "neuraloperator"):
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            found[name] = "not installed"
+    return found
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Print the tables; write them, and draw them, if asked to."""
+    parts: dict[str, tuple[Callable[[], dict[str, Any]], Callable[[Mapping[str, Any]], None]]] = {
+        "memory": (memory, print_memory),
+        "training": (training, print_training),
+        "peers": (peers, print_peers),
+    }
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.sizing", description=__doc__)
+    parser.add_argument("parts", nargs="*", help=f"some of the parts only: {', '.join(parts)}")
+    parser.add_argument("--out", type=Path, help="folder for the figures, as JSON")
+    parser.add_argument("--picture", type=Path, help="draw memory and peers there (PNG or SVG)")
+    asked = parser.parse_args(arguments)
+    if unknown := set(asked.parts) - set(parts):
+        parser.error(f"parts must be among {', '.join(parts)}, got {', '.join(sorted(unknown))}")
+    chosen = asked.parts or list(parts)
+    if asked.picture and not {"memory", "peers"} <= set(chosen):
+        parser.error("--picture must go with the parts memory and peers")
+    found: dict[str, Any] = {"machine": _machine()}
+    print(", ".join(f"{name} {value}" for name, value in found["machine"].items()))
+    for name in chosen:
+        measure, show = parts[name]
+        found[name] = measure()
+        show(found[name])
+    if asked.out:
+        asked.out.mkdir(parents=True, exist_ok=True)
+        path = asked.out / f"sizing-{found['machine']['date']}.json"
+        path.write_text(json.dumps(found, indent=2) + "\n")
+    if asked.picture:
+        draw(found, asked.picture)
+
+
+if __name__ == "__main__":
+    main()
