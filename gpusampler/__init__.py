@@ -10,8 +10,10 @@ from gpusampler.groundwater import GWPatchDataset
 from gpusampler.grouping import PatchGroups
 from gpusampler.iteration import Batch
 from gpusampler.loader import PatchTensorLoader
+from gpusampler.mixing import Temperature
 from gpusampler.plan import BatchBlock, EpochPlan
 from gpusampler.sampler import PatchBatchSampler
+from gpusampler.sizing import CostBudget
 from gpusampler.sources import read_patch_ids
 
 __version__ = "0.1.0"
@@ -19,11 +21,13 @@ __version__ = "0.1.0"
 __all__ = [
     "Batch",
     "BatchBlock",
+    "CostBudget",
     "Coverage",
     "EpochPlan",
     "GWPatchDataset",
     "PatchBatchSampler",
     "PatchGroups",
     "PatchTensorLoader",
+    "Temperature",
     "read_patch_ids",
 ]

@@ -17,7 +17,7 @@ MOST = 2.0**512
 
 
 def checked_costs(costs: Any, groups: PatchGroups, steps: str) -> NDArray[np.float64] | None:
-    """Return the costs that a plan's steps are balanced by, 1 each by default; else None.
+    """Return the costs that a plan's steps are to be balanced by, if they are given.
 
     Raises
     ------
@@ -25,8 +25,7 @@ def checked_costs(costs: Any, groups: PatchGroups, steps: str) -> NDArray[np.flo
         If they are not as `costs_by_patch` takes them, or given where steps are not balanced.
     """
     if steps == "balanced":
-        given = np.ones(groups.num_patches) if costs is None else costs
-        return costs_by_patch(given, groups)
+        return None if costs is None else costs_by_patch(costs, groups)
     if costs is not None:
         raise ValueError(
             f"patch_costs must be left out under steps={steps!r}: only steps='balanced' has a use "

@@ -10,6 +10,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gpusampler.arrays import Int64
+from gpusampler.cutting import by_parent
+from gpusampler.mixed_coverage import counted_of_mixed
 from gpusampler.plan import EpochPlan
 
 _COUNTED = ("counts", "seen_once", "repeated", "missed", "batches")
@@ -93,24 +95,31 @@ def coverage_of(plan: EpochPlan, epoch: int, slots_handed_out: int) -> Coverage:
     Returns
     -------
     Coverage
-        In closed form: only batches that are left out or come again are looked at.
+        In closed form: only batches that are left out or come again are looked at. Where weights
+        mix patches, those that an epoch goes through more than once, or from one pass into the
+        next, are worked out sample by sample.
     """
-    groups, batches = plan.groups, plan.batches_by_patch.copy()
-    repeated, missed = _counted(plan)
-    total = plan.num_batches
-    if slots_handed_out != total:
-        few, many = sorted((slots_handed_out, total))
-        at = plan.locate(epoch, np.arange(few, many, dtype=np.int64) % total)
-        change = 1 if slots_handed_out > total else -1
-        for group in np.unique(at.group).tolist():
-            changed, times = np.unique(at.j[at.group == group], return_counts=True)
-            changes = dict(zip(changed.tolist(), (change * times).tolist(), strict=True))
+    tables, groups, total = plan.tables, plan.groups, plan.num_batches
+    few, many = sorted((slots_handed_out, total))
+    changed = plan.locate(epoch, np.arange(few, many, dtype=np.int64) % total)
+    change = 1 if slots_handed_out > total else -1
+    batches = tables.batches.copy()
+    np.add.at(batches, changed.group, change)
+    if tables.shares is not None:
+        repeated, missed = counted_of_mixed(plan, epoch, changed, change)
+    else:
+        repeated, missed = _counted(plan)
+        for group in np.unique(changed.group).tolist():
+            j, times = np.unique(changed.j[changed.group == group], return_counts=True)
+            changes = dict(zip(j.tolist(), (change * times).tolist(), strict=True))
             parts = _parts_of_patch(plan, group, changes)
             held = sum(size for size, _ in parts)
             repeated[group] = sum(size for size, times in parts if times > 1)
-            missed[group] = int(groups.counts[group]) - held
+            missed[group] = int(tables.counts[group]) - held
             missed[group] += sum(size for size, times in parts if times == 0)
-            batches[group] += sum(changes.values())
+    repeated, missed, batches = (
+        by_parent(part, tables.parents, np.add) for part in (repeated, missed, batches)
+    )
     return Coverage(
         patch_ids=groups.labels,
         counts=groups.counts,
@@ -123,8 +132,9 @@ def coverage_of(plan: EpochPlan, epoch: int, slots_handed_out: int) -> Coverage:
 
 def _counted(plan: EpochPlan) -> tuple[Int64, Int64]:
     """Samples of each patch that all slots of an epoch repeat, and those that they miss."""
-    counts, size = plan.groups.counts, plan.sizes_by_patch
-    own, slots = plan.own_batches_by_patch, plan.batches_by_patch
+    tables = plan.tables
+    counts, size, slots = tables.counts, tables.sizes, tables.batches
+    own = slots if tables.own is None else tables.own
     # Under "drop" some samples are in no batch at all; under "pad" the last batch is filled up.
     outside = np.maximum(counts - own * size, 0)
     over = np.maximum(own * size - counts, 0) if plan.partial == "pad" else np.zeros_like(counts)
@@ -144,9 +154,10 @@ def _parts_of_patch(plan: EpochPlan, group: int, changes: dict[int, int]) -> lis
     the plan has them. Returns (samples, times) of each part. Samples that no batch holds (under
     "drop") are in none.
     """
-    count, size = int(plan.groups.counts[group]), int(plan.sizes_by_patch[group])
-    own = int(plan.own_batches_by_patch[group])
-    rounds, more = divmod(int(plan.batches_by_patch[group]), own)
+    tables = plan.tables
+    count, size = int(tables.counts[group]), int(tables.sizes[group])
+    own = int((tables.batches if tables.own is None else tables.own)[group])
+    rounds, more = divmod(int(tables.batches[group]), own)
 
     def times_of(j: int) -> int:
         return rounds + (j < more) + changes.get(j, 0)

@@ -43,8 +43,13 @@ class Evaluator:
         self.reference = Reference(there, device, shuffles)
         # A kernel finds out by itself what slots lead to where that is one permutation and one
         # search; what takes more is found out before.
-        layout = tables.layout
-        self._kernel_locates = shuffles.interleave and layout.width == 1 and tables.classes is None
+        self._kernel_locates = (
+            shuffles.interleave
+            and tables.layout.width == 1
+            and tables.classes is None
+            and tables.shares is None
+        )
+        self._parents = there.parents
         self._patch_order: tuple[PatchOrder, PatchOrder, Ready] | None = None
         self._patch_order_before: tuple[PatchOrder, PatchOrder, Ready] | None = None
         self._built: set[tuple[str, str]] = set()
@@ -83,11 +88,19 @@ class Evaluator:
         """
         self._ready.wait()
         there = self.uploaded(patch_order)
-        return self._by_kernel(
+        found = self._by_kernel(
             ("block", dtype),
             lambda fused: self._block_by_kernel(fused, streams, epoch, slots, there, dtype),
             lambda: self.reference.block(streams, epoch, slots, there, dtype),
         )
+        return self._of_patches(found)
+
+    def _of_patches(self, found: tuple[Any, Any, Any]) -> tuple[Any, Any, Any]:
+        """Return batches whose groups are patches, not classes of cost of one."""
+        if self._parents is None:
+            return found
+        indices, lengths, groups = found
+        return indices, lengths, self._parents[groups]
 
     def _block_by_kernel(
         self,
@@ -101,15 +114,16 @@ class Evaluator:
         if self._kernel_locates:
             return fused.block(streams, epoch, slots, dtype)
         with arrays.on(self.device):
-            group, j = self.reference.locate(streams, epoch, slots, patch_order)
-        return fused.located_block(streams, epoch, group, j, dtype)
+            rows = self.reference.locate(streams, epoch, slots, patch_order)
+        return fused.located_block(streams, epoch, *rows, dtype)
 
     def block_by_reference(
         self, streams: Streams, epoch: int, slots: Any, patch_order: PatchOrder | None
     ) -> tuple[Any, Any, Any]:
         """Return `block` by array operations, whatever there is."""
         self._ready.wait()
-        return self.reference.block(streams, epoch, slots, self.uploaded(patch_order))
+        there = self.uploaded(patch_order)
+        return self._of_patches(self.reference.block(streams, epoch, slots, there))
 
     def ragged(self, streams: Streams, epoch: int, at: Located) -> Any:
         """Return the samples of located batches end to end, ``at.size`` of each."""
@@ -123,15 +137,16 @@ class Evaluator:
     def batch(self, streams: Streams, epoch: Any, slot: Any) -> tuple[Any, Any, Any]:
         """Return indices (B,), length and group of one batch; ``epoch`` and ``slot`` are 0-d."""
         if arrays.is_compiling():
-            return self.reference.batch(streams, epoch, slot)
+            return self._of_patches(self.reference.batch(streams, epoch, slot))
         self._ready.wait()
         if not self._kernel_locates:
-            return self.reference.batch(streams, epoch, slot)
-        return self._by_kernel(
+            return self._of_patches(self.reference.batch(streams, epoch, slot))
+        found = self._by_kernel(
             ("batch", "int64"),
             lambda fused: fused.batch(streams, epoch, slot),
             lambda: self.reference.batch(streams, epoch, slot),
         )
+        return self._of_patches(found)
 
     def uploaded(self, patch_order: PatchOrder | None) -> PatchOrder | None:
         """Return an epoch's order of the patches on the device; the last one is kept."""

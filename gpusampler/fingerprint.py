@@ -184,6 +184,13 @@ def of_samples(
     return int((factor[group - first] * weights_of(samples)).sum(dtype=np.uint64))
 
 
+def of_numbers(numbers: NDArray[np.int64]) -> int:
+    """Return a 64-bit number of integers and their order."""
+    found = IdSum()
+    found.add(0, np.ascontiguousarray(numbers, np.int64))
+    return found.value(int(numbers.size))
+
+
 def of_names(names: Sequence[str]) -> int:
     """Return a 64-bit number of strings and their order."""
     digest = hashlib.blake2b(digest_size=8)

@@ -75,7 +75,11 @@ class Temperature:
 
 
 def slots_by_patch(
-    weights: Any, epoch_batches: int | None, groups: PatchGroups, own: Int64
+    weights: Any,
+    epoch_batches: int | None,
+    groups: PatchGroups,
+    own: Int64,
+    parents: Int64 | None = None,
 ) -> Int64:
     """Return the slots of each patch in an epoch.
 
@@ -86,12 +90,15 @@ def slots_by_patch(
     epoch_batches : int, optional
         Slots of an epoch; default: all patches' own batches.
     groups : PatchGroups
-    own : int64 array, shape (G,)
-        Batches that each patch is cut into; those without any take no part.
+    own : int64 array, shape (P,)
+        Batches that each patch, or each class of cost of one, is cut into; those without any take
+        no part.
+    parents : int64 array, shape (P,), optional
+        The patch of each class, ascending; a patch's weight is shared out by its classes' batches.
 
     Returns
     -------
-    int64 array, shape (G,)
+    int64 array, shape (P,)
         At least 1 for each patch that has a batch; see `apportion`.
 
     Raises
@@ -106,21 +113,46 @@ def slots_by_patch(
         total = checked_int(epoch_batches, "epoch_batches", least=1, below=MOST_BATCHES)
     if total < taking_part:
         raise ValueError(
-            f"epoch_batches must be at least the number of patches that have a batch, "
-            f"{taking_part}, got {total}"
+            "epoch_batches must be at least the number of patches (or classes of cost of one) that "
+            f"have a batch, {taking_part}, got {total}"
         )
     if weights is None:
-        found = own.astype(np.float64)
-    elif isinstance(weights, Temperature):
-        found = weights.weights(own)
+        return apportion(as_integers(own.astype(np.float64)), total, own > 0)
+    of_patches = own
+    if parents is not None:
+        of_patches = np.add.reduceat(own, np.flatnonzero(np.diff(parents, prepend=-1)))
+    if isinstance(weights, Temperature):
+        found = weights.weights(of_patches)
     elif callable(weights):
         raise TypeError(
             "weights must be a mapping from patch ids, numbers by ascending patch id, or a "
             f"Temperature, got {shown(weights)}"
         )
     else:
-        found = np.where(own > 0, costs_by_patch(weights, groups, "weights"), 0.0)
+        found = np.where(of_patches > 0, costs_by_patch(weights, groups, "weights"), 0.0)
+    if parents is not None:
+        found = found[parents] * own / np.maximum(of_patches, 1)[parents]
     return apportion(as_integers(found), total, own > 0)
+
+
+def pass_and_batch(epoch: Any, j: Any, slots: Any, own: Any) -> tuple[Any, Any]:
+    """Return ``divmod(epoch * slots + j, own)``: the pass over a patch, and the batch in it.
+
+    The product is beyond 64 bits; what is multiplied here is not, but for the pass itself, which is
+    taken modulo 2**64, as int64 arrays of every library wrap around. Keys read the 64 bits.
+
+    Parameters
+    ----------
+    epoch : int, or 0-d int64 array
+        0 .. 2**63 - 1.
+    j, slots, own : int64 arrays of one shape
+        The slot among the patch's ``slots`` of an epoch, and its own batches, 1 .. 2**31 - 1.
+    """
+    turns, left = epoch // own, epoch % own
+    times, rest = slots // own, slots % own
+    begun = left * rest
+    place = begun % own + j
+    return epoch * times + turns * rest + begun // own + place // own, place % own
 
 
 def as_integers(weights: NDArray[np.float64]) -> Int64:

@@ -9,18 +9,23 @@ any order; nothing of the size of the dataset is made. Where batches are handed 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, Literal, NamedTuple, TypeVar
 
 import numpy as np
+from numpy.typing import NDArray
 
 from gpusampler import arrays, lanes, memory, telemetry
 from gpusampler.arrays import HOST, Device, Int64
 from gpusampler.costs import checked_costs
+from gpusampler.cutting import Cut, by_parent
 from gpusampler.evaluation import Evaluator
+from gpusampler.fingerprint import of_numbers
 from gpusampler.grouping import PatchGroups
+from gpusampler.mixing import Temperature, pass_and_batch, slots_by_patch
 from gpusampler.permutation import Grid, Streams, grid_of, key_of, permute
 from gpusampler.runs import permute_runs
+from gpusampler.sizing import CostBudget
 from gpusampler.steps import STEPS, StepsKind
 from gpusampler.tables import Located, PatchOrder, PatchTables, Shuffles
 from gpusampler.validation import as_array, checked_bool, checked_choice, checked_int, checked_seed
@@ -92,8 +97,9 @@ class EpochPlan:
     Parameters
     ----------
     groups : PatchGroups
-    batch_size : int
-        Samples in a batch, at least 1.
+    batch_size : int, mapping or CostBudget
+        Samples in a batch, at least 1: of every patch, or a number for each patch id; or the most
+        that a batch may cost.
     seed : int
         0 .. 2**64 - 1.
     shuffle_within_batches : bool
@@ -116,13 +122,24 @@ class EpochPlan:
         come again, or they are left out. Of no effect otherwise.
     patch_costs : array (G,), mapping or callable, optional
         Under "balanced", what a sample of each patch costs, in any unit: positive numbers by
-        ascending patch id, a mapping from patch ids, or a function of the patch id. Default: 1.
+        ascending patch id, a mapping from patch ids, or a function of the patch id. Default: the
+        costs of a `CostBudget`, else 1.
+    weights : mapping, array (G,) or Temperature, optional
+        What share of an epoch's batches a patch has, within one batch, but at least one: positive
+        numbers by patch id, or by ascending patch id. Above its own batches a patch is gone through
+        again, under another permutation; below, the next epoch goes on where this one stops, so
+        that every sample comes round once a pass. Default: its own batches.
+    epoch_batches : int, optional
+        Batches of an epoch (all ranks together), at least one a patch, below 2**60. Default: all
+        patches' own batches.
     device : str, torch.device or Device, optional
         Where `evaluate` works and its results lie. Default: where the groups' order lies. Where
         its memory runs out, the host works on, with the same results.
 
     Attributes
     ----------
+    batch_size : int, or None
+        Samples in a batch; None where patches have sizes of their own.
     num_batches : int
         M, batches in an epoch, over all ranks.
     max_batch_size : int
@@ -153,7 +170,7 @@ class EpochPlan:
     def __init__(
         self,
         groups: PatchGroups,
-        batch_size: int,
+        batch_size: int | Mapping[Any, int] | CostBudget,
         seed: int,
         *,
         shuffle_within_batches: bool = True,
@@ -164,12 +181,13 @@ class EpochPlan:
         step_width: int = 1,
         uneven: Uneven = "pad",
         patch_costs: Any = None,
+        weights: Mapping[Any, float] | Temperature | Any = None,
+        epoch_batches: int | None = None,
         device: Any = None,
     ) -> None:
         if not isinstance(groups, PatchGroups):
             raise TypeError(f"groups must be PatchGroups, got {type(groups).__name__}")
         self.groups = groups
-        self.batch_size = checked_int(batch_size, "batch_size", least=1, below=1 << 31)
         self.seed = checked_seed(seed)
         self._streams = Streams.of(self.seed)
         self.shuffle_within_batches = checked_bool(shuffle_within_batches, "shuffle_within_batches")
@@ -184,12 +202,15 @@ class EpochPlan:
                 "are of several patches"
             )
         costs = checked_costs(patch_costs, groups, self.steps)
+        self._cut = Cut.of(groups, batch_size, self.partial)
+        self.batch_size = self._cut.one_size
         if device is None:
             self.device = groups.device
         else:
             self.device = device if isinstance(device, Device) else arrays.parse_device(device)
-        self._tables = PatchTables.build(groups, self.batch_size, self.partial, costs)
-        self._cut(step_width)
+        self._tables = self._tables_for(weights, epoch_batches, costs)
+        self._sizes_fingerprint = self._cut.fingerprint if self.batch_size is None else 0
+        self._take_steps(step_width)
         self.max_batch_size = self._tables.max_batch_size
         self._on_device: Evaluator | None = None
         self._host_order: Any = None
@@ -197,6 +218,24 @@ class EpochPlan:
         self._patch_orders: dict[int, PatchOrder] = {}
         # Devices whose memory has run out; plans that are alike share what they have found out.
         self._full: set[Device] = set()
+
+    def _tables_for(
+        self, weights: Any, epoch_batches: int | None, costs: NDArray[np.float64] | None
+    ) -> PatchTables:
+        """Return the host tables, in steps of one slot."""
+        cut = self._cut
+        tables = PatchTables.build(cut.groups, cut.sizes, self.partial, cut.parents)
+        if weights is not None or epoch_batches is not None:
+            tables = tables.mixed(
+                slots_by_patch(weights, epoch_batches, self.groups, tables.batches, cut.parents)
+            )
+        if self.steps != "balanced":
+            return tables
+        if costs is None:
+            costs = np.ones(tables.counts.shape) if cut.costs is None else cut.costs
+        elif cut.parents is not None:
+            costs = costs[cut.parents]
+        return tables.balanced(self.partial, costs)
 
     @property
     def works_on_host(self) -> bool:
@@ -212,7 +251,7 @@ class EpochPlan:
     @property
     def table_bytes(self) -> dict[str, int]:
         """What the plan takes on each device once it is in use: known before it is allocated."""
-        order = self.groups._order_unchecked
+        order = self._cut.groups._order_unchecked
         host = str(HOST)
         sizes = {host: self._tables.nbytes}
         if order is not None:
@@ -227,7 +266,7 @@ class EpochPlan:
         return sizes
 
     def _bytes_to_send(self) -> int:
-        order = self.groups._order_unchecked
+        order = self._cut.groups._order_unchecked
         travels = order is not None and arrays.device_of(order) != self.device
         return self._tables.nbytes_sent + (int(order.nbytes) if travels else 0)
 
@@ -247,37 +286,71 @@ class EpochPlan:
     def settings(self) -> dict[str, Any]:
         """What changes the batches, besides the ids and the seed; JSON-safe."""
         settings: dict[str, Any] = {
-            "batch_size": self.batch_size,
+            "batch_size": "by patch" if self.batch_size is None else self.batch_size,
             "shuffle_within_batches": self.shuffle_within_batches,
             "shuffle_patches": self.shuffle_patches,
             "interleave": self.interleave,
             "partial": self.partial,
             "steps": self.steps,
         }
+        if self.batch_size is None:
+            settings["batch_sizes"] = self._sizes_fingerprint
         if self.steps == "same_patch":
             settings["uneven"] = self.uneven
+        shares = self._tables.shares
+        if shares is not None:
+            settings["epoch_batches"] = int(shares.sum())
+            settings["weights"] = of_numbers(shares)
         if self._tables.classes is not None:
             settings["patch_costs"] = self._tables.classes.fingerprint
         return settings
 
     @property
+    def tables(self) -> PatchTables:
+        """What evaluation looks up, on the host."""
+        return self._tables
+
+    @property
     def sizes_by_patch(self) -> Int64:
-        """Batch size of each patch: int64, shape (G,), on the host."""
-        return np.asarray(self._tables.sizes)
+        """Batch size of each patch: int64, shape (G,), on the host.
+
+        The largest where a patch is cut into classes of cost; 0 where it is over the budget.
+        """
+        return np.asarray(self._by_patch(self._cut.sizes, np.maximum))
 
     @property
     def batches_by_patch(self) -> Int64:
         """Batches of each patch in an epoch: int64, shape (G,), on the host.
 
-        Under ``steps="same_patch"`` with those that come again, without those that are left out.
+        Under ``steps="same_patch"`` with those that come again, without those that are left out;
+        with weights, as many as they give it.
         """
-        return np.asarray(self._tables.batches)
+        return np.asarray(self._by_patch(self._tables.batches, np.add))
 
     @property
     def own_batches_by_patch(self) -> Int64:
         """Batches that each patch is cut into: int64, shape (G,), on the host."""
         own = self._tables.own
-        return self.batches_by_patch if own is None else np.asarray(own)
+        return self.batches_by_patch if own is None else np.asarray(self._by_patch(own, np.add))
+
+    @property
+    def over_budget_by_patch(self) -> Int64:
+        """Samples of each patch that are over the budget, and skipped: int64, shape (G,)."""
+        counts = self._tables.counts
+        return np.asarray(self._by_patch(np.where(self._cut.sizes == 0, counts, 0), np.add))
+
+    @property
+    def costs_by_patch(self) -> NDArray[np.float64] | None:
+        """Cost of a sample of each patch, of a `CostBudget`: float64, shape (G,); None without.
+
+        The largest where a patch is cut into classes of cost.
+        """
+        costs = self._cut.costs
+        return None if costs is None else self._by_patch(costs, np.maximum)
+
+    def _by_patch(self, values: Any, gather: np.ufunc) -> Any:
+        """Gather what is known of classes of cost by patch; they lie side by side."""
+        return by_parent(values, self._cut.parents, gather)
 
     @property
     def labels(self) -> Any:
@@ -291,7 +364,7 @@ class EpochPlan:
         """Slots of a step; 1 under ``steps="free"``."""
         return self._tables.layout.width
 
-    def _cut(self, step_width: Any) -> None:
+    def _take_steps(self, step_width: Any) -> None:
         """Cut epochs into steps of a width."""
         width = checked_int(step_width, "step_width", least=1, below=1 << 31)
         if self.steps == "free" and width != 1:
@@ -316,7 +389,7 @@ class EpochPlan:
         if step_width == self.step_width:
             return self
         plan = self._alike()
-        plan._cut(step_width)
+        plan._take_steps(step_width)
         plan._on_device = None
         plan._patch_orders = {}
         return plan
@@ -495,7 +568,7 @@ class EpochPlan:
             samples, starts = self._samples(epoch, at, at.size)
         else:
             starts = np.cumsum(at.size) - at.size
-        return RaggedBlock(samples, starts, at.size, at.length, at.group)
+        return RaggedBlock(samples, starts, at.size, at.length, self._patches_at(at))
 
     def locate(self, epoch: int, slots: Int64) -> Located:
         """Return which batch of which patch slots lead to: NumPy, on the small host tables."""
@@ -511,11 +584,20 @@ class EpochPlan:
                 j = places - tables.batch_offsets[group]
             else:
                 group, j = tables.classes.batch_at(np, places)
-        if tables.own is not None:
+        passes = None
+        if tables.shares is not None and tables.own is not None:
+            passes, j = pass_and_batch(epoch, j, tables.batches[group], tables.own[group])
+        elif tables.own is not None:
             j = j % tables.own[group]
         size = tables.sizes[group]
         length = np.minimum(size, tables.counts[group] - j * size)
-        return Located(slots, group, j, length, size if self.partial == "pad" else length)
+        handed_out = size if self.partial == "pad" else length
+        return Located(slots, group, j, length, handed_out, passes)
+
+    def _patches_at(self, at: Located) -> Int64:
+        """Return the patches that located batches are of."""
+        parents = self._tables.parents
+        return at.group if parents is None else np.asarray(parents[at.group])
 
     def _shuffled(self, epoch: int, slots: Int64) -> Int64:
         """Return the places in the natural order of batches that slots lead to."""
@@ -565,14 +647,15 @@ class EpochPlan:
         block = samples.reshape(slots.size, width)
         if bool((starts[1:] < starts[:-1]).any()):
             block = block[starts // width]
-        return BatchBlock(block, at.length, at.group)
+        return BatchBlock(block, at.length, self._patches_at(at))
 
     def _samples(self, epoch: int, at: Located, sizes: Int64) -> tuple[Int64, Int64]:
         """Samples of batches on the host, ``sizes`` of each, and where each batch starts."""
         tables = self._tables
         key = None
         if self.shuffle_within_batches:
-            key = key_of(self._streams.samples, epoch, at.group)
+            pass_ = epoch if at.passes is None else at.passes
+            key = key_of(self._streams.samples, pass_, at.group)
         return permute_runs(
             at.j * tables.sizes[at.group],
             sizes,
@@ -583,9 +666,33 @@ class EpochPlan:
             self._order_on_host(),
         )
 
+    def places_of_runs(
+        self, groups: Int64, passes: Int64, first: Int64, lengths: Int64, base: Int64
+    ) -> tuple[Int64, Int64]:
+        """Return where runs of positions in passes over groups lead to, from ``base`` on.
+
+        Parameters
+        ----------
+        groups, passes, first, lengths, base : int64 arrays, shape (K,)
+            Group, pass, first position and positions of each run, and where its group's samples
+            begin.
+
+        Returns
+        -------
+        places : int64 array, shape (T,)
+        starts : int64 array, shape (K,)
+            Where each run starts in ``places``.
+        """
+        tables = self._tables
+        key = None
+        if self.shuffle_within_batches:
+            key = key_of(self._streams.samples, passes, groups)
+        grid = Grid(*(side[groups] for side in tables.grid))
+        return permute_runs(first, lengths, tables.counts[groups], key, grid, base, None)
+
     def _order_on_host(self) -> Any:
         # Asked for every time: a file that it is mapped from is looked at first.
-        order = self.groups.order
+        order = self._cut.groups.order
         if order is None or arrays.library_of(order) == "numpy":
             return order
         if self._host_order is None:
@@ -625,7 +732,8 @@ class EpochPlan:
             )
             what = f"the tables of {self.groups.num_samples} samples"
             memory.check_room(self._bytes_to_send(), self.device, what, INSTEAD)
-            self._on_device = Evaluator(self._tables, self.device, self.groups.order, shuffles)
+            order = self._cut.groups.order
+            self._on_device = Evaluator(self._tables, self.device, order, shuffles)
         return self._on_device
 
     def put_there(self) -> Evaluator | None:

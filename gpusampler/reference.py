@@ -13,6 +13,7 @@ import numpy as np
 
 from gpusampler import arrays
 from gpusampler.arrays import Device
+from gpusampler.mixing import pass_and_batch
 from gpusampler.permutation import Grid, Streams, grid_of, key_of, permute
 from gpusampler.steps import last_at_most
 from gpusampler.tables import Located, PatchOrder, PatchTables, Shuffles
@@ -79,12 +80,14 @@ class Reference:
     def ragged(self, streams: Streams, epoch: int, at: Located) -> Any:
         """Return the samples of located batches end to end, ``at.size`` of each."""
         total = int(at.size.sum())
+        parts = [at.group, at.j, at.size, *([] if at.passes is None else [at.passes])]
         with arrays.on(self._device):
-            group, j, sizes = arrays.upload(np.stack([at.group, at.j, at.size]), self._device)
+            group, j, sizes, *passes = arrays.upload(np.stack(parts), self._device)
             row = arrays.repeat_rows(sizes, total)
             before = self._xp.cumulative_sum(sizes) - sizes
             position = (j * self._tables.sizes[group] - before)[row] + self._numbers(total)
-            return self._samples(streams, epoch, group[row], position)
+            pass_ = passes[0][row] if passes else epoch
+            return self._samples(streams, pass_, group[row], position)
 
     def _numbers(self, count: int) -> Any:
         handle = arrays.device_handle(self._device)
@@ -94,16 +97,20 @@ class Reference:
         self, streams: Streams, epoch: Any, slots: Any, patch_order: PatchOrder | None, column: Any
     ) -> tuple[Any, Any, Any]:
         tables = self._tables
-        group, j = self.locate(streams, epoch, slots, patch_order)
+        group, j, passes = self.locate(streams, epoch, slots, patch_order)
         size = tables.sizes[group]
         length = self._xp.minimum(size, tables.counts[group] - j * size)
         position = (j * size)[:, None] + column[None, :]
-        return self._samples(streams, epoch, group[:, None], position), length, group
+        pass_ = epoch if passes is None else passes[:, None]
+        return self._samples(streams, pass_, group[:, None], position), length, group
 
     def locate(
         self, streams: Streams, epoch: Any, slots: Any, patch_order: PatchOrder | None
-    ) -> tuple[Any, Any]:
-        """Return the patch, and which batch of it, that each slot leads to."""
+    ) -> tuple[Any, Any, Any]:
+        """Return the patch, which batch of it, and of which pass, that each slot leads to.
+
+        The passes are None where that is the epoch.
+        """
         xp, tables = self._xp, self._tables
         if patch_order is not None:
             patches, before = patch_order
@@ -118,8 +125,14 @@ class Reference:
             else:
                 group = last_at_most(xp, tables.batch_offsets[:-1], places)
                 j = places - tables.batch_offsets[group]
+        if tables.own is None:
+            return group, j, None
+        own = tables.own[group]
+        if tables.shares is not None:
+            passes, j = pass_and_batch(epoch, j, tables.batches[group], own)
+            return group, j, passes
         # Where a step is filled up, a patch's first batches come again.
-        return group, j if tables.own is None else j % tables.own[group]
+        return group, j % own, None
 
     def _shuffled(self, streams: Streams, epoch: Any, slots: Any) -> Any:
         """Return the places in the natural order of batches that slots lead to."""
@@ -163,13 +176,13 @@ class Reference:
         grid = Grid(*(zero + side for side in grid_of(n)))
         return permute(self._xp, x, zero + n, (zero + key[0], zero + key[1]), grid, n, n)
 
-    def _samples(self, streams: Streams, epoch: Any, group: Any, position: Any) -> Any:
-        """Return the samples at positions (any, from 0 on) of groups; the two broadcast."""
+    def _samples(self, streams: Streams, pass_: Any, group: Any, position: Any) -> Any:
+        """Return the samples at positions (any, from 0 on) of groups; all of them broadcast."""
         tables = self._tables
         n = tables.counts[group]
         position = position % n
         if self._shuffles.samples:
-            key = key_of(streams.samples, epoch, group)
+            key = key_of(streams.samples, pass_, group)
             grid = Grid(*(side[group] for side in tables.grid))
             position = permute(self._xp, position, n, key, grid, tables.smallest, tables.largest)
         index = tables.starts[group] + position

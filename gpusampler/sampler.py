@@ -6,6 +6,7 @@ import functools
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import numpy as np
@@ -15,10 +16,12 @@ from gpusampler import arrays, profiling, sources
 from gpusampler.coverage import Coverage, coverage_of
 from gpusampler.frameworks import check_sharding
 from gpusampler.iteration import Batch, BatchReader, EpochIterator, Reader, valid_counts
+from gpusampler.mixing import Temperature
 from gpusampler.plan import EPOCHS, UNEVENS, EpochPlan, Partial, Uneven
 from gpusampler.profiling import Profile
 from gpusampler.ranks import LateGroup, checked_ranks, drawn_seed
 from gpusampler.resolving import groups_of
+from gpusampler.sizing import CostBudget, check_batch_size
 from gpusampler.state import Progress, Share, check_ranks
 from gpusampler.steps import STEPS, StepsKind
 from gpusampler.telemetry import GROUP, Recorder
@@ -47,8 +50,9 @@ class PatchBatchSampler:
         ``patch_ids``, else ``dataset[i]["patch_id"]`` (read on a pool of threads above 1,000
         samples). ``Subset`` and ``ConcatDataset`` of such datasets work without reading a sample.
         Or the path of an index file (see `PatchGroups.load`).
-    batch_size : int
-        Samples in a batch, at least 1.
+    batch_size : int, mapping or CostBudget
+        Samples in a batch, at least 1: one number, or one for each patch id; or the most that a
+        batch may cost, where patches differ in what a sample takes.
     shuffle_within_batches : bool
         Permute inside every patch each epoch: batches get other members every epoch.
     shuffle_patches : bool
@@ -76,8 +80,16 @@ class PatchBatchSampler:
     patch_costs : array (G,), mapping or callable, optional
         Cost of a sample of each patch for ``steps="balanced"``, in any unit: positive numbers by
         ascending patch id, a mapping from patch ids, or a function of the patch id. Default: the
-        dataset's ``patch_costs()``, if it has that, else 1 each. A batch costs as much as its
-        samples together.
+        costs of the budget, or the dataset's ``patch_costs()``, if it has that, else 1 each. A
+        batch costs as much as its samples together.
+    weights : mapping, array (G,) or Temperature, optional
+        What share of an epoch's batches a patch has, within one batch, but at least one: positive
+        numbers by patch id, or by ascending patch id. Above its own batches a patch is gone through
+        again, under another permutation; below, the next epoch goes on where this one stops, so
+        that every sample comes round once a pass. Default: its own batches.
+    epoch_batches : int, optional
+        Batches of an epoch (all ranks together), at least one a patch, below 2**60. Default: all
+        patches' own batches.
     device : str or torch.device
         Where the tables live and batches are evaluated: "numpy", "cpu", "cuda:0", "cupy", ...
         "auto": where the ids already are (of an index file: the host); for a dataset or a file of
@@ -122,7 +134,7 @@ class PatchBatchSampler:
     def __init__(
         self,
         source: Any,
-        batch_size: int,
+        batch_size: int | Mapping[Any, int] | CostBudget,
         shuffle_within_batches: bool = True,
         shuffle_patches: bool = True,
         seed: int | None = None,
@@ -135,12 +147,14 @@ class PatchBatchSampler:
         steps: StepsKind = "free",
         step_width: int | None = None,
         patch_costs: Any = None,
+        weights: Mapping[Any, float] | Temperature | Any = None,
+        epoch_batches: int | None = None,
         device: Any = "auto",
         output: Literal["list", "numpy", "tensor"] = "list",
         progress: bool = True,
     ) -> None:
         # Cheap arguments are checked before a source is read, which may take minutes.
-        batch_size = checked_int(batch_size, "batch_size", least=1, below=1 << 31)
+        check_batch_size(batch_size)
         late_group = LateGroup(defaulted=num_replicas is None)
         num_replicas, rank = checked_ranks(num_replicas, rank)
         seed_given = seed is not None
@@ -161,7 +175,10 @@ class PatchBatchSampler:
         groups, placed = groups_of(source, recorder, progress=progress)
         if where is None:
             where = groups.device if placed else arrays.default_device()
-        if patch_costs is None and steps == "balanced":
+        if isinstance(batch_size, CostBudget):
+            if batch_size.cost is None and batch_size.sample_costs is None:
+                batch_size = replace(batch_size, cost=sources.patch_costs(source))
+        elif patch_costs is None and steps == "balanced":
             patch_costs = sources.patch_costs(source)
         with recorder.range(GROUP):
             plan = EpochPlan(
@@ -176,6 +193,8 @@ class PatchBatchSampler:
                 step_width=step_width,
                 uneven=uneven,
                 patch_costs=patch_costs,
+                weights=weights,
+                epoch_batches=epoch_batches,
                 device=where,
             )
             self._progress = Progress(
@@ -189,7 +208,7 @@ class PatchBatchSampler:
     def for_evaluation(
         cls,
         source: Any,
-        batch_size: int,
+        batch_size: int | Mapping[Any, int] | CostBudget,
         *,
         partial: Literal["keep", "pad"] = "keep",
         num_replicas: int | None = None,
@@ -560,8 +579,17 @@ class PatchBatchSampler:
 
     def _warn_of_patches_left_out(self) -> None:
         plan = self.plan
-        whole = f"batch_size={plan.batch_size}"
-        self._warn_of_left_out(plan.own_batches_by_patch == 0, "partial='drop'", whole)
+        skipped = plan.over_budget_by_patch
+        if skipped.any():
+            warnings.warn(
+                f"over_budget='skip' leaves out {int(skipped.sum())} samples, of "
+                f"{int((skipped > 0).sum())} of {plan.groups.num_patches} patches: a batch of them "
+                "would cost more than max_cost",
+                stacklevel=3,
+            )
+        whole = "a batch" if plan.batch_size is None else f"batch_size={plan.batch_size}"
+        dropped = (plan.own_batches_by_patch == 0) & (skipped < plan.groups.counts)
+        self._warn_of_left_out(dropped, "partial='drop'", whole)
         fewer = (plan.batches_by_patch == 0) & (plan.own_batches_by_patch > 0)
         whole = f"step_width={plan.step_width} batches"
         self._warn_of_left_out(fewer, "uneven='drop' under steps='same_patch'", whole)
@@ -581,11 +609,15 @@ class PatchBatchSampler:
         groups = self.plan.groups
         ranks = f", rank {self.rank} of {self.num_replicas}" if self.num_replicas > 1 else ""
         plan = self.plan
+        size = plan.batch_size
+        sized = f"up to {plan.max_batch_size}" if size is None else size
+        if plan.tables.shares is not None:
+            ranks += ", mixed by weights"
         if plan.steps != "free":
             ranks += f", steps={plan.steps!r} of {plan.step_width}"
         return (
             f"PatchBatchSampler({groups.num_samples} samples, {groups.num_patches} patches, "
-            f"{self._progress.steps_per_epoch} batches of {self.plan.batch_size}, "
+            f"{self._progress.steps_per_epoch} batches of {sized}, "
             f"epoch={self.epoch}, seed={self.seed}, partial={self.plan.partial!r}, "
             f"device={str(self.plan.device)!r}{ranks})"
         )

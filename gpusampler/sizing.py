@@ -82,8 +82,8 @@ class CostBudget:
         _check_max_cost(self.max_cost)
         if self.cost is not None and self.sample_costs is not None:
             raise ValueError(
-                "sample_costs must be left out where cost is given: a sample costs what its patch's "
-                "do, or what it says itself"
+                "sample_costs must be left out where cost is given: a sample costs what those of "
+                "its patch do, or what it says itself"
             )
         least = checked_int(self.min_batch_size, "min_batch_size", least=1, below=LARGEST + 1)
         if self.max_batch_size is not None:
@@ -94,7 +94,8 @@ class CostBudget:
         checked_bool(self.power_of_two, "power_of_two")
         if self.power_of_two and self.multiple_of & (self.multiple_of - 1):
             raise ValueError(
-                f"multiple_of must be a power of two where power_of_two=True, got {self.multiple_of}"
+                "multiple_of must be a power of two where power_of_two=True, got "
+                f"{self.multiple_of}"
             )
         checked_choice(self.over_budget, "over_budget", OVER_BUDGET)
         if self.calibration is not None and not isinstance(self.calibration, Mapping):
@@ -179,7 +180,7 @@ class CostBudget:
             for name in ("min_batch_size", "max_batch_size", "multiple_of", "power_of_two")
         }
         if isinstance(cost, Mapping) or hasattr(cost, "keys"):
-            plain["cost"] = [[_plain(key), _plain(cost[key])] for key in cost.keys()]
+            plain["cost"] = [[_plain(key), _plain(cost[key])] for key in list(cost.keys())]
             plain["cost_by"] = "patch id"
         elif cost is not None:
             plain["cost"] = _listed(cost)

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from gpusampler import arrays
 from gpusampler.arrays import HOST, Device, Int64
 from gpusampler.grouping import PatchGroups
+from gpusampler.mixing import apportion
 from gpusampler.permutation import Grid, grids_of
 from gpusampler.steps import CostClasses, StepLayout
 
@@ -46,7 +47,8 @@ class Located(NamedTuple):
     """Where slots lead: int64 NumPy arrays of shape (K,).
 
     ``slot`` leads to batch ``j`` of patch ``group``, of which ``length`` samples count and ``size``
-    are handed out.
+    are handed out. ``passes``: which pass over the patch it is of; None where that is the epoch.
+    (A patch that is cut into classes of cost is as many groups here.)
     """
 
     slot: Int64
@@ -54,10 +56,13 @@ class Located(NamedTuple):
     j: Int64
     length: Int64
     size: Int64
+    passes: Int64 | None
 
     def rows(self, rows: slice) -> Located:
         """Return some of the rows."""
-        return Located(*(part[rows] for part in self))
+        passes = None if self.passes is None else self.passes[rows]
+        slot, group, j, length, size = (part[rows] for part in self[:5])
+        return Located(slot, group, j, length, size, passes)
 
 
 @dataclass(frozen=True)
@@ -69,14 +74,19 @@ class PatchTables:
     counts, starts : arrays
         As in `PatchGroups`.
     sizes : array
-        Batch size of each patch.
+        Batch size of each patch, 1 at least: also of patches that are left out.
     batches : array
         Slots of each patch in an epoch: its batches, and those that come again or are left out so
-        that steps are of one patch.
+        that steps are of one patch, or those that weights give it.
     batch_offsets : array, shape (G + 1,)
         Running total of ``batches``.
     own : array, or None
         Batches that a patch has, where its slots are more or fewer.
+    shares : NumPy array (on any device), or None
+        Slots that weights give each patch, before they are made to fill steps; where there are
+        any, passes over a patch go on from epoch to epoch.
+    parents : array, or None
+        The patch that each group here is of, where patches are cut into classes of cost.
     grid : Grid of arrays
         Sides of each patch's permutation.
     order : array, shape (N,), or None
@@ -96,6 +106,8 @@ class PatchTables:
     batches: Any
     batch_offsets: Any
     own: Any
+    shares: Int64 | None
+    parents: Any
     grid: Grid
     order: Any
     num_batches: int
@@ -110,19 +122,20 @@ class PatchTables:
     def build(
         cls,
         groups: PatchGroups,
-        batch_size: int,
+        sizes: Int64,
         partial: str,
-        costs: NDArray[np.float64] | None = None,
+        parents: Int64 | None = None,
     ) -> PatchTables:
         """Return the host tables of groups, in steps of one slot; ``order`` is left to the plan.
 
         Parameters
         ----------
         groups : PatchGroups
-        batch_size : int
+        sizes : int64 array, shape (G,)
+            Batch size of each group; 0: it is left out.
         partial : {"keep", "drop", "pad"}
-        costs : float64 array, shape (G,), optional
-            Of a sample of each patch, where steps are to be balanced.
+        parents : int64 array, shape (G,), optional
+            As in the attributes.
 
         Raises
         ------
@@ -130,16 +143,18 @@ class PatchTables:
             If no batch is left: every patch is smaller than the batch size under "drop".
         """
         counts = groups.counts
-        # A broadcast scalar: no memory, and the form that sizes by patch will have.
-        sizes = np.broadcast_to(np.int64(batch_size), counts.shape)
+        left_out = sizes == 0
+        if bool(left_out.any()):
+            sizes = np.maximum(sizes, 1)
         batches = counts // sizes if partial == "drop" else -(-counts // sizes)
+        batches[left_out] = 0
         offsets = _running_total(batches)
         total = int(offsets[-1])
         if total == 0:
             raise ValueError(
                 f"batch_size must be at most the largest patch under partial='drop', got "
-                f"{batch_size}: all {counts.size} patches are smaller (the largest has "
-                f"{int(counts.max())} samples), so no batch is left"
+                f"{int(sizes[~left_out].min())}: all {counts.size} patches are smaller (the "
+                f"largest has {int(counts.max())} samples), so no batch is left"
             )
         batches.flags.writeable = False
         filled = sizes if partial == "pad" else np.minimum(sizes, counts)
@@ -154,18 +169,56 @@ class PatchTables:
             batches=batches,
             batch_offsets=offsets,
             own=None,
+            shares=None,
+            parents=parents,
             grid=grids_of(arrays.namespace(HOST), counts),
             order=None,
             num_batches=total,
-            max_batch_size=int(filled.max()),
-            # Patches that "drop" leaves out are never met.
+            max_batch_size=int(whole.max()),
+            # Patches that are left out are never met.
             smallest=int(counts[batches > 0].min()),
-            largest=int(counts.max()),
+            largest=int(counts[batches > 0].max()),
             uniform=uniform,
             layout=StepLayout.of(total, 1),
-            classes=(
-                None if costs is None else CostClasses.build(counts, sizes, batches, partial, costs)
-            ),
+            classes=None,
+        )
+
+    def mixed(self, shares: Int64) -> PatchTables:
+        """Return the tables for passes that go on from epoch to epoch, in steps of one slot.
+
+        Parameters
+        ----------
+        shares : int64 array, shape (G,)
+            Slots of each group in an epoch; 0 where it has no batch, else at least 1.
+        """
+        shares.flags.writeable = False
+        return replace(self, own=self.batches, shares=shares)._with_slots(shares, 1)
+
+    def balanced(self, partial: str, costs: NDArray[np.float64]) -> PatchTables:
+        """Return the tables with batches sorted by cost, for balanced steps.
+
+        Parameters
+        ----------
+        partial : {"keep", "drop", "pad"}
+        costs : float64 array, shape (G,)
+            Of a sample of each group.
+        """
+        sizes = self.sizes
+        if self.shares is not None:
+            # Which slot has a patch's short batch changes from epoch to epoch: all count as whole.
+            sizes = sizes if partial == "pad" else np.minimum(sizes, self.counts)
+            partial = "drop"
+        classes = CostClasses.build(self.counts, sizes, self.batches, partial, costs)
+        return replace(self, classes=classes)
+
+    def _with_slots(self, batches: Int64, width: int) -> PatchTables:
+        """Return the tables with other slots by patch, in steps of a width."""
+        offsets = _running_total(batches)
+        total = int(offsets[-1])
+        batches.flags.writeable = False
+        layout = StepLayout.of(total, width)
+        return replace(
+            self, batches=batches, batch_offsets=offsets, num_batches=total, layout=layout
         )
 
     def in_steps(self, width: int) -> PatchTables:
@@ -181,33 +234,41 @@ class PatchTables:
             Slots of a step.
         uneven : {"pad", "drop"}
             What becomes of a patch's batches that fill no step: its first ones come again, or they
-            are left out.
+            are left out. Where weights say how many slots a patch has, whole steps are shared out
+            by them, as many as hold the epoch's batches, or as they fill.
 
         Raises
         ------
         ValueError
-            If no step is left.
+            If no step is left, or weights leave a patch without any.
         """
         own = self.batches if self.own is None else self.own
+        if self.shares is not None:
+            return self._with_slots(self._steps_by_share(self.shares, width, uneven) * width, width)
         steps = own // width if uneven == "drop" else -(-own // width)
-        batches = steps * width
-        offsets = _running_total(batches)
-        total = int(offsets[-1])
-        if total == 0:
+        if not bool(steps.any()):
             raise ValueError(
                 "step_width must be at most the batches of the largest patch under "
                 f"steps='same_patch', uneven='drop', got {width} for {int(own.max())} batches"
             )
-        batches.flags.writeable = False
-        layout = StepLayout.of(total, width)
-        return replace(
-            self, own=own, batches=batches, batch_offsets=offsets, num_batches=total, layout=layout
-        )
+        return replace(self, own=own)._with_slots(steps * width, width)
+
+    @staticmethod
+    def _steps_by_share(shares: Int64, width: int, uneven: str) -> Int64:
+        """Return the steps of each patch, at least one for each that takes part."""
+        slots, needed = int(shares.sum()), int((shares > 0).sum())
+        steps = slots // width if uneven == "drop" else max(-(-slots // width), needed)
+        if steps < needed:
+            raise ValueError(
+                "epoch_batches must be enough for a step of each patch under steps='same_patch', "
+                f"uneven='drop', at least {needed} steps of {width} batches, got {slots}"
+            )
+        return apportion(shares, steps, shares > 0)
 
     def members(self) -> list[Any]:
         """Return the arrays."""
         tables = (self.counts, self.starts, self.sizes, self.batches, self.batch_offsets)
-        maybe = [table for table in (self.own, self.order) if table is not None]
+        maybe = [table for table in (self.own, self.parents, self.order) if table is not None]
         classes = [] if self.classes is None else self.classes.members()
         return [*tables, *self.grid, *maybe, *classes]
 
@@ -238,6 +299,7 @@ class PatchTables:
                 batches=there(self.batches),
                 batch_offsets=there(self.batch_offsets),
                 own=None if self.own is None else there(self.own),
+                parents=None if self.parents is None else there(self.parents),
                 grid=Grid(*(there(side) for side in self.grid)),
                 order=None if order is None else there(order),
                 classes=None if self.classes is None else self.classes.on(there),

@@ -65,6 +65,7 @@ CASES: dict[str, tuple[PatchGroups, int, str, dict[str, Any]]] = {
     "gathered int64, odd width": (gathered("int64"), 33, "block", {"partial": "pad"}),
     "slots as they are": (contiguous(LARGE), 64, "block", {"shuffle_patches": False}),
     "located": (contiguous(LARGE), 64, "located", {"interleave": False}),
+    "passes": (contiguous(LARGE), 64, "located", {"epoch_batches": 10_000}),
     "few slots, wide": (contiguous([70_000] * 2), 5000, "block", {}),
     "64-bit slots, width 1": (contiguous([2**31 - 1] * 3), 1, "block", {}),
     "samples as they are": (contiguous(LARGE), 64, "block", {"shuffle_within_batches": False}),
@@ -95,8 +96,9 @@ def evaluate(case: tuple[PatchGroups, int, str, dict[str, Any]]) -> None:
     elif method == "ragged":
         evaluation.ragged(plan._streams, 3, at, located=False)
     elif method == "located":
-        group, j = torch.from_numpy(at.group), torch.from_numpy(at.j)
-        evaluation.located_block(plan._streams, 3, group, j)
+        parts = (at.group, at.j, at.passes)
+        rows = [None if part is None else torch.from_numpy(part) for part in parts]
+        evaluation.located_block(plan._streams, 3, *rows)
     else:
         dtype = "int32" if method.endswith("int32") else "int64"
         evaluation.block(plan._streams, 3, torch.from_numpy(slots), dtype)

@@ -197,8 +197,9 @@ class Kernel(NamedTuple):
                 # As the array form locates them, whether they exist or not.
                 reference = Reference(plan._tables, HOST, shuffles_of(plan))
                 order = plan._order_of_patches(epoch)
-                group, j = map(self.there, reference.locate(plan._streams, epoch, slots, order))
-                found = self.fused.located_block(plan._streams, epoch, group, j, dtype)
+                rows = reference.locate(plan._streams, epoch, slots, order)
+                there = [None if part is None else self.there(part) for part in rows]
+                found = self.fused.located_block(plan._streams, epoch, *there, dtype)
             return [*map(host, found)]
 
     def ragged(self, plan: EpochPlan, epoch: int, at: Located) -> np.ndarray:
@@ -233,7 +234,7 @@ def kernel_of(plan: EpochPlan, kind: str) -> Kernel:
     evaluation = fused_of(plan._tables.on(device, plan.groups.order), device, shuffles, kind)
     guards = Guards(evaluation._launch, device)
     evaluation._launch = guards
-    locates = plan.interleave and plan.steps == "free"
+    locates = plan.interleave and plan.steps == "free" and plan.tables.shares is None
     return Kernel(evaluation, device, locates, guards.launched)
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-from dataclasses import replace
 from itertools import product
 from typing import Any
 
@@ -29,7 +28,6 @@ from gpusampler.permutation import (
     absorb_pair,
     key_of,
 )
-from gpusampler.steps import StepLayout
 
 GOLDEN = json.loads(make_golden.PATH.read_text())
 STEPS = json.loads(make_golden.STEPS_PATH.read_text())
@@ -208,7 +206,7 @@ word = st.sampled_from(["int32", "int64"])
 
 @st.composite
 def plans(
-    draw: st.DrawFn, interleave: bool, steps: str, gathered: bool
+    draw: st.DrawFn, interleave: bool, steps: str, gathered: bool, mixed: bool
 ) -> tuple[EpochPlan, np.ndarray]:
     """A plan and some of its slots, in any order, repeated or not."""
     # Sizes and slots are not shrunk, but differ from example to example.
@@ -218,10 +216,17 @@ def plans(
     batch_size = int(rng.choice(SIZES))
     if partial == "drop":
         batch_size = min(batch_size, int(groups.counts.max()))
+    mixing: dict[str, Any] = {}
+    if mixed:
+        # Many passes an epoch, and many epochs a pass.
+        weights = rng.choice([1, 30, 1000], groups.num_patches)
+        batches = int(rng.integers(groups.num_patches, 3000))
+        mixing = {"weights": weights, "epoch_batches": batches}
     plan = EpochPlan(
         groups,
         batch_size,
         draw(seeds),
+        **mixing,
         partial=partial,
         shuffle_within_batches=draw(mostly),
         shuffle_patches=draw(mostly),
@@ -241,17 +246,20 @@ KINDS_OF_PLANS = [
 ]
 
 
+@pytest.mark.parametrize("mixed", [False, True])
 @pytest.mark.parametrize("gathered", [True, False])
 @pytest.mark.parametrize(("interleave", "steps"), KINDS_OF_PLANS)
 @every_kernel
 @settings(max_examples=10)
 @given(st.data())
-def test_any_batches_of_any_plan(kind, interleave, steps, gathered, data):
-    plan, slots = data.draw(plans(interleave, steps, gathered))
+def test_any_batches_of_any_plan(kind, interleave, steps, gathered, mixed, data):
+    plan, slots = data.draw(plans(interleave, steps, gathered, mixed))
     kernel = check(plan, kind, data.draw(epochs), slots, data.draw(word))
     # The kernel finds out what slots lead to where that is one permutation and one search.
-    located = not interleave or steps != "free"
+    located = mixed or not interleave or steps != "free"
     assert {form.located for form, _ in kernel.launched} == {located}
+    passes = mixed and plan.shuffle_within_batches
+    assert {form.passes for form, _ in kernel.launched} == {passes}
 
 
 HIGH_KEYS = next(
@@ -274,7 +282,9 @@ def test_keys_beyond_a_signed_word(kind, counts):
     plan = plan_of(counts, 4, seed)
     kernel = check(plan, kind, epoch, np.arange(0, plan.num_batches, 1 + plan.num_batches // 40))
     # Keys go over as signed words of the same bits, which the plan's own must need.
-    assert all(word >= HIGH for word in kernel.fused._keys(plan._streams, epoch))
+    assert all(
+        word >= HIGH for word in kernel.fused._keys(plan._streams, epoch, kernel.launched[0][0])
+    )
     assert form_of(plan).slots > 0
 
 
@@ -337,7 +347,8 @@ def test_any_number_of_rows(kind, rows):
 def test_patches_of_every_kind_side_by_side(kind, partial):
     # Where rounds differ from patch to patch, each row goes by its own.
     plan = plan_of([*EDGES, 1025, 65_537], 24, partial=partial, shuffle_patches=False)
-    assert form_of(plan)[2:6] == (True, 32, 3, 6)
+    found = form_of(plan)
+    assert (found.samples, found.small, found.fewest, found.most) == (True, 32, 3, 6)
     ends = np.cumsum(plan.batches_by_patch)
     check(plan, kind, 6, np.concatenate([ends - 1, ends - plan.batches_by_patch]))
 
@@ -349,32 +360,12 @@ def test_the_largest_small_patch_beside_large_ones(kind):
     check(plan, kind, 6, np.arange(plan.num_batches))
 
 
-def with_sizes(plan: EpochPlan, sizes: list[int]) -> EpochPlan:
-    """The plan with a batch size for each patch."""
-    sizes, counts = np.array(sizes), plan.groups.counts
-    batches = counts // sizes if plan.partial == "drop" else -(-counts // sizes)
-    filled = sizes if plan.partial == "pad" else np.minimum(sizes, counts)
-    plan._tables = replace(
-        plan._tables,
-        sizes=sizes,
-        batches=batches,
-        batch_offsets=np.cumsum([0, *batches]),
-        num_batches=int(batches.sum()),
-        max_batch_size=int(filled[batches > 0].max()),
-        uniform=False,
-        layout=StepLayout.of(int(batches.sum()), 1),
-    )
-    plan.num_batches = plan._tables.num_batches
-    plan.max_batch_size = plan._tables.max_batch_size
-    return plan
-
-
 @pytest.mark.parametrize("partial", ["keep", "drop", "pad"])
 @pytest.mark.parametrize("interleave", [True, False])
 @every_kernel
 def test_sizes_by_patch(kind, partial, interleave):
-    plan = plan_of([100, 7, 40, 2000], 7, partial=partial, interleave=interleave)
-    plan = with_sizes(plan, [40, 8, 13, 150])
+    sizes = {0: 40, 1: 8, 2: 13, 3: 150}
+    plan = plan_of([100, 7, 40, 2000], sizes, partial=partial, interleave=interleave)
     kernel = check(plan, kind, 2, np.arange(plan.num_batches))
     assert [form.ragged for form, _ in kernel.launched] == [False, True]
     assert kernel.launched[1][0].pad == (partial == "pad")
@@ -412,8 +403,8 @@ NOWHERE = {
 @pytest.mark.parametrize("groups", NOWHERE.values(), ids=NOWHERE)
 @every_kernel
 def test_slots_that_do_not_exist_stay_in_bounds(kind, groups):
-    choices = product(KINDS_OF_PLANS, [True, False], ["keep", "pad"])
-    for (interleave, steps), shuffle, partial in choices:
+    choices = product(KINDS_OF_PLANS, [True, False], ["keep", "pad"], [None, 50])
+    for (interleave, steps), shuffle, partial, epoch_batches in choices:
         plan = EpochPlan(
             groups,
             3,
@@ -423,6 +414,7 @@ def test_slots_that_do_not_exist_stay_in_bounds(kind, groups):
             partial=partial,
             steps=steps,
             step_width=1 if steps == "free" else 2,
+            epoch_batches=epoch_batches,
         )
         last = plan.num_batches - 1
         slots = [-1, -(2**31), -(2**63), last + 1, last + 2, 2**31, 2**32, 2**63 - 1, last]
@@ -490,6 +482,20 @@ NONE = Form(*[0] * len(Form._fields))
         ([65536], 9, {}, {}, {"slots": 2, "samples": 1, "fewest": 3, "most": 3}),
         ([3, 65536], 9, {}, {}, {"slots": 2, "samples": 1, "small": 32, "fewest": 3, "most": 6}),
         ([5, 6], 1, {}, {"located": True}, {"located": 1, "samples": 1, "small": 8}),
+        (
+            [5, 6],
+            1,
+            {},
+            {"located": True, "passes": True},
+            {"located": 1, "passes": 1, "samples": 1, "small": 8},
+        ),
+        (
+            [5, 6],
+            1,
+            {"shuffle_within_batches": False},
+            {"located": True, "passes": True},
+            {"located": 1},
+        ),
         ([5], 5, {"partial": "pad"}, {}, {"samples": 1, "small": 8}),
         ([5], 5, {}, {"ragged": True}, {"samples": 1, "small": 8, "ragged": 1}),
         (

@@ -71,7 +71,7 @@ def memory_of(cuobjdump: Path | str, cubin: str) -> int:
     return sum(int(size) for size in re.findall(r"(?:STACK|LOCAL):(\d+)", said))
 
 
-PLAIN = Form(2, False, True, 0, 3, 3, False, False, False, False)
+PLAIN = Form(2, False, False, True, 0, 3, 3, False, False, False, False)
 CUDA_FORMS = {
     "plain": (PLAIN, "int64", "int64"),
     "mixed, gathered": (PLAIN._replace(slots=1, small=32, most=6, ordered=True), "int32", "int32"),
@@ -80,6 +80,7 @@ CUDA_FORMS = {
         "int64",
         "int64",
     ),
+    "passes": (PLAIN._replace(slots=0, located=True, passes=True), "int64", "int64"),
     "small": (PLAIN._replace(slots=0, small=8, fewest=0, most=0), "int64", "int64"),
     "as they are": (PLAIN._replace(samples=False, fewest=0, most=0), "int64", "int32"),
 }

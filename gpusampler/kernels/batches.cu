@@ -7,6 +7,7 @@
 //
 //   SLOTS     0 slots as they are, 1 Fisher-Yates, 2 grid of 32-bit slots, 3 grid of 64-bit slots
 //   LOCATED   `slots` holds batches of the patches that `row_groups` holds
+//   PASSES    they are of the passes over their patches that `row_passes` holds, not of the epoch
 //   SAMPLES   permute inside the patches
 //   SMALL     the largest n that goes through Fisher-Yates here, 0 if none
 //   FEWEST, MOST  pairs of rounds of the largest and of the smallest patch above 32; 0 if none
@@ -86,7 +87,8 @@ DEVICE u32 swap_of(u32 k0, u32 step, u32 i) {
 
 KERNEL void gpusampler_batches(
     const i64 *slots, const i64 *starts, OUT_T *out, i64 *lengths, i64 *groups,
-    const i64 *counts, const i64 *sizes, const i64 *search, const i64 *row_groups, const i64 *bases,
+    const i64 *counts, const i64 *sizes, const i64 *search, const i64 *row_groups,
+    const i64 *row_passes, const i64 *bases,
     const i64 *side_a, const i64 *side_b, const i64 *side_rem, const ORDER_T *order,
     int num_rows, int width, int num_groups, int steps,
     int slot_n, int slot_a, int slot_b, int slot_rem, int slot_pairs,
@@ -153,6 +155,11 @@ KERNEL void gpusampler_batches(
 #endif
 #if SAMPLES
             u32 s0 = state0, s1 = state1;
+#if PASSES
+            const i64 pass = row_passes[row_0 + t];
+            absorb(s0, s1, (u32)pass);
+            absorb(s0, s1, (u32)(pass >> 32));
+#endif
             absorb(s0, s1, (u32)group);
             absorb(s0, s1, 0);
             row.k0 = s0;

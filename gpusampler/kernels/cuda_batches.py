@@ -37,7 +37,7 @@ def _kernel(form: Form, order: str, out: str) -> Any:
 def launch(form: Form, geometry: Geometry, args: tuple[Any, ...]) -> None:
     """Run the kernel over arrays of CuPy, on its current device and stream."""
     slots, starts, _, out, *rest = args
-    order = rest[10]
+    order = rest[11]
     kernel = _kernel(form, "int64" if order is None else order.dtype.name, out.dtype.name)
     values = (slots, starts, out, *rest, geometry.rows, geometry.columns, geometry.span)
     kernel(geometry.blocks, (THREADS,), tuple(map(_as_argument, values)))

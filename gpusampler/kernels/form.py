@@ -19,6 +19,8 @@ class Form(NamedTuple):
         How slots are permuted: not, by Fisher-Yates, on a grid of 32-bit or of 64-bit slots.
     located : bool
         Whether rows are told as batches of patches, and not as slots.
+    passes : bool
+        Whether rows are of a pass over their patch each, told like it, and not of the epoch.
     samples : bool
         Whether samples are permuted inside their patches.
     small : int
@@ -37,6 +39,7 @@ class Form(NamedTuple):
 
     slots: int
     located: bool
+    passes: bool
     samples: bool
     small: int
     fewest: int
@@ -54,6 +57,7 @@ class Form(NamedTuple):
         *,
         ragged: bool,
         located: bool = False,
+        passes: bool = False,
         epoch_there: bool = False,
     ) -> Form:
         """Return the form for a plan's tables; what no patch of it needs is left out."""
@@ -72,6 +76,7 @@ class Form(NamedTuple):
         return cls(
             slots=slots,
             located=located,
+            passes=passes and shuffles.samples,
             samples=shuffles.samples,
             small=small,
             fewest=fewest,

@@ -53,25 +53,33 @@ class Fused:
 
         For plans whose slots the kernel can locate: interleaved, in steps of one.
         """
-        return self._block(streams, epoch, slots, None, dtype)
+        return self._block(streams, epoch, slots, (None, None), dtype)
 
     def located_block(
-        self, streams: Streams, epoch: int, group: Any, j: Any, dtype: str = "int64"
+        self,
+        streams: Streams,
+        epoch: int,
+        group: Any,
+        j: Any,
+        passes: Any = None,
+        dtype: str = "int64",
     ) -> tuple[Any, Any, Any]:
-        """Return `block` of batches ``j`` of patches ``group``, which are on the device."""
-        return self._block(streams, epoch, j, group, dtype)
+        """Return `block` of batches ``j`` of patches ``group``, which are on the device.
+
+        ``passes``, of which pass over its patch each is, is None where that is the epoch.
+        """
+        return self._block(streams, epoch, j, (group, passes), dtype)
 
     def _block(
-        self, streams: Streams, epoch: int, slots: Any, row_groups: Any, dtype: str
+        self, streams: Streams, epoch: int, slots: Any, rows: tuple[Any, Any], dtype: str
     ) -> tuple[Any, Any, Any]:
         num_rows, width = int(slots.shape[0]), self._tables.max_batch_size
         with arrays.on(self._device):
             out = self._empty((num_rows, width), dtype)
             lengths, groups = self._empty((num_rows,)), self._empty((num_rows,))
-            located = row_groups is not None
-            form = Form.of(self._tables, self._shuffles, ragged=False, located=located)
-            keys = self._keys(streams, epoch)
-            self._run(form, (slots, None, None, out, lengths, groups), row_groups, width, keys)
+            form = self._form(rows, ragged=False)
+            keys = self._keys(streams, epoch, form)
+            self._run(form, (slots, None, None, out, lengths, groups), rows, width, keys)
         return out, lengths, groups
 
     def batch(self, streams: Streams, epoch: Any, slot: Any) -> tuple[Any, Any, Any]:
@@ -89,7 +97,7 @@ class Fused:
             self._run(
                 form,
                 (slots, None, epoch, out, lengths, groups),
-                None,
+                (None, None),
                 width,
                 (*streams.batches, *streams.samples),
             )
@@ -106,32 +114,46 @@ class Fused:
         # One small array goes up, and nothing is waited for.
         starts = np.cumsum(at.size) - at.size
         parts = [starts, at.j, at.group] if located else [starts, at.slot]
-        starts, slots, *row_groups = arrays.upload(np.stack(parts), self._device)
-        group = row_groups[0] if located else None
+        if at.passes is not None:
+            parts.append(at.passes)
+        starts, slots, *told = arrays.upload(np.stack(parts), self._device)
+        rows = (*told, None, None)[:2]
         if self._tables.uniform:
             # The same kernel as for a block: each form is one to compile.
-            block = self._block(streams, epoch, slots, group, "int64")
+            block = self._block(streams, epoch, slots, rows, "int64")
             return self._xp.reshape(block[0], (-1,))
-        form = Form.of(self._tables, self._shuffles, ragged=True, located=located)
-        keys = self._keys(streams, epoch)
+        form = self._form(rows, ragged=True)
+        keys = self._keys(streams, epoch, form)
         with arrays.on(self._device):
             out = self._empty((int(at.size.sum()),))
             row_arrays = (slots, starts, None, out, None, None)
-            self._run(form, row_arrays, group, int(at.size.max()), keys)
+            self._run(form, row_arrays, rows, int(at.size.max()), keys)
         return out
+
+    def _form(self, rows: tuple[Any, Any], *, ragged: bool) -> Form:
+        group, passes = rows
+        return Form.of(
+            self._tables,
+            self._shuffles,
+            ragged=ragged,
+            located=group is not None,
+            passes=passes is not None,
+        )
 
     def _empty(self, shape: tuple[int, ...], dtype: str = "int64") -> Any:
         handle = arrays.device_handle(self._device)
         return self._xp.empty(shape, dtype=getattr(self._xp, dtype), device=handle)
 
-    def _keys(self, streams: Streams, epoch: int) -> tuple[int, int, int, int]:
-        return *key_of(streams.batches, epoch, 0), *absorb_pair(streams.samples, epoch)
+    def _keys(self, streams: Streams, epoch: int, form: Form) -> tuple[int, int, int, int]:
+        # Where each row has a pass of its own, the kernel absorbs it.
+        samples = streams.samples if form.passes else absorb_pair(streams.samples, epoch)
+        return *key_of(streams.batches, epoch, 0), *samples
 
     def _run(
         self,
         form: Form,
         arrays_of_rows: tuple[Any, ...],
-        row_groups: Any,
+        rows: tuple[Any, Any],
         widest: int,
         keys: tuple[int, ...],
     ) -> None:
@@ -150,7 +172,7 @@ class Fused:
             tables.counts,
             tables.sizes,
             tables.batch_offsets,
-            row_groups,
+            *rows,
             tables.starts,
             *tables.grid,
             tables.order,

@@ -3,7 +3,8 @@
 Imported at first use only. A program takes ``ROWS`` rows (batches): it finds out what each row is
 (slot -> batch by a keyed bijection -> patch by a search -> key, grid and first position) and then
 writes the rows' samples (position -> permutation -> order), ``COLS`` of each row at a time. Where
-rows are LOCATED, ``slots`` holds batches of the patches that ``row_groups`` holds.
+rows are LOCATED, ``slots`` holds batches of the patches that ``row_groups`` holds; where it holds
+PASSES, of those over the patches that ``row_passes`` holds.
 
 Integer arguments are signed 32-bit numbers, keys by their bits: Triton types an argument by its
 value, and a key that is 64-bit in one epoch would be another kernel to compile.
@@ -119,7 +120,7 @@ _VALUES = [
 
 
 # Nor is where in memory these begin: they are parts of a user's tensors.
-_PLACES = ["slots", "starts", "epoch", "row_groups"]
+_PLACES = ["slots", "starts", "epoch", "row_groups", "row_passes"]
 
 
 @triton.jit(do_not_specialize=_VALUES, do_not_specialize_on_alignment=_PLACES)
@@ -134,6 +135,7 @@ def batches_kernel(
     sizes,
     search,
     row_groups,
+    row_passes,
     bases,
     side_a,
     side_b,
@@ -154,6 +156,7 @@ def batches_kernel(
     state1,
     SLOTS: tl.constexpr,
     LOCATED: tl.constexpr,
+    PASSES: tl.constexpr,
     SAMPLES: tl.constexpr,
     SMALL: tl.constexpr,
     FEWEST: tl.constexpr,
@@ -221,7 +224,11 @@ def batches_kernel(
 
     if SAMPLES:
         # What belongs to a row, as a column beside the row's lanes.
-        key, step = _absorb(s0, s1, group.to(tl.uint32))
+        key, step = s0, s1
+        if PASSES:
+            passes = tl.load(row_passes + row, mask=inside, other=0)
+            key, step = _absorb_epoch(key, step, passes)
+        key, step = _absorb(key, step, group.to(tl.uint32))
         key, step = _absorb(key, step, (group * 0).to(tl.uint32))
         step = step | 1
         coin = _coin(key, step)[:, None]
