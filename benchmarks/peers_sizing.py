@@ -15,8 +15,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from gpusampler import PatchBatchSampler
-from gpusampler.sizing import CostBudget
+from gpusampler import CostBudget, PatchBatchSampler
 
 ROUNDS = 3
 PATCHES = 50
@@ -169,9 +168,7 @@ def _places(cuts: Any) -> list[int]:
     return [int(cut.id) for cut in cuts]
 
 
-def _dynamic_bucketing(
-    workload: Workload, cuts: Any, seed: int, num_buckets: int = 10
-) -> Any:
+def _dynamic_bucketing(workload: Workload, cuts: Any, seed: int, num_buckets: int = 10) -> Any:
     from lhotse.dataset.sampling import DynamicBucketingSampler
 
     return DynamicBucketingSampler(
@@ -406,9 +403,7 @@ def filled(workload: Workload, batches: list[list[int]]) -> dict[str, Any]:
     }
 
 
-def resumed(
-    peer: Peer, workload: Workload, given: Any, whole: list[list[int]]
-) -> dict[str, Any]:
+def resumed(peer: Peer, workload: Workload, given: Any, whole: list[list[int]]) -> dict[str, Any]:
     """Stop in the middle of an epoch, and go on in a new sampler from what the old one saved."""
     sampler = peer.make(workload, given, 0)
     if not hasattr(sampler, "state_dict"):
@@ -441,9 +436,7 @@ def too_long_at_the_end(samples: int = 200, budget: int = 8_000) -> dict[str, in
 
     workload = one_patch(samples, budget)
     workload.lengths[-1] = budget + 1
-    sampler = DynamicBatchSampler(
-        _graphs(workload), max_num=budget, mode="node", skip_too_big=True
-    )
+    sampler = DynamicBatchSampler(_graphs(workload), max_num=budget, mode="node", skip_too_big=True)
     batches = _epoch(sampler, 0)
     return {"samples": samples, "batches": len(batches), "empty": batches.count([])}
 
@@ -458,9 +451,7 @@ def growth(sizes: Iterable[int], shuffle: bool = True) -> dict[str, float]:
     for size in sizes:
         workload = one_patch(size)
         graphs = _graphs(workload)
-        sampler = DynamicBatchSampler(
-            graphs, max_num=workload.budget, mode="node", shuffle=shuffle
-        )
+        sampler = DynamicBatchSampler(graphs, max_num=workload.budget, mode="node", shuffle=shuffle)
         start = time.perf_counter()
         for _ in sampler:
             pass

@@ -9,6 +9,7 @@ installed (``bench`` extra) is named as missing.
 from __future__ import annotations
 
 import argparse
+import ctypes
 import gc
 import json
 import multiprocessing
@@ -32,10 +33,9 @@ STEPS = (365, 3_650)
 """Time steps beside those of the preset: daily values of one year, and of ten."""
 TRAINED = (1, 2, 4, 8)
 EPOCHS = 5
-PROBED = 8
-"""Samples in the batches whose memory is measured to learn what a sample of a patch costs."""
 GROWTH = (20_000, 80_000, 320_000)
 WANTED = 0.85
+M_MMAP_THRESHOLD = -3
 
 
 def patch_points(preset: str) -> dict[str, list[int]]:
@@ -151,119 +151,91 @@ def in_child(call: Callable[[], Any]) -> Any:
         child.join()
 
 
-class Demo:
-    """The demo's model and data, trained on batches of one's own."""
+class Run:
+    """A GINO of the demo in training, from the same first weights as every other."""
 
-    def __init__(self) -> None:
-        from gpusampler.demo.loading import load
-
-        self.data = load()
-        self.model = self._new()
-
-    def _new(self) -> Any:
-        from gpusampler.demo.gino import PatchGino
-        from gpusampler.demo.loading import INPUTS, OUTPUTS
-
-        normalize = self.data.normalize
-        columns, targets = len(normalize.columns), len(normalize.target_columns)
-        return PatchGino(INPUTS, OUTPUTS, columns, targets, seed=0)
-
-    def sampler(self, batch_size: Any) -> PatchBatchSampler:
-        return PatchBatchSampler(self.data.train, batch_size, seed=0, device="numpy")
-
-    def start(self) -> Callable[[Any], None]:
-        """Return a function that trains a model of its own on what it is given."""
+    def __init__(self, data: Any) -> None:
         import torch
 
+        from gpusampler.demo.gino import PatchGino
+        from gpusampler.demo.loading import INPUTS, OUTPUTS
+        from gpusampler.demo.train import LEARNING_RATE
+
+        columns, targets = len(data.normalize.columns), len(data.normalize.target_columns)
+        self.data = data
+        self.model = PatchGino(INPUTS, OUTPUTS, columns, targets, seed=0)
+        self.optimizer = torch.optim.Adam(self.model.net.parameters(), lr=LEARNING_RATE)
+
+    def epoch(self, batches: Any) -> None:
+        """Train on all batches once."""
         from gpusampler.demo.loading import as_torch, loader
-        from gpusampler.demo.train import LEARNING_RATE, batch_loss
+        from gpusampler.demo.train import batch_loss
 
-        self.model = model = self._new()
-        optimizer = torch.optim.Adam(model.net.parameters(), lr=LEARNING_RATE)
-
-        def train(batches: Any) -> None:
-            for batch in loader(as_torch(self.data.train), batches):
-                optimizer.zero_grad()
-                batch_loss(model, batch).backward()  # type: ignore[no-untyped-call]
-                optimizer.step()
-
-        train.model = model  # type: ignore[attr-defined]
-        return train
-
-    def peak(self, batches: Any) -> float:
-        """Return the MB that training on batches takes at most, above what was held before.
-
-        For a process of its own: what others have freed would hide some of it.
-        """
-        train = self.start()
-        first = min(batches, key=len)
-        train([first[:1]])  # what is made once: the optimizer's state, buffers of libraries
-        gc.collect()
-        before = _status("VmRSS")
-        Path("/proc/self/clear_refs").write_text("5")
-        train(batches)
-        return _status("VmHWM") - before
-
-    def measured_costs(self) -> dict[int, float]:
-        """Return the MB that a sample of each patch takes, by one batch of each."""
-        ids = np.asarray(self.data.train.get_all_patch_ids())
-        return {
-            int(patch): in_child(lambda p=patch: self.peak([_first(ids, p)])) / PROBED
-            for patch in np.unique(ids)
-        }
+        for batch in loader(as_torch(self.data.train), batches):
+            self.optimizer.zero_grad()
+            batch_loss(self.model, batch).backward()
+            self.optimizer.step()
 
 
-def _first(ids: np.ndarray, patch: int) -> list[int]:
-    found: list[int] = np.flatnonzero(ids == patch)[:PROBED].tolist()
-    return found
+def peak(data: Any, batches: list[list[int]]) -> float:
+    """Return the MB that training on batches takes at most, above what was held before.
+
+    For a process of its own: what others have freed would hide some of it.
+    """
+    # Each tensor's memory goes back as it is freed: what is kept in pieces for batches of another
+    # shape would count for these.
+    ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, 1 << 16)
+    run = Run(data)
+    run.epoch(batches)  # what is made once: the optimizer's state, buffers of libraries
+    gc.collect()
+    before = _status("VmRSS")
+    Path("/proc/self/clear_refs").write_text("5")
+    run.epoch(batches)
+    return _status("VmHWM") - before
 
 
 def training(sizes: tuple[int, ...] = TRAINED, epochs: int = EPOCHS) -> dict[str, Any]:
     """Train the demo's GINO with fixed sizes and with budgets of the same peak, taking turns."""
     from gpusampler.demo.gino import fast_segment_csr
+    from gpusampler.demo.loading import load
     from gpusampler.demo.train import one_thread, probe
 
     with one_thread(), fast_segment_csr():
-        demo = Demo()
-        points = demo.data.train.patch_costs()
-        measured = demo.measured_costs()
-        rows = []
+        data = load()
+        points = data.train.patch_costs()
         ways: dict[str, dict[str, Any]] = {}
         for size in sizes:
+            budget = CostBudget(size * max(points.values()), cost=points)
             ways[f"fixed {size}"] = {"fixed": size, "batch_size": size}
-            for name, costs in (("points", points), ("measured", measured)):
-                budget = CostBudget(size * max(costs.values()), cost=costs)
-                ways[f"{name} {size}"] = {"fixed": size, "batch_size": budget}
+            ways[f"budget {size}"] = {"fixed": size, "batch_size": budget}
         # Memory first: once this process has trained, its children begin with what it freed.
-        for name, way in ways.items():
-            sampler = demo.sampler(way["batch_size"])
-            way |= {"name": name.split()[0], "sampler": sampler, "steps": len(sampler)}
-            way["peak_mb"] = in_child(lambda own=sampler: demo.peak(list(own)))
+        for way in ways.values():
+            sampler = PatchBatchSampler(data.train, way["batch_size"], seed=0, device="numpy")
+            way |= {"sampler": sampler, "steps": len(sampler)}
+            way["peak_mb"] = in_child(lambda own=sampler: peak(data, list(own)))
             way["seconds"] = []
-        runs = {name: demo.start() for name in ways}
+        runs = {name: Run(data) for name in ways}
         for epoch in range(epochs):
             for name, way in ways.items():
                 way["sampler"].set_epoch(epoch)
                 start = time.perf_counter()
-                runs[name](way["sampler"])
+                runs[name].epoch(way["sampler"])
                 way["seconds"].append(time.perf_counter() - start)
-        for name, way in ways.items():
-            best = min(way["seconds"])
-            rows.append(
-                {
-                    "batches": way["name"],
-                    "fixed": way["fixed"],
-                    "steps": way["steps"],
-                    "samples_a_second": len(demo.data.train) / best,
-                    "peak_mb": way["peak_mb"],
-                    "probe_loss": probe(runs[name].model, demo.data, 8).loss,  # type: ignore[attr-defined]
-                }
-            )
+        rows = [
+            {
+                "batches": name.split()[0],
+                "fixed": way["fixed"],
+                "steps": way["steps"],
+                "samples_a_second": len(data.train) / min(way["seconds"]),
+                "peak_mb": way["peak_mb"],
+                "probe_loss": probe(runs[name].model, data, 8).loss,
+            }
+            for name, way in ways.items()
+        ]
     return {
-        "samples": len(demo.data.train),
+        "samples": len(data.train),
         "epochs": epochs,
-        "points": points,
-        "mb_a_sample": measured,
+        "points": list(points.values()),
         "rows": rows,
     }
 
@@ -337,11 +309,6 @@ def print_memory(found: Mapping[str, Any]) -> None:
 
 def print_training(found: Mapping[str, Any]) -> None:
     print(f"\nGINO of the demo, {found['samples']} samples, best of {found['epochs']} epochs\n")
-    by_patch = [
-        f"{points} points {found['mb_a_sample'][patch]:.2f} MB"
-        for patch, points in found["points"].items()
-    ]
-    print(f"a sample takes: {', '.join(by_patch)}\n")
     rows = []
     for row in found["rows"]:
         plain = next(
@@ -352,7 +319,7 @@ def print_training(found: Mapping[str, Any]) -> None:
         rows.append(
             [
                 str(row["fixed"]),
-                "fixed size" if row is plain else f"budget, cost = {row['batches']}",
+                "fixed size" if row is plain else "budget",
                 str(row["steps"]),
                 f"{row['samples_a_second']:.0f}",
                 f"{row['samples_a_second'] / plain['samples_a_second']:.2f}",
