@@ -20,7 +20,7 @@ from gpusampler import CostBudget, PatchBatchSampler
 ROUNDS = 3
 PATCHES = 50
 WIDTH, LEAST = 50, 200
-"""Buckets of bionemo: no wider than this many points, of at least so many samples if they can be."""
+"""Of bionemo's buckets: the widest, in points, and the fewest samples if that allows them."""
 NOT_INSTALLED = "not installed"
 
 

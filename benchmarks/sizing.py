@@ -33,7 +33,8 @@ STEPS = (365, 3_650)
 """Time steps beside those of the preset: daily values of one year, and of ten."""
 TRAINED = (1, 2, 4, 8)
 EPOCHS = 5
-GROWTH = (20_000, 80_000, 320_000)
+SAMPLES = 20_000
+"""Lengths that the peers are run on."""
 WANTED = 0.85
 M_MMAP_THRESHOLD = -3
 
@@ -240,10 +241,10 @@ def training(sizes: tuple[int, ...] = TRAINED, epochs: int = EPOCHS) -> dict[str
     }
 
 
-def peers(samples: int = 20_000, rounds: int = peers_sizing.ROUNDS) -> dict[str, Any]:
+def peers() -> dict[str, Any]:
     """Run all samplers on the same lengths."""
-    share = samples / 20_000
-    workloads = [make(samples) for make in peers_sizing.WORKLOADS]
+    workloads = [make(SAMPLES) for make in peers_sizing.WORKLOADS]
+    growing = [SAMPLES * times for times in (1, 4, 16)]
     return {
         "versions": {name: peers_sizing.version(name) for name in peers_sizing.PACKAGES},
         "workloads": [
@@ -254,14 +255,12 @@ def peers(samples: int = 20_000, rounds: int = peers_sizing.ROUNDS) -> dict[str,
                 "budget": workload.budget,
                 "mean": float(workload.lengths.mean()),
                 "longest": int(workload.lengths.max()),
-                "peers": peers_sizing.compare(workload, rounds),
+                "peers": peers_sizing.compare(workload, peers_sizing.ROUNDS),
             }
             for workload in workloads
         ],
-        "pyg_seconds_by_samples": peers_sizing.growth([round(size * share) for size in GROWTH]),
-        "pyg_seconds_unshuffled": peers_sizing.growth(
-            [round(size * share) for size in GROWTH], shuffle=False
-        ),
+        "pyg_seconds_by_samples": peers_sizing.growth(growing),
+        "pyg_seconds_unshuffled": peers_sizing.growth(growing, shuffle=False),
         "pyg_too_long_at_the_end": peers_sizing.too_long_at_the_end(),
     }
 
@@ -345,7 +344,6 @@ def print_peers(found: Mapping[str, Any]) -> None:
             if "missing" in peer:
                 rows.append([peer["name"], peer["missing"], *["-"] * 8])
                 continue
-            over = "over_budget" if peer["bounds"] == "sum" else "over_budget_padded"
             rows.append(
                 [
                     peer["name"],
@@ -354,7 +352,7 @@ def print_peers(found: Mapping[str, Any]) -> None:
                     f"{peer['fill']:.3f}",
                     f"{peer['fill_padded']:.3f}",
                     f"{peer['padding']:.1%}",
-                    f"{peer[over]:,}",
+                    f"{peer['over_budget']:,} / {peer['over_budget_padded']:,}",
                     f"{peer['mixed']:,}",
                     f"{peer['lost']} / {peer['repeated']}",
                     f"{peer['too_long_in_batches']} of {peer['too_long']}",
@@ -377,7 +375,7 @@ def print_peers(found: Mapping[str, Any]) -> None:
             )
         _table(
             "| sampler | bounds | batches | sum / budget | padded / budget | padding | "
-            "over its bound | mixed | lost / repeated | too long, handed out |",
+            "over: sum / padded | mixed | lost / repeated | too long, handed out |",
             rows,
         )
         if workload is found["workloads"][1]:
@@ -419,18 +417,18 @@ def draw(found: Mapping[str, Any], path: Path) -> None:
     workload = found["peers"]["workloads"][1]
     there = [peer for peer in workload["peers"] if "missing" not in peer]
     for row, peer in enumerate(there):
-        whole = min(peer["fill_padded"], 1.6)
-        right.barh(row, whole, 0.7, color="#d8d8d8")
+        right.barh(row, peer["fill_padded"], 0.7, color="#d8d8d8")
         right.barh(row, peer["fill"], 0.7, color="#2a7f62" if row == 0 else "#4c72b0")
-        text = f"{peer['fill']:.2f}, padded {peer['fill_padded']:.2f}"
-        text += f", {peer['mixed'] / peer['batches']:.0%} mixed" if peer["mixed"] else ", one patch"
-        right.text(0.02, row, text, va="center", fontsize=7, color="white")
+        text = f"{peer['fill']:.2f}, padded {peer['fill_padded']:.2f}, "
+        text += f"{peer['mixed'] / peer['batches']:.0%} mixed" if peer["mixed"] else "one patch"
+        right.text(max(peer["fill_padded"], 1) + 0.05, row, text, va="center", fontsize=7)
     right.axvline(1, color="black", linewidth=0.8)
     right.set_yticks(range(len(there)), [peer["name"] for peer in there], fontsize=7)
+    right.set_xticks([0, 1, 2, 3])
     right.set(
-        xlabel="use of the budget: lengths (coloured), with padding (grey)",
+        xlabel="use of the budget: by lengths, and padded (grey)",
         title=f"{workload['samples']:,} lengths in {workload['patches']} patches",
-        xlim=(0, 1.6),
+        xlim=(0, 4.6),
     )
     for axes in (left, right):
         axes.invert_yaxis()
