@@ -74,6 +74,13 @@ class Temperature:
         return np.where(own > 0, power, 0.0)
 
 
+def checked_epoch_batches(value: Any) -> int | None:
+    """Return the batches of an epoch as an int, None if they are left out, or raise."""
+    if value is None:
+        return None
+    return checked_int(value, "epoch_batches", least=1, below=MOST_BATCHES)
+
+
 def slots_by_patch(
     weights: Any,
     epoch_batches: int | None,
@@ -107,10 +114,8 @@ def slots_by_patch(
         If an argument is not as described, or there are fewer slots than patches.
     """
     taking_part = int((own > 0).sum())
-    if epoch_batches is None:
-        total = int(own.sum())
-    else:
-        total = checked_int(epoch_batches, "epoch_batches", least=1, below=MOST_BATCHES)
+    given = checked_epoch_batches(epoch_batches)
+    total = int(own.sum()) if given is None else given
     if total < taking_part:
         raise ValueError(
             "epoch_batches must be at least the number of patches (or classes of cost of one) that "

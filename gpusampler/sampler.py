@@ -16,7 +16,7 @@ from gpusampler import arrays, profiling, sources
 from gpusampler.coverage import Coverage, coverage_of
 from gpusampler.frameworks import check_sharding
 from gpusampler.iteration import Batch, BatchReader, EpochIterator, Reader, valid_counts
-from gpusampler.mixing import Temperature
+from gpusampler.mixing import Temperature, checked_epoch_batches
 from gpusampler.plan import EPOCHS, UNEVENS, EpochPlan, Partial, Uneven
 from gpusampler.profiling import Profile
 from gpusampler.ranks import LateGroup, checked_ranks, drawn_seed
@@ -155,6 +155,7 @@ class PatchBatchSampler:
     ) -> None:
         # Cheap arguments are checked before a source is read, which may take minutes.
         check_batch_size(batch_size)
+        checked_epoch_batches(epoch_batches)
         late_group = LateGroup(defaulted=num_replicas is None)
         num_replicas, rank = checked_ranks(num_replicas, rank)
         seed_given = seed is not None

@@ -253,7 +253,8 @@ def sizes_of(batch_size: Any, groups: PatchGroups, partial: str) -> Sizes:
         sizes = _sizes_by_patch(batch_size, groups)
         one = int(sizes[0]) if bool((sizes == sizes[0]).all()) else None
         return Sizes(sizes, one, None)
-    one = checked_int(batch_size, "batch_size", least=1, below=LARGEST + 1)
+    check_batch_size(batch_size)
+    one = int(batch_size)
     # A broadcast scalar takes no memory.
     return Sizes(np.broadcast_to(np.int64(one), groups.counts.shape), one, None)
 

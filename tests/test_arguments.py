@@ -29,10 +29,22 @@ def test_drop_is_silent_where_every_patch_has_a_batch():
     [
         ({"batch_size": 0}, ValueError, "batch_size must be >= 1, got 0"),
         ({"batch_size": -3}, ValueError, "batch_size must be >= 1, got -3"),
-        ({"batch_size": 2.0}, TypeError, r"batch_size must be an int, got 2\.0"),
+        (
+            {"batch_size": 2.0},
+            TypeError,
+            r"batch_size must be an int, a mapping .* or a CostBudget, got 2\.0",
+        ),
         ({"batch_size": True}, TypeError, "batch_size must be an int, got True"),
-        ({"batch_size": None}, TypeError, "batch_size must be an int, got None"),
-        ({"batch_size": "8"}, TypeError, "batch_size must be an int, got '8'"),
+        (
+            {"batch_size": None},
+            TypeError,
+            "batch_size must be an int, a mapping .* or a CostBudget, got None",
+        ),
+        (
+            {"batch_size": "8"},
+            TypeError,
+            "batch_size must be an int, a mapping .* or a CostBudget, got '8'",
+        ),
         ({"batch_size": 2**31}, ValueError, f"batch_size must be < {2**31}, got {2**31}"),
         ({"seed": -1}, ValueError, "seed must be >= 0, got -1"),
         ({"seed": 2**64}, ValueError, f"seed must be < {2**64}"),

@@ -123,6 +123,15 @@ FORMS = {
     "steps of one patch, in a row": Form(
         SMALL_ONLY, {"steps": "same_patch", "step_width": 2, "interleave": False}
     ),
+    "sizes by patch": Form(MIXED, {"batch_size": {0: 3, 1: 8, 2: 9, 3: 2}, "partial": "keep"}),
+    # More slots than batches, and fewer.
+    "weights": Form(MIXED, {"weights": [9, 1, 1, 1], "epoch_batches": 40}, gathered=True),
+    "weights, in a row": Form(
+        MIXED, {"weights": [1, 9, 1, 1], "epoch_batches": 30, "interleave": False}
+    ),
+    "weights, steps of one patch": Form(
+        SMALL_ONLY, {"weights": [1, 9, 1, 1], "steps": "same_patch", "step_width": 2}
+    ),
 }
 
 

@@ -279,7 +279,7 @@ def test_the_argument_checks():
         ({"batch_size": 0}, ValueError, "batch_size must be >= 1, got 0"),
         ({"batch_size": -2}, ValueError, "batch_size must be >= 1, got -2"),
         ({"batch_size": 2**31}, ValueError, f"batch_size must be < {2**31}"),
-        ({"batch_size": 2.0}, TypeError, r"batch_size must be an int, got 2\.0"),
+        ({"batch_size": 2.0}, TypeError, r"batch_size must be an int, a mapping .*, got 2\.0"),
         ({"batch_size": True}, TypeError, "batch_size must be an int, got True"),
         ({"seed": -1}, ValueError, "seed must be >= 0, got -1"),
         ({"seed": 2**64}, ValueError, f"seed must be < {2**64}, got {2**64}"),
