@@ -309,7 +309,11 @@ PEERS = (
 )
 WORKLOADS = (one_patch, in_patches, some_too_long)
 PACKAGES = (BIONEMO, LHOTSE, PYG)
-_MODULES = {BIONEMO: "bionemo.size_aware_batching.sampler", LHOTSE: LHOTSE, PYG: PYG}
+_MODULES = {
+    BIONEMO: "bionemo.size_aware_batching.sampler",
+    LHOTSE: "lhotse.dataset.sampling",
+    PYG: "torch_geometric.loader",
+}
 
 
 def version(package: str | None) -> str | None:
@@ -317,7 +321,10 @@ def version(package: str | None) -> str | None:
     if package is None:
         return "ours"
     try:
-        importlib.import_module(_MODULES[package])
+        with warnings.catch_warnings():
+            # Of what they use themselves.
+            warnings.simplefilter("ignore")
+            importlib.import_module(_MODULES[package])
     except ImportError:
         return None
     return metadata.version(package)
