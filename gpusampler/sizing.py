@@ -117,7 +117,8 @@ class CostBudget:
         """
         most = float(self.max_cost)
         # A quotient is rounded, so the product decides: the floor may be one off either way.
-        ratio = np.floor(np.minimum(most / costs, float(LARGEST)))
+        with np.errstate(over="ignore"):
+            ratio = np.floor(np.minimum(most / costs, float(LARGEST)))
         ratio += (ratio + 1) * costs <= most
         ratio -= ratio * costs > most
         found = np.minimum(ratio, float(LARGEST)).astype(np.int64)
@@ -153,11 +154,14 @@ class CostBudget:
         wanted = [f"min_batch_size={self.min_batch_size}"]
         if self.multiple_of > 1:
             wanted.append(f"multiple_of={self.multiple_of}")
+        if self.power_of_two:
+            wanted.append("power_of_two=True")
         if self.max_batch_size is not None:
             wanted.append(f"max_batch_size={self.max_batch_size}")
+        # The cost with all its digits: the last one may be what is too much.
         return (
-            f"max_cost={self.max_cost} allows {fits} samples of cost {cost:g} in a batch, which "
-            f"{' and '.join(wanted)} does not"
+            f"max_cost={self.max_cost} allows up to {fits} samples of cost {cost} in a batch, and "
+            f"none of these sizes is right by {', '.join(wanted)}"
         )
 
     def to_dict(self) -> dict[str, Any]:

@@ -166,9 +166,10 @@ def epoch_of(sampler: PatchBatchSampler, epoch: int) -> list[list[int]]:
 
 
 def quiet(*arguments, **settings) -> PatchBatchSampler:
-    """A sampler without the warning that "drop" gives for small patches."""
+    """A sampler without the warnings of patches that are left out: small ones, costly ones."""
+    left_out = "((partial|uneven)='drop'|over_budget='skip').* leaves out"
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="(partial|uneven)='drop'.* leaves out")
+        warnings.filterwarnings("ignore", message=left_out)
         return PatchBatchSampler(*arguments, **settings)
 
 

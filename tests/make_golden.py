@@ -2,7 +2,8 @@
 
 They come from `oracle` alone. Run it when the permutation gets another version, into other files;
 never to make a failing test pass, for then the package has changed its users' batches. Epochs in
-steps are in a file of their own, so that the older one stays as it was.
+steps are in a file of their own, and those of sizes by patch and of weights, so that the older ones
+stay as they were.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import oracle
 VERSION = 1
 PATH = Path(__file__).parent / "golden" / f"permutation_v{VERSION}.json"
 STEPS_PATH = PATH.with_name(f"steps_v{VERSION}.json")
+MIXING_PATH = PATH.with_name(f"mixing_v{VERSION}.json")
 
 WORDS = (0, 1, 2**31, 2**32 - 1, 2**32, 2**63 - 1)
 SEEDS = (*WORDS, 2**63, 2**64 - 1)
@@ -59,6 +61,41 @@ STEP_PATCHES: tuple[tuple[list[int], tuple[list[float] | None, ...]], ...] = (
         (None, [1, 1.05, 1.1, 0.99, 5, 1.01]),
     ),
 )
+
+# Patches with sizes, weights and lengths that turn at paces of their own. One patch; sizes 1 to 9
+# mixed up, sparse and negative ids; patches beyond the small form.
+MIXED_PATCHES: tuple[dict[str, Any], ...] = (
+    {
+        "ids": [5] * 7,
+        "sizes": (3, [2], [9]),
+        "weights": (None, [0.3]),
+        "lengths": (1, None, 2, 9, 23),
+        "costs": (None, [0.3]),
+    },
+    {
+        "ids": [9, -4, 9, 10**12, 9, -4, 9, 0, 9, 9, -(2**63), 9, 0, 10**12, 9, 2**63 - 1, 0, 9],
+        # One of them leaves a patch out, others do so under "drop".
+        "sizes": ([1, 2, 2, 4, 1, 1], 1, [3, 1, 2, 3, 1, 2], [1, 1, 3, 0, 2, 1], 2),
+        # As integers, equal, rounded to 0, no binary fractions; ties.
+        "weights": (
+            [1, 2, 3, 4, 5, 6],
+            [1, 1, 1, 1, 1, 1],
+            [0.1, 0.3, 1e-30, 0.7, 1e3, 2 / 3],
+            None,
+            [2.0**52, 3.0, 2.0**51, 2.0**50, 1.0, 0.7],
+        ),
+        "lengths": (17, None, 7, 29, 40, 13),
+        "costs": ([1, 1, 1.1, 1.124, 1.125, 2], None, [0.1, 0.3, 1e-9, 0.7, 1e3, 2 / 3]),
+    },
+    {
+        "ids": [2 * (i % 3 == 0) + (i > 60) + 3 * (i > 75) for i in range(90)],
+        "sizes": (4, [3, 2, 5, 1, 4, 3], [7, 3, 4, 50, 2, 3]),
+        "weights": ([9, 1, 5, 1, 3, 1], None, [0.2, 0.7, 0.1, 1.3, 1.1, 1 / 3]),
+        "lengths": (18, 37, None, 12),
+        "costs": (None, [1, 1.05, 1.1, 0.99, 5, 1.01]),
+    },
+)
+MIXED_EPOCHS = (0, 1, 5, 2**32, 2**63 - 1)
 
 
 def positions(n: int) -> list[int]:
@@ -149,9 +186,50 @@ def epochs_in_steps() -> list[dict[str, Any]]:
     return [epoch for epoch in out if epoch["batches"]]
 
 
+def epochs_mixed() -> list[dict[str, Any]]:
+    """Return epochs of sizes by patch, of weights, and of both, in steps of every kind."""
+    out = []
+    for turn, patches in enumerate(MIXED_PATCHES):
+        for at in range(12):
+            number = 12 * turn + at
+            given = {
+                "batch_size": patches["sizes"][number % len(patches["sizes"])],
+                "partial": ("keep", "drop", "pad")[(at + at // 3) % 3],
+                "shuffle_patches": number % 7 != 3,
+                "shuffle_within_batches": number % 9 != 4,
+                "weights": patches["weights"][number % len(patches["weights"])],
+                "epoch_batches": patches["lengths"][number // 2 % len(patches["lengths"])],
+            }
+            width = (1, 2, 3, 5, 4)[number % 5]
+            uneven = ("pad", "drop")[(at // 3 + turn) % 2]
+            costs = patches["costs"][number // 3 % len(patches["costs"])]
+            same = {"steps": "same_patch", "step_width": width, "uneven": uneven}
+            for kind in (
+                {"interleave": (at // 2 + turn) % 2 > 0},
+                {"steps": "balanced", "step_width": width, "patch_costs": costs},
+                same,
+                same | {"interleave": False},
+            ):
+                settings = oracle.Settings(**given, **kind)
+                seed = (20261122, 2**64 - 1, 0)[number % 3]
+                epoch = MIXED_EPOCHS[(number + len(kind)) % 5]
+                try:
+                    out.append(epoch_of(patches["ids"], seed, epoch, settings))
+                except ValueError as error:
+                    # Fewer batches, or steps, than patches.
+                    if "less than one for each" not in str(error):
+                        raise
+    return [epoch for epoch in out if epoch["batches"]]
+
+
 def build_steps() -> dict[str, Any]:
     """Return what is pinned of steps."""
     return {"version": VERSION, "epochs": epochs_in_steps()}
+
+
+def build_mixing() -> dict[str, Any]:
+    """Return what is pinned of sizes by patch and of weights."""
+    return {"version": VERSION, "epochs": epochs_mixed()}
 
 
 def build() -> dict[str, Any]:
@@ -192,3 +270,4 @@ def write(path: Path, built: dict[str, Any]) -> None:
 if __name__ == "__main__":
     write(PATH, build())
     write(STEPS_PATH, build_steps())
+    write(MIXING_PATH, build_mixing())

@@ -10,7 +10,7 @@ from __future__ import annotations
 from bisect import bisect_right
 from fractions import Fraction
 from itertools import pairwise
-from math import frexp, isqrt
+from math import frexp, fsum, isqrt
 from typing import NamedTuple
 
 WORD = 0xFFFFFFFF
@@ -97,7 +97,8 @@ def permuted(x: int, n: int, key: Key) -> int:
 class Settings(NamedTuple):
     """What an epoch depends on besides the seed, the epoch and the patches."""
 
-    batch_size: int
+    batch_size: int | list[int]
+    """Or that of each patch, patch ids ascending; a patch of size 0 is left out."""
     partial: str = "keep"
     interleave: bool = True
     shuffle_patches: bool = True
@@ -107,21 +108,32 @@ class Settings(NamedTuple):
     uneven: str = "pad"
     patch_costs: list[float] | None = None
     """Of one sample of each patch, patch ids ascending; 1 for all where there is none."""
+    weights: list[float] | None = None
+    """Of each patch, patch ids ascending; its own batches where there is only a length."""
+    epoch_batches: int | None = None
+
+    def size(self, g: int) -> int:
+        return self.batch_size if isinstance(self.batch_size, int) else self.batch_size[g]
+
+    @property
+    def mixed(self) -> bool:
+        return self.weights is not None or self.epoch_batches is not None
 
 
 def epoch(ids: list[int], seed: int, epoch: int, settings: Settings) -> list[tuple[int, list[int]]]:
     """All batches of one epoch in order, each as (patch id, samples).
 
-    Settings are those of the public constructor; one batch size for all patches.
+    Settings are those of the public constructor, patches by their places.
     """
     patch_ids = sorted(set(ids))
     members = [[i for i, p in enumerate(ids) if p == patch] for patch in patch_ids]
-    places = [batches_of(len(m), settings.batch_size, settings.partial) for m in members]
+    sizes = list(map(len, members))
+    places = own_batches(sizes, settings)
 
     out = []
-    for g, number in order_of(list(map(len, members)), seed, epoch, settings):
+    for g, pass_, number in passes_of(sizes, seed, epoch, settings):
         n = len(members[g])
-        key = derive(seed, INSIDE_A_PATCH, epoch, g)
+        key = derive(seed, INSIDE_A_PATCH, pass_, g)
         inside = [p % n for p in places[g][number]]
         if settings.shuffle_within_batches:
             inside = [permuted(p, n, key) for p in inside]
@@ -129,17 +141,40 @@ def epoch(ids: list[int], seed: int, epoch: int, settings: Settings) -> list[tup
     return out
 
 
+def passes_of(
+    sizes: list[int], seed: int, epoch: int, settings: Settings
+) -> list[tuple[int, int, int]]:
+    """The batches of one epoch in order, each as (patch, pass, number of its own batch)."""
+    order = order_of(sizes, seed, epoch, settings)
+    if not settings.mixed:
+        return [(g, epoch, number) for g, number in order]
+    own = [len(batches) for batches in own_batches(sizes, settings)]
+    slots = slots_of(own, settings)
+    out = []
+    for g, j in order:
+        # A patch goes on where it stood at the end of the epoch before.
+        pass_, number = divmod(epoch * slots[g] + j, own[g])
+        out.append((g, pass_ % 2**64, number))
+    return out
+
+
 def order_of(sizes: list[int], seed: int, epoch: int, settings: Settings) -> list[tuple[int, int]]:
-    """The batches of one epoch in order, each as (patch, number of the batch in it)."""
-    size, partial = settings.batch_size, settings.partial
-    counts = [len(batches_of(n, size, partial)) for n in sizes]
+    """The slots of one epoch in order, each as (patch, number of the slot in it).
+
+    Without mixing a patch's slots are its own batches.
+    """
+    own = own_batches(sizes, settings)
+    counts = slots_of(list(map(len, own)), settings)
     if settings.steps == "balanced":
-        lengths = [[len(batch) for batch in batches_of(n, size, partial)] for n in sizes]
-        runs = [
-            (g, number, 1, length)
-            for g in range(len(sizes))
-            for number, length in enumerate(lengths[g])
-        ]
+        if settings.mixed:
+            # Which batch a slot holds is another one each epoch: all are classed as whole ones.
+            runs = [(g, 0, counts[g], len(own[g][0])) for g in range(len(sizes)) if own[g]]
+        else:
+            runs = [
+                (g, number, 1, len(batch))
+                for g in range(len(sizes))
+                for number, batch in enumerate(own[g])
+            ]
         balanced = Balanced(runs, seed, epoch, settings)
         return [balanced.at(slot) for slot in range(sum(counts))]
 
@@ -164,6 +199,93 @@ def order_of(sizes: list[int], seed: int, epoch: int, settings: Settings) -> lis
             patches = [permuted(place, len(sizes), key) for place in patches]
         order = [(g, q) for g in patches for q in range(steps[g])]
     return [(g, (q * width + p) % counts[g]) for g, q in order for p in range(width)]
+
+
+def slots_of(own: list[int], settings: Settings) -> list[int]:
+    """How many slots each patch has in an epoch: its own batches, or its share of them all."""
+    if not settings.mixed:
+        return own
+    there = [g for g, nb in enumerate(own) if nb]
+    weights = own if settings.weights is None else settings.weights
+    total = sum(own) if settings.epoch_batches is None else settings.epoch_batches
+    shares = apportion(whole_weights([weights[g] for g in there]), total)
+    if settings.steps == "same_patch":
+        # Whole steps, in the proportions of the batches.
+        width = settings.step_width
+        steps = total // width if settings.uneven == "drop" else -(-total // width)
+        if settings.uneven == "pad":
+            steps = max(steps, len(there))
+        shares = [width * share for share in apportion(shares, steps)]
+    slots = [0] * len(own)
+    for g, share in zip(there, shares, strict=True):
+        slots[g] = share
+    return slots
+
+
+def whole_weights(weights: list[float]) -> list[int]:
+    """Weights as integers: as they are, or in units of a power of two, rounded half to even."""
+    if all(w == int(w) for w in weights) and sum(map(int, weights)) <= 2**52:
+        return list(map(int, weights))
+    # The sum becomes at least 2**51, less than 2**52.
+    _, exponent = frexp(fsum(weights))
+    return [round(Fraction(w) * Fraction(2) ** (52 - exponent)) for w in weights]
+
+
+def apportion(weights: list[int], total: int) -> list[int]:
+    """Whole shares of a total: at least one each, the others by largest remainder."""
+    if total < len(weights):
+        raise ValueError(f"{total} is less than one for each of {len(weights)}")
+    shares = [0] * len(weights)
+    free, rest = list(range(len(weights))), total
+    while True:
+        sum_ = sum(weights[g] for g in free)
+        quotas = {g: Fraction(weights[g] * rest, sum_) for g in free}
+        lifted = [g for g in free if quotas[g] < 1]
+        if not lifted:
+            break
+        for g in lifted:
+            shares[g] = 1
+        free = [g for g in free if quotas[g] >= 1]
+        rest -= len(lifted)
+    for g in free:
+        shares[g] = int(quotas[g])
+    # Ties go to the lower patch: the sort is stable.
+    by_remainder = sorted(free, key=lambda g: shares[g] - quotas[g])
+    for g in by_remainder[: total - sum(shares)]:
+        shares[g] += 1
+    return shares
+
+
+def size_of(
+    n: int,
+    partial: str,
+    cost: float,
+    max_cost: float,
+    least: int = 1,
+    most: int = 2**31 - 1,
+    multiple_of: int = 1,
+    power_of_two: bool = False,
+) -> int | None:
+    """How many samples of a cost a patch of n puts into a batch; none where the budget has no size.
+
+    0 where the patch has too few samples for any batch.
+    """
+
+    def allowed_down(size: int) -> int:
+        size -= size % multiple_of
+        if power_of_two and size:
+            size = 1 << size.bit_length() - 1
+        return size if size >= least else 0
+
+    def allowed_up(size: int) -> int:
+        size = -(-max(size, least) // multiple_of) * multiple_of
+        return 1 << (size - 1).bit_length() if power_of_two else size
+
+    fitting = bisect_right(range(1, most + 1), max_cost, key=lambda size: size * cost)
+    size = allowed_down(fitting)
+    if size == 0:
+        return None
+    return min(size, allowed_down(n)) if partial == "drop" else min(size, allowed_up(n))
 
 
 class Balanced:
@@ -246,9 +368,16 @@ def rounded(exact: Fraction) -> float:
 
 def batches_of(n: int, size: int, partial: str) -> list[range]:
     """Positions that each batch of a patch of n samples covers; past n they start again."""
+    if size == 0:
+        return []
     edges = list(range(0, n, size))
     if partial == "drop":
         return [range(p, p + size) for p in edges if p + size <= n]
     if partial == "pad":
         return [range(p, p + size) for p in edges]
     return [range(p, q) for p, q in pairwise([*edges, n])]
+
+
+def own_batches(sizes: list[int], settings: Settings) -> list[list[range]]:
+    """Positions of every batch that each patch is cut into."""
+    return [batches_of(n, settings.size(g), settings.partial) for g, n in enumerate(sizes)]

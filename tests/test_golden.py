@@ -7,6 +7,8 @@ integers that shares nothing with the package.
 from __future__ import annotations
 
 import json
+from collections import Counter
+from itertools import product
 from typing import Any
 
 import array_api_compat.numpy
@@ -16,13 +18,15 @@ import numpy as np
 import oracle
 import pytest
 import torch
+from expected import expected_by_patch
 
-from gpusampler import EpochPlan, PatchGroups, lanes, runs
+from gpusampler import CostBudget, EpochPlan, PatchGroups, lanes, runs
 from gpusampler.cursor import BatchCursor
 from gpusampler.permutation import VERSION, Grid, derive_key, grid_of, grids_of, permute
 
 GOLDEN = json.loads(make_golden.PATH.read_text())
 STEPS = json.loads(make_golden.STEPS_PATH.read_text())
+MIXING = json.loads(make_golden.MIXING_PATH.read_text())
 NAMESPACES = {"numpy": array_api_compat.numpy, "torch": array_api_compat.torch}
 
 every_namespace = pytest.mark.parametrize("xp", NAMESPACES.values(), ids=NAMESPACES.keys())
@@ -41,12 +45,14 @@ every_permutation = pytest.mark.parametrize("vector", PERMUTATIONS, ids=named)
 
 
 def test_version():
-    assert GOLDEN["version"] == STEPS["version"] == VERSION == make_golden.VERSION
+    versions = {golden["version"] for golden in (GOLDEN, STEPS, MIXING)}
+    assert versions == {VERSION} == {make_golden.VERSION}
 
 
 def test_files_are_what_the_oracle_says():
     assert json.loads(json.dumps(make_golden.build())) == GOLDEN
     assert json.loads(json.dumps(make_golden.build_steps())) == STEPS
+    assert json.loads(json.dumps(make_golden.build_mixing())) == MIXING
 
 
 def test_file_covers_the_edges():
@@ -92,6 +98,38 @@ def test_file_of_steps_covers_the_edges():
     assert max(costs) > 1e150
     assert min(costs) < 1e-299
     assert any(cost % 1 and cost > 1 for cost in costs)
+
+
+def test_file_of_mixing_covers_the_edges():
+    epochs = MIXING["epochs"]
+    found = [oracle.Settings(**epoch["settings"]) for epoch in epochs]
+    kinds = Counter((s.steps, s.uneven, s.interleave) for s in found if s.mixed)
+    assert len(kinds) == 2 + 1 + 4
+    assert all(kinds[kind] >= 8 for kind in kinds)
+    assert len({(s.partial, s.steps, s.uneven, s.interleave) for s in found}) == 3 * len(kinds)
+    assert {epoch["epoch"] for epoch in epochs} == {0, 1, 5, 2**32, 2**63 - 1}
+    assert {s.step_width for s in found if s.steps == "same_patch"} == {1, 2, 3, 4, 5}
+    for flag in ("shuffle_patches", "shuffle_within_batches"):
+        assert {getattr(s, flag) for s in found} == {True, False}
+    # One size or a list; with weights, with a length, with both; with neither, a list only.
+    given = {
+        (isinstance(s.batch_size, list), s.weights is None, s.epoch_batches is None) for s in found
+    }
+    assert given == {*product((True, False), repeat=3)} - {(False, True, True)}
+    assert any(s.mixed and isinstance(s.batch_size, list) and 0 in s.batch_size for s in found)
+    # Patches that are gone through several times, once, in part; passes that wrap around.
+    passes = Counter()
+    for epoch, settings in zip(epochs, found, strict=True):
+        if settings.mixed:
+            sizes = list(map(len, expected_by_patch(epoch["ids"]).values()))
+            own = list(map(len, oracle.own_batches(sizes, settings)))
+            slots = oracle.slots_of(own, settings)
+            for nb, m in zip(own, slots, strict=True):
+                if nb:
+                    passes[(m > nb) - (m < nb), m % nb > 0] += 1
+                    passes["wrapped"] += (epoch["epoch"] + 1) * m // nb > 2**64
+    assert set(passes) == {(1, True), (1, False), (0, False), (-1, True), "wrapped"}
+    assert min(passes.values()) >= 10
 
 
 @pytest.mark.parametrize("row", GOLDEN["keys"], ids=lambda row: "-".join(map(str, row[:4])))
@@ -142,21 +180,36 @@ def test_lanes_runs(vectors):
 def named_epoch(epoch: dict[str, Any]) -> str:
     settings = epoch["settings"]
     off = [name for name in settings if settings[name] is False]
-    steps = [str(settings[name]) for name in ("steps", "step_width", "uneven") if name in settings]
+    later = ("steps", "step_width", "uneven", "weights", "epoch_batches")
+    steps = [str(settings[name]) for name in later if name in settings]
     return "-".join(
         [f"{len(epoch['ids'])}", settings["partial"], f"{settings['batch_size']}", *off, *steps]
     )
 
 
 every_epoch = pytest.mark.parametrize(
-    "epoch", [*GOLDEN["epochs"], *STEPS["epochs"]], ids=named_epoch
+    "epoch", [*GOLDEN["epochs"], *STEPS["epochs"], *MIXING["epochs"]], ids=named_epoch
 )
 
 
 def plan_of(epoch: dict[str, Any], ids: Any) -> EpochPlan:
     settings = dict(epoch["settings"])
     groups = PatchGroups.from_ids(ids)
-    return EpochPlan(groups, settings.pop("batch_size"), epoch["seed"], **settings)
+    batch_size = sizes_given(settings.pop("batch_size"), groups.patch_ids.tolist())
+    if settings.get("steps") == "balanced":
+        # Those of a budget are for its sizes only.
+        settings.setdefault("patch_costs", [1] * groups.num_patches)
+    return EpochPlan(groups, batch_size, epoch["seed"], **settings)
+
+
+def sizes_given(sizes: Any, patch_ids: list[int]) -> Any:
+    """Return batch sizes as a user says them; one of 0 is over some budget."""
+    if isinstance(sizes, int):
+        return sizes
+    if 0 not in sizes:
+        return dict(zip(patch_ids, sizes, strict=True))
+    costs = [1 / size if size else 2 for size in sizes]
+    return CostBudget(1, costs, over_budget="skip")
 
 
 def handed_out(block: Any, plan: EpochPlan) -> list[Any]:
@@ -164,7 +217,7 @@ def handed_out(block: Any, plan: EpochPlan) -> list[Any]:
     for row, length, group in zip(
         block.indices.tolist(), block.lengths.tolist(), block.groups.tolist(), strict=True
     ):
-        width = plan.batch_size if plan.partial == "pad" else length
+        width = plan.sizes_by_patch[group] if plan.partial == "pad" else length
         out.append([int(plan.groups.patch_ids[group]), row[:width]])
     return out
 
@@ -189,8 +242,8 @@ def test_epochs(xp, epoch):
     ] == epoch["batches"]
 
 
-@pytest.mark.parametrize("epoch", STEPS["epochs"], ids=named_epoch)
-def test_epochs_in_steps_a_batch_at_a_time(epoch):
+@pytest.mark.parametrize("epoch", [*STEPS["epochs"], *MIXING["epochs"]], ids=named_epoch)
+def test_epochs_a_batch_at_a_time(epoch):
     plan = plan_of(epoch, torch.tensor(epoch["ids"]))
     batches, number = epoch["batches"], torch.tensor(epoch["epoch"])
     patch_ids = plan.groups.patch_ids.tolist()
