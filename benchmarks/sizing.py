@@ -428,7 +428,7 @@ def draw(found: Mapping[str, Any], path: Path) -> None:
     right.set(
         xlabel="use of the budget: by lengths, and padded (grey)",
         title=f"{workload['samples']:,} lengths in {workload['patches']} patches",
-        xlim=(0, 4.6),
+        xlim=(0, 5.5),
     )
     for axes in (left, right):
         axes.invert_yaxis()
