@@ -3,7 +3,8 @@
 Three parts: the share of a memory budget that batches of groundwater patches use (``memory``), the
 demo's training with and without a budget (``training``), and samplers of other projects that fill
 a budget, on the same lengths as ours (``peers``). Needs the ``demo`` extra; a peer that is not
-installed (``bench`` extra) is named as missing.
+installed (``bench`` extra) is named as missing. Times are those of the processor, on one thread:
+other work on the machine disturbs them less.
 """
 
 from __future__ import annotations
@@ -219,9 +220,9 @@ def training(sizes: tuple[int, ...] = TRAINED, epochs: int = EPOCHS) -> dict[str
         for epoch in range(epochs):
             for name, way in ways.items():
                 way["sampler"].set_epoch(epoch)
-                start = time.perf_counter()
+                start = time.process_time()
                 runs[name].epoch(way["sampler"])
-                way["seconds"].append(time.perf_counter() - start)
+                way["seconds"].append(time.process_time() - start)
         rows = [
             {
                 "batches": name.split()[0],
@@ -426,7 +427,7 @@ def draw(found: Mapping[str, Any], path: Path) -> None:
     right.set_yticks(range(len(there)), [peer["name"] for peer in there], fontsize=7)
     right.set_xticks([0, 1, 2, 3])
     right.set(
-        xlabel="use of the budget: by lengths, and padded (grey)",
+        xlabel="use of the budget (grey: padded)",
         title=f"{workload['samples']:,} lengths in {workload['patches']} patches",
         xlim=(0, 5.5),
     )
