@@ -5,6 +5,7 @@ is made of; ``PatchTensorLoader`` takes a loader's place where the data is in me
 package imports neither torch nor CuPy.
 """
 
+from gpusampler.calibration import calibrate
 from gpusampler.coverage import Coverage
 from gpusampler.groundwater import GWPatchDataset
 from gpusampler.grouping import PatchGroups
@@ -29,5 +30,6 @@ __all__ = [
     "PatchGroups",
     "PatchTensorLoader",
     "Temperature",
+    "calibrate",
     "read_patch_ids",
 ]

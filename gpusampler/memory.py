@@ -33,9 +33,9 @@ losses that are kept as numbers would take, ends a long run.
 _said_growth: list[bool] = []
 
 
-def resident() -> int | None:
-    """Return the bytes of memory that this process holds."""
-    pages = _statm()
+def resident(process: int | None = None) -> int | None:
+    """Return the bytes of memory that a process holds, by default this one."""
+    pages = _statm("self" if process is None else str(process))
     return None if pages is None else pages[0]
 
 
@@ -44,26 +44,31 @@ def anonymous() -> int | None:
 
     Pages of a memory map come and go as the kernel likes; these stay.
     """
-    pages = _statm()
+    pages = _statm("self")
     return None if pages is None else pages[0] - pages[1]
 
 
-def _statm() -> tuple[int, int] | None:
+def _statm(process: str) -> tuple[int, int] | None:
     try:
-        fields = (PROC / "self" / "statm").read_bytes().split()
+        fields = (PROC / process / "statm").read_bytes().split()
         page = os.sysconf("SC_PAGE_SIZE")
         return int(fields[1]) * page, int(fields[2]) * page
     except (OSError, ValueError, IndexError, AttributeError):
         return None
 
 
+def of_files() -> int:
+    """Return the bytes of resident memory that are pages of files: code, and memory maps."""
+    return field(PROC / "self" / "status", "RssFile") or 0
+
+
 def peak_resident() -> int | None:
     """Return the most bytes that this process has ever held."""
-    return _field(PROC / "self" / "status", "VmHWM")
+    return field(PROC / "self" / "status", "VmHWM")
 
 
-def _field(path: Path, name: str) -> int | None:
-    """Return a number of bytes from a table of the kernel's."""
+def field(path: Path, name: str) -> int | None:
+    """Return a number of bytes from a table of the kernel's, None if it is not there."""
     with suppress(OSError, ValueError):
         for line in path.read_text().splitlines():
             words = line.replace(":", " ").split()
@@ -79,7 +84,7 @@ def free_bytes(device: Device) -> int | None:
     On a GPU, with what the library's pool holds and has not given out.
     """
     if device.name == "cpu":
-        known = [_field(PROC / "meminfo", "MemAvailable"), *_left_by_cgroups()]
+        known = [field(PROC / "meminfo", "MemAvailable"), *_left_by_cgroups()]
         return min((free for free in known if free is not None), default=None)
     # Asking initialises the device, which what is about to be allocated would do anyway.
     if device.library == "torch" and device.name.startswith("cuda"):
@@ -135,7 +140,7 @@ def _left_in(folder: Path, version: int) -> int | None:
     if limit >= NO_LIMIT:
         return None
     # Pages of files that were read once are given back before anything is refused.
-    return max(0, limit - used + (_field(folder / "memory.stat", reclaimed) or 0))
+    return max(0, limit - used + (field(folder / "memory.stat", reclaimed) or 0))
 
 
 def peak_on_device(device: Device) -> int | None:

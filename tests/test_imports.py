@@ -23,7 +23,7 @@ PACKAGE = Path(gpusampler.__file__).parent
 FLOORS = [
     ["arrays", "permutation", "telemetry", "frameworks"],
     ["validation", "streams", "lanes", "fingerprint", "idtable", "memory"],
-    ["profiling"],
+    ["profiling", "children", "keeping", "fitting", "calibration_report"],
     ["ids", "runs", "steps"],
     ["sources", "counting", "signature", "checking"],
     ["sorting", "indexfile"],
@@ -42,6 +42,7 @@ FLOORS = [
     ["iteration", "cursor"],
     ["sampler"],
     ["loader", "lightning", "probing"],
+    ["searching"],
     ["calibration"],
     ["groundwater"],
     ["inspection"],
@@ -67,6 +68,10 @@ NAMES_LIBRARIES = {
     "lightning",
     "groundwater",
     "demo",
+    # Its generators and memory are torch's own.
+    "children",
+    "keeping",
+    "probing",
 }
 HEAVY = {"torch", "cupy", "click", "matplotlib", "flopy", "gstools", "neuralop", "scipy"}
 HEAVY |= {"pyarrow", "pandas", "polars", "zarr", "h5py", "datasets", "nvtx"}

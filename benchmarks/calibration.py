@@ -1,0 +1,300 @@
+"""How well `calibrate` foretells what a step takes: ``python -m benchmarks.calibration``.
+
+Each case is calibrated on the CPU; then batches of patches and sizes that calibration has not seen
+are measured in the same way and compared with what it foretold. Last, an epoch is trained with the
+budget in a process that has malloc as it comes, and its high-water mark compared with the limit.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing
+import os
+import platform
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import numpy as np
+import torch
+
+from gpusampler import Batch, CostBudget, PatchBatchSampler, calibrate, memory
+from gpusampler.children import high_water
+from gpusampler.fitting import Fit
+from gpusampler.probing import HostMeter
+
+HELD_OUT = 24
+FREE = 400 << 20
+"""Bytes above what the process holds that a case may take."""
+LEAST = 4 << 20
+"""Peaks below this are not compared: what they are measured with is 0.2 MiB."""
+SHARE = 0.9
+
+
+@dataclass
+class Case:
+    """A model, its step and its patches."""
+
+    name: str
+    step: Callable[[Batch], object]
+    sampler: PatchBatchSampler
+    state: tuple[Any, ...]
+    costs: dict[int, float]
+    context: Callable[[], Any]
+
+
+@contextmanager
+def nothing() -> Iterator[None]:
+    yield
+
+
+def points_of(patches: int) -> dict[int, int]:
+    """Points of patches, as different as the groundwater presets' are."""
+    rng = np.random.default_rng(5)
+    found = np.exp(rng.uniform(np.log(44), np.log(1353), patches))
+    return {patch: int(points) for patch, points in enumerate(found)}
+
+
+class Attention(torch.nn.Module):
+    """One block of self-attention over a patch's points: its memory grows with their square."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.into = torch.nn.Linear(6, width)
+        self.block = torch.nn.TransformerEncoderLayer(
+            width, 4, 2 * width, dropout=0.1, batch_first=True
+        )
+        self.out = torch.nn.Linear(width, 1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        out: torch.Tensor = self.out(self.block(self.into(x)))
+        return out
+
+
+def mlp() -> torch.nn.Module:
+    return torch.nn.Sequential(
+        torch.nn.Linear(6, 64),
+        torch.nn.GELU(),
+        torch.nn.Dropout(0.1),
+        torch.nn.Linear(64, 64),
+        torch.nn.GELU(),
+        torch.nn.Linear(64, 1),
+    )
+
+
+def on_points(name: str, model: torch.nn.Module, power: int = 1) -> Case:
+    """Return a case of a model on clouds of points, made up as they are read."""
+    points = points_of(30)
+    optimizer = torch.optim.Adam(model.parameters())
+
+    def step(batch: Batch) -> None:
+        x = torch.rand(len(batch.indices), points[int(batch.patch_id)], 6)
+        optimizer.zero_grad()
+        model(x).square().mean().backward()
+        optimizer.step()
+
+    ids = np.repeat(list(points), 2000)
+    costs = {patch: float(count) ** power for patch, count in points.items()}
+    return Case(name, step, PatchBatchSampler(ids, 8, seed=0), (model, optimizer), costs, nothing)
+
+
+def gino() -> Case:
+    """Return the demo's GINO on the groundwater patches that come with the package."""
+    from gpusampler.demo.gino import PatchGino, fast_segment_csr
+    from gpusampler.demo.loading import load
+    from gpusampler.demo.train import batch_loss
+    from gpusampler.groundwater import collate_fn
+
+    data = load()
+    first = collate_fn([data.train[0]])
+    columns, targets = first["core_in"].shape[-1], first["core_out"].shape[-1]
+    model = PatchGino(6, 1, columns=columns, targets=targets)
+    optimizer = torch.optim.Adam(model.net.parameters())
+
+    def step(batch: Batch) -> None:
+        read = collate_fn([data.train[place] for place in batch.indices.tolist()])
+        optimizer.zero_grad()
+        batch_loss(model, read).backward()  # type: ignore[no-untyped-call]
+        optimizer.step()
+
+    return Case(
+        "GINO, cost = points",
+        step,
+        PatchBatchSampler(data.train, 8, seed=0),
+        (model.net, optimizer),
+        {patch: float(cost) for patch, cost in data.train.patch_costs().items()},
+        fast_segment_csr,
+    )
+
+
+def cases() -> Iterator[Case]:
+    torch.manual_seed(0)
+    yield on_points("MLP, Adam, cost = points", mlp())
+    yield on_points("attention, Adam, cost = points squared", Attention(32), power=2)
+    yield gino()
+
+
+def held_out(case: Case, budget: CostBudget, limit: int) -> list[dict[str, Any]]:
+    """Measure batches that calibration has not seen, and say what it foretold."""
+    record = budget.calibration
+    assert record is not None
+    fit = Fit(*(record[name] for name in Fit._fields))
+    seen = {point["patch_id"] for point in (*record["points"], *record["verified"])}
+    unseen = [patch for patch in case.costs if patch not in seen]
+    meter = HostMeter(case.step, case.sampler.plan, limit)
+    labels = case.sampler.plan.groups.labels.tolist()
+    room = SHARE * limit - record["held"]
+    rng = np.random.default_rng(1)
+    found = []
+    while len(found) < HELD_OUT:
+        patch = int(rng.choice(unseen))
+        cost = case.costs[patch]
+        top = (room - float(fit.once(cost))) / float(fit.each(cost))
+        size = int(np.exp(rng.uniform(0, np.log(top))))
+        foretold = float(fit.predict(cost, size))
+        if foretold < LEAST:
+            continue
+        probe = meter.measure(labels.index(patch), size)
+        assert probe is not None, "it ran out of memory within the share"
+        found.append(
+            {
+                "patch_id": patch,
+                "cost": cost,
+                "batch_size": size,
+                "predicted": foretold,
+                "measured": probe.peak,
+                "off": foretold / probe.peak - 1,
+            }
+        )
+    return found
+
+
+def epoch_peak(case: Case, budget: CostBudget) -> dict[str, float]:
+    """Train an epoch with the budget in a copy of this process; return what it held at most."""
+    sampler = PatchBatchSampler(case.sampler.plan.groups, budget, seed=0, device="numpy")
+    context = multiprocessing.get_context("fork")
+    reading, writing = context.Pipe(duplex=False)
+
+    def train() -> None:
+        high_water(reset=True)
+        batches = 0
+        for batch in sampler.batches():
+            case.step(batch)
+            batches += 1
+            if batches == 300:
+                break
+        writing.send({"batches": batches, "peak": high_water()})
+
+    # A process by fork needs no pickling of what it runs.
+    child = context.Process(target=train)
+    child.start()
+    # Nothing comes where it was killed: this end is closed here, so that waiting for it ends.
+    writing.close()
+    answer: dict[str, float] = reading.recv()
+    child.join()
+    return answer
+
+
+def run(case: Case, picture: Path | None) -> dict[str, Any]:
+    """Calibrate a case, and compare what it foretells."""
+    held = memory.resident()
+    assert held is not None
+    limit = held + FREE
+    with case.context():
+        start = time.perf_counter()
+        budget = calibrate(
+            case.step,
+            case.sampler,
+            state=case.state,
+            cost=case.costs,
+            memory_limit=limit,
+            share=SHARE,
+            picture=picture,
+        )
+        took = time.perf_counter() - start
+        again = CostBudget.from_dict(json.loads(json.dumps(budget.to_dict())))
+        assert again == budget
+        compared = held_out(case, budget, limit)
+        epoch = epoch_peak(case, budget)
+    record = budget.calibration
+    assert record is not None
+    return {
+        "case": case.name,
+        "seconds": took,
+        "calibration": record,
+        "held_out": compared,
+        "limit": limit,
+        "epoch_batches": epoch["batches"],
+        "epoch_peak": epoch["peak"],
+    }
+
+
+def line(found: dict[str, Any]) -> str:
+    """Return a case's line of the table."""
+    off = np.abs([one["off"] for one in found["held_out"]])
+    peaks = [one["measured"] for one in found["held_out"]]
+    record = found["calibration"]
+    cells = [
+        found["case"],
+        record["fit"],
+        f"{len(record['points'])}, {found['seconds']:.1f} s",
+        f"{record['worst_residual']:.1%}",
+        f"{len(off)}, {memory.human(min(peaks))} to {memory.human(max(peaks))}",
+        f"{np.median(off):.1%}",
+        f"{off.max():.1%}",
+        f"{found['epoch_peak'] / found['limit']:.1%}",
+    ]
+    return f"| {' | '.join(cells)} |"
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Print the table, and write it as JSON if asked to."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.calibration", description=__doc__)
+    parser.add_argument("--json", type=Path, help="write everything measured there")
+    parser.add_argument("--picture", type=Path, help="draw the last case's calibration there")
+    asked = parser.parse_args(arguments)
+    torch.set_num_threads(1)
+    machine = {
+        "platform": platform.platform(),
+        "processor": processor(),
+        "cores": os.cpu_count(),
+        "python": platform.python_version(),
+        "numpy": np.__version__,
+        "torch": torch.__version__,
+        "malloc": ", ".join(f"{k}={v}" for k, v in os.environ.items() if k.startswith("MALLOC_"))
+        or "as it comes",
+    }
+    print(", ".join(f"{name} {value}" for name, value in machine.items()))
+    found = []
+    for case in cases():
+        print(f"\n{case.name}")
+        last = case.name.startswith("GINO")
+        found.append(run(case, asked.picture if last else None))
+    print(
+        f"\nlimit: what is held + {memory.human(FREE)}, share {SHARE:.0%}\n\n"
+        "| case | fit | probes | worst residual | held-out batches | median error | worst error | "
+        "peak of an epoch, of the limit |\n|---|---|---|---|---|---|---|---|"
+    )
+    for one in found:
+        print(line(one))
+    if asked.json:
+        said = {"command": "python -m benchmarks.calibration", "machine": machine, "cases": found}
+        asked.json.write_text(json.dumps(said, indent=1) + "\n")
+
+
+def processor() -> str:
+    """Return the name of the processor, as Linux says it."""
+    for text in Path("/proc/cpuinfo").read_text().splitlines():
+        if text.startswith("model name"):
+            return text.partition(":")[2].strip()
+    return platform.machine()
+
+
+if __name__ == "__main__":
+    main()
