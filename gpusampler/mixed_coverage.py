@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
 
 from gpusampler.arrays import Int64
 from gpusampler.mixing import pass_and_batch
@@ -12,7 +13,8 @@ from gpusampler.plan import EpochPlan
 from gpusampler.tables import Located
 
 LANES = 1 << 22
-"""Samples, or positions, looked at together: their counts and numbers lie in tens of megabytes."""
+"""Samples, or positions, looked at together: tens of megabytes. (A patch's samples are counted as
+one: 4 bytes each, where an epoch goes from one pass over it into the next.)"""
 
 
 class Rows(NamedTuple):
@@ -70,11 +72,12 @@ def counted_of_mixed(
     part = head_length + tail_length
     # Nothing is counted where a sample is in one run at most besides whole passes of all samples.
     inside = np.where(even, parts <= 1, (parts + whole <= 1) & (covered <= counts))
-    inside |= even & (whole > 1)
+    # Two passes that hold all samples, some of them twice as "pad" fills up, repeat all.
+    inside |= (covered >= counts) & (whole > 1)
     inside[changed.group] = False
     once = np.where(whole > 0, covered, part)
     missed = np.where(inside, np.maximum(counts - once, 0), 0)
-    repeated = np.where(even & (whole > 0), np.where(whole > 1, counts, part), 0)
+    repeated = np.where(whole > 1, counts, np.where(even & (whole == 1), part, 0))
     repeated = np.where(inside, repeated, 0)
 
     left = np.flatnonzero(~inside)
@@ -101,8 +104,8 @@ def counted_of_mixed(
         these = left[first:last]
         times = _times(plan, these, every[these], rows)
         starts = np.cumsum(counts[these]) - counts[these]
-        repeated[these] = np.add.reduceat((times > 1).astype(np.int64), starts)
-        missed[these] = np.add.reduceat((times == 0).astype(np.int64), starts)
+        repeated[these] = np.add.reduceat(times > 1, starts, dtype=np.int64)
+        missed[these] = np.add.reduceat(times == 0, starts, dtype=np.int64)
     return repeated, missed
 
 
@@ -129,11 +132,12 @@ def _blocks(counts: Int64) -> list[tuple[int, int]]:
     return found
 
 
-def _times(plan: EpochPlan, groups: Int64, every: Int64, rows: Rows) -> Int64:
+def _times(plan: EpochPlan, groups: Int64, every: Int64, rows: Rows) -> NDArray[np.int32]:
     """Return how often the samples of some groups, ascending, are handed out, end to end."""
     counts = plan.tables.counts[groups]
     starts = np.cumsum(counts) - counts
-    times = np.repeat(every, counts)
+    # How many more than a few there are is of no matter; changes take off one a rank at most.
+    times = np.repeat(np.minimum(every, 1 << 30).astype(np.int32), counts)
     mine = rows.where(np.flatnonzero(np.isin(rows.group, groups) & (rows.length > 0)))
     # Long runs are cut, and runs are taken together, so that no array is much longer than that.
     pieces = -(-mine.length // LANES)
@@ -148,5 +152,5 @@ def _times(plan: EpochPlan, groups: Int64, every: Int64, rows: Rows) -> Int64:
         base = starts[np.searchsorted(groups, some.group)]
         places, at = plan.places_of_runs(some.group, some.passes, some.first, some.length, base)
         ends = np.argsort(at, kind="stable")
-        np.add.at(times, places, np.repeat(some.times[ends], some.length[ends]))
+        np.add.at(times, places, np.repeat(some.times[ends], some.length[ends]).astype(np.int32))
     return times

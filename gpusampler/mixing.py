@@ -71,7 +71,9 @@ class Temperature:
             return own.astype(np.float64)
         # Relative to the largest: no power overflows, and what underflows is 0 and gets one slot.
         power = np.power(own / max(int(own.max()), 1), 1.0 / float(self.t))
-        return np.where(own > 0, power, 0.0)
+        # Processors differ in the last bits of a power; shares hardly ever depend on others.
+        mantissa, exponent = np.frexp(power)
+        return np.where(own > 0, np.ldexp(np.rint(mantissa * 2.0**32), exponent - 32), 0.0)
 
 
 def checked_epoch_batches(value: Any) -> int | None:
@@ -101,7 +103,7 @@ def slots_by_patch(
         Batches that each patch, or each class of cost of one, is cut into; those without any take
         no part.
     parents : int64 array, shape (P,), optional
-        The patch of each class, ascending; a patch's weight is shared out by its classes' batches.
+        The patch of each class, ascending; a patch's slots are shared out by its classes' batches.
 
     Returns
     -------
@@ -113,31 +115,36 @@ def slots_by_patch(
     TypeError, ValueError
         If an argument is not as described, or there are fewer slots than patches.
     """
-    taking_part = int((own > 0).sum())
+    parts = (own > 0).astype(np.int64)
+    taking_part = int(parts.sum())
     given = checked_epoch_batches(epoch_batches)
     total = int(own.sum()) if given is None else given
     if total < taking_part:
+        what = "patches" if parents is None else "classes of cost that patches are cut into, those"
         raise ValueError(
-            "epoch_batches must be at least the number of patches (or classes of cost of one) that "
-            f"have a batch, {taking_part}, got {total}"
+            f"epoch_batches must be at least the number of {what} that have a batch, "
+            f"{taking_part}, got {total}"
         )
-    if weights is None:
-        return apportion(as_integers(own.astype(np.float64)), total, own > 0)
-    of_patches = own
+    of_patches, least, first = own, parts, np.arange(own.size)
     if parents is not None:
-        of_patches = np.add.reduceat(own, np.flatnonzero(np.diff(parents, prepend=-1)))
+        first = np.flatnonzero(np.diff(parents, prepend=-1))
+        of_patches, least = np.add.reduceat(own, first), np.add.reduceat(parts, first)
+    shares = apportion(as_integers(_weights(weights, groups, of_patches)), total, least)
+    return shares if parents is None else apportion_each(own, shares, first, parts)
+
+
+def _weights(weights: Any, groups: PatchGroups, own: Int64) -> NDArray[np.float64]:
+    """Return the weights of patches, 0 where they have no batch."""
+    if weights is None:
+        return own.astype(np.float64)
     if isinstance(weights, Temperature):
-        found = weights.weights(of_patches)
-    elif callable(weights):
+        return weights.weights(own)
+    if callable(weights) and not hasattr(weights, "keys"):
         raise TypeError(
             "weights must be a mapping from patch ids, numbers by ascending patch id, or a "
             f"Temperature, got {shown(weights)}"
         )
-    else:
-        found = np.where(of_patches > 0, costs_by_patch(weights, groups, "weights"), 0.0)
-    if parents is not None:
-        found = found[parents] * own / np.maximum(of_patches, 1)[parents]
-    return apportion(as_integers(found), total, own > 0)
+    return np.where(own > 0, costs_by_patch(weights, groups, "weights"), 0.0)
 
 
 def pass_and_batch(epoch: Any, j: Any, slots: Any, own: Any) -> tuple[Any, Any]:
@@ -173,58 +180,69 @@ def as_integers(weights: NDArray[np.float64]) -> Int64:
     return np.rint(np.ldexp(weights, 52 - exponent)).astype(np.int64)
 
 
-def apportion(weights: Int64, total: int, taking_part: NDArray[np.bool_]) -> Int64:
-    """Share out a total in proportion to weights: at least 1 each, within 1 of the exact share.
+def apportion(weights: Int64, total: int, least: Int64) -> Int64:
+    """Share out a total in proportion to weights: at least so much each, within 1 of the share.
 
-    Who would get less than 1 gets 1, and the others share the rest: whole parts first, what is
-    left over one each by the largest remainders (Hamilton's method), the lower place at a tie.
+    Who would get less than its least gets that, and the others share the rest: whole parts first,
+    what is left over one each by the largest remainders (Hamilton's method), the lower place at a
+    tie.
 
     Parameters
     ----------
     weights : int64 array, shape (G,)
         0 or more, of a sum below 2**62.
     total : int
-        At least the number of those that take part, below 2**60.
-    taking_part : bool array, shape (G,)
-        Who gets anything.
+        At least the sum of ``least``, below 2**60.
+    least : int64 array, shape (G,)
+        0: gets nothing.
 
     Returns
     -------
     int64 array, shape (G,)
         They add up to ``total``.
     """
-    shares = np.zeros(weights.shape, np.int64)
-    free = taking_part.copy()
+    return apportion_each(weights, np.array([total]), np.zeros(1, np.int64), least)
+
+
+def apportion_each(weights: Int64, totals: Int64, first: Int64, least: Int64) -> Int64:
+    """`apportion` several totals, each among neighbours: those from ``first`` on, shape (S,)."""
+    shares = np.where(least > 0, least, 0)
+    among = np.repeat(np.arange(first.size), np.diff(first, append=weights.size))
+    free = least > 0
     while True:
-        rest = total - int((taking_part & ~free).sum())
-        whole, left = _divided(weights[free], rest, int(weights[free].sum()))
-        few = whole == 0
+        rest = totals - np.add.reduceat(np.where(free, 0, shares), first)
+        divisor = np.add.reduceat(np.where(free, weights, 0), first)
+        place = np.flatnonzero(free)
+        owner = among[place]
+        whole, left = _divided(weights[place], rest[owner], divisor[owner])
+        few = whole < least[place]
         if not few.any():
             break
-        at = np.flatnonzero(free)
-        shares[at[few]] = 1
-        free[at[few]] = False
-        if not free.any():
-            return shares
-    over = rest - int(whole.sum())
-    whole[np.argsort(-left, kind="stable")[:over]] += 1
-    shares[free] = whole
+        free[place[few]] = False
+    shares[place] = whole
+    # The rest of each total goes to its largest remainders.
+    over = rest - np.add.reduceat(np.where(free, shares, 0), first)
+    by_rest = np.lexsort((-left, owner))
+    place, owner = place[by_rest], owner[by_rest]
+    met = np.searchsorted(owner, np.arange(first.size))
+    shares[place] += np.arange(place.size) - met[owner] < over[owner]
     return shares
 
 
-def _divided(weights: Int64, total: int, divisor: int) -> tuple[Int64, Int64]:
-    """Return ``divmod(weights * total, divisor)``, whose products are beyond 64 bits.
+def _divided(weights: Int64, totals: Int64, divisors: Int64) -> tuple[Int64, Int64]:
+    """Return ``divmod(weights * totals, divisors)``, whose products are beyond 64 bits.
 
     The quotient is guessed in float64, good to 2**-50, and what it lacks is worked out modulo
     2**64: it is far smaller, so that it comes out exactly. (Slots that are shared out again, as
     steps, may add up to more than float64 holds.)
     """
-    if divisor == 0:
-        return np.zeros_like(weights), np.zeros_like(weights)
-    if divisor > 2 * EXACT:
-        pairs = [divmod(weight * total, divisor) for weight in weights.tolist()]
-        return np.array([pair[0] for pair in pairs]), np.array([pair[1] for pair in pairs])
-    guess = np.floor(weights.astype(np.float64) * (total / divisor)).astype(np.int64)
-    left = weights * np.int64(total) - guess * np.int64(divisor)
-    more = left // divisor
-    return guess + more, left - more * divisor
+    divisors = np.maximum(divisors, 1)
+    if bool((divisors > 2 * EXACT).any()):
+        listed = zip(weights.tolist(), totals.tolist(), divisors.tolist(), strict=True)
+        pairs = [divmod(weight * total, divisor) for weight, total, divisor in listed]
+        found = np.array(pairs, np.int64).reshape(-1, 2)
+        return found[:, 0], found[:, 1]
+    guess = np.floor(weights.astype(np.float64) * (totals / divisors)).astype(np.int64)
+    left = weights * totals - guess * divisors
+    more = left // divisors
+    return guess + more, left - more * divisors

@@ -336,8 +336,28 @@ class EpochPlan:
     @property
     def over_budget_by_patch(self) -> Int64:
         """Samples of each patch that are over the budget, and skipped: int64, shape (G,)."""
-        counts = self._tables.counts
-        return np.asarray(self._by_patch(np.where(self._cut.sizes == 0, counts, 0), np.add))
+        return self._counted(self._cut.sizes == 0)
+
+    @property
+    def dropped_by_patch(self) -> Int64:
+        """Samples of each patch, or class of cost of it, that has no batch at all: int64, (G,).
+
+        As "drop" leaves out what fills none; not those that are over the budget.
+        """
+        tables = self._tables
+        own = tables.batches if tables.own is None else tables.own
+        return self._counted(np.asarray((own == 0) & (self._cut.sizes > 0)))
+
+    @property
+    def without_steps_by_patch(self) -> Int64:
+        """Samples of each patch, or class of cost of it, whose batches fill no step: int64."""
+        tables = self._tables
+        own = tables.batches if tables.own is None else tables.own
+        return self._counted(np.asarray((tables.batches == 0) & (own > 0)))
+
+    def _counted(self, which: NDArray[np.bool_]) -> Int64:
+        """Return the samples of each patch that are in certain groups."""
+        return np.asarray(self._by_patch(np.where(which, self._tables.counts, 0), np.add))
 
     @property
     def costs_by_patch(self) -> NDArray[np.float64] | None:

@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gpusampler import arrays, profiling, sources
+from gpusampler.arrays import Int64
 from gpusampler.coverage import Coverage, coverage_of
 from gpusampler.frameworks import check_sharding
 from gpusampler.iteration import Batch, BatchReader, EpochIterator, Reader, valid_counts
@@ -587,19 +588,20 @@ class PatchBatchSampler:
                 "would cost more than max_cost"
             )
         whole = "a batch" if plan.batch_size is None else f"batch_size={plan.batch_size}"
-        dropped = (plan.own_batches_by_patch == 0) & (skipped < plan.groups.counts)
-        self._warn_of_left_out(dropped, "partial='drop'", whole)
-        fewer = (plan.batches_by_patch == 0) & (plan.own_batches_by_patch > 0)
+        self._warn_of_left_out(plan.dropped_by_patch, "partial='drop'", whole)
         whole = f"step_width={plan.step_width} batches"
-        self._warn_of_left_out(fewer, "uneven='drop' under steps='same_patch'", whole)
+        by = "uneven='drop' under steps='same_patch'"
+        self._warn_of_left_out(plan.without_steps_by_patch, by, whole)
 
-    def _warn_of_left_out(self, left_out: NDArray[np.bool_], by: str, smaller_than: str) -> None:
-        if left_out.any():
-            groups = self.plan.groups
-            samples = int(groups.counts[left_out].sum())
+    def _warn_of_left_out(self, samples: Int64, by: str, smaller_than: str) -> None:
+        if samples.any():
+            of_patches = f"{int((samples > 0).sum())} of {samples.size} patches"
+            if self.plan.tables.parents is not None:
+                # Others of a patch's classes may be there.
+                of_patches = f"whole classes of cost of {of_patches}"
             warn(
-                f"{by} leaves out {int(left_out.sum())} of {groups.num_patches} "
-                f"patches ({samples} samples): they are smaller than {smaller_than}"
+                f"{by} leaves out {of_patches} ({int(samples.sum())} samples): they are smaller "
+                f"than {smaller_than}"
             )
 
     def __repr__(self) -> str:

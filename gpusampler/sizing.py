@@ -9,6 +9,7 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from gpusampler import arrays
 from gpusampler.arrays import Int64
 from gpusampler.costs import MOST, checked_numbers, costs_by_patch, listed_by_patch
 from gpusampler.grouping import PatchGroups
@@ -19,7 +20,7 @@ OVER_BUDGET = ("error", "skip")
 LARGEST = (1 << 31) - 1
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class CostBudget:
     """The most that a batch may cost; each patch gets the largest batches within it.
 
@@ -67,15 +68,13 @@ class CostBudget:
 
     max_cost: float
     cost: Any = None
-    sample_costs: Any = field(default=None, kw_only=True)
+    sample_costs: Any = field(default=None, kw_only=True, repr=False)
     min_batch_size: int = field(default=1, kw_only=True)
     max_batch_size: int | None = field(default=None, kw_only=True)
     multiple_of: int = field(default=1, kw_only=True)
     power_of_two: bool = field(default=False, kw_only=True)
     over_budget: OverBudget = field(default="error", kw_only=True)
-    calibration: Mapping[str, Any] | None = field(
-        default=None, kw_only=True, compare=False, repr=False
-    )
+    calibration: Mapping[str, Any] | None = field(default=None, kw_only=True, repr=False)
 
     def __post_init__(self) -> None:
         """Check what does not depend on patches."""
@@ -100,6 +99,21 @@ class CostBudget:
         checked_choice(self.over_budget, "over_budget", OVER_BUDGET)
         if self.calibration is not None and not isinstance(self.calibration, Mapping):
             raise TypeError(f"calibration must be a mapping, got {shown(self.calibration)}")
+        if not self._rounded_down(np.array([self._most]))[0] >= self.min_batch_size:
+            raise ValueError(
+                "max_batch_size must be at least the smallest size that the others allow, got "
+                f"none between {self._bounds}"
+            )
+
+    def __eq__(self, other: object) -> bool:
+        """Return whether the other allows the same; what was calibrated is not compared."""
+        if not isinstance(other, CostBudget):
+            return NotImplemented
+        names = [name for name in self.__dataclass_fields__ if name != "calibration"]
+        return all(_alike(getattr(self, name), getattr(other, name)) for name in names)
+
+    # Costs may be arrays and mappings, which have none either.
+    __hash__ = None  # type: ignore[assignment]
 
     def sizes_for(self, costs: NDArray[np.float64]) -> Int64:
         """Return the largest batch sizes within the budget, 0 where not even the smallest is.
@@ -151,6 +165,18 @@ class CostBudget:
     def refusal(self, cost: float) -> str:
         """Return why a sample of some cost is over the budget."""
         fits = int(CostBudget(self.max_cost).sizes_for(np.array([cost]))[0])
+        # The cost with all its digits: the last one may be what is too much.
+        return (
+            f"max_cost={self.max_cost} allows up to {fits} samples of cost {cost} in a batch, and "
+            f"none of these sizes is right by {self._bounds}"
+        )
+
+    @property
+    def _most(self) -> int:
+        return LARGEST if self.max_batch_size is None else int(self.max_batch_size)
+
+    @property
+    def _bounds(self) -> str:
         wanted = [f"min_batch_size={self.min_batch_size}"]
         if self.multiple_of > 1:
             wanted.append(f"multiple_of={self.multiple_of}")
@@ -158,11 +184,7 @@ class CostBudget:
             wanted.append("power_of_two=True")
         if self.max_batch_size is not None:
             wanted.append(f"max_batch_size={self.max_batch_size}")
-        # The cost with all its digits: the last one may be what is too much.
-        return (
-            f"max_cost={self.max_cost} allows up to {fits} samples of cost {cost} in a batch, and "
-            f"none of these sizes is right by {', '.join(wanted)}"
-        )
+        return ", ".join(wanted)
 
     def to_dict(self) -> dict[str, Any]:
         """Return the budget as plain values that JSON can hold.
@@ -347,6 +369,18 @@ def _bit_length(values: Int64) -> Int64:
 def _plain(value: Any) -> Any:
     # A number of any array library.
     return value.item() if hasattr(value, "item") else value
+
+
+def _alike(ours: Any, theirs: Any) -> bool:
+    """Return whether two arguments of a budget are equal: numbers, mappings, functions, arrays."""
+    kinds = (Mapping, str, int, float, np.generic, type(None))
+    if isinstance(ours, kinds) or isinstance(theirs, kinds) or callable(ours) or callable(theirs):
+        return bool(ours is theirs or ours == theirs)
+    ours, theirs = (
+        np.asarray(arrays.to_numpy(values) if arrays.library_of(values) else values)
+        for values in (ours, theirs)
+    )
+    return bool(np.array_equal(ours, theirs))
 
 
 def _listed(values: Any) -> list[Any]:

@@ -273,7 +273,7 @@ class PatchTables:
                 "epoch_batches must be enough for a step of each patch under steps='same_patch', "
                 f"uneven='drop', at least {needed} steps of {width} batches, got {slots}"
             )
-        return apportion(shares, steps, shares > 0)
+        return apportion(shares, steps, (shares > 0).astype(np.int64))
 
     def members(self) -> list[Any]:
         """Return the arrays."""

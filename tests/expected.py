@@ -191,3 +191,9 @@ def mid_epoch(epoch: int = 3, drawn: int = 5) -> dict[str, Any]:
     sampler.set_epoch(epoch)
     draw(iter(sampler), drawn)
     return sampler.state_dict()
+
+
+def smallest_size(least: int, multiple_of: int, power_of_two: bool) -> int:
+    """The smallest batch size that bounds of a budget allow."""
+    sizes = (size for size in range(multiple_of, 1 << 20, multiple_of) if size >= least)
+    return next(size for size in sizes if not power_of_two or size & (size - 1) == 0)

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from expected import smallest_size
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -103,12 +104,14 @@ def by_patch(ids: Any, held: Any = None) -> list[list[int]]:
 def budgets(draw, costs: Any) -> CostBudget:
     power = draw(st.booleans())
     least = draw(st.integers(1, 5))
+    multiple = draw(st.sampled_from([1, 2, 4] if power else [1, 2, 3, 8]))
+    smallest = smallest_size(least, multiple, power)
     return CostBudget(
         draw(st.sampled_from([30, 100.0, 257.5, 600])),
         sample_costs=costs,
         min_batch_size=least,
-        max_batch_size=draw(st.none() | st.integers(least, 40)),
-        multiple_of=draw(st.sampled_from([1, 2, 4] if power else [1, 2, 3, 8])),
+        max_batch_size=draw(st.none() | st.integers(smallest, 40)),
+        multiple_of=multiple,
         power_of_two=power,
         over_budget="skip",
     )

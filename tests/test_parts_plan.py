@@ -99,3 +99,49 @@ def test_patches_in_a_row_are_whole_and_in_the_order_of_other_plans():
             key for key, _ in itertools.groupby(b.patch_id for b in plain.batches(epoch))
         ]
         assert len(rows) == 4
+
+
+@pytest.mark.parametrize("total", [60, 101, 600, 10**9])
+def test_weights_are_of_patches_however_they_are_cut(total):
+    weights = {-4: 0.37, 3: 0.1, 9: 2.5, 20: 0.9}
+    plan = plan_of("keep", {"weights": weights, "epoch_batches": total})
+    shares = np.array(list(weights.values())) / sum(weights.values()) * total
+    # A patch has a slot for each of its classes; the others share what is left.
+    classes = np.bincount(plan._cut.parents)
+    least = classes > shares
+    found = plan.batches_by_patch
+    assert found.sum() == total
+    assert found[least].tolist() == classes[least].tolist()
+    rest = shares[~least] / shares[~least].sum() * (total - classes[least].sum())
+    assert (np.abs(found[~least] - rest) < 1).all()
+    # Inside a patch, by the batches that each class has.
+    for patch, slots in enumerate(found):
+        mine = plan._cut.parents == patch
+        own = plan.tables.own[mine]
+        assert plan.tables.shares[mine].tolist() == oracle.apportion(own.tolist(), int(slots))
+
+
+def test_an_epoch_has_a_batch_for_every_class():
+    number = plan_of("keep", {})._cut.groups.num_patches
+    assert plan_of("keep", {"epoch_batches": number}).tables.shares.tolist() == [1] * number
+    with pytest.raises(ValueError, match=f"epoch_batches .* classes of cost .*{number}, got"):
+        plan_of("keep", {"epoch_batches": number - 1})
+
+
+def test_classes_that_fill_no_batch_are_warned_of():
+    # Three samples may be four in a batch, and must be.
+    budget = CostBudget(40, sample_costs=[1] * 400 + [10] * 3, min_batch_size=4)
+    with pytest.warns(UserWarning, match="whole classes of cost of 1 of 1 patches .3 samples."):
+        sampler = PatchBatchSampler([3] * 403, budget, seed=0, partial="drop")
+    assert sampler.coverage().missed.tolist() == [3]
+    with pytest.warns(UserWarning, match="whole classes of cost of 1 of 1 patches .3 samples."):
+        sampler = PatchBatchSampler(
+            [3] * 403, budget, seed=0, steps="same_patch", step_width=2, uneven="drop"
+        )
+    assert sampler.coverage().missed.tolist() == [3]
+
+
+def test_samples_over_the_budget_are_warned_of():
+    budget = CostBudget(40, sample_costs=[1] * 40 + [41], over_budget="skip")
+    with pytest.warns(UserWarning, match="'skip' leaves out 1 samples, of 1 of 1 patches"):
+        PatchBatchSampler([3] * 41, budget, seed=0)

@@ -11,7 +11,7 @@ import numpy as np
 import oracle
 import pytest
 import torch
-from expected import IDS, draw, epochs, patchy_ids, quiet, seeds, through_json
+from expected import IDS, draw, epochs, patchy_ids, quiet, seeds, smallest_size, through_json
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
@@ -65,7 +65,11 @@ def budgets(draw: st.DrawFn, patches: int) -> Budget:
     if draw(st.booleans()):
         bounds["min_batch_size"] = draw(st.integers(1, 6))
     if draw(st.booleans()):
-        least = bounds.get("min_batch_size", 1)
+        least = smallest_size(
+            bounds.get("min_batch_size", 1),
+            bounds.get("multiple_of", 1),
+            bounds.get("power_of_two", False),
+        )
         bounds["max_batch_size"] = draw(st.integers(least, least + 60))
     # Near a whole number of samples of one of the patches, from either side.
     near = draw(st.sampled_from(costs)) * draw(st.sampled_from([1, 2, 3, 7, 9, 16, 50, 77, 1000]))
@@ -188,9 +192,10 @@ def test_over_the_budget(cost, bounds, said):
 
 
 def test_bounds_that_leave_no_size():
-    budget = CostBudget(100, [1, 1], multiple_of=4, max_batch_size=3)
-    with pytest.raises(ValueError, match="multiple_of=4, max_batch_size=3"):
-        EpochPlan(PatchGroups.from_counts([20, 50]), budget, 0)
+    with pytest.raises(ValueError, match=r"max_batch_size .*got none .*multiple_of=4, max_batch_s"):
+        CostBudget(100, [1, 1], multiple_of=4, max_batch_size=3)
+    with pytest.raises(ValueError, match="got none between min_batch_size=5, power_of_two=True"):
+        CostBudget(100, [1, 1], min_batch_size=5, power_of_two=True, max_batch_size=7)
 
 
 @pytest.mark.parametrize("kind", [np.float16, np.float32, np.longdouble])
