@@ -104,7 +104,7 @@ def checked_numbers(values: Any, count: int, name: str, of: str = "patch") -> ND
     if isinstance(values, np.ma.MaskedArray):
         raise TypeError(f"{name} must have a value for every {of}, got a masked array")
     try:
-        found = np.asarray(arrays.to_numpy(values) if arrays.library_of(values) else values)
+        found = np.asarray(on_host(values) if arrays.library_of(values) else values)
     except ValueError as error:
         raise ValueError(f"{name} must be one number a {of}: {error}") from error
     if found.dtype.kind not in "iuf":
@@ -117,6 +117,15 @@ def checked_numbers(values: Any, count: int, name: str, of: str = "patch") -> ND
             f"{name} must be one number a {of}, shape ({count},), got shape {found.shape}"
         )
     return found.astype(np.float64)
+
+
+def on_host(values: Any) -> NDArray[Any]:
+    """Return an array of numbers as one of NumPy."""
+    if arrays.dtype_name(values).startswith(("bfloat", "float8")):
+        # NumPy has no such numbers; each of them is one of float32.
+        xp = arrays.namespace(arrays.device_of(values))
+        values = xp.astype(values, xp.float32)
+    return arrays.to_numpy(values)
 
 
 def _listed(patch_ids: list[Any]) -> str:

@@ -11,7 +11,7 @@ from gpusampler.arrays import Int64
 from gpusampler.fingerprint import combine, of_numbers
 from gpusampler.grouping import PatchGroups
 from gpusampler.parts import parts_of
-from gpusampler.sizing import CostBudget, sizes_of
+from gpusampler.sizing import CostBudget, one_of, sizes_of
 
 
 def by_parent(values: NDArray[Any], parents: Int64 | None, gather: np.ufunc) -> NDArray[Any]:
@@ -32,7 +32,7 @@ class Cut(NamedTuple):
     sizes : int64 array, shape (P,)
         Batch size of each; 0: left out.
     one_size : int, or None
-        Where one number says it for all.
+        Where it is the same for all.
     costs : float64 array, shape (P,), or None
         Of a sample, where a budget knows it.
     parents : int64 array, shape (P,), or None
@@ -62,6 +62,9 @@ class Cut(NamedTuple):
         """
         if isinstance(batch_size, CostBudget) and batch_size.sample_costs is not None:
             parts = parts_of(groups, batch_size, partial)
+            if parts.groups.num_patches == groups.num_patches:
+                # Nothing was cut: the samples of a class are in the order of its patch.
+                return cls(groups, parts.sizes, one_of(parts.sizes), parts.costs, None)
             return cls(parts.groups, parts.sizes, None, parts.costs, parts.parents)
         sizes = sizes_of(batch_size, groups, partial)
         return cls(groups, sizes.sizes, sizes.one_size, sizes.costs, None)

@@ -100,7 +100,9 @@ class Evaluator:
         if self._parents is None:
             return found
         indices, lengths, groups = found
-        return indices, lengths, self._parents[groups]
+        # Indexed by a single number, torch.compile would ask what it is.
+        patches = self._parents[groups.reshape(-1)].reshape(groups.shape)
+        return indices, lengths, patches
 
     def _block_by_kernel(
         self,

@@ -182,7 +182,7 @@ def apportion(weights: Int64, total: int, taking_part: NDArray[np.bool_]) -> Int
     Parameters
     ----------
     weights : int64 array, shape (G,)
-        0 or more, of a sum up to 2**53.
+        0 or more, of a sum below 2**62.
     total : int
         At least the number of those that take part, below 2**60.
     taking_part : bool array, shape (G,)
@@ -216,10 +216,14 @@ def _divided(weights: Int64, total: int, divisor: int) -> tuple[Int64, Int64]:
     """Return ``divmod(weights * total, divisor)``, whose products are beyond 64 bits.
 
     The quotient is guessed in float64, good to 2**-50, and what it lacks is worked out modulo
-    2**64: it is far smaller, so that it comes out exactly.
+    2**64: it is far smaller, so that it comes out exactly. (Slots that are shared out again, as
+    steps, may add up to more than float64 holds.)
     """
     if divisor == 0:
         return np.zeros_like(weights), np.zeros_like(weights)
+    if divisor > 2 * EXACT:
+        pairs = [divmod(weight * total, divisor) for weight in weights.tolist()]
+        return np.array([pair[0] for pair in pairs]), np.array([pair[1] for pair in pairs])
     guess = np.floor(weights.astype(np.float64) * (total / divisor)).astype(np.int64)
     left = weights * np.int64(total) - guess * np.int64(divisor)
     more = left // divisor

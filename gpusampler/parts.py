@@ -12,23 +12,26 @@ the largest within the budget, as `CostBudget` rounds it. Samples whose sizes ag
 leading bits (all sizes up to 16, eight in every octave from there on) stay together: below 16 they
 lose nothing by it. Of all ways to cut the row of these classes, from the cheapest to the costliest,
 into parts, that with the fewest batches is taken, where a part of a single batch counts as two, as
-it would have the same members in every epoch; among equals, one with the fewest parts. Under
-``partial="drop"`` samples that fill no batch count as well: three times the batches that they would
-fill. Sizes and exact comparisons decide: every machine cuts alike. Samples over the budget are a
-part of their own.
+it would have the same members in every epoch; among equals, the one whose costliest part is the
+longest (and so on, down to the cheapest), which has few parts. Under ``partial="drop"`` samples
+that fill no batch count as well: three times the batches that they would fill. Sizes and exact
+comparisons decide: every machine cuts alike. Samples over the budget are a part of their own.
 
-**What it costs.** A batch's members are of one part. A patch has at most as many parts as half its
-batches, and eight for each octave of sizes; typically about the square root of its batches.
-Measured (``benchmarks/parts.py``; mean batch of 8 samples; share of the budget that batches use,
-parts a patch, share of samples in parts of one batch):
+**What it costs.** A batch's members are of one part. A patch has at most eight parts for each
+octave of sizes, in practice about the square root of its batches. Measured with a mean batch of 8
+samples (``python -m benchmarks.parts``): the share of the budget that batches use, parts of a
+patch, and the share of samples in parts of one batch.
 
-==========================  =================  =================  =================  ==============
-lengths, patches            one size a patch   1/8 octave,        this rule          as many parts
-                                               merged upwards                        as save a batch
-==========================  =================  =================  =================  ==============
-lognormal, 1 of 5,000       0.11   1.0  0.00   0.87  41.0  0.00   0.89  18.0  0.00   0.89 18.0 0.00
-lognormal, 100 of 100       0.19   1.0  0.00   0.63  11.5  0.34   0.72   5.0  0.00   0.74  5.7 0.13
-==========================  =================  =================  =================  ==============
+=====================  ==========  ==================  ==================  ==================
+patches                one size    1/8 octave, merged  as many parts as    this rule
+                                   upwards             save a batch
+=====================  ==========  ==================  ==================  ==================
+10 of 500, lognormal   0.12  1  0  0.80  19.3  0.06    0.83  10.9  0.02    0.83  10.7  0.00
+10 of 500, utterances  0.63  1  0  0.86  11.1  0.08    0.89   7.1  0.06    0.88   6.3  0.00
+100 of 100, lognormal  0.19  1  0  0.67  10.2  0.30    0.74   5.8  0.17    0.72   5.0  0.00
+=====================  ==========  ==================  ==================  ==================
+
+Three leading bits use up to 0.04 less of the budget, five up to 0.03 more in more parts.
 """
 
 from __future__ import annotations
@@ -41,12 +44,12 @@ from numpy.typing import NDArray
 
 from gpusampler import arrays
 from gpusampler.arrays import Int64
-from gpusampler.costs import MOST
+from gpusampler.costs import MOST, on_host
 from gpusampler.grouping import PatchGroups
 from gpusampler.selecting import by_group, places_of
 from gpusampler.sizing import LARGEST, CostBudget
 from gpusampler.sorting import INT32_SAMPLES
-from gpusampler.steps import class_of
+from gpusampler.steps import CLASS_BITS, class_of
 from gpusampler.validation import shown
 
 CHUNK = 1 << 18
@@ -65,8 +68,9 @@ Measured with 100 patches of 100 lognormal lengths and a mean batch of 8, 4 % ar
 6 % with 2, 12 % with 1 and 16 % if only batches count; batches use 0.74 to 0.77 of the budget.
 """
 
-PER_PART = 2.0**-9
-"""What a part counts, so that of two ways with as many batches the one with fewer is taken."""
+
+KINDS = 32 << CLASS_BITS
+"""Room for the classes of a patch: eight for each of 31 octaves of sizes, and one over budget."""
 
 
 class Parts(NamedTuple):
@@ -147,7 +151,7 @@ def parts_of(groups: PatchGroups, budget: CostBudget, partial: str) -> Parts:
         ),
         classes.patches[last],
         classes.costs[last],
-        np.where(sizes > 0, budget.sizes_of_use(sizes, counts, partial), 0),
+        budget.sizes_of_use(sizes, counts, partial),
     )
 
 
@@ -164,11 +168,7 @@ def _checked_costs(values: Any, size: int) -> NDArray[Any]:
     elif not arrays.is_numbers(values):
         raise TypeError(f"sample_costs must be numbers, one a sample, got {shown(values)}")
     else:
-        if arrays.dtype_name(values).startswith(("bfloat", "float8")):
-            # NumPy has no such numbers; each of them is one of float32.
-            xp = arrays.namespace(arrays.device_of(values))
-            values = xp.astype(values, xp.float32)
-        found = arrays.to_numpy(values)
+        found = on_host(values)
     if found.dtype.kind not in "iuf":
         raise TypeError(f"sample_costs must be numbers, one a sample, got {shown(values)}")
     if found.shape != (size,):
@@ -198,12 +198,15 @@ def _classes_of(
 ) -> tuple[_Classes, NDArray[Any]]:
     """Return the classes of all patches, and the class of each sample in the groups' order."""
     row = np.empty(groups.num_samples, np.int32 if groups.num_samples < INT32_SAMPLES else np.int64)
-    found: list[_Classes] = []
+    found: list[tuple[Int64, Int64, NDArray[np.float64]]] = []
     rows = 0
-    for first, last, start, stop in _blocks(groups):
-        counts = groups.counts[first:last]
+    offsets = groups.offsets
+    for first, last, start, stop in _blocks(offsets):
+        bounds = np.clip(offsets[first : last + 1], start, stop)
+        counts = np.diff(bounds)
         if order is None:
-            samples: NDArray[Any] = places_of(groups.starts[first:last], counts)
+            begin = groups.starts[first:last] + bounds[:-1] - offsets[first:last]
+            samples: NDArray[Any] = places_of(begin, counts)
         else:
             samples = order[start:stop]
         cost = _rounded_up(costs[samples])
@@ -211,28 +214,45 @@ def _classes_of(
         kind = _kinds(budget.sizes_for(cost))
         lowest = int(kind.min())
         width = int(kind.max()) - lowest + 1
-        place = np.repeat(np.arange(last - first) * width - lowest, counts) + kind
-        met = np.bincount(place, minlength=width * (last - first))
+        key = np.repeat(np.arange(last - first) * width - lowest, counts) + kind
+        met = np.bincount(key)
         there = np.flatnonzero(met)
         number = np.zeros(met.size, row.dtype)
         number[there] = np.arange(there.size)
-        here = number[place]
+        here = number[key]
         largest = np.zeros(there.size)
         np.maximum.at(largest, here, cost)
         row[start:stop] = here + rows
         rows += there.size
-        found.append(_Classes(first + there // width, met[there], largest))
-    return _Classes(*map(np.concatenate, zip(*found, strict=True))), row
+        patch, kind_met = np.divmod(there, width)
+        found.append(((first + patch) * KINDS + lowest + kind_met, met[there], largest))
+    keys, counts, largest = map(np.concatenate, zip(*found, strict=True))
+    if bool((keys[1:] <= keys[:-1]).any()):
+        # A patch was worked on in several blocks.
+        keys, number = np.unique(keys, return_inverse=True)
+        in_blocks, of_blocks = counts, largest
+        counts, largest = np.zeros(keys.size, np.int64), np.zeros(keys.size)
+        np.add.at(counts, number, in_blocks)
+        np.maximum.at(largest, number, of_blocks)
+        row = number.astype(row.dtype)[row]
+    return _Classes(keys // KINDS, counts, largest), row
 
 
-def _blocks(groups: PatchGroups) -> Iterator[tuple[int, int, int, int]]:
-    """Yield whole patches, a few at a time: the first, the last, and where their samples stand."""
-    offsets = groups.offsets
+def _blocks(offsets: Int64) -> Iterator[tuple[int, int, int, int]]:
+    """Yield whole patches, or a part of a large one: the first, the last, and from where to where.
+
+    Parameters
+    ----------
+    offsets : int64 array, shape (G + 1,)
+        Samples before each patch.
+    """
     first = 0
-    while first < groups.num_patches:
-        last = int(np.searchsorted(offsets, offsets[first] + CHUNK, side="right")) - 1
+    while first + 1 < offsets.size:
+        start = int(offsets[first])
+        last = int(np.searchsorted(offsets, start + CHUNK, side="right")) - 1
         last = min(max(last, first + 1), first + PATCHES)
-        yield first, last, int(offsets[first]), int(offsets[last])
+        for begin in range(start, int(offsets[last]), CHUNK):
+            yield first, last, begin, min(begin + CHUNK, int(offsets[last]))
         first = last
 
 
@@ -321,6 +341,7 @@ def _ends(
     for end in range(1, widest + 1):
         held = before[:, end, None] - before[:, :end]
         value = least[:, :end] + _worth(held, size[:, end - 1, None], budget, partial)
+        # Of equals, the first: the longest part.
         begin[:, end] = value.argmin(axis=1)
         least[:, end] = np.take_along_axis(value, begin[:, end, None], axis=1)[:, 0]
     # Back from the last part to the first.
@@ -336,7 +357,7 @@ def _worth(held: Int64, size: Int64, budget: CostBudget, partial: str) -> NDArra
     """Return what parts of some samples and batch sizes count."""
     if partial != "drop":
         # Quotients of numbers below 2**31 are never rounded to an integer that they are not.
-        return np.asarray(np.maximum(np.ceil(held / size), LEAST_BATCHES) + PER_PART)
+        return np.asarray(np.maximum(np.ceil(held / size), LEAST_BATCHES))
     used = budget.sizes_of_use(size, held, partial)
     whole, left = np.divmod(held, used)
-    return np.asarray(np.maximum(whole, LEAST_BATCHES) + LEFT_OUT * (left / used) + PER_PART)
+    return np.asarray(np.maximum(whole, LEAST_BATCHES) + LEFT_OUT * (left / used))

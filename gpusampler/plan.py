@@ -574,9 +574,9 @@ class EpochPlan:
         """Return which batch of which patch slots lead to: NumPy, on the small host tables."""
         tables = self._tables
         if not self.interleave:
-            patches, before = self._patches_of(epoch)
+            groups, before = self._patches_of(epoch)
             place = np.searchsorted(before, slots, side="right") - 1
-            group, j = patches[place], slots - before[place]
+            group, j = groups[place], slots - before[place]
         else:
             places = self._shuffled(epoch, slots) if self.shuffle_patches else slots
             if tables.classes is None:
@@ -630,12 +630,12 @@ class EpochPlan:
         found = self._patch_orders.get(epoch)
         if found is None:
             tables = self._tables
-            patches = np.arange(tables.counts.size, dtype=np.int64)
+            patches = np.arange(tables.num_patches, dtype=np.int64)
             if self.shuffle_patches:
                 key = key_of(self._streams.patches, epoch, 0)
                 patches = lanes.permute_one(patches, patches.size, key, grid_of(patches.size))
-            batches = tables.batches[patches]
-            found = PatchOrder(patches, np.cumsum(batches) - batches)
+            numbers = np.arange(tables.counts.size, dtype=np.int64)
+            found = tables.ordered(arrays.namespace(HOST), patches, numbers)
             # Replaced, not changed: another thread may be reading.
             self._patch_orders = {**dict([*self._patch_orders.items()][-1:]), epoch: found}
         return found

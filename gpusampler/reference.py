@@ -70,7 +70,7 @@ class Reference:
         tables = self._tables
         wanted = {tables.max_batch_size}
         if not self._shuffles.interleave:
-            wanted.add(int(tables.counts.shape[0]))
+            wanted |= {int(tables.counts.shape[0]), tables.num_patches}
         with arrays.on(self._device):
             for count in wanted - set(self._numbers_kept):
                 self._numbers_kept[count] = self._numbers(count)
@@ -113,9 +113,9 @@ class Reference:
         """
         xp, tables = self._xp, self._tables
         if patch_order is not None:
-            patches, before = patch_order
+            groups, before = patch_order
             place = last_at_most(xp, before, slots)
-            group, j = patches[place], slots - before[place]
+            group, j = groups[place], slots - before[place]
         else:
             places = slots
             if self._shuffles.batches:
@@ -160,12 +160,12 @@ class Reference:
 
     def _patch_order(self, streams: Streams, epoch: Any) -> PatchOrder:
         """Return an epoch's order of the patches, worked out on the device."""
-        count = int(self._tables.counts.shape[0])
+        count = self._tables.num_patches
         patches = self._numbers_kept[count]
         if self._shuffles.batches:
             patches = self._permute_all(patches, count, key_of(streams.patches, epoch, 0))
-        batches = self._tables.batches[patches]
-        return PatchOrder(patches, self._xp.cumulative_sum(batches) - batches)
+        numbers = self._numbers_kept[int(self._tables.counts.shape[0])]
+        return self._tables.ordered(self._xp, patches, numbers)
 
     def _permute_all(self, x: Any, n: int, key: tuple[Any, Any]) -> Any:
         """Return the images of ``x`` under one permutation of 0 .. n-1."""

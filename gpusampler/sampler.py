@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
@@ -24,7 +23,7 @@ from gpusampler.resolving import groups_of
 from gpusampler.sizing import CostBudget, check_batch_size
 from gpusampler.state import Progress, Share, check_ranks
 from gpusampler.steps import STEPS, StepsKind
-from gpusampler.telemetry import GROUP, Recorder
+from gpusampler.telemetry import GROUP, Recorder, warn
 from gpusampler.validation import checked_bool, checked_choice, checked_int, checked_seed
 
 if TYPE_CHECKING:
@@ -582,11 +581,10 @@ class PatchBatchSampler:
         plan = self.plan
         skipped = plan.over_budget_by_patch
         if skipped.any():
-            warnings.warn(
+            warn(
                 f"over_budget='skip' leaves out {int(skipped.sum())} samples, of "
                 f"{int((skipped > 0).sum())} of {plan.groups.num_patches} patches: a batch of them "
-                "would cost more than max_cost",
-                stacklevel=3,
+                "would cost more than max_cost"
             )
         whole = "a batch" if plan.batch_size is None else f"batch_size={plan.batch_size}"
         dropped = (plan.own_batches_by_patch == 0) & (skipped < plan.groups.counts)
@@ -599,10 +597,9 @@ class PatchBatchSampler:
         if left_out.any():
             groups = self.plan.groups
             samples = int(groups.counts[left_out].sum())
-            warnings.warn(
+            warn(
                 f"{by} leaves out {int(left_out.sum())} of {groups.num_patches} "
-                f"patches ({samples} samples): they are smaller than {smaller_than}",
-                stacklevel=4,
+                f"patches ({samples} samples): they are smaller than {smaller_than}"
             )
 
     def __repr__(self) -> str:

@@ -180,7 +180,7 @@ class CostBudget:
                 "{patch_id: cost(patch_id) for patch_id in patch_ids}"
             )
         plain: dict[str, Any] = {
-            name: getattr(self, name)
+            name: _plain(getattr(self, name))
             for name in ("min_batch_size", "max_batch_size", "multiple_of", "power_of_two")
         }
         if isinstance(cost, Mapping) or hasattr(cost, "keys"):
@@ -210,6 +210,8 @@ class CostBudget:
         by = given.pop("cost_by", None)
         if by is not None and by not in ("patch id", "place"):
             raise ValueError(f"cost_by must be 'patch id' or 'place', got {shown(by)}")
+        if by is not None and given.get("cost") is None:
+            raise ValueError(f"cost must be there where cost_by={by!r} is, got none")
         if by == "patch id":
             given["cost"] = dict(map(tuple, given["cost"]))
         unknown = sorted(set(given) - set(cls.__dataclass_fields__))
@@ -226,7 +228,7 @@ class Sizes(NamedTuple):
     sizes : int64 array, shape (G,)
         0 where a patch is left out, as it is over the budget.
     one_size : int, or None
-        The size, where all have the same by one number.
+        The size, where all have the same.
     costs : float64 array, shape (G,), or None
         Of a sample of each patch, where a budget knows them.
     """
@@ -255,12 +257,17 @@ def sizes_of(batch_size: Any, groups: PatchGroups, partial: str) -> Sizes:
         return _within_budget(batch_size, groups, partial)
     if isinstance(batch_size, Mapping):
         sizes = _sizes_by_patch(batch_size, groups)
-        one = int(sizes[0]) if bool((sizes == sizes[0]).all()) else None
-        return Sizes(sizes, one, None)
+        return Sizes(sizes, one_of(sizes), None)
     check_batch_size(batch_size)
     one = int(batch_size)
     # A broadcast scalar takes no memory.
     return Sizes(np.broadcast_to(np.int64(one), groups.counts.shape), one, None)
+
+
+def one_of(sizes: Int64) -> int | None:
+    """Return the size that all patches have, None if they differ or one is left out."""
+    first = int(sizes[0])
+    return first if first and bool((sizes == first).all()) else None
 
 
 def check_batch_size(batch_size: Any) -> None:
@@ -293,7 +300,7 @@ def _within_budget(budget: CostBudget, groups: PatchGroups, partial: str) -> Siz
     sizes = budget.sizes_for(costs)
     check_over_budget(budget, sizes, costs, groups.labels)
     sizes = np.where(sizes > 0, budget.sizes_of_use(sizes, groups.counts, partial), 0)
-    return Sizes(sizes, None, costs)
+    return Sizes(sizes, one_of(sizes), costs)
 
 
 def check_over_budget(
@@ -325,7 +332,10 @@ def _check_max_cost(value: Any) -> None:
         value, (int, float, np.integer, np.floating)
     ):
         raise TypeError(f"max_cost must be a number, got {shown(value)}")
-    if not 0 < value < MOST:
+    # NumPy would make its narrower types of the bound, which they cannot hold; an int may be more
+    # than a float holds.
+    number = value if isinstance(value, int) else float(value)
+    if not 0 < number < MOST:
         raise ValueError(f"max_cost must be > 0 and < 2**512, got {shown(value)}")
 
 
@@ -335,7 +345,8 @@ def _bit_length(values: Int64) -> Int64:
 
 
 def _plain(value: Any) -> Any:
-    return value.item() if isinstance(value, np.generic) else value
+    # A number of any array library.
+    return value.item() if hasattr(value, "item") else value
 
 
 def _listed(values: Any) -> list[Any]:

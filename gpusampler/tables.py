@@ -13,7 +13,7 @@ from gpusampler.arrays import HOST, Device, Int64
 from gpusampler.grouping import PatchGroups
 from gpusampler.mixing import apportion
 from gpusampler.permutation import Grid, grids_of
-from gpusampler.steps import CostClasses, StepLayout
+from gpusampler.steps import CostClasses, StepLayout, last_at_most
 
 
 class Shuffles(NamedTuple):
@@ -35,11 +35,12 @@ class PatchOrder(NamedTuple):
 
     Attributes
     ----------
-    patches, before : int64 arrays, shape (G,)
-        The patches in order, and the slots before each.
+    groups, before : int64 arrays, shape (G,)
+        The patches in order (or their classes of cost, those of a patch in a row), and the slots
+        before each.
     """
 
-    patches: Any
+    groups: Any
     before: Any
 
 
@@ -87,6 +88,8 @@ class PatchTables:
         any, passes over a patch go on from epoch to epoch.
     parents : array, or None
         The patch that each group here is of, where patches are cut into classes of cost.
+    first_parts : array, shape (patches + 1,), or None
+        The first class of each patch there, and at last how many there are.
     grid : Grid of arrays
         Sides of each patch's permutation.
     order : array, shape (N,), or None
@@ -108,6 +111,7 @@ class PatchTables:
     own: Any
     shares: Int64 | None
     parents: Any
+    first_parts: Any
     grid: Grid
     order: Any
     num_batches: int
@@ -151,10 +155,15 @@ class PatchTables:
         offsets = _running_total(batches)
         total = int(offsets[-1])
         if total == 0:
+            # The one that lacks fewest samples.
+            there = np.flatnonzero(~left_out)
+            nearest = there[(sizes - counts)[there].argmin()]
+            what = "patches" if parents is None else "classes of cost of patches"
+            which = "largest" if bool((sizes[there] == sizes[nearest]).all()) else "nearest"
             raise ValueError(
                 f"batch_size must be at most the largest patch under partial='drop', got "
-                f"{int(sizes[~left_out].min())}: all {counts.size} patches are smaller (the "
-                f"largest has {int(counts.max())} samples), so no batch is left"
+                f"{int(sizes[nearest])}: all {there.size} {what} are smaller (the {which} has "
+                f"{int(counts[nearest])} samples), so no batch is left"
             )
         batches.flags.writeable = False
         filled = sizes if partial == "pad" else np.minimum(sizes, counts)
@@ -171,6 +180,7 @@ class PatchTables:
             own=None,
             shares=None,
             parents=parents,
+            first_parts=None if parents is None else _first_of_each(parents),
             grid=grids_of(arrays.namespace(HOST), counts),
             order=None,
             num_batches=total,
@@ -268,9 +278,37 @@ class PatchTables:
     def members(self) -> list[Any]:
         """Return the arrays."""
         tables = (self.counts, self.starts, self.sizes, self.batches, self.batch_offsets)
-        maybe = [table for table in (self.own, self.parents, self.order) if table is not None]
+        asked = (self.own, self.parents, self.first_parts, self.order)
+        maybe = [table for table in asked if table is not None]
         classes = [] if self.classes is None else self.classes.members()
         return [*tables, *self.grid, *maybe, *classes]
+
+    @property
+    def num_patches(self) -> int:
+        """Number of patches, each cut into classes of cost or not."""
+        of_patches = self.counts if self.first_parts is None else self.first_parts[1:]
+        return int(of_patches.shape[0])
+
+    def ordered(self, xp: Any, patches: Any, numbers: Any) -> PatchOrder:
+        """Return an order of the patches, with the slots before each.
+
+        Parameters
+        ----------
+        xp : module
+            Array namespace.
+        patches : int64 array, shape (patches,)
+        numbers : int64 array, shape (G,)
+            0 .. G-1.
+        """
+        groups = patches
+        if self.first_parts is not None:
+            first = self.first_parts[patches]
+            parts = self.first_parts[patches + 1] - first
+            before = xp.cumulative_sum(parts) - parts
+            place = last_at_most(xp, before, numbers)
+            groups = first[place] + numbers - before[place]
+        batches = self.batches[groups]
+        return PatchOrder(groups, xp.cumulative_sum(batches) - batches)
 
     @property
     def nbytes(self) -> int:
@@ -300,6 +338,7 @@ class PatchTables:
                 batch_offsets=there(self.batch_offsets),
                 own=None if self.own is None else there(self.own),
                 parents=None if self.parents is None else there(self.parents),
+                first_parts=None if self.first_parts is None else there(self.first_parts),
                 grid=Grid(*(there(side) for side in self.grid)),
                 order=None if order is None else there(order),
                 classes=None if self.classes is None else self.classes.on(there),
@@ -311,3 +350,8 @@ def _running_total(numbers: Int64) -> Int64:
     total = np.zeros(numbers.size + 1, np.int64)
     np.cumsum(numbers, out=total[1:])
     return total
+
+
+def _first_of_each(parents: Int64) -> Int64:
+    """Return the first class of each patch, and how many classes there are; none is without."""
+    return np.append(np.flatnonzero(np.diff(parents, prepend=-1)), parents.size)

@@ -111,6 +111,8 @@ class Settings(NamedTuple):
     weights: list[float] | None = None
     """Of each patch, patch ids ascending; its own batches where there is only a length."""
     epoch_batches: int | None = None
+    parents: list[int] | None = None
+    """The patch of each, where what is called patches here are classes of cost of one."""
 
     def size(self, g: int) -> int:
         return self.batch_size if isinstance(self.batch_size, int) else self.batch_size[g]
@@ -194,10 +196,12 @@ def order_of(sizes: list[int], seed: int, epoch: int, settings: Settings) -> lis
         ]
     else:
         key = derive(seed, ORDER_OF_PATCHES, epoch, 0)
-        patches = range(len(sizes))
+        parents = list(range(len(sizes))) if settings.parents is None else settings.parents
+        patches = sorted(set(parents))
         if settings.shuffle_patches:
-            patches = [permuted(place, len(sizes), key) for place in patches]
-        order = [(g, q) for g in patches for q in range(steps[g])]
+            patches = [permuted(place, len(patches), key) for place in patches]
+        groups = [g for patch in patches for g, parent in enumerate(parents) if parent == patch]
+        order = [(g, q) for g in groups for q in range(steps[g])]
     return [(g, (q * width + p) % counts[g]) for g, q in order for p in range(width)]
 
 

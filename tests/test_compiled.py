@@ -14,7 +14,7 @@ from expected import epochs, patchy_ids, plan_settings, seeds
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gpusampler import EpochPlan, PatchBatchSampler, PatchGroups
+from gpusampler import CostBudget, EpochPlan, PatchBatchSampler, PatchGroups
 from gpusampler.permutation import MIX_1, MIX_2, SMALL, rounds_for
 
 torch = pytest.importorskip("torch")
@@ -93,6 +93,11 @@ class Form(NamedTuple):
         )
 
 
+def of_classes(counts: list[int]) -> CostBudget:
+    """A budget by which patches are cut into classes of cost."""
+    return CostBudget(60, sample_costs=np.arange(sum(counts)) % 13 + 1)
+
+
 SMALL_ONLY, LARGE_ONLY, MIXED = [5, 32, 1, 17], [33, 40, 60], [5, 32, 33, 60]
 
 FORMS = {
@@ -128,6 +133,10 @@ FORMS = {
     "weights": Form(MIXED, {"weights": [9, 1, 1, 1], "epoch_batches": 40}, gathered=True),
     "weights, in a row": Form(
         MIXED, {"weights": [1, 9, 1, 1], "epoch_batches": 30, "interleave": False}
+    ),
+    "classes of cost": Form(MIXED, {"batch_size": of_classes(MIXED)}),
+    "classes of cost, in a row": Form(
+        SMALL_ONLY, {"batch_size": of_classes(SMALL_ONLY), "interleave": False}
     ),
     "weights, steps of one patch": Form(
         SMALL_ONLY, {"weights": [1, 9, 1, 1], "steps": "same_patch", "step_width": 2}

@@ -20,6 +20,7 @@ from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 
 from gpusampler import EpochPlan, PatchBatchSampler, PatchGroups, Temperature
+from gpusampler.mixing import apportion
 
 PARTIALS = ("keep", "drop", "pad")
 KINDS = [
@@ -116,7 +117,8 @@ def cases(
     wanted = wanted._replace(**fixed)
 
     given = wanted._asdict()
-    del given["batch_size"]
+    # Classes of cost are other tests' matter.
+    del given["batch_size"], given["parents"]
     if isinstance(sizes, list):
         sizes = dict(zip(patch_ids.tolist(), sizes, strict=True))
     if wanted.weights is not None and draw(st.booleans()):
@@ -197,6 +199,21 @@ def test_iteration_is_the_plan_and_any_slot_can_be_asked_for(kind):
         block = plan.evaluate(epoch, np.arange(plan.num_batches))
         for all_of_them, some in zip(block, plan.evaluate(epoch, slots), strict=True):
             np.testing.assert_array_equal(some, all_of_them[slots])
+
+
+@pytest.mark.usefixtures("elsewhere")
+@pytest.mark.parametrize("kind", KINDS, ids=str)
+def test_a_device_hands_out_the_same_batches(kind):
+    # What a GPU without a kernel does, on the host.
+    given = {**MIXED, **kind, "seed": 3}
+    host = PatchBatchSampler(IDS, device="numpy", **given)
+    there = PatchBatchSampler(IDS, device="cpu", **given)
+    assert not there.plan.works_on_host
+    for epoch in (0, 5, 2**63 - 1):
+        wanted = whole(host.plan, epoch)
+        assert whole(there.plan, epoch) == wanted
+        found = [(batch.patch_id, batch.indices.tolist()) for batch in there.batches(epoch)]
+        assert found == wanted
 
 
 # Shares
@@ -291,6 +308,18 @@ def test_shares_of_some(counts, weights, length, wanted):
     groups = PatchGroups.from_counts(counts)
     plan = EpochPlan(groups, 1, 0, weights=weights, epoch_batches=length)
     assert plan.batches_by_patch.tolist() == (counts if wanted is None else wanted)
+
+
+@pytest.mark.parametrize("width", [1, 2, 3])
+def test_shares_of_the_longest_epochs_are_shared_out_as_steps_exactly(width):
+    # Slots of a patch are beyond what a double holds.
+    weights = [3, 7, 10, 11]
+    slots = apportion(np.array(weights), 2**60 - 1, np.ones(4, bool))
+    assert slots.tolist() == oracle.apportion(weights, 2**60 - 1)
+    steps = -(-(2**60 - 1) // width)
+    found = apportion(slots, steps, np.ones(4, bool))
+    assert found.tolist() == oracle.apportion(slots.tolist(), steps)
+    assert int(found.sum()) == steps
 
 
 def test_patches_without_a_batch_take_no_part():
@@ -593,7 +622,9 @@ class Huge(NamedTuple):
 
 HUGE = {
     "one of 2**31 - 1": ([TOP, 5, 1000], [4, 2, 3], [1, 1e6, 3], 10**6),
-    "more slots than int32": ([TOP, 5, 1000], [1, 2, 3], [1, 1, 1.5], 2**59 + 12345),
+    # A unit in the last place of a weight is a hundred batches.
+    "more slots than int32": ([TOP, 5, 1000], [1, 2, 3], [0.1, 1 / 3, 0.7], 2**59 + 12345),
+    "weights beyond 2**52": ([TOP, 5, 9], [1, 2, 3], [2**53 - 1, 2**51 + 3, 2**49 + 1], 2**59 + 1),
     "all at their ends": ([TOP, TOP, 1], [1, 2, 1], [5, 3, 4], 2**60 - 1),
     "1e12 samples": (
         np.random.default_rng(4).integers(15 * 10**8, 18 * 10**8, 600).tolist(),

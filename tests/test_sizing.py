@@ -124,6 +124,9 @@ def test_sizes_are_the_largest_within_the_budget(data, partial):
         (0.30000000000000004, 0.1, {}, 3),
         (0.7, 0.1, {}, 6),
         (0.7000000000000001, 0.1, {}, 7),
+        # 3 * 0.7 is rounded down to the budget, and the budget over 0.7 is below 3.
+        (2.0999999999999996, 0.7, {}, 3),
+        (277.7540818901099, 92.58469396336997, {}, 3),
         (100, 1 / 3, {}, 300),
         (1, 1 / 49, {}, 49),
         (100, 10, {}, 10),
@@ -188,6 +191,24 @@ def test_bounds_that_leave_no_size():
     budget = CostBudget(100, [1, 1], multiple_of=4, max_batch_size=3)
     with pytest.raises(ValueError, match="multiple_of=4, max_batch_size=3"):
         EpochPlan(PatchGroups.from_counts([20, 50]), budget, 0)
+
+
+@pytest.mark.parametrize("kind", [np.float16, np.float32, np.longdouble])
+def test_a_budget_in_a_narrow_type_is_a_number_without_a_warning(kind):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        plan = EpochPlan(PatchGroups.from_counts([20, 50]), CostBudget(kind(9), [1, 2]), 0)
+    assert plan.sizes_by_patch.tolist() == [9, 4]
+
+
+def test_what_says_that_no_batch_is_left_names_a_patch_that_is_too_small():
+    groups = PatchGroups.from_counts([5, 2])
+    with pytest.raises(ValueError, match=r"got 3: all 2 patches .*\(the nearest has 2 samples\)"):
+        EpochPlan(groups, {0: 10, 1: 3}, 0, partial="drop")
+    # 3 and 4 samples in classes of a patch, of 8 and of 4 in a batch.
+    budget = CostBudget(8, sample_costs=[1] * 3 + [2] * 3, min_batch_size=4)
+    with pytest.raises(ValueError, match=r"all \d (classes of cost of )?patches are smaller"):
+        EpochPlan(PatchGroups.from_counts([6]).select([0, 1, 3]), budget, 0, partial="drop")
 
 
 @pytest.mark.parametrize(
@@ -283,6 +304,15 @@ def test_equal_sizes_are_one_size():
         same = PatchBatchSampler(IDS, sizes, seed=1)
         assert same.plan.settings == one.plan.settings
         assert list(same) == list(PatchBatchSampler(IDS, 4, seed=1))
+    # Whatever it comes from; patches of less than four samples would be given less.
+    ids = np.asarray(IDS)[np.isin(IDS, [5, 9])]
+    one = PatchBatchSampler(ids, 4, seed=1)
+    for costs in ({"cost": [3, 3]}, {"sample_costs": np.full(ids.size, 3)}):
+        same = PatchBatchSampler(ids, CostBudget(13.5, **costs), seed=1)
+        assert same.plan.settings == one.plan.settings
+        # Nothing was cut, so no second order is kept.
+        assert same.plan.table_bytes["numpy"] <= one.plan.table_bytes["numpy"] + 16
+        assert list(same) == list(PatchBatchSampler(ids, 4, seed=1))
     assert (
         PatchBatchSampler(IDS, {-2: 1, 5: 2, 9: 3, 40: 1}, seed=1, partial="pad").batch_size is None
     )
@@ -386,6 +416,9 @@ def test_skipped_patches_are_missed_with_one_warning():
         "more than max_cost"
     ]
     assert caught[0].filename == __file__
+    with pytest.warns(UserWarning, match="leaves out 33 samples") as caught:
+        PatchBatchSampler.for_evaluation(IDS, budget)
+    assert caught[0].filename == __file__
     assert coverage.missed.tolist() == [0, 30, 0, 3]
     assert coverage.batches.tolist() == [1, 0, 5, 0]
     assert (
@@ -444,6 +477,31 @@ def test_a_budget_goes_through_json(budget):
     for name in ("min_batch_size", "max_batch_size", "multiple_of", "power_of_two", "over_budget"):
         assert getattr(back, name) == getattr(budget, name)
     assert (back.calibration is None) == (budget.calibration is None)
+
+
+def test_numbers_of_any_library_are_kept_as_plain_ones():
+    torch = pytest.importorskip("torch")
+    budget = CostBudget(
+        np.float32(9),
+        {np.int64(3): torch.tensor(2.0), 9: np.float32(1.5)},
+        max_batch_size=np.int64(8),
+        multiple_of=np.int32(2),
+    )
+    back = CostBudget.from_dict(through_json(budget.to_dict()))
+    assert back == CostBudget(9.0, {3: 2.0, 9: 1.5}, max_batch_size=8, multiple_of=2)
+    # Types that NumPy does not have are taken, too.
+    plan = EpochPlan(
+        PatchGroups.from_counts([5, 7]),
+        CostBudget(9, torch.tensor([2.0, 1.5], dtype=torch.bfloat16)),
+        0,
+        weights=torch.tensor([1.0, 2.0], dtype=torch.bfloat16),
+    )
+    assert plan.sizes_by_patch.tolist() == [4, 6]
+
+
+def test_a_saved_budget_that_lacks_its_cost_is_refused():
+    with pytest.raises(ValueError, match="cost must be there where cost_by='patch id' is"):
+        CostBudget.from_dict({"max_cost": 1, "cost_by": "patch id"})
 
 
 def test_a_function_of_costs_cannot_be_kept():

@@ -1,0 +1,473 @@
+"""Samplers of other projects that fill a budget, beside ours, on the same lengths.
+
+Each is called as its own documentation says. One that is not installed is named as missing.
+"""
+
+from __future__ import annotations
+
+import copy
+import importlib
+import time
+import warnings
+from collections.abc import Callable, Iterable
+from importlib import metadata
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from gpusampler import CostBudget, PatchBatchSampler
+
+ROUNDS = 5
+PATCHES = 50
+WIDTH, LEAST = 50, 200
+"""Of bionemo's buckets: the widest, in points, and the fewest samples if that allows them."""
+NOT_INSTALLED = "not installed"
+
+
+class Workload(NamedTuple):
+    """Samples with their lengths and patches, and the most that a batch may hold."""
+
+    name: str
+    lengths: np.ndarray
+    patch_of: np.ndarray
+    budget: int
+
+
+class Peer(NamedTuple):
+    """A sampler: what makes it from a workload and a seed, once its input is prepared."""
+
+    name: str
+    package: str | None
+    bounds: str
+    prepare: Callable[[Workload], Any]
+    make: Callable[[Workload, Any, int], Any]
+    indices: Callable[[Any], list[int]] = list
+
+
+def one_patch(samples: int = 20_000, budget: int = 8_000, seed: int = 0) -> Workload:
+    """Lognormal lengths around 200, all in one patch: a matter of packing alone."""
+    rng = np.random.default_rng([1, seed])
+    lengths = np.clip(np.rint(rng.lognormal(np.log(200), 0.6, samples)), 1, budget)
+    name = "one patch"
+    return Workload(name, lengths.astype(np.int64), np.zeros(samples, np.int64), budget)
+
+
+def in_patches(
+    samples: int = 20_000, budget: int = 8_000, patches: int = PATCHES, seed: int = 0
+) -> Workload:
+    """Lengths that differ from patch to patch, and less inside each."""
+    rng = np.random.default_rng([2, seed])
+    middles = rng.normal(np.log(200), 0.5, patches)
+    patch_of = rng.integers(0, patches, samples)
+    lengths = np.clip(np.rint(rng.lognormal(middles[patch_of], 0.3)), 1, budget)
+    return Workload(f"{patches} patches", lengths.astype(np.int64), patch_of, budget)
+
+
+def some_too_long(samples: int = 20_000, budget: int = 8_000, seed: int = 0) -> Workload:
+    """One patch, with one sample in a thousand that is alone beyond the budget."""
+    found = one_patch(samples, budget, seed)
+    lengths = found.lengths.copy()
+    rng = np.random.default_rng([3, seed])
+    lengths[rng.choice(samples, max(samples // 1000, 1), replace=False)] = budget + 1
+    return found._replace(name="some too long", lengths=lengths)
+
+
+def _lengths(workload: Workload) -> list[int]:
+    listed: list[int] = workload.lengths.tolist()
+    return listed
+
+
+def _size_aware(workload: Workload, lengths: list[int], seed: int) -> Any:
+    import torch
+    from bionemo.size_aware_batching.sampler import SizeAwareBatchSampler
+
+    drawn = torch.utils.data.RandomSampler(lengths, generator=torch.Generator().manual_seed(seed))
+    return SizeAwareBatchSampler(drawn, lengths.__getitem__, workload.budget)
+
+
+def _buckets(
+    workload: Workload, sizes: np.ndarray, boundaries: Any, seed: int, base: Any, **given: Any
+) -> Any:
+    import torch
+    from bionemo.size_aware_batching.sampler import BucketBatchSampler
+
+    return BucketBatchSampler(
+        torch.from_numpy(sizes),
+        boundaries,
+        base,
+        shuffle=True,
+        generator=torch.Generator().manual_seed(seed),
+        **given,
+    )
+
+
+def _bucket_boundaries(workload: Workload) -> Any:
+    import torch
+    from bionemo.size_aware_batching.utils import create_buckets
+
+    return create_buckets(torch.from_numpy(workload.lengths), WIDTH, LEAST).bucket_boundaries
+
+
+def _buckets_of_sums(workload: Workload, lengths: list[int], seed: int) -> Any:
+    from bionemo.size_aware_batching.sampler import SizeAwareBatchSampler
+
+    shared = {"sizeof": lengths.__getitem__, "max_total_size": workload.budget}
+    return _buckets(
+        workload,
+        workload.lengths,
+        _bucket_boundaries(workload),
+        seed,
+        SizeAwareBatchSampler,
+        base_batch_sampler_shared_kwargs=shared,
+    )
+
+
+def _buckets_of_sizes(workload: Workload, lengths: list[int], seed: int) -> Any:
+    import torch
+
+    boundaries = _bucket_boundaries(workload)
+    # The largest size in a bucket is one below where the next begins.
+    sizes = [max(workload.budget // (int(end) - 1), 1) for end in boundaries[1:]]
+    return _buckets(
+        workload,
+        workload.lengths,
+        boundaries,
+        seed,
+        torch.utils.data.BatchSampler,
+        base_batch_sampler_shared_kwargs={"drop_last": False},
+        base_batch_sampler_individual_kwargs={"batch_size": sizes},
+    )
+
+
+def _buckets_of_patches(workload: Workload, lengths: list[int], seed: int) -> Any:
+    import torch
+    from bionemo.size_aware_batching.sampler import SizeAwareBatchSampler
+
+    shared = {"sizeof": lengths.__getitem__, "max_total_size": workload.budget}
+    return _buckets(
+        workload,
+        workload.patch_of,
+        torch.arange(int(workload.patch_of.max()) + 2),
+        seed,
+        SizeAwareBatchSampler,
+        base_batch_sampler_shared_kwargs=shared,
+    )
+
+
+def _cuts(workload: Workload) -> Any:
+    from lhotse import CutSet, MonoCut
+
+    # Only what describes them: no recording is read, or needed, to sample.
+    return CutSet.from_cuts(
+        MonoCut(id=str(place), start=0.0, duration=float(length), channel=0, supervisions=[])
+        for place, length in enumerate(_lengths(workload))
+    )
+
+
+def _places(cuts: Any) -> list[int]:
+    return [int(cut.id) for cut in cuts]
+
+
+def _dynamic_bucketing(workload: Workload, cuts: Any, seed: int, num_buckets: int = 10) -> Any:
+    from lhotse.dataset.sampling import DynamicBucketingSampler
+
+    return DynamicBucketingSampler(
+        cuts,
+        max_duration=float(workload.budget),
+        num_buckets=num_buckets,
+        shuffle=True,
+        seed=seed,
+    )
+
+
+def _in_30_buckets(workload: Workload, cuts: Any, seed: int) -> Any:
+    return _dynamic_bucketing(workload, cuts, seed, num_buckets=30)
+
+
+def _simple_cuts(workload: Workload, cuts: Any, seed: int) -> Any:
+    from lhotse.dataset.sampling import SimpleCutSampler
+
+    return SimpleCutSampler(cuts, max_duration=float(workload.budget), shuffle=True, seed=seed)
+
+
+def _graphs(workload: Workload) -> list[Any]:
+    from torch_geometric.data import Data
+
+    return [Data(num_nodes=length) for length in _lengths(workload)]
+
+
+class _Seeded:
+    """PyG's sampler draws from torch's own generator: seeded before the first epoch only."""
+
+    def __init__(self, sampler: Any, seed: int) -> None:
+        self.sampler, self.seed = sampler, seed
+
+    def __iter__(self) -> Any:
+        import torch
+
+        if self.seed >= 0:
+            torch.manual_seed(self.seed)
+            self.seed = -1
+        return iter(self.sampler)
+
+    def __len__(self) -> int:
+        return len(self.sampler)
+
+
+def _dynamic_batches(workload: Workload, graphs: list[Any], seed: int, skip: bool = False) -> Any:
+    from torch_geometric.loader import DynamicBatchSampler
+
+    sampler = DynamicBatchSampler(
+        graphs, max_num=workload.budget, mode="node", shuffle=True, skip_too_big=skip
+    )
+    return _Seeded(sampler, seed)
+
+
+def _dynamic_batches_skipping(workload: Workload, graphs: list[Any], seed: int) -> Any:
+    return _dynamic_batches(workload, graphs, seed, skip=True)
+
+
+def _ours(workload: Workload, _: Any, seed: int) -> Any:
+    return PatchBatchSampler(
+        workload.patch_of,
+        CostBudget(workload.budget, sample_costs=workload.lengths, over_budget="skip"),
+        seed=seed,
+        progress=False,
+    )
+
+
+class _Sorted:
+    """Each patch sorted by length and cut greedily: the same batches every epoch, in one order."""
+
+    def __init__(self, workload: Workload) -> None:
+        self.batches: list[list[int]] = []
+        for patch in np.unique(workload.patch_of):
+            of_patch = np.flatnonzero(workload.patch_of == patch)
+            of_patch = of_patch[np.argsort(-workload.lengths[of_patch], kind="stable")]
+            of_patch = of_patch[workload.lengths[of_patch] <= workload.budget]
+            while of_patch.size:
+                # The first is the longest of the batch.
+                size = workload.budget // int(workload.lengths[of_patch[0]])
+                self.batches.append(of_patch[:size].tolist())
+                of_patch = of_patch[size:]
+
+    def __iter__(self) -> Any:
+        return iter(self.batches)
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+
+def _sorted(workload: Workload, _: Any, seed: int) -> _Sorted:
+    return _Sorted(workload)
+
+
+def _nothing(workload: Workload) -> None:
+    return None
+
+
+BIONEMO, LHOTSE, PYG = "bionemo-size-aware-batching", "lhotse", "torch_geometric"
+PEERS = (
+    Peer("gpusampler, CostBudget(sample_costs=)", None, "padded", _nothing, _ours),
+    Peer("bionemo SizeAwareBatchSampler", BIONEMO, "sum", _lengths, _size_aware),
+    Peer(
+        "bionemo BucketBatchSampler of SizeAwareBatchSampler",
+        BIONEMO,
+        "sum",
+        _lengths,
+        _buckets_of_sums,
+    ),
+    Peer(
+        "bionemo BucketBatchSampler of BatchSampler", BIONEMO, "padded", _lengths, _buckets_of_sizes
+    ),
+    Peer(
+        "bionemo BucketBatchSampler, patch ids as sizes",
+        BIONEMO,
+        "sum",
+        _lengths,
+        _buckets_of_patches,
+    ),
+    Peer("lhotse DynamicBucketingSampler", LHOTSE, "padded", _cuts, _dynamic_bucketing, _places),
+    Peer(
+        "lhotse DynamicBucketingSampler(num_buckets=30)",
+        LHOTSE,
+        "padded",
+        _cuts,
+        _in_30_buckets,
+        _places,
+    ),
+    Peer("lhotse SimpleCutSampler", LHOTSE, "padded", _cuts, _simple_cuts, _places),
+    Peer("PyG DynamicBatchSampler", PYG, "sum", _graphs, _dynamic_batches),
+    Peer(
+        "PyG DynamicBatchSampler(skip_too_big=True)",
+        PYG,
+        "sum",
+        _graphs,
+        _dynamic_batches_skipping,
+    ),
+    Peer("sorted in each patch, cut greedily (20 lines)", None, "padded", _nothing, _sorted),
+)
+WORKLOADS = (one_patch, in_patches, some_too_long)
+PACKAGES = (BIONEMO, LHOTSE, PYG)
+_MODULES = {
+    BIONEMO: "bionemo.size_aware_batching.sampler",
+    LHOTSE: "lhotse.dataset.sampling",
+    PYG: "torch_geometric.loader",
+}
+
+
+def version(package: str | None) -> str | None:
+    """Return a package's version, or None where it cannot be imported."""
+    if package is None:
+        return "ours"
+    try:
+        with warnings.catch_warnings():
+            # Of what they use themselves.
+            warnings.simplefilter("ignore")
+            importlib.import_module(_MODULES[package])
+    except ImportError:
+        return None
+    return metadata.version(package)
+
+
+def compare(workload: Workload, rounds: int = ROUNDS, peers: Iterable[Peer] = PEERS) -> list[Any]:
+    """Measure all peers on one workload: a dict each."""
+    return [measured(peer, workload, rounds) for peer in peers]
+
+
+def measured(peer: Peer, workload: Workload, rounds: int = ROUNDS) -> dict[str, Any]:
+    """Run two epochs of a peer and a resume, and say what came out."""
+    found: dict[str, Any] = {"name": peer.name, "package": peer.package, "bounds": peer.bounds}
+    found["version"] = version(peer.package)
+    if found["version"] is None:
+        return {**found, "missing": f"{peer.package} is {NOT_INSTALLED}"}
+    with warnings.catch_warnings(record=True) as warned:
+        warnings.simplefilter("always")
+        given = peer.prepare(workload)
+        making, draining = [], []
+        epochs: list[Any] = []
+        for _ in range(rounds):
+            start = time.process_time()
+            sampler = peer.make(workload, given, 0)
+            making.append(time.process_time() - start)
+            start = time.process_time()
+            drawn = _epoch(sampler, 0)
+            draining.append(time.process_time() - start)
+            if not epochs:
+                epochs = [_listed(peer, drawn), _listed(peer, _epoch(sampler, 1))]
+        found |= {"construct_seconds": min(making), "epoch_seconds": min(draining)}
+        found |= filled(workload, epochs[0])
+        found["len"] = _length(peer.make(workload, given, 0))
+        found["second_epoch_differs"] = epochs[0] != epochs[1]
+        found["second_epoch_batches"] = len(epochs[1])
+        found |= resumed(peer, workload, given, epochs[0], rounds)
+    found["warnings"] = sorted({str(one.message).split(". ")[0] for one in warned})
+    return found
+
+
+def _epoch(sampler: Any, epoch: int) -> list[Any]:
+    if hasattr(sampler, "set_epoch"):
+        sampler.set_epoch(epoch)
+    # Not list(sampler), which asks for a length, and PyG's raises then.
+    return [batch for batch in sampler]  # noqa: C416
+
+
+def _listed(peer: Peer, batches: list[Any]) -> list[list[int]]:
+    return [[int(place) for place in peer.indices(batch)] for batch in batches]
+
+
+def _length(sampler: Any) -> int | str:
+    try:
+        return len(sampler)
+    except (TypeError, ValueError) as error:
+        return type(error).__name__
+
+
+def filled(workload: Workload, batches: list[list[int]]) -> dict[str, Any]:
+    """Count what batches hold, and what they hold of the budget."""
+    lengths, patch_of, budget = workload.lengths, workload.patch_of, workload.budget
+    with_any = [batch for batch in batches if batch]
+    sums = np.array([lengths[batch].sum() for batch in with_any])
+    padded = np.array([len(batch) * lengths[batch].max() for batch in with_any])
+    seen = np.bincount(np.concatenate([np.array(batch) for batch in with_any]), minlength=0)
+    seen = np.pad(seen, (0, lengths.size - seen.size))
+    fits = lengths <= budget
+    return {
+        "batches": len(batches),
+        "empty_batches": len(batches) - len(with_any),
+        "fill": float(sums.sum() / (len(with_any) * budget)),
+        "fill_padded": float(padded.sum() / (len(with_any) * budget)),
+        "padding": float(1 - sums.sum() / padded.sum()),
+        "over_budget": int((sums > budget).sum()),
+        "over_budget_padded": int((padded > budget).sum()),
+        "most": int(sums.max()),
+        "most_padded": int(padded.max()),
+        "lost": int((seen[fits] == 0).sum()),
+        "repeated": int(np.maximum(seen - 1, 0).sum()),
+        "too_long": int((~fits).sum()),
+        "too_long_in_batches": int((seen[~fits] > 0).sum()),
+        "mixed": sum(bool((patch_of[batch] != patch_of[batch[0]]).any()) for batch in with_any),
+    }
+
+
+def resumed(
+    peer: Peer, workload: Workload, given: Any, whole: list[list[int]], rounds: int = ROUNDS
+) -> dict[str, Any]:
+    """Stop in the middle of an epoch, and go on in a new sampler from what the old one saved."""
+    sampler = peer.make(workload, given, 0)
+    if not hasattr(sampler, "state_dict"):
+        return {"resume": "no state_dict"}
+    middle = len(whole) // 2
+    if hasattr(sampler, "set_epoch"):
+        sampler.set_epoch(0)
+    batches = iter(sampler)
+    for _ in range(middle):
+        next(batches)
+    state = sampler.state_dict()
+    took = []
+    for _ in range(rounds):
+        fresh = peer.make(workload, given, 0)
+        # lhotse's load_state_dict empties what it is given.
+        saved = copy.deepcopy(state)
+        start = time.process_time()
+        fresh.load_state_dict(saved)
+        goes_on = iter(fresh)
+        rest = [next(goes_on)]
+        took.append(time.process_time() - start)
+    # With next() alone: lhotse's samplers are their own iterators and begin anew at iter().
+    while (batch := next(goes_on, None)) is not None:
+        rest.append(batch)
+    same = _listed(peer, rest) == whole[middle:]
+    found = "the same batches" if same else "other batches"
+    return {"resume": found, "resume_seconds": min(took)}
+
+
+def too_long_at_the_end(samples: int = 200, budget: int = 8_000) -> dict[str, int]:
+    """Return what PyG's sampler hands out where the last sample is too long, and to be skipped."""
+    if version(PYG) is None:
+        return {}
+    from torch_geometric.loader import DynamicBatchSampler
+
+    workload = one_patch(samples, budget)
+    workload.lengths[-1] = budget + 1
+    sampler = DynamicBatchSampler(_graphs(workload), max_num=budget, mode="node", skip_too_big=True)
+    batches = _epoch(sampler, 0)
+    return {"samples": samples, "batches": len(batches), "empty": batches.count([])}
+
+
+def growth(sizes: Iterable[int], shuffle: bool = True) -> dict[str, float]:
+    """Return the seconds of an epoch of PyG's sampler by number of samples."""
+    if version(PYG) is None:
+        return {}
+    from torch_geometric.loader import DynamicBatchSampler
+
+    took = {}
+    for size in sizes:
+        workload = one_patch(size)
+        graphs = _graphs(workload)
+        sampler = DynamicBatchSampler(graphs, max_num=workload.budget, mode="node", shuffle=shuffle)
+        start = time.process_time()
+        for _ in sampler:
+            pass
+        took[str(size)] = time.process_time() - start
+    return took
