@@ -272,7 +272,10 @@ def test_what_was_printed_before_is_printed_once():
         "call_in_child(lambda: print('inside', end=' '))\n"
         "print('after')"
     )
-    told = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    buffered = {**os.environ, "PYTHONUNBUFFERED": ""}
+    told = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, env=buffered
+    )
     assert told.stdout == "before inside after\nend\n"
 
 
@@ -325,7 +328,8 @@ def test_a_known_step_is_measured_and_fills_its_share():
     assert record["device"] == "cpu"
     assert record["memory_limit"] == limit
     used = 0.8 * limit - record["held"] - record["fixed"]
-    assert budget.max_cost <= used / record["per_cost"] * (1 + 1e-9)
+    # What is held differs by a page or two from probe to probe.
+    assert budget.max_cost <= used / record["per_cost"] * 1.001
     plan = sampler(budget).plan
     tried = record["verified"][-1]
     assert tried["held"] + tried["peak"] <= 0.8 * limit
@@ -480,7 +484,7 @@ def test_sizes_are_probed_and_chosen_within_the_bounds():
 
 @linux
 def test_no_probe_is_foreseen_to_exceed_the_share():
-    record = quiet(allocating, memory_limit=room(120), share=0.95).calibration
+    record = quiet(allocating, memory_limit=room(60), share=0.95, over_budget="skip").calibration
     most = 0.95 * record["memory_limit"]
     assert max(point["held"] + point["peak"] for point in record["points"]) < most
 
@@ -488,27 +492,28 @@ def test_no_probe_is_foreseen_to_exceed_the_share():
 def graph_and_grid(batch):
     """A step that takes something once for a patch, and something for each sample."""
     points = POINTS[batch.patch_id]
-    once = np.ones(points * 2000, np.uint8)
-    each = np.ones(len(batch.indices) * (200_000 + points * 100), np.uint8)
+    once = np.ones(points * 8000, np.uint8)
+    each = np.ones(len(batch.indices) * (600_000 + points * 300), np.uint8)
     return once, each
 
 
 @linux
 def test_what_a_patch_or_a_sample_takes_by_itself_is_fitted_where_that_is_needed():
-    budget = quiet(graph_and_grid, memory_limit=room(300))
+    budget = quiet(graph_and_grid, memory_limit=room(250))
     record = budget.calibration
     assert record["fit"] == "affine"
     assert record["worst_residual"] < 0.1
-    assert record["per_sample"] == pytest.approx(200_000, rel=0.1)
-    assert record["per_patch"] == pytest.approx(2000, rel=0.2)
-    assert record["per_cost"] == pytest.approx(100, rel=0.2)
+    assert record["per_sample"] == pytest.approx(600_000, rel=0.1)
+    assert record["per_patch"] == pytest.approx(8000, rel=0.2)
+    assert record["per_cost"] == pytest.approx(300, rel=0.2)
     # Every patch's batches are what fits, though the parts have other proportions in each.
     used = 0.9 * record["memory_limit"] - record["held"]
     plain = PatchBatchSampler(IDS, CostBudget(budget.max_cost, cost=budget.cost), seed=0).plan
     for (patch, points), size in zip(POINTS.items(), plain.sizes_by_patch, strict=True):
-        took = points * 2000 + size * (200_000 + points * 100)
+        took = points * 8000 + size * (600_000 + points * 300)
         assert took <= used * 1.02, patch
-        assert size == 400 - 50 * (patch == 8) or took > 0.5 * used or size in (200, 300)
+        # All samples of a patch, or what fits.
+        assert size in (400, 300, 350, 200) or took > 0.9 * used
 
 
 @linux
@@ -517,7 +522,7 @@ def test_a_cost_that_describes_nothing_is_warned_of():
         np.ones(len(batch.indices) * {3: 40, 5: 1, 8: 9, 9: 3}[batch.patch_id] * 100_000, np.uint8)
 
     with pytest.warns(UserWarning, match="the cost does not describe the memory .* is off by"):
-        quiet(step, memory_limit=room(100))
+        quiet(step, memory_limit=room(300))
 
 
 @linux
@@ -533,13 +538,15 @@ def test_a_dearest_batch_that_takes_more_than_foretold_makes_the_budget_smaller(
         np.ones(int(cost * (128 if cost < 700_000 else 256)), np.uint8)
 
     with pytest.warns(UserWarning, match="does not describe"):
-        budget = quiet(step, memory_limit=room(300))
+        budget = quiet(step, memory_limit=room(140))
     record = budget.calibration
     tried = record["verified"]
     most = record["share"] * record["memory_limit"]
     assert len(tried) > 1
     assert tried[0]["peak"] is None or tried[0]["held"] + tried[0]["peak"] > most
     assert tried[-1]["held"] + tried[-1]["peak"] <= most
+    # No dozen of batches is made with a budget whose dearest does not fit.
+    assert len(record["walks"]) == 1
 
 
 @linux
@@ -889,7 +896,11 @@ def test_everything_else_with_a_state_is_put_back(monkeypatch):
     )
     averaged = torch.optim.swa_utils.AveragedModel(torch.nn.Linear(2, 2))
 
+    # As wrappers of optimizers keep counts on them.
+    optimizer.steps = 3
+
     def step(batch):
+        optimizer.steps += 1
         optimizer.zero_grad()
         scaler.scale((weight**2).sum()).backward()
         scaler.unscale_(optimizer)
@@ -908,7 +919,7 @@ def test_everything_else_with_a_state_is_put_back(monkeypatch):
             scaler.get_scale(),
             weight.detach().tolist(),
             weight.grad,
-            len(optimizer.state),
+            (len(optimizer.state), optimizer.steps),
             generators[0].get_state().tolist(),
             generators[1].bit_generator.state,
             generators[2].getstate(),
