@@ -180,6 +180,11 @@ def _checked_costs(cost: Any, plan: EpochPlan) -> Floats:
     if cost is not None and not isinstance(cost, Mapping) and not isinstance(cost, np.ndarray):
         said = sources.patch_costs(cost)
         cost = cost if said is None else said
+    if plan.tables.parents is not None:
+        raise ValueError(
+            "sampler must not cut patches by sample_costs, whose samples differ in what they take: "
+            "calibrate measures patches; give one of the patches' own costs, with any batch_size"
+        )
     if cost is None:
         cost = plan.costs_by_patch
     if cost is None:

@@ -45,10 +45,13 @@ def sampler(batch_size=4, ids=IDS, **settings):
     return PatchBatchSampler(ids, batch_size, seed=0, device="numpy", **settings)
 
 
-def room(mib):
-    """A limit that leaves so many MiB above what this process holds."""
+SHARE = 0.9
+
+
+def room(mib, share=1.0):
+    """A limit whose share leaves so many MiB above what this process holds, however much it is."""
     gc.collect()
-    return memory.resident() + mib * MIB
+    return int((memory.resident() + mib * MIB) / share)
 
 
 def allocating(batch, each=128):
@@ -57,7 +60,8 @@ def allocating(batch, each=128):
 
 
 def quiet(step, plan=None, **settings):
-    settings = {"cost": POINTS, "memory_limit": room(200), "progress": False, **settings}
+    limit = room(140, settings.get("share", SHARE))
+    settings = {"cost": POINTS, "memory_limit": limit, "progress": False, **settings}
     return calibrate(step, sampler() if plan is None else plan, **settings)
 
 
@@ -320,7 +324,7 @@ def test_a_batch_is_where_the_sampler_is_and_has_its_names():
 
 @linux
 def test_a_known_step_is_measured_and_fills_its_share():
-    limit = room(300)
+    limit = room(200, 0.8)
     budget = quiet(allocating, memory_limit=limit, share=0.8)
     record = budget.calibration
     assert record["fit"] == "proportional"
@@ -410,7 +414,7 @@ def everything(model, optimizer, schedule):
 @needs_torch
 def test_peaks_of_unseen_patches_and_sizes_are_foretold_within_a_seventh():
     model, optimizer, schedule, step = torch_case()
-    limit = room(600)
+    limit = room(500, SHARE)
     plan = sampler().plan
     state = (model, optimizer, schedule)
     budget = quiet(step, state=state, memory_limit=limit, max_batch_size=32)
@@ -433,7 +437,7 @@ def test_on_the_cpu_all_is_as_it_was(warm):
         step(batch_of(sampler().plan, 0, 2))
     model.eval()
     before = everything(model, optimizer, schedule)
-    quiet(step, state=(model, optimizer, schedule), memory_limit=room(400), max_batch_size=8)
+    quiet(step, state=(model, optimizer, schedule), memory_limit=room(320, SHARE), max_batch_size=8)
     assert everything(model, optimizer, schedule) == before
 
 
@@ -484,7 +488,9 @@ def test_sizes_are_probed_and_chosen_within_the_bounds():
 
 @linux
 def test_no_probe_is_foreseen_to_exceed_the_share():
-    record = quiet(allocating, memory_limit=room(60), share=0.95, over_budget="skip").calibration
+    record = quiet(
+        allocating, memory_limit=room(35, 0.95), share=0.95, over_budget="skip"
+    ).calibration
     most = 0.95 * record["memory_limit"]
     assert max(point["held"] + point["peak"] for point in record["points"]) < most
 
@@ -500,7 +506,7 @@ def graph_and_grid(batch):
 @linux
 def test_what_a_patch_or_a_sample_takes_by_itself_is_fitted_where_that_is_needed(monkeypatch):
     monkeypatch.setattr(HostMeter, "walk", lambda self, batches: 0)
-    budget = quiet(graph_and_grid, memory_limit=room(250))
+    budget = quiet(graph_and_grid, memory_limit=room(190, SHARE))
     record = budget.calibration
     assert record["fit"] == "affine"
     assert record["worst_residual"] < 0.1
@@ -523,13 +529,13 @@ def test_a_cost_that_describes_nothing_is_warned_of():
         np.ones(len(batch.indices) * {3: 40, 5: 1, 8: 9, 9: 3}[batch.patch_id] * 100_000, np.uint8)
 
     with pytest.warns(UserWarning, match="the cost does not describe the memory .* is off by"):
-        quiet(step, memory_limit=room(300))
+        quiet(step, memory_limit=room(230, SHARE))
 
 
 @linux
 def test_the_warning_says_what_would_describe_it():
     with pytest.warns(UserWarning, match="fit='affine' describes it within [0-9]%"):
-        quiet(graph_and_grid, fit="proportional", memory_limit=room(300))
+        quiet(graph_and_grid, fit="proportional", memory_limit=room(230, SHARE))
 
 
 @linux
@@ -542,7 +548,7 @@ def test_a_dearest_batch_that_takes_more_than_foretold_makes_the_budget_smaller(
         np.ones(int(cost * (128 if cost < 700_000 else 256)), np.uint8)
 
     with pytest.warns(UserWarning, match="does not describe"):
-        budget = quiet(step, memory_limit=room(140))
+        budget = quiet(step, memory_limit=room(110, SHARE))
     record = budget.calibration
     tried = record["verified"]
     most = record["share"] * record["memory_limit"]
@@ -563,7 +569,7 @@ def test_batches_in_a_row_that_hold_more_make_the_budget_smaller():
         kept.append(np.ones(len(batch.indices) * POINTS[batch.patch_id] * 16, np.uint8))
         del kept[:-8]
 
-    budget = quiet(step, memory_limit=room(120))
+    budget = quiet(step, memory_limit=room(70, SHARE))
     walks = budget.calibration["walks"]
     most = 0.9 * budget.calibration["memory_limit"]
     assert len(walks) > 1
@@ -1026,3 +1032,10 @@ def test_a_gpu_that_runs_out_is_a_finding(torch):
         torch.cuda.set_per_process_memory_fraction(1.0)
     points = [*budget.calibration["points"], *budget.calibration["verified"]]
     assert any(point["peak"] is None for point in points)
+
+
+def test_a_sampler_of_classes_of_cost_is_refused():
+    budget = CostBudget(40, sample_costs=[1, 9] * 30)
+    plan = PatchBatchSampler([7] * 60, budget, seed=0)
+    with pytest.raises(ValueError, match="sampler must not cut patches by sample_costs"):
+        calibrate(allocating, plan, cost={7: 1})
