@@ -8,7 +8,6 @@ import io
 import json
 import mmap
 import os
-import secrets
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -201,7 +200,7 @@ class Build:
         self._map = mmap.mmap(self._file.fileno(), ORDER_AT + width * size)
         # It may have been all but whole when it was left.
         self._map[:TOKEN_AT] = bytes(TOKEN_AT)
-        self._token = self._token or secrets.token_bytes(TOKEN_BYTES)
+        self._token = self._token or os.urandom(TOKEN_BYTES)
         self._map[TOKEN_AT : TOKEN_AT + TOKEN_BYTES] = self._token
         # Before anything else is written over what another start may have left.
         self._map.flush()

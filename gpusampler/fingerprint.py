@@ -12,7 +12,6 @@ It tells apart configurations that differ by accident. It is no cryptographic ha
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any
@@ -193,6 +192,9 @@ def of_numbers(numbers: NDArray[np.int64]) -> int:
 
 def of_names(names: Sequence[str]) -> int:
     """Return a 64-bit number of strings and their order."""
+    # Imported where it is needed, as few programs do: it takes milliseconds.
+    import hashlib
+
     digest = hashlib.blake2b(digest_size=8)
     for name in names:
         data = name.encode("utf-8", "surrogatepass")

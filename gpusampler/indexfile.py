@@ -18,7 +18,6 @@ import errno
 import json
 import mmap
 import os
-import secrets
 import struct
 import zlib
 from collections.abc import Iterator
@@ -311,7 +310,7 @@ def write_index(
         If there is no room, or no permission; nothing is left behind then.
     """
     # Processes of the same number, in containers, may share a disk.
-    aside = path.with_name(f"{path.name}.{os.getpid()}-{secrets.token_hex(4)}.saving")
+    aside = path.with_name(f"{path.name}.{os.getpid()}-{os.urandom(4).hex()}.saving")
     try:
         with told_of_room(path):
             with open(aside, "x+b") as file:

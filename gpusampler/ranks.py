@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import secrets
 import warnings
 from typing import Any
 
@@ -11,6 +10,11 @@ from gpusampler import arrays
 from gpusampler.validation import checked_int
 
 SEED_KEY = "gpusampler/seed"
+
+
+def random_seed() -> int:
+    """Return 64 bits of the system's randomness: no generator of anyone's is touched."""
+    return int.from_bytes(os.urandom(8), "little")
 
 
 def process_group() -> tuple[int, int] | None:
@@ -66,7 +70,7 @@ def drawn_seed(num_replicas: int) -> int:
             f"initialised, got None with {ranks}: every rank needs the same one, such as "
             "PatchBatchSampler(..., seed=0)"
         )
-    return secrets.randbits(64)
+    return random_seed()
 
 
 def _agreed_seed() -> int:
@@ -79,7 +83,7 @@ def _agreed_seed() -> int:
     distributed: Any = arrays.loaded("torch.distributed")
     store = distributed.distributed_c10d._get_default_store()
     try:
-        return int(store.compare_set(SEED_KEY, "", str(secrets.randbits(64))))
+        return int(store.compare_set(SEED_KEY, "", str(random_seed())))
     except (AttributeError, RuntimeError) as error:
         # A group of MPI has no store; others may have one that cannot compare.
         raise ValueError(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from typing import Any
 
 import numpy as np
@@ -88,6 +87,9 @@ def _hash(ids: Any) -> str:
 
 
 def _digest(data: bytes) -> str:
+    # Imported where it is needed, as few programs do: it takes milliseconds.
+    import hashlib
+
     return hashlib.blake2b(data, digest_size=8).hexdigest()
 
 

@@ -6,6 +6,7 @@ import ast
 import doctest
 import inspect
 import json
+import os
 import re
 import subprocess
 import sys
@@ -159,8 +160,14 @@ def test_the_arithmetic_knows_no_library():
     assert naming == {}
 
 
-def in_a_new_process(code: str) -> str:
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+def in_a_new_process(code: str, **variables: str) -> str:
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        check=True,
+        env={**os.environ, **variables},
+    )
     return done.stdout
 
 
@@ -200,12 +207,14 @@ def test_the_package_works_where_torch_is_not_installed():
     assert re.search("output .* torch", said[2])
 
 
-def test_importing_takes_well_under_a_tenth_of_a_second_beyond_numpy():
+def test_importing_takes_well_under_a_tenth_of_a_second_beyond_numpy(tmp_path):
     code = (
         "import numpy, time; start = time.process_time(); import gpusampler;"
         "print(time.process_time() - start)"
     )
-    assert min(float(in_a_new_process(code)) for _ in range(3)) < 0.1
+    # As it is where it is installed: compiled once, whatever this process's own habits are.
+    compiled = {"PYTHONPYCACHEPREFIX": str(tmp_path), "PYTHONDONTWRITEBYTECODE": ""}
+    assert min(float(in_a_new_process(code, **compiled)) for _ in range(4)) < 0.1
 
 
 def test_all_names_are_the_public_names():
