@@ -657,8 +657,27 @@ def never(batch):
     raise AssertionError("the step must not run")
 
 
+async def coroutine(batch):
+    raise AssertionError
+
+
+def generator(batch):
+    yield from never(batch)
+
+
+def by_sample():
+    return sampler(CostBudget(10, sample_costs=np.ones(IDS.size)))
+
+
 BAD = [
     ({"step": 3}, TypeError, "step must be a function of a batch, got 3"),
+    ({"step": coroutine}, TypeError, "step must make the training step when it is called, got a"),
+    ({"step": generator}, TypeError, "step must make the training step when it is called, got a"),
+    (
+        {"sampler": by_sample(), "cost": None},
+        ValueError,
+        "cost must be given where the sampler's budget has sample_costs",
+    ),
     ({"sampler": [1]}, TypeError, "sampler must be a PatchBatchSampler"),
     ({"share": 0}, ValueError, r"share must be in \(0, 1\], got 0"),
     ({"share": 1.01}, ValueError, r"share must be in \(0, 1\], got 1.01"),
