@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -22,6 +23,12 @@ if TYPE_CHECKING:
     from gpusampler.fitting import Floats
 
 FITS = ("auto", "proportional", "affine")
+
+NOT_RUN_BY_A_CALL = (
+    inspect.isgeneratorfunction,
+    inspect.iscoroutinefunction,
+    inspect.isasyncgenfunction,
+)
 
 
 def calibrate(
@@ -71,7 +78,7 @@ def calibrate(
         NumPy and torch; also when the step raises.
     cost : array (G,), mapping, callable or dataset, optional
         Cost of a sample of each patch, as for `CostBudget`, or a dataset with ``patch_costs()``.
-        Default: the costs of the sampler's own budget.
+        Default: the costs of the sampler's own budget, unless those are ``sample_costs``.
     fit : {"auto", "proportional", "affine"}
         "proportional": as above. "affine": ``fixed + per_patch * cost + (per_sample + per_cost *
         cost) * batch_size``, for models that keep something once for a batch (the graph of its
@@ -137,6 +144,12 @@ def calibrate(
 
     if not callable(step):
         raise TypeError(f"step must be a function of a batch, got {shown(step)}")
+    # Called, they do nothing, and that would take no memory.
+    if any(kind(step) for kind in NOT_RUN_BY_A_CALL):
+        raise TypeError(
+            "step must make the training step when it is called, got a function with yield or "
+            f"async: {shown(step)}"
+        )
     if not isinstance(sampler, PatchBatchSampler):
         raise TypeError(f"sampler must be a PatchBatchSampler, got {shown(sampler)}")
     objects = check_state(state)
@@ -180,10 +193,10 @@ def _checked_costs(cost: Any, plan: EpochPlan) -> Floats:
     if cost is not None and not isinstance(cost, Mapping) and not isinstance(cost, np.ndarray):
         said = sources.patch_costs(cost)
         cost = cost if said is None else said
-    if plan.tables.parents is not None:
+    if plan.costs_are_of_samples:
         raise ValueError(
-            "sampler must not cut patches by sample_costs, whose samples differ in what they take: "
-            "calibrate measures patches; give one of the patches' own costs, with any batch_size"
+            "sampler must not cut patches by sample_costs: what would be tried are the first "
+            "samples of a patch, whatever they cost; give a sampler whose patches are lengths"
         )
     if cost is None:
         cost = plan.costs_by_patch

@@ -84,6 +84,7 @@ def listed_by_patch(values: Any, groups: PatchGroups, name: str) -> Any:
         if missing:
             raise ValueError(
                 f"{name} must have a number for every patch, got none for {_listed(missing)}"
+                f"{_as_what(missing, values)}"
             )
         return [values[patch_id] for patch_id in patch_ids]
     if callable(values):
@@ -111,6 +112,8 @@ def checked_numbers(values: Any, count: int, name: str, of: str = "patch") -> ND
         by = "one a sample"
         if of == "patch":
             by = "by ascending patch id, a mapping from patch ids, or a function of the patch id"
+            if name == "weights":
+                by = "by ascending patch id or a mapping from patch ids"
         raise TypeError(f"{name} must be numbers {by}, got {shown(values)}")
     if found.shape != (count,):
         raise ValueError(
@@ -131,3 +134,16 @@ def on_host(values: Any) -> NDArray[Any]:
 def _listed(patch_ids: list[Any]) -> str:
     shown = ", ".join(map(str, patch_ids[:5]))
     return shown if len(patch_ids) <= 5 else f"{shown} and {len(patch_ids) - 5} more"
+
+
+def _as_what(missing: list[Any], values: Any) -> str:
+    """Say so where a mapping has an id as text, as after JSON, or a number that is a name."""
+    for patch_id in missing:
+        other: Any = str(patch_id)
+        if isinstance(patch_id, str):
+            if not patch_id.lstrip("-").isdecimal():
+                continue
+            other = int(patch_id)
+        if other in values:
+            return f" (it has {other!r}, and the id is {patch_id!r})"
+    return ""

@@ -37,6 +37,8 @@ class Cut(NamedTuple):
         Of a sample, where a budget knows it.
     parents : int64 array, shape (P,), or None
         The patch of each class, ascending.
+    by_sample : bool
+        The costs are the largest of samples that differ.
     """
 
     groups: PatchGroups
@@ -44,6 +46,7 @@ class Cut(NamedTuple):
     one_size: int | None
     costs: NDArray[Any] | None
     parents: Int64 | None
+    by_sample: bool = False
 
     @classmethod
     def of(cls, groups: PatchGroups, batch_size: Any, partial: str) -> Cut:
@@ -64,8 +67,8 @@ class Cut(NamedTuple):
             parts = parts_of(groups, batch_size, partial)
             if parts.groups.num_patches == groups.num_patches:
                 # Nothing was cut: the samples of a class are in the order of its patch.
-                return cls(groups, parts.sizes, one_of(parts.sizes), parts.costs, None)
-            return cls(parts.groups, parts.sizes, None, parts.costs, parts.parents)
+                return cls(groups, parts.sizes, one_of(parts.sizes), parts.costs, None, True)
+            return cls(parts.groups, parts.sizes, None, parts.costs, parts.parents, True)
         sizes = sizes_of(batch_size, groups, partial)
         return cls(groups, sizes.sizes, sizes.one_size, sizes.costs, None)
 

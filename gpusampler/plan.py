@@ -368,6 +368,11 @@ class EpochPlan:
         costs = self._cut.costs
         return None if costs is None else self._by_patch(costs, np.maximum)
 
+    @property
+    def costs_are_of_samples(self) -> bool:
+        """Whether those are the largest of samples that differ: of ``sample_costs``."""
+        return self._cut.by_sample
+
     def _by_patch(self, values: Any, gather: np.ufunc) -> Any:
         """Gather what is known of classes of cost by patch; they lie side by side."""
         return by_parent(values, self._cut.parents, gather)

@@ -663,8 +663,27 @@ def never(batch):
     raise AssertionError("the step must not run")
 
 
+async def coroutine(batch):
+    raise AssertionError
+
+
+def generator(batch):
+    yield from never(batch)
+
+
+def by_sample():
+    return sampler(CostBudget(10, sample_costs=np.ones(IDS.size)))
+
+
 BAD = [
     ({"step": 3}, TypeError, "step must be a function of a batch, got 3"),
+    ({"step": coroutine}, TypeError, "step must make the training step when it is called, got a"),
+    ({"step": generator}, TypeError, "step must make the training step when it is called, got a"),
+    (
+        {"sampler": by_sample(), "cost": None},
+        ValueError,
+        "sampler must not cut patches by sample_costs: what would be tried are the first",
+    ),
     ({"sampler": [1]}, TypeError, "sampler must be a PatchBatchSampler"),
     ({"share": 0}, ValueError, r"share must be in \(0, 1\], got 0"),
     ({"share": 1.01}, ValueError, r"share must be in \(0, 1\], got 1.01"),
@@ -1032,10 +1051,3 @@ def test_a_gpu_that_runs_out_is_a_finding(torch):
         torch.cuda.set_per_process_memory_fraction(1.0)
     points = [*budget.calibration["points"], *budget.calibration["verified"]]
     assert any(point["peak"] is None for point in points)
-
-
-def test_a_sampler_of_classes_of_cost_is_refused():
-    budget = CostBudget(40, sample_costs=[1, 9] * 30)
-    plan = PatchBatchSampler([7] * 60, budget, seed=0)
-    with pytest.raises(ValueError, match="sampler must not cut patches by sample_costs"):
-        calibrate(allocating, plan, cost={7: 1})

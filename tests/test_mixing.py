@@ -816,6 +816,16 @@ def test_names_are_weighed_by_name():
         ValueError, match="weights must have a number for every patch, got none for po"
     ):
         PatchBatchSampler(names, 4, weights={"rhine": 1, "alps": 2})
+    with pytest.raises(ValueError, match=r"none for 1, 2 \(it has 2, and the id is '2'\)"):
+        PatchBatchSampler(["1", "2"], 4, weights={2: 1})
+
+
+@pytest.mark.parametrize("weights", ["uniform", True, {5: 1, 9: "2", -2: 1, 40: 1}])
+def test_what_weights_must_be_is_said_of_weights(weights):
+    with pytest.raises(
+        TypeError, match=r"weights must be numbers by ascending .* from patch ids, "
+    ):
+        PatchBatchSampler(IDS, 4, weights=weights)
 
 
 # Coverage

@@ -29,7 +29,7 @@ OUT_OF_RANGE = "patch_costs must be > 0 and < 2**512, got "
         ([], ValueError, "one number a patch, shape (4,), got shape (0,)"),
         ([1, [2, 3], 4, 5], ValueError, "patch_costs must be one number a patch: setting an array"),
         ({5: 1.0, 9: 2}, ValueError, "a number for every patch, got none for -2, 40"),
-        ({"5": 1.0}, ValueError, "a number for every patch, got none for -2, 5, 9, 40"),
+        ({"5": 1.0}, ValueError, "none for -2, 5, 9, 40 (it has '5', and the id is 5)"),
         ([1, 0, 1, 1], ValueError, OUT_OF_RANGE + "0.0 for patch 5"),
         ([1, 1, -2, 1], ValueError, OUT_OF_RANGE + "-2.0 for patch 9"),
         ([1, 1, 1, -0.0], ValueError, OUT_OF_RANGE + "-0.0 for patch 40"),
