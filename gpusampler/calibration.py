@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -23,12 +22,6 @@ if TYPE_CHECKING:
     from gpusampler.fitting import Floats
 
 FITS = ("auto", "proportional", "affine")
-
-NOT_RUN_BY_A_CALL = (
-    inspect.isgeneratorfunction,
-    inspect.iscoroutinefunction,
-    inspect.isasyncgenfunction,
-)
 
 
 def calibrate(
@@ -137,6 +130,8 @@ def calibrate(
     >>> sampler = PatchBatchSampler([7] * 500 + [8] * 90, budget, seed=0)
     """
     # Who does not calibrate does not wait for what only this needs.
+    from inspect import isasyncgenfunction, iscoroutinefunction, isgeneratorfunction
+
     from gpusampler.calibration_report import draw, table
     from gpusampler.keeping import check_state
     from gpusampler.probing import meter_for
@@ -145,7 +140,7 @@ def calibrate(
     if not callable(step):
         raise TypeError(f"step must be a function of a batch, got {shown(step)}")
     # Called, they do nothing, and that would take no memory.
-    if any(kind(step) for kind in NOT_RUN_BY_A_CALL):
+    if isgeneratorfunction(step) or iscoroutinefunction(step) or isasyncgenfunction(step):
         raise TypeError(
             "step must make the training step when it is called, got a function with yield or "
             f"async: {shown(step)}"
