@@ -23,6 +23,10 @@ if TYPE_CHECKING:
 
 FITS = ("auto", "proportional", "affine")
 
+OF_MALLOC = """\
+  malloc keeps pieces of what is freed, so an epoch may come to hold more than a dozen batches do:
+  leave room, or set MALLOC_MMAP_THRESHOLD_=1048576 for calibrating and training"""
+
 
 def calibrate(
     step: Callable[[Batch], object],
@@ -175,6 +179,8 @@ def calibrate(
     record = search.record(device)
     budget = replace(budget, calibration=record)
     said = table(record)
+    if device == "cpu" and "MALLOC_MMAP_THRESHOLD_" not in os.environ:
+        said += f"\n{OF_MALLOC}"
     telemetry.logger.info("calibrate:\n%s", said)
     if progress:
         print(said)  # noqa: T201

@@ -64,6 +64,12 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Let the long form run only where it is asked for, and say so where it is not."""
+    if not os.environ.get("GPUSAMPLER_FRESH"):
+        # What earlier tests have left in memory is none of theirs to measure.
+        apart = pytest.mark.skip(reason="run by test_in_a_process_of_its_own (GPUSAMPLER_FRESH=1)")
+        for item in items:
+            if item.get_closest_marker("fresh"):
+                item.add_marker(apart)
     if "battery" in config.getoption("markexpr"):
         return
     skip = pytest.mark.skip(reason="the long form takes minutes: pytest -m battery")

@@ -10,6 +10,7 @@ import math
 import mmap
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -33,7 +34,13 @@ from gpusampler.demo.embedded import small_data
 from gpusampler.fitting import Fit, fit_peaks, residuals
 from gpusampler.probing import HostMeter, batch_of
 
-linux = pytest.mark.skipif(sys.platform != "linux", reason="peaks are told on Linux only")
+
+def linux(test):
+    """Peaks are told on Linux only, and well where nothing else has used the memory before."""
+    skip = pytest.mark.skipif(sys.platform != "linux", reason="peaks are told on Linux only")
+    return pytest.mark.fresh(skip(test))
+
+
 needs_torch = pytest.mark.skipif(not find_spec("torch"), reason="torch is not installed")
 
 MIB = 1 << 20
@@ -63,6 +70,17 @@ def quiet(step, plan=None, **settings):
     limit = room(140, settings.get("share", SHARE))
     settings = {"cost": POINTS, "memory_limit": limit, "progress": False, **settings}
     return calibrate(step, sampler() if plan is None else plan, **settings)
+
+
+def test_in_a_process_of_its_own():
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-m", "fresh", __file__],
+        env={**os.environ, "GPUSAMPLER_FRESH": "1"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stdout[-8000:] + done.stderr
+    assert sys.platform != "linux" or int(re.search(r"(\d+) passed", done.stdout)[1]) > 40
 
 
 # The fit

@@ -70,7 +70,7 @@ def of_the_package(shape: Epoch, seed: int, epochs: np.ndarray) -> np.ndarray:
     step = max(LANES // shape.total, 1)
     for first in range(0, epochs.size, step):
         some = epochs[first : first + step]
-        group, j = reference.locate(
+        group, j, _ = reference.locate(
             plan._streams, np.repeat(some, shape.total), np.tile(slots, some.size), None
         )
         out[first : first + step] = (before[group] + j).reshape(some.size, shape.total)
