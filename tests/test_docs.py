@@ -9,10 +9,18 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+# What measures memory does so in a process of its own.
+MARKS = {"calibrate.md": [pytest.mark.fresh]}
 BLOCK = re.compile(r"^```python\n(.*?)^```", re.DOTALL | re.MULTILINE)
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+@pytest.mark.parametrize(
+    "page",
+    [
+        pytest.param(page, marks=MARKS.get(page.name, []), id=str(page.relative_to(ROOT)))
+        for page in PAGES
+    ],
+)
 def test_snippets_run(page, tmp_path, monkeypatch):
     blocks = BLOCK.findall(page.read_text())
     if not blocks:

@@ -296,7 +296,13 @@ def test_what_is_raised_is_said(name):
     assert "Raises" in sections_of(MEMBERS[name].__doc__), name
 
 
-@pytest.mark.parametrize("name", gpusampler.__all__)
+# What measures memory does so in a process of its own.
+MARKS = {"calibrate": [pytest.mark.fresh], "calibration.py": [pytest.mark.fresh]}
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=MARKS.get(name, [])) for name in gpusampler.__all__]
+)
 def test_examples_are_there_and_run(name):
     value = getattr(gpusampler, name)
     tests = doctest.DocTestFinder(recurse=False).find(value, name)
@@ -311,7 +317,13 @@ NEEDS = {"cuda_batches": "cupy", "triton_batches": "triton"}
 CORE = [path for path in files() if room_of(path) not in ("demo", "cli", "__main__")]
 
 
-@pytest.mark.parametrize("path", CORE, ids=lambda path: str(path.relative_to(PACKAGE)))
+@pytest.mark.parametrize(
+    "path",
+    [
+        pytest.param(path, marks=MARKS.get(path.name, []), id=str(path.relative_to(PACKAGE)))
+        for path in CORE
+    ],
+)
 def test_examples_of_every_other_docstring_run(path):
     if path.stem in NEEDS:
         pytest.importorskip(NEEDS[path.stem])
