@@ -235,6 +235,38 @@ def mixture_picture(path: Path) -> None:
     save(figure, path)
 
 
+SHAPES = ((16, 16), (16, 24), (24, 16), (16, 32), (32, 16))
+OFTEN = (0.1, 0.4, 0.3, 0.12, 0.08)
+SHAPE_COLOURS = ("#7a5195", "#2a7f77", "#d9a441", "#b3502e", "#4c72b0")
+
+
+def shapes_picture(path: Path, rows: int = 6) -> None:
+    """Draw images of several shapes in batches: drawn freely and padded, and one shape a batch."""
+    # The images of how-to/aspect-ratio-buckets.md.
+    kinds = np.random.default_rng(0).choice(len(SHAPES), 403, p=OFTEN)
+    names = np.array([f"{height}x{width}" for height, width in SHAPES])[kinds]
+    freely = np.random.default_rng(SEED).permutation(kinds.size)
+    sides = {
+        "drawn freely, padded": [freely[i : i + 8] for i in range(0, 8 * rows, 8)],
+        "one shape a batch": list(islice(sampler_of(names), rows)),
+    }
+    figure, both = pyplot().subplots(1, 2, figsize=(7.5, 3.6), layout="constrained")
+    for axes, (title, batches) in zip(both, sides.items(), strict=True):
+        used = padded = 0
+        for line, batch in enumerate(batches):
+            high, wide = np.array([SHAPES[k] for k in kinds[batch]]).max(axis=0).tolist()
+            for column, k in enumerate(kinds[batch].tolist()):
+                x, y = 36 * column, -36 * line
+                height, width = SHAPES[k]
+                box(axes, x, y - high, "#c9c9c9", wide, high)
+                box(axes, x, y - height, SHAPE_COLOURS[k], width, height)
+                used, padded = used + height * width, padded + high * wide
+        axes.set_title(f"{title}: {1 - used / padded:.0%} padding", fontsize=9)
+        axes.set(xlim=(-2, 36 * 8), ylim=(-36 * rows, 2), aspect="equal")
+        axes.axis("off")
+    save(figure, path)
+
+
 def pyplot() -> Any:
     import matplotlib
 
@@ -254,6 +286,7 @@ PICTURES = {
     "idea": idea_picture,
     "slots": slots_picture,
     "mixture": mixture_picture,
+    "shapes": shapes_picture,
 }
 
 
