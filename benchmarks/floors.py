@@ -162,6 +162,10 @@ def machine() -> str:
     return f"{platform.machine()}, {os.cpu_count()} cores, {python}, {numpy}"
 
 
+def short(nanoseconds: float) -> str:
+    return f"{nanoseconds:.3g}" if nanoseconds < 100 else f"{nanoseconds:.0f}"
+
+
 def text_of(lines: list[Line], markdown: bool) -> str:
     """Return the table, aligned or in Markdown."""
     head = ("batch", "what", "floor", "ours", "ours / floor")
@@ -169,8 +173,8 @@ def text_of(lines: list[Line], markdown: bool) -> str:
         (
             str(line.batch_size),
             line.what,
-            f"{line.floor:.3g}",
-            "" if line.ours is None else f"{line.ours:.3g}",
+            short(line.floor),
+            "" if line.ours is None else short(line.ours),
             "" if line.ratio is None else f"{line.ratio:.2f}",
         )
         for line in lines

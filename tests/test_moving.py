@@ -84,8 +84,6 @@ def test_sentence_transformers_train_on_one_dataset_a_batch(tmp_path):
     rows = [[first[part] + i for part, i in batch] for batch in seen]
     groups = PatchGroups.from_counts(SIZES)
     alone = PatchBatchSampler(groups, 8, seed=arguments.seed, weights=Temperature(2))
-    expected = [
-        batch.indices.tolist() for epoch in range(EPOCHS) for batch in alone.batches(epoch)
-    ]
+    expected = [batch.indices.tolist() for epoch in range(EPOCHS) for batch in alone.batches(epoch)]
     assert rows == expected
     assert all(len({part for part, _ in batch}) == 1 for batch in seen)
