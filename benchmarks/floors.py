@@ -11,13 +11,14 @@ from __future__ import annotations
 import argparse
 import os
 import platform
+import time
 from collections import deque
 from collections.abc import Callable, Iterable
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from benchmarks.ratios import seconds
 from gpusampler import PatchBatchSampler
 
 SAMPLES = 2_000_000
@@ -50,7 +51,7 @@ class Floors:
     def _chunks(self) -> Iterable[slice]:
         return (slice(i, i + CHUNK) for i in range(0, self.samples.size, CHUNK))
 
-    def copy(self) -> None:
+    def write(self) -> None:
         """Write the indices once, into memory that is used again."""
         for rows in self._chunks():
             part = self.samples[rows]
@@ -86,25 +87,39 @@ class Floors:
         return (table[first : first + rows] for first in range(0, len(table), rows))
 
 
-class Line(NamedTuple):
-    """A row of the table: nanoseconds an index, or a batch where it says so."""
+class Found(NamedTuple):
+    """What one batch size takes: nanoseconds an index, but for ``next``, which is of a batch."""
 
     batch_size: int
-    what: str
-    floor: float
-    ours: float | None = None
+    write: float
+    gather: float
+    views: float
+    tolist: float
+    next: float
+    numpy: float
+    lists: float
+    ungrouped: float | None
 
     @property
-    def ratio(self) -> float | None:
-        return None if self.ours is None else self.ours / self.floor
+    def numpy_floor(self) -> float:
+        return self.gather + self.views
+
+    @property
+    def lists_floor(self) -> float:
+        return self.gather + self.tolist
 
 
 def best(calls: dict[str, Callable[[], Any]], rounds: int) -> dict[str, float]:
-    """Time each in turn, and return the best of several rounds: seconds."""
+    """Time each in turn, and return the best of several rounds: seconds of the processor.
+
+    None of them waits for anything, and a busy machine disturbs these less than the clock's.
+    """
     found = {name: float("inf") for name in calls}
     for _ in range(rounds):
         for name, call in calls.items():
-            found[name] = min(found[name], seconds(call))
+            start = time.process_time()
+            call()
+            found[name] = min(found[name], time.process_time() - start)
     return found
 
 
@@ -118,7 +133,7 @@ def ungrouped(samples: int, batch_size: int) -> Callable[[], None] | None:
     return lambda: drain(sampler)
 
 
-def measured(samples: int, patches: int, batch_size: int, rounds: int) -> list[Line]:
+def measured(samples: int, patches: int, batch_size: int, rounds: int) -> Found:
     """Measure one batch size."""
     ids = np.random.default_rng(0).integers(0, patches, samples)
     floors = Floors(ids, batch_size)
@@ -127,32 +142,20 @@ def measured(samples: int, patches: int, batch_size: int, rounds: int) -> list[L
         for output in ("numpy", "list")
     }
     calls: dict[str, Callable[[], Any]] = {
-        "copy": floors.copy,
+        "write": floors.write,
         "gather": floors.gather,
-        "next": floors.next,
         "views": floors.views,
         "tolist": floors.tolist,
-        **{f"ours {output}": lambda s=sampler: drain(s) for output, sampler in ours.items()},
+        "next": floors.next,
+        "numpy": lambda: drain(ours["numpy"]),
+        "lists": lambda: drain(ours["list"]),
     }
     torchs = ungrouped(samples, batch_size)
     if torchs is not None:
         calls["ungrouped"] = torchs
-    took = best(calls, rounds)
-    index = {name: value / samples * 1e9 for name, value in took.items()}
-    batch = took["next"] / len(floors.lists) * 1e9
-    lines = [
-        Line(batch_size, "write int64", index["copy"]),
-        Line(batch_size, "gather from the order by patch, write int64", index["gather"]),
-        Line(batch_size, "gather + a view a batch", index["gather"] + index["views"],
-             index["ours numpy"]),
-        Line(batch_size, "gather + lists of int", index["gather"] + index["tolist"],
-             index["ours list"]),
-        Line(batch_size, "next() of a list iterator, ns a batch", batch),
-    ]  # fmt: skip
-    if torchs is not None:
-        name = "for comparison: torch's ungrouped BatchSampler(RandomSampler)"
-        lines.append(Line(batch_size, name, index["ungrouped"]))
-    return lines
+    took = {name: value / samples * 1e9 for name, value in best(calls, rounds).items()}
+    took["next"] *= samples / len(floors.lists)
+    return Found(batch_size, **{"ungrouped": None, **took})
 
 
 def machine() -> str:
@@ -166,27 +169,78 @@ def short(nanoseconds: float) -> str:
     return f"{nanoseconds:.3g}" if nanoseconds < 100 else f"{nanoseconds:.0f}"
 
 
-def text_of(lines: list[Line], markdown: bool) -> str:
-    """Return the table, aligned or in Markdown."""
-    head = ("batch", "what", "floor", "ours", "ours / floor")
-    rows = [
-        (
-            str(line.batch_size),
-            line.what,
-            short(line.floor),
-            "" if line.ours is None else short(line.ours),
-            "" if line.ratio is None else f"{line.ratio:.2f}",
-        )
-        for line in lines
+def rows_of(found: list[Found]) -> list[list[str]]:
+    """Return the table, its head first: a column for each batch size."""
+
+    def row(what: str, values: list[float | None], ratio: bool = False) -> list[str]:
+        texts = ["" if v is None else f"{v:.2f}" if ratio else short(v) for v in values]
+        return [what, *texts]
+
+    return [
+        ["nanoseconds an index, batches of", *(str(one.batch_size) for one in found)],
+        row("write int64", [one.write for one in found]),
+        row("gather from the order by patch, and write", [one.gather for one in found]),
+        row("floor of NumPy batches: gather, a view a batch", [one.numpy_floor for one in found]),
+        row("ours", [one.numpy for one in found]),
+        row("ours / floor", [one.numpy / one.numpy_floor for one in found], ratio=True),
+        row("floor of lists: gather, lists of int", [one.lists_floor for one in found]),
+        row("ours", [one.lists for one in found]),
+        row("ours / floor", [one.lists / one.lists_floor for one in found], ratio=True),
+        row("torch's BatchSampler(RandomSampler), ungrouped", [one.ungrouped for one in found]),
+        row("next() of a list iterator, a batch", [one.next for one in found]),
     ]
+
+
+def text_of(rows: list[list[str]], markdown: bool) -> str:
+    """Return the table, aligned or in Markdown."""
     if markdown:
-        out = ["| " + " | ".join(row) + " |" for row in (head, *rows)]
-        return "\n".join([out[0], "|" + "---|" * len(head), *out[1:]])
-    widths = [max(map(len, column)) for column in zip(head, *rows, strict=True)]
+        out = ["| " + " | ".join(row) + " |" for row in rows]
+        return "\n".join([out[0], "|" + "---|" * len(rows[0]), *out[1:]])
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return "\n".join(
         "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
-        for row in (head, *rows)
+        for row in rows
     )
+
+
+def draw(found: list[Found], path: Path) -> None:
+    """Draw what the floors are made of, and ours on top of them."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(7.5, 3.8), layout="constrained")
+    colours = {"gather": "#2a7f62", "handing out": "#d9a441", "what ours adds": "#c44e52"}
+    labels = []
+    for one in found:
+        for form, handing_out, ours in (
+            ("NumPy", one.views, one.numpy),
+            ("lists", one.tolist, one.lists),
+        ):
+            floor = one.gather + handing_out
+            left = 0.0
+            for part, colour in zip(
+                (one.gather, handing_out, max(ours - floor, 0)), colours.values(), strict=True
+            ):
+                axes.barh(len(labels), part, 0.7, left=left, color=colour)
+                left += part
+            axes.text(left, len(labels), f" {ours / floor:.1f} floors", va="center", fontsize=8)
+            labels.append(f"{form}, batches of {one.batch_size}")
+        if one.ungrouped is not None:
+            axes.plot([one.ungrouped], [len(labels) - 1], "|", color="black", ms=16, mew=2)
+    for name, colour in colours.items():
+        axes.barh(0, 0, color=colour, label=name)
+    if any(one.ungrouped is not None for one in found):
+        axes.plot([], [], "|", color="black", ms=10, mew=2, label="torch's lists, ungrouped")
+    axes.set_yticks(range(len(labels)), labels, fontsize=8)
+    axes.invert_yaxis()
+    axes.margins(x=0.12)
+    axes.set(xlabel="nanoseconds an index", xlim=(0, None))
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False, loc="lower right", fontsize=8)
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -198,15 +252,17 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--patches", type=int, default=PATCHES)
     parser.add_argument("--rounds", type=int, default=ROUNDS)
     parser.add_argument("--markdown", action="store_true", help="for a page")
+    parser.add_argument("--picture", type=Path, help="draw the table there (PNG or SVG)")
     asked = parser.parse_args(arguments)
     print(f"{machine()}; {asked.samples} samples, {asked.patches} patches")
-    print(f"nanoseconds an index, best of {asked.rounds} rounds in turn\n")
-    lines = [
-        line
+    print(f"processor time, best of {asked.rounds} rounds in turn\n")
+    found = [
+        measured(asked.samples, asked.patches, batch_size, asked.rounds)
         for batch_size in BATCH_SIZES
-        for line in measured(asked.samples, asked.patches, batch_size, asked.rounds)
     ]
-    print(text_of(lines, asked.markdown))
+    print(text_of(rows_of(found), asked.markdown))
+    if asked.picture:
+        draw(found, asked.picture)
 
 
 if __name__ == "__main__":

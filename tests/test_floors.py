@@ -35,21 +35,23 @@ def test_floors_are_of_our_own_batches(bench, monkeypatch, batch_size):
     assert np.array_equal(handed_out, floors.samples[:whole])
 
 
-def test_the_table_has_ours_beside_the_floors(bench, capsys):
-    bench.main(["--samples", "5000", "--patches", "10", "--rounds", "1", "--markdown"])
+def test_the_table_has_ours_beside_the_floors(bench, capsys, tmp_path):
+    picture = tmp_path / "floors.png"
+    small = ["--samples", "5000", "--patches", "10", "--rounds", "1"]
+    bench.main([*small, "--markdown", "--picture", str(picture)])
     printed = capsys.readouterr().out
     assert "5000 samples, 10 patches" in printed
-    rows = [line.split("|")[1:-1] for line in printed.splitlines() if line.startswith("|")]
-    assert {len(row) for row in rows} == {5}
-    compared = [row for row in rows[2:] if row[3].strip()]
-    assert len(compared) == 2 * len(bench.BATCH_SIZES)
-    for _, _, floor, ours, ratio in compared:
-        assert float(ratio) == pytest.approx(float(ours) / float(floor), rel=0.02)
+    table = [line.split("|")[1:-1] for line in printed.splitlines() if line.startswith("|")]
+    assert [int(size) for size in table[0][1:]] == list(bench.BATCH_SIZES)
+    rows = [[float(cell) for cell in row[1:]] for row in table[2:]]
+    for floor, ours, ratio in (rows[2:5], rows[5:8]):
+        assert ratio == pytest.approx([a / b for a, b in zip(ours, floor, strict=True)], rel=0.02)
+    assert picture.stat().st_size > 1000
 
 
-def test_a_ratio_is_ours_by_the_floor(bench):
-    line = bench.Line(8, "gather + lists of int", 2.0, 5.0)
-    assert line.ratio == 2.5
-    assert bench.Line(8, "write int64", 2.0).ratio is None
-    assert bench.text_of([line], markdown=True).splitlines()[2].endswith("| 2 | 5 | 2.50 |")
-    assert "2.50" in bench.text_of([line], markdown=False)
+def test_floors_add_up(bench):
+    found = bench.Found(8, 1.0, 10.0, 2.0, 30.0, 20.0, 24.0, 100.0, None)
+    assert (found.numpy_floor, found.lists_floor) == (12.0, 40.0)
+    rows = {tuple(row) for row in bench.rows_of([found])}
+    assert {("ours / floor", "2.00"), ("ours / floor", "2.50"), ("ours", "24")} <= rows
+    assert "2.50" in bench.text_of(bench.rows_of([found]), markdown=False)
