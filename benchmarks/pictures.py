@@ -218,7 +218,7 @@ def slots_picture(path: Path) -> None:
 
 def mixture_picture(path: Path) -> None:
     """Draw epochs of 60 batches from three datasets, by temperature."""
-    ids = np.repeat(NAMES, [8000, 1200, 160])
+    ids = np.repeat(["river", "rain", "well"], [8000, 1200, 160])
     names = sorted(set(ids.tolist()))
     figure, axes = pyplot().subplots(figsize=(7.5, 3.0), layout="constrained")
     temperatures = (1, 2, 5, float("inf"))
