@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from gpusampler import jit
 from gpusampler.arrays import Int64
 from gpusampler.permutation import (
     COIN_ROUND,
@@ -216,6 +217,14 @@ def permute_one(x: Int64, n: int, key: tuple[int, int], grid: Grid) -> Int64:
     """
     out = np.empty(x.size, np.int64)
     rounds = rounds_for(n)
+    compiled = jit.compiled_form(x.size)
+    if compiled is not None:
+        # As many runs of one position.
+        table = np.empty((9, x.size), np.int64)
+        table[0] = x
+        table[1:] = np.array([1, n, 0, *key, *grid], np.int64)[:, None]
+        compiled.runs(out, table, True)
+        return out
     for first in range(0, x.size, TILE):
         tile = x[first : first + TILE]
         keys = (np.array([key[0]]), np.array([key[1]]))

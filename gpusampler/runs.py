@@ -1,16 +1,19 @@
 """Runs of positions of many patches, permuted on the host and looked up: what a batch is made of.
 
-Rows with equally many rounds are worked on side by side, in tiles, whatever their lengths are.
+Rows with equally many rounds are worked on side by side, in tiles, whatever their lengths are; or,
+where Numba is installed and it pays, row after row by the compiled form.
 """
 
 from __future__ import annotations
 
 from itertools import pairwise
+from types import ModuleType
 from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
+from gpusampler import jit
 from gpusampler.arrays import Int64
 from gpusampler.lanes import TILE, WORK, permute_grid, permute_small
 from gpusampler.permutation import MAX_ROUNDS, ROUNDS_FROM, SMALL, Grid
@@ -70,12 +73,15 @@ def permute_runs(
     Returns
     -------
     samples : int64 array, shape (T,)
-        The runs end to end, those with equally many rounds side by side.
+        The runs end to end, in any order.
     starts : int64 array, shape (K,)
         Where each row's run starts in ``samples``.
     """
     k0, k1 = (first, first) if key is None else key
     runs = Runs(first, lengths, n, base, k0, k1, *grid)
+    compiled = jit.compiled_form(int(lengths.sum()))
+    if compiled is not None:
+        return _permute_compiled(compiled, runs, key is not None, order)
     rounds = np.full(n.shape, -1) if key is None else _rounds_of(n)
     in_order = bool((rounds[1:] >= rounds[:-1]).all()) and bool((lengths > 0).all())
     rows: Any = slice(None)
@@ -91,6 +97,23 @@ def permute_runs(
     for low, high in pairwise(cuts if rounds.size else []):
         part = slice(int(ends[low - 1]) if low else 0, int(ends[high - 1]))
         _permute_rows(samples[part], runs.rows(slice(low, high)), int(rounds[low]), order)
+    return samples, starts
+
+
+def _permute_compiled(
+    compiled: ModuleType, runs: Runs, permuted: bool, order: NDArray[Any] | None
+) -> tuple[Int64, Int64]:
+    """`permute_runs` by the form that Numba compiled: rows stay in their order."""
+    ends = np.cumsum(runs.lengths)
+    starts = ends - runs.lengths
+    samples = np.empty(int(ends[-1]) if ends.size else 0, np.int64)
+    compiled.runs(samples, np.stack(runs), permuted)
+    if order is not None:
+        for first in range(0, samples.size, TILE):
+            tile = samples[first : first + TILE]
+            places = WORK.i64[0, : tile.size]
+            np.copyto(places, tile)
+            _look_up(order, places, tile)
     return samples, starts
 
 
@@ -150,9 +173,15 @@ def _permute_tile(out: Int64, runs: Runs, rounds: int, order: NDArray[Any] | Non
     # Positions become places in the order, or samples, by where their patch starts.
     spread(runs.base, out)
     np.add(x, out, out=x if order is not None else out)
-    if order is not None and order.dtype == np.int32:
+    if order is not None:
+        _look_up(order, x, out)
+
+
+def _look_up(order: NDArray[Any], places: Int64, out: Int64) -> None:
+    """``out = order[places]`` for at most `TILE` places, all in range."""
+    if order.dtype == np.int32:
         samples = WORK.i32[: out.size]
-        np.take(order, x, out=samples, mode="clip")
+        np.take(order, places, out=samples, mode="clip")
         np.copyto(out, samples)
-    elif order is not None:
-        np.take(order, x, out=out, mode="clip")
+    else:
+        np.take(order, places, out=out, mode="clip")

@@ -6,6 +6,8 @@ import os
 
 # Read by BLAS, OpenMP and torch when they are loaded, so it comes before them.
 os.environ["OMP_NUM_THREADS"] = "1"
+# NumPy evaluates on the host, unless a run of the tests asks for the compiled form.
+os.environ.setdefault("GPUSAMPLER_COMPILED", "0")
 
 import warnings
 from collections.abc import Callable, Iterator

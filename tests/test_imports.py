@@ -23,6 +23,8 @@ PACKAGE = Path(gpusampler.__file__).parent
 # The rooms of DESIGN.md from the ground up: a room imports rooms of lower floors only.
 FLOORS = [
     ["arrays", "permutation", "telemetry", "frameworks"],
+    ["jit_runs"],
+    ["jit"],
     ["validation", "streams", "lanes", "fingerprint", "idtable", "memory"],
     ["profiling", "children", "keeping", "fitting", "calibration_report"],
     ["ids", "runs", "steps"],
@@ -73,8 +75,10 @@ NAMES_LIBRARIES = {
     "children",
     "keeping",
     "probing",
+    # Numba, for the one that imports it when it is worth it.
+    "jit_runs",
 }
-HEAVY = {"torch", "cupy", "click", "matplotlib", "flopy", "gstools", "neuralop", "scipy"}
+HEAVY = {"numba", "torch", "cupy", "click", "matplotlib", "flopy", "gstools", "neuralop", "scipy"}
 HEAVY |= {"pyarrow", "pandas", "polars", "zarr", "h5py", "datasets", "nvtx"}
 
 

@@ -1,0 +1,260 @@
+"""What the host pays for a batch: ``python -m benchmarks.host [--picture PATH] [--rounds N]``.
+
+An epoch of each output, by NumPy's form and by the one that Numba compiles, against torch's
+ungrouped batch sampler; what handing out a batch costs beyond a plain list iterator; which part of
+the way a batch's time goes to; and what the compiled form takes to begin with. All in one process
+and in turn, processor time of one thread, the best of several rounds.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import platform
+import subprocess
+import sys
+import tempfile
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import numpy as np
+
+from gpusampler import PatchBatchSampler, iteration, jit
+from gpusampler.permutation import key_of
+
+SAMPLES = 2_000_000
+PATCHES = 1000
+SIZES = (8, 64)
+OUTPUTS = ("list", "numpy", "tensor")
+ROUNDS = 9
+FORMS = {"NumPy": "0", "compiled": "1"}
+UNGROUPED = "BatchSampler(RandomSampler(range(N)), {size}, False)"
+
+
+class Best:
+    """The least processor time of each thing that is measured."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[Any, float] = {}
+
+    def time(self, what: Any, call: Callable[[], Any]) -> None:
+        start = time.thread_time()
+        call()
+        took = time.thread_time() - start
+        self.seconds[what] = min(took, self.seconds.get(what, took))
+
+
+@contextmanager
+def form(name: str) -> Iterator[None]:
+    """Evaluate by one of the two forms."""
+    before = jit.compiled_form
+    jit.compiled_form = jit.Compiled(FORMS[name]).form
+    try:
+        yield
+    finally:
+        jit.compiled_form = before
+
+
+def forms() -> list[str]:
+    """Return the forms that are there."""
+    return [name for name in FORMS if name == "NumPy" or find_spec("numba")]
+
+
+def drain(batches: Iterable[Any]) -> None:
+    deque(batches, maxlen=0)
+
+
+def epochs(ids: np.ndarray, rounds: int) -> dict[Any, float]:
+    """Return seconds of an epoch: of (form, output, size), ("ungrouped", size), ("plain", size)."""
+    from torch.utils.data import BatchSampler, RandomSampler
+
+    samplers = {
+        (output, size): PatchBatchSampler(ids, size, seed=0, output=output)
+        for output in OUTPUTS
+        for size in SIZES
+    }
+    best = Best()
+    for _ in range(rounds):
+        for size in SIZES:
+            ungrouped = BatchSampler(RandomSampler(range(len(ids))), size, False)
+            best.time(("ungrouped", size), lambda drawn=ungrouped: drain(drawn))
+            held = list(samplers["list", size])
+            best.time(("plain", size), lambda held=held: drain(iter(held)))
+            del held
+        for name in forms():
+            with form(name):
+                for key, sampler in samplers.items():
+                    best.time((name, *key), lambda drawn=sampler: drain(drawn))
+    return best.seconds
+
+
+def stages(ids: np.ndarray, size: int, rounds: int) -> dict[Any, float]:
+    """Return seconds a batch of (form, stage), measured on whole blocks of batches."""
+    sampler = PatchBatchSampler(ids, size, seed=0)
+    plan = sampler.plan
+    count = plan.block_lanes // size
+    slots = np.arange(count, 2 * count)
+    at = plan.locate(3, slots)
+    lists = list(map(list, np.zeros((count, size), np.int64).tolist()))
+    best = Best()
+    for _ in range(20 * rounds):
+        for name in forms():
+            with form(name):
+                block = plan.batches_at(3, at)
+                best.time((name, "which patch, which batch of it"), lambda: plan.locate(3, slots))
+                best.time((name, "keys"), lambda: key_of(plan._streams.samples, 3, at.group))
+                best.time((name, "keys, permutations, look-up"), lambda: plan.batches_at(3, at))
+                for output in ("list", "numpy"):
+                    cut: Any = iteration._SPLITTERS[output]
+                    what = "cut into lists" if output == "list" else "cut into arrays"
+                    best.time(
+                        (name, what), lambda cut=cut, block=block: deque(cut(plan, block), maxlen=0)
+                    )
+                handed = iteration.EpochIterator(
+                    sampler._progress, lambda share: _Once(lists), epoch=3
+                )
+                best.time((name, "handed out"), lambda handed=handed: drain(handed))
+    return {key: took / count for key, took in best.seconds.items()}
+
+
+class _Once:
+    """A reader of batches that are there already."""
+
+    def __init__(self, batches: list[Any]) -> None:
+        self._left: list[Any] | None = batches
+
+    def read(self) -> list[Any] | None:
+        batches, self._left = self._left, None
+        return batches
+
+
+BEGINNING = """
+import time, sys
+import numpy
+from gpusampler import jit
+times = [time.process_time()]
+import numba
+times.append(time.process_time())
+assert jit.Compiled("1").form(1) is not None
+times.append(time.process_time())
+print(*(b - a for a, b in zip(times, times[1:])))
+"""
+
+
+def beginning() -> dict[str, float]:
+    """Return processor seconds of importing Numba, of compiling, and of reading its cache."""
+    with tempfile.TemporaryDirectory() as folder:
+        environment = {**os.environ, "NUMBA_CACHE_DIR": folder}
+        said = [
+            subprocess.run(
+                [sys.executable, "-c", BEGINNING],
+                capture_output=True,
+                text=True,
+                check=True,
+                env=environment,
+            ).stdout.split()
+            for _ in range(4)
+        ]
+    imports = min(float(line[0]) for line in said)
+    later = min(float(line[1]) for line in said[1:])
+    return {
+        "import numba": imports,
+        "compile, the first time": float(said[0][1]),
+        "read from Numba's cache and compared with the reference": later,
+    }
+
+
+def print_epochs(took: dict[Any, float], batches: dict[int, int]) -> None:
+    """Print the table of epochs."""
+    print("| an epoch as | by | seconds | against ungrouped | µs a batch | above a list iterator |")
+    print("|---|---|---|---|---|---|")
+    for size in SIZES:
+        ungrouped, plain = took["ungrouped", size], took["plain", size]
+        rows = [("lists", "torch, ungrouped", ungrouped)]
+        rows += [
+            (f"{output}s" if output != "numpy" else "NumPy arrays", name, took[name, output, size])
+            for name in forms()
+            for output in OUTPUTS
+        ]
+        for output, name, seconds in rows:
+            each = seconds / batches[size] * 1e6
+            above = (seconds - plain) / batches[size] * 1e6
+            print(
+                f"| {output} of {size} | {name} | {seconds:.3f} | {seconds / ungrouped:.3f} "
+                f"| {each:.2f} | {above:.2f} |"
+            )
+
+
+def draw(found: dict[int, dict[Any, float]], path: Path) -> None:
+    """Draw where a batch's time goes."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    parts = ("which patch, which batch of it", "keys, permutations, look-up", "cut into lists")
+    parts = (*parts, "handed out")
+    colours = ("#4c72b0", "#c44e52", "#dd9a3c", "#2a7f62")
+    figure, panels = plt.subplots(1, len(found), figsize=(8.5, 2.8), layout="constrained")
+    for axes, (size, times) in zip(panels, found.items(), strict=True):
+        for row, name in enumerate(forms()):
+            left = 0.0
+            for part, colour in zip(parts, colours, strict=True):
+                width = times[name, part] * 1e6
+                axes.barh(row, width, left=left, color=colour, label=part if row == 0 else None)
+                left += width
+            axes.text(left, row, f" {left:.2f}", va="center")
+        axes.set(
+            title=f"a list of {size}", xlabel="µs a batch", xlim=(0, axes.get_xlim()[1] * 1.15)
+        )
+        axes.set_yticks(range(len(forms())), forms())
+        axes.spines[["top", "right"]].set_visible(False)
+    handles, labels = panels[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=2, frameon=False)
+    figure.savefig(path, dpi=110)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Print the tables, and draw if asked to."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.host", description=__doc__)
+    parser.add_argument("--picture", type=Path, help="draw where a batch's time goes (PNG or SVG)")
+    parser.add_argument("--rounds", type=int, default=ROUNDS)
+    parser.add_argument("--samples", type=int, default=SAMPLES)
+    asked = parser.parse_args(arguments)
+    import torch
+
+    torch.set_num_threads(1)
+    numba = __import__("numba").__version__ if find_spec("numba") else "not installed"
+    print(
+        f"{platform.machine()}, Python {platform.python_version()}, numpy {np.__version__}, "
+        f"torch {torch.__version__}, numba {numba}"
+    )
+    print(f"{asked.samples:,} samples in {PATCHES:,} patches, shuffled; ungrouped is")
+    print(f"{UNGROUPED.format(size='size')}; processor time, best of {asked.rounds}\n")
+    ids = np.random.default_rng(2026).integers(0, PATCHES, asked.samples)
+    batches = {size: len(PatchBatchSampler(ids, size, seed=0)) for size in SIZES}
+    print_epochs(epochs(ids, asked.rounds), batches)
+    found = {size: stages(ids, size, asked.rounds) for size in SIZES}
+    heads = [f"{size}, {name}" for size in SIZES for name in forms()]
+    print(f"\nµs a batch\n\n| part | {' | '.join(heads)} |")
+    print("|---" * (len(heads) + 1) + "|")
+    for part in dict.fromkeys(part for _, part in found[SIZES[0]]):
+        took = [found[size][name, part] * 1e6 for size in SIZES for name in forms()]
+        print(f"| {part} | {' | '.join(f'{one:.3f}' for one in took)} |")
+    if find_spec("numba"):
+        print("\n| to begin with | seconds |\n|---|---|")
+        for what, seconds in beginning().items():
+            print(f"| {what} | {seconds:.2f} |")
+    if asked.picture:
+        draw(found, asked.picture)
+
+
+if __name__ == "__main__":
+    main()
