@@ -26,6 +26,9 @@ def test_snippets_run(page, tmp_path, monkeypatch):
     if not blocks:
         pytest.skip("no python blocks on this page")
     monkeypatch.chdir(tmp_path)
+    # A reader sits in the checkout, where pages that need real data find it.
+    (tmp_path / "docs").mkdir()
+    (tmp_path / "docs" / "data").symlink_to(ROOT / "docs" / "data")
     # The blocks of a page build on one another, as a reader would type them.
     names: dict[str, object] = {"__name__": "__main__"}
     for number, block in enumerate(blocks):
