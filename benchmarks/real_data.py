@@ -1,0 +1,235 @@
+"""What the pages on real data say: ``python -m benchmarks.real_data [--pictures docs/img]``.
+
+Utterances by length, molecules by size, and storms, each one series (`docs/data/PROVENANCE.md`).
+Nothing is timed or trained: the figures are counts over the batches of a few epochs with seed 0,
+the same on every machine. What random batches would be padded with is that of one patch for all.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from benchmarks.make_data import OUT
+from gpusampler import CostBudget, PatchBatchSampler, Temperature
+
+EPOCHS = 20
+BATCH_SIZE = 16
+WIDTH = 4
+"""Steps of length from one edge of a bucket to the next."""
+MAX_FRAMES = 256
+MAX_PAIRS = 784
+"""Four molecules of the largest size, 14 atoms."""
+ROWS = 8
+"""Observations of a storm in a batch."""
+QUARTERS = 4
+
+
+class Padding(NamedTuple):
+    """How batches of things of several sizes fill up, all epochs together."""
+
+    name: str
+    sizes: list[np.ndarray]
+    """Of the members of each batch."""
+
+    def share(self, power: int = 1) -> float:
+        """Return how much of the padded tensors is padding; of pairs, with a power of 2."""
+        full = sum(batch.size * int(batch.max()) ** power for batch in self.sizes)
+        return 1 - sum(int((batch**power).sum()) for batch in self.sizes) / full
+
+    def largest(self, power: int = 1) -> int:
+        """Return what the largest batch holds, padding with it."""
+        return max(batch.size * int(batch.max()) ** power for batch in self.sizes)
+
+    def used(self, power: int = 1) -> float:
+        """Return the mean batch, padding with it, beside the largest."""
+        held = [batch.size * int(batch.max()) ** power for batch in self.sizes]
+        return float(np.mean(held)) / max(held)
+
+    @property
+    def batches(self) -> int:
+        """Batches of an epoch."""
+        return len(self.sizes) // EPOCHS
+
+    @property
+    def members(self) -> float:
+        """Mean members of a batch."""
+        return float(np.mean([batch.size for batch in self.sizes]))
+
+
+class Shares(NamedTuple):
+    """Whose the batches of an epoch are."""
+
+    name: str
+    batches: int
+    by_quarter: list[float]
+    """Share of the shortest quarter of the storms, and so on to the longest."""
+    short: float
+    """Batches of an epoch that have fewer than half of `ROWS`, though their storm has as many."""
+
+
+def load(name: str) -> dict[str, np.ndarray]:
+    """Return the arrays of ``docs/data/NAME.npz``."""
+    with np.load(OUT / f"{name}.npz") as file:
+        return dict(file)
+
+
+def sizes_of(name: str) -> np.ndarray:
+    """Return the length of each utterance, or the atoms of each molecule."""
+    return np.diff(load(name)["offsets"])
+
+
+def filled(name: str, sampler: PatchBatchSampler, sizes: np.ndarray) -> Padding:
+    """Go through the epochs of a sampler."""
+    epochs = (sampler.batches(epoch) for epoch in range(EPOCHS))
+    return Padding(name, [sizes[batch.indices] for batches in epochs for batch in batches])
+
+
+def buckets(lengths: np.ndarray) -> np.ndarray:
+    """Return the bucket of each length: edges every `WIDTH` steps above the shortest."""
+    edges = np.arange(lengths.min() + WIDTH, lengths.max(), WIDTH)
+    return np.digitize(lengths, edges)
+
+
+def by_length() -> list[Padding]:
+    """Return the rows of the table of utterances."""
+    lengths = sizes_of("vowels")
+    one = np.zeros_like(lengths)
+    by_frames = CostBudget(MAX_FRAMES, sample_costs=lengths)
+    by_patch = CostBudget(MAX_FRAMES, cost=lambda length: length)
+    makes = {
+        f"random batches of {BATCH_SIZE}": PatchBatchSampler(one, BATCH_SIZE, seed=0),
+        f"buckets {WIDTH} steps wide": PatchBatchSampler(buckets(lengths), BATCH_SIZE, seed=0),
+        f"at most {MAX_FRAMES} frames": PatchBatchSampler(one, by_frames, seed=0),
+        f"one length, batches of {BATCH_SIZE}": PatchBatchSampler(lengths, BATCH_SIZE, seed=0),
+        f"one length, at most {MAX_FRAMES} frames": PatchBatchSampler(lengths, by_patch, seed=0),
+    }
+    return [filled(name, sampler, lengths) for name, sampler in makes.items()]
+
+
+def by_atoms() -> list[Padding]:
+    """Return the rows of the table of molecules."""
+    atoms = sizes_of("molecules")
+    budget = CostBudget(MAX_PAIRS, cost=lambda size: size**2)
+    makes = {
+        f"random batches of {BATCH_SIZE}": PatchBatchSampler(
+            np.zeros_like(atoms), BATCH_SIZE, seed=0
+        ),
+        f"one size, batches of {BATCH_SIZE}": PatchBatchSampler(atoms, BATCH_SIZE, seed=0),
+        f"one size, at most {MAX_PAIRS} pairs": PatchBatchSampler(atoms, budget, seed=0),
+    }
+    return [filled(name, sampler, atoms) for name, sampler in makes.items()]
+
+
+def even_sizes(counts: np.ndarray, most: int) -> dict[int, int]:
+    """Return a batch size for each patch that cuts it evenly, into as few batches as `most`."""
+    pieces = -(-counts // most)
+    return dict(enumerate((-(-counts // pieces)).tolist()))
+
+
+def by_storm() -> list[Shares]:
+    """Return the rows of the table of storms."""
+    storm = load("storms")["storm"]
+    counts = np.bincount(storm)
+    longest = int(counts.max())
+    makes = {
+        f"batches of {ROWS}": PatchBatchSampler(storm, ROWS, seed=0),
+        f"at most {ROWS}, cut evenly": PatchBatchSampler(storm, even_sizes(counts, ROWS), seed=0),
+        "the same, Temperature(2)": PatchBatchSampler(
+            storm, even_sizes(counts, ROWS), seed=0, weights=Temperature(2)
+        ),
+        "the same, all equally often": PatchBatchSampler(
+            storm, even_sizes(counts, ROWS), seed=0, weights=Temperature(float("inf"))
+        ),
+        "one batch a storm": PatchBatchSampler(storm, longest, seed=0),
+    }
+    return [shared(name, sampler, counts) for name, sampler in makes.items()]
+
+
+def quarters(counts: np.ndarray) -> list[np.ndarray]:
+    """Return the storms of each quarter, the shortest first."""
+    return np.array_split(np.argsort(counts, kind="stable"), QUARTERS)
+
+
+def shared(name: str, sampler: PatchBatchSampler, counts: np.ndarray) -> Shares:
+    """Count whose the batches are."""
+    batches = sampler.coverage(0).batches
+    by_quarter = [float(batches[storms].sum() / batches.sum()) for storms in quarters(counts)]
+    epochs = (sampler.batches(epoch) for epoch in range(EPOCHS))
+    short = sum(
+        batch.valid < ROWS / 2 <= counts[batch.patch_id] for batches in epochs for batch in batches
+    )
+    return Shares(name, len(sampler), by_quarter, short / EPOCHS)
+
+
+def print_lengths(rows: list[Padding]) -> None:
+    """Print the table of ``docs/how-to/length-buckets.md``."""
+    lengths = sizes_of("vowels")
+    print(f"{lengths.size} utterances of {lengths.min()} to {lengths.max()} steps\n")
+    print(
+        "| batches | an epoch has | utterances in a batch | padding | largest batch, frames | "
+        "mean batch / largest |"
+    )
+    print("|---|---|---|---|---|---|")
+    for row in rows:
+        print(
+            f"| {row.name} | {row.batches} | {row.members:.1f} | {row.share():.1%} | "
+            f"{row.largest()} | {row.used():.2f} |"
+        )
+
+
+def print_atoms(rows: list[Padding]) -> None:
+    """Print the tables of ``docs/how-to/same-size-molecules.md``."""
+    atoms = sizes_of("molecules")
+    print(f"\n{atoms.size} molecules and atoms\n")
+    sizes, counts = np.unique(atoms, return_counts=True)
+    print("| atoms | " + " | ".join(map(str, sizes)) + " |")
+    print("|---" * (sizes.size + 1) + "|")
+    print("| molecules | " + " | ".join(map(str, counts)) + " |\n")
+    print(
+        "| batches | an epoch has | padding, of atoms | padding, of pairs | "
+        "largest batch, pairs | mean batch / largest |"
+    )
+    print("|---|---|---|---|---|---|")
+    for row in rows:
+        print(
+            f"| {row.name} | {row.batches} | {row.share():.1%} | {row.share(2):.1%} | "
+            f"{row.largest(2)} | {row.used(2):.2f} |"
+        )
+
+
+def print_storms(rows: list[Shares]) -> None:
+    """Print the table of ``docs/how-to/ragged-groups.md``."""
+    counts = np.bincount(load("storms")["storm"])
+    print(f"\n{counts.size} storms of {counts.min()} to {counts.max()} observations")
+    held = [int(counts[storms].sum()) for storms in quarters(counts)]
+    print(f"observations of each quarter, the shortest storms first: {held}\n")
+    print("| batches | an epoch has | of the shortest quarter | 2nd | 3rd | longest | short |")
+    print("|---|---|---|---|---|---|---|")
+    for row in rows:
+        shares = " | ".join(f"{share:.0%}" for share in row.by_quarter)
+        print(f"| {row.name} | {row.batches} | {shares} | {row.short:.0f} |")
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Print the tables, and draw if asked to."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.real_data", description=__doc__)
+    parser.add_argument("--pictures", type=Path, help="draw them in this folder")
+    asked = parser.parse_args(arguments)
+    lengths, atoms, storms = by_length(), by_atoms(), by_storm()
+    print_lengths(lengths)
+    print_atoms(atoms)
+    print_storms(storms)
+    if asked.pictures:
+        from benchmarks import real_pictures
+
+        real_pictures.draw_lengths(lengths, asked.pictures / "length-buckets.png")
+        real_pictures.draw_atoms(atoms, asked.pictures / "same-size-molecules.png")
+        real_pictures.draw_storms(storms, asked.pictures / "ragged-groups.png")
+
+
+if __name__ == "__main__":
+    main()
