@@ -529,6 +529,15 @@ def test_what_is_no_saved_budget_is_refused(saved, match):
         CostBudget.from_dict(saved)
 
 
+@pytest.mark.parametrize("pairs", [5, [[1, 2, 3]], [7]])
+def test_saved_costs_that_are_no_pairs_are_refused(pairs):
+    match = re.escape(
+        f"cost must be pairs of patch id and cost where cost_by='patch id', got {pairs}"
+    )
+    with pytest.raises(ValueError, match=match):
+        CostBudget.from_dict({"max_cost": 1, "cost": pairs, "cost_by": "patch id"})
+
+
 def test_a_state_knows_the_sizes():
     def made(max_cost: float, **bounds: Any) -> PatchBatchSampler:
         return PatchBatchSampler(IDS, CostBudget(max_cost, [3, 1.5, 2, 7], **bounds), seed=1)
@@ -631,6 +640,11 @@ def test_bad_budgets(wrong, error, match):
             "batch_size must be an int, a mapping from patch ids to ints, or",
         ),
         (None, TypeError, "batch_size must be an int, a mapping from patch ids to ints, or a Cost"),
+        (
+            np.array([4, 4, 4, 4]),
+            TypeError,
+            "batch_size must be an int, a mapping from patch ids to ints, or a CostBudget, got arr",
+        ),
         (4.0, TypeError, "batch_size must be an int, a mapping from patch ids to ints, or a CostB"),
     ],
 )
