@@ -653,6 +653,24 @@ def test_bad_sizes(batch_size, error, match):
         PatchBatchSampler(IDS, batch_size, seed=0)
 
 
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"max_cost": 6},
+        {"cost": {1: 3}},
+        {"min_batch_size": 4},
+        {"max_batch_size": 32},
+        {"multiple_of": 4},
+        {"power_of_two": True},
+        {"over_budget": "skip"},
+    ],
+)
+def test_budgets_that_differ_in_one_thing_are_not_equal(change):
+    given = {"max_cost": 5, "cost": {1: 2}, "max_batch_size": 64}
+    assert CostBudget(**given) == CostBudget(**given, calibration={"fixed": 1})
+    assert CostBudget(**given) != CostBudget(**{**given, **change})
+
+
 def test_the_counts_are_as_the_tables_above_say():
     assert np.unique(IDS, return_counts=True)[0].tolist() == IDS_ASCENDING
     assert np.unique(IDS, return_counts=True)[1].tolist() == COUNTS
