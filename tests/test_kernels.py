@@ -406,7 +406,7 @@ def sized(
 @pytest.mark.parametrize("by", ["patch", "cost", "sample"])
 @pytest.mark.parametrize(("interleave", "steps"), KINDS_OF_PLANS)
 @every_kernel
-@settings(max_examples=4)
+@settings(max_examples=2)
 @given(st.data())
 def test_any_batches_of_patches_with_sizes_of_their_own(kind, interleave, steps, by, mixed, data):
     plan, slots = data.draw(sized(by, interleave, steps, mixed))
