@@ -26,7 +26,7 @@ class Rows(NamedTuple):
     length: Int64
     times: Int64
 
-    def where(self, which: Int64) -> Rows:
+    def where(self, which: Int64 | slice) -> Rows:
         """Return some of the rows."""
         return Rows(*(column[which] for column in self))
 
@@ -100,9 +100,14 @@ def counted_of_mixed(
         np.full(changed.group.shape, change, np.int64),
     )
     rows = Rows(*map(np.concatenate, zip(head, tail, between, extra, strict=True)))
+    rows = rows.where(np.flatnonzero(~inside[rows.group] & (rows.length > 0)))
+    # By group, so that the rows of some groups are found without a look at all others.
+    rows = rows.where(np.argsort(rows.group, kind="stable"))
     for first, last in _blocks(counts[left]):
         these = left[first:last]
-        times = _times(plan, these, every[these], rows)
+        begin = np.searchsorted(rows.group, these[0])
+        end = np.searchsorted(rows.group, these[-1], side="right")
+        times = _times(plan, these, every[these], rows.where(slice(begin, end)))
         starts = np.cumsum(counts[these]) - counts[these]
         repeated[these] = np.add.reduceat(times > 1, starts, dtype=np.int64)
         missed[these] = np.add.reduceat(times == 0, starts, dtype=np.int64)
@@ -132,13 +137,15 @@ def _blocks(counts: Int64) -> list[tuple[int, int]]:
     return found
 
 
-def _times(plan: EpochPlan, groups: Int64, every: Int64, rows: Rows) -> NDArray[np.int32]:
-    """Return how often the samples of some groups, ascending, are handed out, end to end."""
+def _times(plan: EpochPlan, groups: Int64, every: Int64, mine: Rows) -> NDArray[np.int32]:
+    """Return how often the samples of some groups, ascending, are handed out, end to end.
+
+    ``mine`` are the rows of these groups.
+    """
     counts = plan.tables.counts[groups]
     starts = np.cumsum(counts) - counts
     # How many more than a few there are is of no matter; changes take off one a rank at most.
     times = np.repeat(np.minimum(every, 1 << 30).astype(np.int32), counts)
-    mine = rows.where(np.flatnonzero(np.isin(rows.group, groups) & (rows.length > 0)))
     # Long runs are cut, and runs are taken together, so that no array is much longer than that.
     pieces = -(-mine.length // LANES)
     nth = np.arange(int(pieces.sum())) - np.repeat(np.cumsum(pieces) - pieces, pieces)

@@ -235,7 +235,7 @@ class CostBudget:
         if by is not None and given.get("cost") is None:
             raise ValueError(f"cost must be there where cost_by={by!r} is, got none")
         if by == "patch id":
-            given["cost"] = dict(map(tuple, given["cost"]))
+            given["cost"] = _by_patch_id(given["cost"])
         unknown = sorted(set(given) - set(cls.__dataclass_fields__))
         if unknown:
             raise TypeError(f"saved must come from CostBudget.to_dict, got unknown {unknown}")
@@ -296,7 +296,8 @@ def check_batch_size(batch_size: Any) -> None:
     """Raise, as `sizes_of` does, what can be told before patches are known."""
     if isinstance(batch_size, (CostBudget, Mapping)):
         return
-    if not hasattr(batch_size, "__index__"):
+    # An array of one number has an index too, and says so only when it is asked.
+    if not hasattr(batch_size, "__index__") or getattr(batch_size, "shape", ()) != ():
         raise TypeError(
             "batch_size must be an int, a mapping from patch ids to ints, or a CostBudget, got "
             f"{shown(batch_size)}"
@@ -364,6 +365,15 @@ def _check_max_cost(value: Any) -> None:
 def _bit_length(values: Int64) -> Int64:
     """Return the bits of numbers from 0 to 2**31: exact, as float64 holds them."""
     return np.asarray(np.frexp(values.astype(np.float64))[1], np.int64)
+
+
+def _by_patch_id(pairs: Any) -> dict[Any, Any]:
+    try:
+        return dict(pairs)
+    except (TypeError, ValueError) as error:
+        raise ValueError(
+            f"cost must be pairs of patch id and cost where cost_by='patch id', got {shown(pairs)}"
+        ) from error
 
 
 def _plain(value: Any) -> Any:

@@ -231,7 +231,7 @@ def kernel_of(plan: EpochPlan, kind: str) -> Kernel:
     """A plan's evaluation by a kernel, guarded."""
     device = device_of_kernel(kind)
     shuffles = shuffles_of(plan)
-    evaluation = fused_of(plan._tables.on(device, plan.groups.order), device, shuffles, kind)
+    evaluation = fused_of(plan._tables.on(device, plan._cut.groups.order), device, shuffles, kind)
     guards = Guards(evaluation._launch, device)
     evaluation._launch = guards
     locates = plan.interleave and plan.steps == "free" and plan.tables.shares is None

@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from kernels import SOURCE, TRITON, every_kernel, host, kernel_of, shuffles_of
 
-from gpusampler import EpochPlan, PatchGroups
+from gpusampler import CostBudget, EpochPlan, PatchGroups
 from gpusampler.arrays import HOST
 from gpusampler.kernels import form as forms
 from gpusampler.kernels.form import Form, cuda_geometry, triton_geometry
@@ -45,6 +45,9 @@ def wanted_samples(plan: EpochPlan, epoch: int, at: Any) -> np.ndarray:
 def check_block(plan: EpochPlan, kernel: Any, epoch: int, slots: Any, dtype: str = "int64"):
     wanted = plan.evaluate(epoch, slots)
     found = kernel.block(plan, epoch, slots, dtype)
+    if plan._tables.parents is not None:
+        # A kernel names classes of cost; whose they are is looked up after it.
+        found[2] = plan._tables.parents[found[2]]
     for ours, theirs, name in zip(found, wanted, wanted._fields, strict=True):
         assert ours.dtype == (dtype if name == "indices" else "int64")
         np.testing.assert_array_equal(ours, theirs, err_msg=name)
@@ -358,6 +361,56 @@ def test_the_largest_small_patch_beside_large_ones(kind):
     # No smaller one is there to bring in what it needs.
     plan = plan_of([32, 2000, 33], 16)
     check(plan, kind, 6, np.arange(plan.num_batches))
+
+
+@st.composite
+def sized(
+    draw: st.DrawFn, by: str, interleave: bool, steps: str, mixed: bool
+) -> tuple[EpochPlan, np.ndarray]:
+    """A plan whose patches have sizes of their own, and some of its slots."""
+    rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
+    groups = groups_at_random(rng, draw(flags), draw(flags))
+    patch_ids = groups.labels.tolist()
+    if by == "patch":
+        batch_size: Any = dict(zip(patch_ids, rng.choice(SIZES, groups.num_patches), strict=True))
+    elif by == "cost":
+        costs = dict(zip(patch_ids, rng.integers(1, 400, groups.num_patches), strict=True))
+        batch_size = CostBudget(400, cost=costs, max_batch_size=200)
+    else:
+        costs = rng.integers(1, 40, groups.source_size)
+        batch_size = CostBudget(400, sample_costs=costs, max_batch_size=200)
+    # Under "drop" the smallest groups may have no batch at all.
+    partial = draw(st.sampled_from(["keep", "pad"]))
+    mixing: dict[str, Any] = {}
+    if mixed:
+        mixing = {
+            "weights": rng.choice([1, 30, 1000], groups.num_patches),
+            "epoch_batches": int(rng.integers(groups.num_samples, 2 * groups.num_samples)),
+        }
+    plan = EpochPlan(
+        groups,
+        batch_size,
+        draw(seeds),
+        **mixing,
+        partial=partial,
+        shuffle_within_batches=draw(mostly),
+        shuffle_patches=draw(mostly),
+        interleave=interleave,
+        steps=steps,
+        step_width=1 if steps == "free" else int(rng.integers(1, 5)),
+    )
+    return plan, rng.integers(0, plan.num_batches, rng.integers(1, 24))
+
+
+@pytest.mark.parametrize("mixed", [False, True])
+@pytest.mark.parametrize("by", ["patch", "cost", "sample"])
+@pytest.mark.parametrize(("interleave", "steps"), KINDS_OF_PLANS)
+@every_kernel
+@settings(max_examples=2)
+@given(st.data())
+def test_any_batches_of_patches_with_sizes_of_their_own(kind, interleave, steps, by, mixed, data):
+    plan, slots = data.draw(sized(by, interleave, steps, mixed))
+    check(plan, kind, data.draw(epochs), slots)
 
 
 @pytest.mark.parametrize("partial", ["keep", "drop", "pad"])

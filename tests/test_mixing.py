@@ -19,7 +19,7 @@ from expected import IDS, draw, epochs, patchy_ids, quiet, seeds, through_json, 
 from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 
-from gpusampler import EpochPlan, PatchBatchSampler, PatchGroups, Temperature
+from gpusampler import EpochPlan, PatchBatchSampler, PatchGroups, Temperature, mixed_coverage
 from gpusampler.mixing import apportion
 
 PARTIALS = ("keep", "drop", "pad")
@@ -549,6 +549,14 @@ def test_a_temperature_weighs_by_own_batches_to_the_power_of_its_inverse(counts,
     assert plan.batches_by_patch.sum() == total
 
 
+def test_the_last_bits_of_a_power_decide_nothing():
+    # Processors differ in them, and what is rounded to 32 does not.
+    weights = Temperature(3).weights(np.arange(1, 5000))
+    mantissa = np.frexp(weights)[0] * 2.0**32
+    assert (mantissa == np.floor(mantissa)).all()
+    np.testing.assert_allclose(weights, (np.arange(1, 5000) / 4999) ** (1 / 3), rtol=2.0**-32)
+
+
 def test_a_temperature_brings_small_patches_up():
     shares = [
         PatchBatchSampler([1] * 9000 + [2] * 90 + [3] * 900, 10, seed=0, weights=Temperature(t))
@@ -910,6 +918,29 @@ def test_coverage_of_huge_patches_is_quick():
     assert found.seen_once.tolist() == [4000, 40_000, 0]
     assert found.missed.tolist() == [TOP - 4000, TOP - 40_000, 0]
     assert found.repeated.tolist() == [0, 0, 8]
+
+
+def test_coverage_looks_at_each_patch_once_however_many_there_are(monkeypatch):
+    rng = np.random.default_rng(0)
+    groups = PatchGroups.from_counts(rng.integers(1, 60, 300))
+    shares = {"weights": rng.integers(1, 30, 300), "num_replicas": 7, "rank": 0}
+    sampler = PatchBatchSampler(groups, 4, seed=0, **shares)
+    wanted = [sampler.coverage(epoch) for epoch in range(3)]
+    looked_at: list[int] = []
+    counted = mixed_coverage._times
+
+    def counting(plan, these, every, rows):
+        assert set(rows.group.tolist()) <= set(these.tolist())
+        looked_at.append(rows.group.size)
+        return counted(plan, these, every, rows)
+
+    # A few patches at a time, whose rows are cut, too.
+    monkeypatch.setattr(mixed_coverage, "LANES", 50)
+    monkeypatch.setattr(mixed_coverage, "_times", counting)
+    for epoch, whole in enumerate(wanted):
+        assert sampler.coverage(epoch) == whole
+    assert len(looked_at) > 100
+    assert sum(looked_at) < 3 * 300 * 20
 
 
 # Bad input

@@ -145,3 +145,16 @@ def test_samples_over_the_budget_are_warned_of():
     budget = CostBudget(40, sample_costs=[1] * 40 + [41], over_budget="skip")
     with pytest.warns(UserWarning, match="'skip' leaves out 1 samples, of 1 of 1 patches"):
         PatchBatchSampler([3] * 41, budget, seed=0)
+
+
+def test_a_state_knows_which_samples_are_in_which_class():
+    # Two classes of the same sizes and counts, of other samples.
+    costs = np.repeat([10.0, 40.0], 40)
+    budget = CostBudget(80, sample_costs=costs)
+    sampler = PatchBatchSampler([1] * 80, budget, seed=0)
+    assert sampler.plan._cut.parents is not None
+    other = PatchBatchSampler([1] * 80, CostBudget(80, sample_costs=costs[::-1]), seed=0)
+    assert other.plan._cut.sizes.tolist() == sampler.plan._cut.sizes.tolist()
+    with pytest.raises(ValueError, match="batch_sizes is"):
+        other.load_state_dict(sampler.state_dict())
+    PatchBatchSampler([1] * 80, budget, seed=0).load_state_dict(sampler.state_dict())

@@ -529,6 +529,15 @@ def test_what_is_no_saved_budget_is_refused(saved, match):
         CostBudget.from_dict(saved)
 
 
+@pytest.mark.parametrize("pairs", [5, [[1, 2, 3]], [7]])
+def test_saved_costs_that_are_no_pairs_are_refused(pairs):
+    match = re.escape(
+        f"cost must be pairs of patch id and cost where cost_by='patch id', got {pairs}"
+    )
+    with pytest.raises(ValueError, match=match):
+        CostBudget.from_dict({"max_cost": 1, "cost": pairs, "cost_by": "patch id"})
+
+
 def test_a_state_knows_the_sizes():
     def made(max_cost: float, **bounds: Any) -> PatchBatchSampler:
         return PatchBatchSampler(IDS, CostBudget(max_cost, [3, 1.5, 2, 7], **bounds), seed=1)
@@ -631,12 +640,35 @@ def test_bad_budgets(wrong, error, match):
             "batch_size must be an int, a mapping from patch ids to ints, or",
         ),
         (None, TypeError, "batch_size must be an int, a mapping from patch ids to ints, or a Cost"),
+        (
+            np.array([4, 4, 4, 4]),
+            TypeError,
+            "batch_size must be an int, a mapping from patch ids to ints, or a CostBudget, got arr",
+        ),
         (4.0, TypeError, "batch_size must be an int, a mapping from patch ids to ints, or a CostB"),
     ],
 )
 def test_bad_sizes(batch_size, error, match):
     with pytest.raises(error, match=re.escape(match)):
         PatchBatchSampler(IDS, batch_size, seed=0)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"max_cost": 6},
+        {"cost": {1: 3}},
+        {"min_batch_size": 4},
+        {"max_batch_size": 32},
+        {"multiple_of": 4},
+        {"power_of_two": True},
+        {"over_budget": "skip"},
+    ],
+)
+def test_budgets_that_differ_in_one_thing_are_not_equal(change):
+    given = {"max_cost": 5, "cost": {1: 2}, "max_batch_size": 64}
+    assert CostBudget(**given) == CostBudget(**given, calibration={"fixed": 1})
+    assert CostBudget(**given) != CostBudget(**{**given, **change})
 
 
 def test_the_counts_are_as_the_tables_above_say():
