@@ -3,7 +3,8 @@
 Whatever draws batches, the indices must be gathered from the samples sorted by patch into memory,
 and be handed out: as a view of an array, or as a list of Python integers. Each of that is timed on
 indices that were drawn beforehand, so a floor holds no arithmetic of a shuffle and no bookkeeping.
-Ours is timed in turn with it, over the same batches.
+Ours is timed in turn with it, over the same batches; GPUSAMPLER_COMPILED=1 before the
+command has it evaluated by the form that Numba compiles, else NumPy evaluates it.
 """
 
 from __future__ import annotations
@@ -17,9 +18,12 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
+# One form from beginning to end.
+os.environ.setdefault("GPUSAMPLER_COMPILED", "0")
+
 import numpy as np
 
-from gpusampler import PatchBatchSampler
+from gpusampler import PatchBatchSampler, jit
 
 SAMPLES = 2_000_000
 PATCHES = 1000
@@ -255,7 +259,8 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--picture", type=Path, help="draw the table there (PNG or SVG)")
     asked = parser.parse_args(arguments)
     print(f"{machine()}; {asked.samples} samples, {asked.patches} patches")
-    print(f"processor time, best of {asked.rounds} rounds in turn\n")
+    form = "NumPy" if jit.compiled_form(0) is None else "the form that Numba compiles"
+    print(f"ours by {form}; processor time, best of {asked.rounds} rounds in turn\n")
     found = [
         measured(asked.samples, asked.patches, batch_size, asked.rounds)
         for batch_size in BATCH_SIZES
