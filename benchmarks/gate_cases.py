@@ -31,7 +31,7 @@ from benchmarks.yardsticks import (
     Tensors,
     Views,
 )
-from gpusampler import PatchBatchSampler, PatchGroups, PatchTensorLoader, Temperature
+from gpusampler import PatchBatchSampler, PatchGroups, PatchTensorLoader, Temperature, iteration
 from gpusampler.counting import Census
 from gpusampler.sorting import Scatter
 
@@ -103,6 +103,22 @@ def handed_out(samples: int, batch_size: int, output: str) -> Callable[[], Any]:
     """Time a pass over one patch in which nothing is permuted: what is left is to hand out."""
     asked = {"shuffle_within_batches": False, "shuffle_patches": False, "output": output}
     return epoch(lambda: PatchGroups.from_counts([samples]), batch_size, **asked)
+
+
+def cut_up(batch_size: int, output: str) -> Callable[[], Any]:
+    """Time cutting an evaluated block into batches of an output."""
+
+    def ours() -> Callable[[], Any]:
+        plan = PatchBatchSampler(PatchGroups.from_counts([N]), batch_size, seed=0).plan
+        block = plan.evaluate_ragged(0, np.arange(TILE // batch_size))
+
+        def work() -> None:
+            for _ in range(N // TILE):
+                drain(iteration._SPLITTERS[output](plan, block))
+
+        return work
+
+    return ours
 
 
 def located(**options: Any) -> Callable[[], Any]:
@@ -261,7 +277,7 @@ CASES: tuple[Case, ...] = (
         'look slots up, steps="balanced"',
         located(steps="balanced", step_width=8),
         (*evaluated(4 * SLOTS, 8, 4 * SLOTS, 0), Searches(12 * SLOTS, 100), Calls(600, SLOTS)),
-        1.6,
+        1.65,
     ),
     Case(
         "look slots up, weights",
@@ -269,12 +285,8 @@ CASES: tuple[Case, ...] = (
         (Arithmetic(4 * SLOTS, 8), Searches(4 * SLOTS, 100), Calls(240, SLOTS)),
         1.45,
     ),
-    Case(
-        "hand out lists of 64",
-        handed_out(4 * N, 64, "list"),
-        (Lists(4 * N // 64, 64), Lookups(4 * N, 4)),
-        1.72,
-    ),
+    Case("cut into lists of 64", cut_up(64, "list"), (Lists(N // 64, 64),), 1.1),
+    Case("cut into views of 8", cut_up(8, "numpy"), (Views(N // 8, 8),), 2.4),
     Case("hand out lists of 8", handed_out(N, 8, "list"), (Lists(N // 8, 8), Lookups(N, 4)), 2.5),
     Case(
         "hand out views of 8", handed_out(N, 8, "numpy"), (Slices(N // 8, 8), Lookups(N, 4)), 2.25
@@ -286,7 +298,7 @@ CASES: tuple[Case, ...] = (
         1.45,
         needs=("torch",),
     ),
-    Case("evaluate 2,048 batches of 64", evaluated_there, evaluated(N, 8, N // 64), 1.27),
+    Case("evaluate 2,048 batches of 64", evaluated_there, evaluated(N, 8, N // 64), 1.33),
     Case(
         "epoch as NumPy arrays of 64",
         epoch(shuffled_ids, 64, output="numpy"),
