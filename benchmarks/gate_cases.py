@@ -285,7 +285,14 @@ CASES: tuple[Case, ...] = (
         (Arithmetic(4 * SLOTS, 8), Searches(4 * SLOTS, 100), Calls(240, SLOTS)),
         1.45,
     ),
-    Case("cut into lists of 64", cut_up(64, "list"), (Lists(N // 64, 64),), 1.1),
+    Case(
+        "cut into lists of 64",
+        cut_up(64, "list"),
+        (Lists(N // 64, 64),),
+        1.15,
+        # Both sides are the same call of NumPy, and forgetting the lists is no part of cutting.
+        slack=1.25,
+    ),
     Case("cut into views of 8", cut_up(8, "numpy"), (Views(N // 8, 8),), 2.4),
     Case("hand out lists of 8", handed_out(N, 8, "list"), (Lists(N // 8, 8), Lookups(N, 4)), 2.5),
     Case(
