@@ -293,10 +293,10 @@ CASES: tuple[Case, ...] = (
         # Both sides are the same call of NumPy, and forgetting the lists is no part of cutting.
         slack=1.25,
     ),
-    Case("cut into views of 8", cut_up(8, "numpy"), (Views(N // 8, 8),), 2.4),
-    Case("hand out lists of 8", handed_out(N, 8, "list"), (Lists(N // 8, 8), Lookups(N, 4)), 2.5),
+    Case("cut into views of 8", cut_up(8, "numpy"), (Views(N // 8, 8),), 1.35),
+    Case("hand out lists of 8", handed_out(N, 8, "list"), (Lists(N // 8, 8), Lookups(N, 4)), 2.6),
     Case(
-        "hand out views of 8", handed_out(N, 8, "numpy"), (Slices(N // 8, 8), Lookups(N, 4)), 2.25
+        "hand out views of 8", handed_out(N, 8, "numpy"), (Slices(N // 8, 8), Lookups(N, 4)), 1.95
     ),
     Case(
         "hand out tensors of 8",
@@ -310,7 +310,7 @@ CASES: tuple[Case, ...] = (
         "epoch as NumPy arrays of 64",
         epoch(shuffled_ids, 64, output="numpy"),
         (*SHUFFLED, Views(N // 64, 64)),
-        1.5,
+        1.55,
     ),
     Case("epoch as lists of 64", epoch(shuffled_ids, 64), (*SHUFFLED, Lists(N // 64, 64)), 1.57),
     Case(
@@ -336,7 +336,7 @@ CASES: tuple[Case, ...] = (
         "arrays of 64, contiguous",
         epoch(lambda: PatchGroups.from_counts([N // 100] * 100), 64, output="numpy"),
         (*evaluated(N, 8, N // 64, 0), RAMP, Views(N // 64, 64)),
-        1.45,
+        1.55,
     ),
     Case(
         "arrays of 64, interleave=False",
