@@ -1,1 +1,1 @@
-"""Ratios against named baselines, measured in one run: ``pytest benchmarks --benchmark-enable``."""
+"""Ratios against named baselines, measured in one run; see the README's table of commands."""

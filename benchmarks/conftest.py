@@ -23,15 +23,13 @@ def one_thread() -> None:
 
 
 @pytest.fixture
-def against(benchmark: Any) -> Callable[..., Ratio]:
-    """Compare ours with a baseline, put the line into the table, and hold it to its limit."""
+def against(benchmark: Any) -> Callable[..., None]:
+    """Compare ours with a baseline, and put the line into the table."""
 
-    def run(*args: Any, **kwargs: Any) -> Ratio:
+    def run(*args: Any, **kwargs: Any) -> None:
         result = compare(benchmark, *args, **kwargs)
-        if not benchmark.disabled:
+        if result is not None:
             _TABLE.append(result)
-            assert result.held, f"slower than its limit: {result}"
-        return result
 
     return run
 

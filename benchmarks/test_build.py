@@ -23,19 +23,17 @@ def test_dense_against_argsort(against, rng):
         lambda: PatchGroups.from_ids(ids),
         "np.argsort(ids, kind='stable')",
         lambda: np.argsort(ids, kind="stable"),
-        limit=1 / 3,
     )
 
 
-@pytest.mark.parametrize(("patches", "limit"), [(1000, 1 / 15), (20_000, 1 / 100)])
-def test_dense_against_masks(against, rng, patches, limit):
+@pytest.mark.parametrize("patches", [1000, 20_000])
+def test_dense_against_masks(against, rng, patches):
     ids = rng.integers(0, patches, N)
     against(
         f"group 1e7 shuffled ids, {patches:,} patches",
         lambda: PatchGroups.from_ids(ids),
         f"a mask a patch ({MASKS} measured, x{patches // MASKS})",
         lambda: _by_masks(ids, range(MASKS)),
-        limit=limit,
         scale=patches / MASKS,
     )
 
@@ -49,5 +47,4 @@ def test_sparse_against_argsort(against, rng, patches):
         lambda: PatchGroups.from_ids(ids),
         "np.argsort(ids, kind='stable')",
         lambda: np.argsort(ids, kind="stable"),
-        limit=1.0,
     )

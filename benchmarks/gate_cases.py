@@ -1,0 +1,366 @@
+"""The cases of the gate, each declared once: what is timed, against what, and its limit.
+
+A new case is one entry of `CASES`; ``python -m benchmarks.gate --measure`` says what its reference
+would be. `docs/explanation/gate.md` tells how to choose the parts of a baseline.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from benchmarks.yardsticks import (
+    TILE,
+    Arithmetic,
+    Calls,
+    Gather,
+    Lists,
+    Lookups,
+    Part,
+    PlainCalls,
+    RadixSorts,
+    Reads,
+    Repeats,
+    Rows,
+    Searches,
+    Slices,
+    Tensors,
+    Views,
+)
+from gpusampler import PatchBatchSampler, PatchGroups, PatchTensorLoader, Temperature, iteration
+from gpusampler.counting import Census
+from gpusampler.sorting import Scatter
+
+SLACK = 1.4
+"""What a limit is beyond its reference: more than machines differ, and well below 2."""
+
+N = 1 << 17
+"""Samples of an epoch: a few milliseconds."""
+
+PATCHES = 100
+SLOTS = 4096
+
+
+@dataclass(frozen=True)
+class Case:
+    """One line of the gate.
+
+    Attributes
+    ----------
+    name : str
+    ours : callable
+        Makes what is needed, and returns the call that is timed.
+    baseline : tuple of parts
+        Timed in turn with ours.
+    reference : float
+        Ratio of the two as committed.
+    slack : float
+        The limit is the reference times this.
+    needs : tuple of str
+        Modules without which the case is left out, visibly.
+    compiled : bool
+        Run with the compiled evaluation (``GPUSAMPLER_COMPILED=1``), in a process of its own.
+    """
+
+    name: str
+    ours: Callable[[], Callable[[], Any]]
+    baseline: tuple[Part, ...]
+    reference: float
+    slack: float = SLACK
+    needs: tuple[str, ...] = ()
+    compiled: bool = False
+
+    @property
+    def limit(self) -> float:
+        return self.reference * self.slack
+
+
+def drain(batches: Any) -> None:
+    """Draw them all and forget them."""
+    deque(batches, maxlen=0)
+
+
+def shuffled_ids(samples: int = N, patches: int = PATCHES) -> Any:
+    """Ids in no order."""
+    return np.random.default_rng(0).integers(0, patches, samples)
+
+
+def epoch(source: Callable[[], Any], batch_size: int, **options: Any) -> Callable[[], Any]:
+    """Time a pass of a sampler."""
+
+    def ours() -> Callable[[], Any]:
+        sampler = PatchBatchSampler(source(), batch_size, seed=0, **options)
+        return lambda: drain(sampler)
+
+    return ours
+
+
+def handed_out(samples: int, batch_size: int, output: str) -> Callable[[], Any]:
+    """Time a pass over one patch in which nothing is permuted: what is left is to hand out."""
+    asked = {"shuffle_within_batches": False, "shuffle_patches": False, "output": output}
+    return epoch(lambda: PatchGroups.from_counts([samples]), batch_size, **asked)
+
+
+def cut_up(batch_size: int, output: str) -> Callable[[], Any]:
+    """Time cutting an evaluated block into batches of an output."""
+
+    def ours() -> Callable[[], Any]:
+        plan = PatchBatchSampler(PatchGroups.from_counts([N]), batch_size, seed=0).plan
+        block = plan.evaluate_ragged(0, np.arange(TILE // batch_size))
+
+        def work() -> None:
+            for _ in range(N // TILE):
+                drain(iteration._SPLITTERS[output](plan, block))
+
+        return work
+
+    return ours
+
+
+def located(**options: Any) -> Callable[[], Any]:
+    """Time looking up which batches slots are, in ever other epochs."""
+
+    def ours() -> Callable[[], Any]:
+        counts = np.random.default_rng(0).integers(200, 1801, PATCHES)
+        if options.get("steps") == "balanced":
+            options["patch_costs"] = np.random.default_rng(1).lognormal(size=PATCHES)
+        plan = PatchBatchSampler(PatchGroups.from_counts(counts), 8, seed=0, **options).plan
+        slots = np.arange(SLOTS) % plan.num_batches
+        epochs = iter(range(1 << 40))
+
+        def work() -> None:
+            for _ in range(4):
+                plan.locate(next(epochs), slots)
+
+        return work
+
+    return ours
+
+
+def evaluated_there() -> Callable[[], Any]:
+    """Time evaluating the batches of slots, all at once."""
+    plan = PatchBatchSampler(shuffled_ids(), 64, seed=0).plan
+    slots = np.arange(N // 64)
+    return lambda: plan.evaluate(1, slots)
+
+
+class FirstBatches(NamedTuple):
+    """The first batch of an epoch, a number of times."""
+
+    samples: int
+    draws: int
+
+    def prepare(self) -> Callable[[], Any]:
+        groups = PatchGroups.from_counts([self.samples // 1000] * 1000)
+        sampler = PatchBatchSampler(groups, 64, seed=0)
+
+        def work() -> None:
+            for _ in range(self.draws):
+                next(iter(sampler))
+
+        return work
+
+
+def resumed() -> Callable[[], Any]:
+    """Time loading a state of the middle of an epoch, and its next batch."""
+    sampler = PatchBatchSampler(PatchGroups.from_counts([1024] * 1000), 64, seed=0)
+    next(iter(sampler))
+    state = sampler.state_dict(step=len(sampler) // 2)
+
+    def work() -> None:
+        for _ in range(5):
+            sampler.load_state_dict(state)
+            next(iter(sampler))
+
+    return work
+
+
+def saved_and_loaded() -> Callable[[], Any]:
+    """Time saving a state in mid-epoch, and loading it."""
+    sampler = PatchBatchSampler(PatchGroups.from_counts([1024] * 1000), 64, seed=0)
+    next(iter(sampler))
+
+    def work() -> None:
+        for _ in range(300):
+            sampler.load_state_dict(sampler.state_dict())
+
+    return work
+
+
+def grouped(ids: Callable[[], Any]) -> Callable[[], Any]:
+    """Time grouping ids."""
+
+    def ours() -> Callable[[], Any]:
+        made = ids()
+        return lambda: PatchGroups.from_ids(made)
+
+    return ours
+
+
+def placed() -> Callable[[], Any]:
+    """Time the second pass of grouping: samples written to where their patches begin."""
+    ids = shuffled_ids(4 * N, 1000)
+    census = Census(ids.size, None)
+    census.add(ids)
+    found = census.result()
+    order = np.empty(ids.size, np.int32)
+    return lambda: Scatter(found, order, None, checked=False).add(ids)
+
+
+def sparse_ids() -> Any:
+    """64-bit numbers from anywhere, as hashes are."""
+    names = np.random.default_rng(1).integers(-(2**63), 2**63 - 1, 1000)
+    return names[shuffled_ids(4 * N, 1000)]
+
+
+def loaded() -> Callable[[], Any]:
+    """Time an epoch of rows in memory."""
+    table = np.random.default_rng(0).random((N, 8), dtype=np.float32)
+    sampler = PatchBatchSampler(shuffled_ids(), 64, seed=0, device="numpy")
+    loader = PatchTensorLoader(sampler, x=table)
+    return lambda: drain(loader)
+
+
+def evaluated(lanes: int, rounds: int, rows: int, table: int = N) -> tuple[Part, ...]:
+    """What permuting positions takes: arithmetic, lookups by row, keys of rows, and a gather."""
+    gather = (Gather(lanes, table),) if table else ()
+    keys = Calls(150 * -(-lanes // TILE), TILE * rows // lanes)
+    return (Arithmetic(lanes, rounds), Lookups(lanes, 10), keys, *gather)
+
+
+RAMP = Calls(5000, 32)
+"""What an epoch's first blocks cost, which are small so that the first batch comes at once."""
+
+SHUFFLED = (*evaluated(N, 8, N // 64), RAMP)
+
+CASES: tuple[Case, ...] = (
+    Case(
+        "group shuffled ids, 1,000 patches",
+        grouped(lambda: shuffled_ids(4 * N, 1000)),
+        (RadixSorts(4 * N, 1000), Reads(4 * N, 9)),
+        1.85,
+    ),
+    Case(
+        "group sparse 64-bit ids, 1,000 patches",
+        grouped(sparse_ids),
+        (RadixSorts(4 * N, 1000), Reads(4 * N, 9), Lookups(4 * N, 10)),
+        2.4,
+    ),
+    Case("sort samples by patch", placed, (RadixSorts(4 * N, 1000),), 1.05),
+    Case(
+        "find that ids are in order",
+        grouped(lambda: np.sort(shuffled_ids(4 * N, 1000))),
+        (Reads(4 * N, 9),),
+        1.75,
+    ),
+    Case("first batch, N = 1e9", FirstBatches(10**9, 5).prepare, (FirstBatches(10**4, 5),), 0.82),
+    Case("first batch, N = 1e6", FirstBatches(10**6, 5).prepare, (Calls(3000, 8),), 1.9),
+    Case("save a state and load it", saved_and_loaded, (PlainCalls(30_000),), 0.72),
+    Case("load a state of mid-epoch, draw a batch", resumed, (Calls(3000, 8),), 1.75),
+    Case(
+        "look slots up",
+        located(),
+        (Arithmetic(4 * SLOTS, 8), Searches(4 * SLOTS, 100), Calls(160, SLOTS)),
+        1.3,
+    ),
+    Case(
+        "look slots up, interleave=False",
+        located(interleave=False),
+        (Calls(800, 100), Calls(160, SLOTS)),
+        1.4,
+    ),
+    Case(
+        'look slots up, steps="balanced"',
+        located(steps="balanced", step_width=8),
+        (*evaluated(4 * SLOTS, 8, 4 * SLOTS, 0), Searches(12 * SLOTS, 100), Calls(600, SLOTS)),
+        1.65,
+    ),
+    Case(
+        "look slots up, weights",
+        located(weights=Temperature(2), epoch_batches=SLOTS),
+        (Arithmetic(4 * SLOTS, 8), Searches(4 * SLOTS, 100), Calls(240, SLOTS)),
+        1.45,
+    ),
+    Case(
+        "cut into lists of 64",
+        cut_up(64, "list"),
+        (Lists(N // 64, 64),),
+        1.15,
+        # Both sides are the same call of NumPy, and forgetting the lists is no part of cutting.
+        slack=1.25,
+    ),
+    Case("cut into views of 8", cut_up(8, "numpy"), (Views(N // 8, 8),), 1.35),
+    Case("hand out lists of 8", handed_out(N, 8, "list"), (Lists(N // 8, 8), Lookups(N, 4)), 2.6),
+    Case(
+        "hand out views of 8", handed_out(N, 8, "numpy"), (Slices(N // 8, 8), Lookups(N, 4)), 1.95
+    ),
+    Case(
+        "hand out tensors of 8",
+        handed_out(N, 8, "tensor"),
+        (Tensors(N // 8, 8), Lookups(N, 4)),
+        1.45,
+        needs=("torch",),
+    ),
+    Case("evaluate 2,048 batches of 64", evaluated_there, evaluated(N, 8, N // 64), 1.33),
+    Case(
+        "epoch as NumPy arrays of 64",
+        epoch(shuffled_ids, 64, output="numpy"),
+        (*SHUFFLED, Views(N // 64, 64)),
+        1.55,
+    ),
+    Case("epoch as lists of 64", epoch(shuffled_ids, 64), (*SHUFFLED, Lists(N // 64, 64)), 1.57),
+    Case(
+        "epoch as tensors of 64",
+        epoch(shuffled_ids, 64, output="tensor"),
+        (*SHUFFLED, Tensors(N // 64, 64)),
+        1.5,
+        needs=("torch",),
+    ),
+    Case(
+        "epoch as lists of 8",
+        epoch(shuffled_ids, 8),
+        (*evaluated(N, 8, N // 8), RAMP, Lists(N // 8, 8)),
+        1.9,
+    ),
+    Case(
+        "arrays of 20, patches of 20",
+        epoch(lambda: PatchGroups.from_counts([20] * (N // 40)), 20, output="numpy"),
+        (Repeats(N // 2, TILE // 20, 19), Calls(1500, TILE // 20), RAMP, Views(N // 40, 20)),
+        1.8,
+    ),
+    Case(
+        "arrays of 64, contiguous",
+        epoch(lambda: PatchGroups.from_counts([N // 100] * 100), 64, output="numpy"),
+        (*evaluated(N, 8, N // 64, 0), RAMP, Views(N // 64, 64)),
+        1.55,
+    ),
+    Case(
+        "arrays of 64, interleave=False",
+        epoch(shuffled_ids, 64, output="numpy", interleave=False),
+        (*SHUFFLED, Views(N // 64, 64)),
+        1.23,
+    ),
+    Case(
+        'arrays of 64, partial="pad"',
+        epoch(shuffled_ids, 64, output="numpy", partial="pad"),
+        (*SHUFFLED, Views(N // 64, 64)),
+        1.45,
+    ),
+    Case(
+        'arrays of 64, steps="balanced"',
+        epoch(shuffled_ids, 64, output="numpy", steps="balanced", step_width=8),
+        (*SHUFFLED, Calls(300, N // 64), Slices(N // 64, 64)),
+        1.9,
+    ),
+    Case(
+        "arrays of 64, weights",
+        epoch(shuffled_ids, 64, output="numpy", weights=Temperature(2), epoch_batches=N // 64),
+        (*SHUFFLED, Views(N // 64, 64)),
+        1.57,
+    ),
+    Case("PatchTensorLoader, 64 of 8", loaded, (*SHUFFLED, Rows(N, 8, 64)), 1.7),
+)
