@@ -31,7 +31,14 @@ from benchmarks.yardsticks import (
     Tensors,
     Views,
 )
-from gpusampler import PatchBatchSampler, PatchGroups, PatchTensorLoader, Temperature, iteration
+from gpusampler import (
+    PatchBatchSampler,
+    PatchGroups,
+    PatchTensorLoader,
+    Temperature,
+    iteration,
+    jit,
+)
 from gpusampler.counting import Census
 from gpusampler.sorting import Scatter
 
@@ -146,6 +153,36 @@ def evaluated_there() -> Callable[[], Any]:
     plan = PatchBatchSampler(shuffled_ids(), 64, seed=0).plan
     slots = np.arange(N // 64)
     return lambda: plan.evaluate(1, slots)
+
+
+class ByNumPy(NamedTuple):
+    """What `evaluated_there` does, by NumPy's form, where the other one is in use."""
+
+    def prepare(self) -> Callable[[], Any]:
+        work = evaluated_there()
+
+        def by_numpy() -> None:
+            before = jit.compiled_form
+            jit.compiled_form = jit.Compiled("0").form
+            try:
+                work()
+            finally:
+                jit.compiled_form = before
+
+        return by_numpy
+
+
+class Ungrouped(NamedTuple):
+    """torch's own batches, of samples from anywhere."""
+
+    samples: int
+    batch_size: int
+
+    def prepare(self) -> Callable[[], Any]:
+        from torch.utils.data import BatchSampler, RandomSampler
+
+        sampler = BatchSampler(RandomSampler(range(self.samples)), self.batch_size, False)
+        return lambda: drain(sampler)
 
 
 class FirstBatches(NamedTuple):
@@ -363,4 +400,37 @@ CASES: tuple[Case, ...] = (
         1.57,
     ),
     Case("PatchTensorLoader, 64 of 8", loaded, (*SHUFFLED, Rows(N, 8, 64)), 1.7),
+    # Kept only as it gains a factor of two.
+    Case(
+        "evaluate 2,048 batches of 64, compiled",
+        evaluated_there,
+        (ByNumPy(),),
+        0.25,
+        needs=("numba",),
+        compiled=True,
+    ),
+    Case(
+        "epoch as lists of 64, compiled, against ungrouped",
+        epoch(shuffled_ids, 64),
+        (Ungrouped(N, 64),),
+        0.35,
+        needs=("numba", "torch"),
+        compiled=True,
+    ),
+    Case(
+        "epoch as NumPy arrays of 64, compiled, against ungrouped",
+        epoch(shuffled_ids, 64, output="numpy"),
+        (Ungrouped(N, 64),),
+        0.18,
+        needs=("numba", "torch"),
+        compiled=True,
+    ),
+    Case(
+        "epoch as lists of 8, compiled, against ungrouped",
+        epoch(shuffled_ids, 8),
+        (Ungrouped(N, 8),),
+        0.55,
+        needs=("numba", "torch"),
+        compiled=True,
+    ),
 )

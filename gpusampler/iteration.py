@@ -18,7 +18,10 @@ from gpusampler.tables import Located
 from gpusampler.telemetry import EVALUATE, HAND_OUT, TRANSFER, Range
 
 FIRST_LANES = 1 << 9
-"""Indices evaluated at first, so that the first batch comes at once; then as many as before."""
+"""Indices evaluated at first, so that the first batch comes at once."""
+
+GROWTH = 3
+"""A block is at most so many times all before it: few small ones, whose cost is that of calls."""
 
 FIRST_SLOTS = 8
 MOST_SLOTS = 1 << 13
@@ -86,9 +89,9 @@ class Blocks:
             at = self._look_up()
             if at is None:
                 return None
-        # Each block is as large as all before it, up to the most, and a batch at least.
+        # A batch at least.
         before = int(self._ends[self._row - 1]) if self._row else 0
-        most = before + min(max(FIRST_LANES, self._lanes), self.plan.block_lanes)
+        most = before + min(max(FIRST_LANES, GROWTH * self._lanes), self.plan.block_lanes)
         stop = max(self._row + 1, int(np.searchsorted(self._ends, most, side="right")))
         block = self.plan.batches_at(self._share.epoch, at.rows(slice(self._row, stop)))
         self._row = stop
@@ -100,7 +103,7 @@ class Blocks:
         left = self._share.steps - self._looked_up
         if left <= 0:
             return None
-        steps = min(left, max(FIRST_SLOTS, min(self._looked_up, MOST_SLOTS)))
+        steps = min(left, max(FIRST_SLOTS, min(GROWTH * self._looked_up, MOST_SLOTS)))
         slots = self._share.slots(self._looked_up, self._looked_up + steps)
         self._at = located_slots(self._share, slots)
         self._ends = np.cumsum(self._at.size)
