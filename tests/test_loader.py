@@ -323,8 +323,8 @@ class TestParts:
         sampler = PatchBatchSampler(PatchGroups.from_counts([400]), 4, seed=1)
         found = list(PatchTensorLoader(sampler, row=np.arange(400)))
         assert row_numbers(found) == epoch_of(sampler, 0)
-        # Indices are evaluated for 8, 8, 16, 32 and 36 batches.
-        assert gathers == [20, 12] * 2 + [20] * 3 + [4] + [20] * 6 + [8] + [20] * 7 + [4]
+        # Indices are evaluated for 8, 24 and 68 batches.
+        assert gathers == [20, 12] + [20] * 4 + [16] + [20] * 13 + [12]
 
     def test_rows_above_the_budget_are_gathered_a_batch_at_a_time(self, gathers):
         long = loader.GATHERED_ON_HOST // 4 + 1
@@ -344,7 +344,7 @@ class TestParts:
         flags = torch.from_numpy(np.random.default_rng(1).random(ids.size) < 0.5)
         loaded = PatchTensorLoader(sampler, flag=flags, patch=ids.astype(np.uint8))
         found = list(loaded)
-        # Two tensors; each part is as large as all before it, up to 2**15 rows.
+        # Two tensors; parts grow up to 2**15 rows.
         assert len(gathers) <= 2 * 16
         check_epoch(found, sampler, 0, {"flag": flags, "patch": ids.astype(np.uint8)})
 

@@ -326,7 +326,10 @@ def test_a_block_is_evaluated_and_sent_before_the_one_before_it_is_waited_for(
             wanted += [("evaluate", block + 1), ("to_host", block + 1)]
         wanted.append(("synchronize", block))
     assert names_of(sides[0].log, "evaluate", "to_host", "synchronize") == wanted
-    assert names_of(sides[0].log, "pinned")[2:] == []
+    # A buffer is replaced by a larger one only.
+    pinned = [size for _, size in names_of(sides[0].log, "pinned")]
+    assert len(pinned) <= 4
+    assert all(size > min(pinned[:at]) for at, size in enumerate(pinned) if at > 1)
 
 
 @pytest.mark.usefixtures("small_blocks")
