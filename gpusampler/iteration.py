@@ -17,13 +17,17 @@ from gpusampler.streams import Ahead, ToHost, side_of
 from gpusampler.tables import Located
 from gpusampler.telemetry import EVALUATE, HAND_OUT, TRANSFER, Range
 
-FIRST_LANES = 1 << 9
+FIRST_LANES = 1 << 11
 """Indices evaluated at first, so that the first batch comes at once."""
 
-GROWTH = 3
+GROWTH = 7
 """A block is at most so many times all before it: few small ones, whose cost is that of calls."""
 
-FIRST_SLOTS = 8
+MOST_CUT = 512
+"""Batches made at once. With 700 lists more than before the garbage collector sets out, and walks
+through them and, now and then, all that the program holds."""
+
+FIRST_SLOTS = 1 << 8
 MOST_SLOTS = 1 << 13
 """Slots looked up at once; far cheaper than their indices, so further ahead."""
 
@@ -310,6 +314,7 @@ class BatchReader(Generic[T]):
         self._blocks: Blocks | BlocksToHost = Blocks(share)
         self._travelling = share.recorder.range(TRANSFER)
         self._overwritten = False
+        self._rest: RaggedBlock | None = None
         if output == "batch":
             arrays.check_not_in_worker(plan.device)
         elif not plan.works_on_host:
@@ -320,6 +325,16 @@ class BatchReader(Generic[T]):
 
     def read(self) -> list[T] | None:
         """Return the next batches, None after the last."""
+        if self._rest is None:
+            self._rest = self._read_block()
+            if self._rest is None:
+                return None
+        block, self._rest = self._rest.split(MOST_CUT)
+        batches: list[T] = _SPLITTERS[self._output](self._plan, block)
+        return batches
+
+    def _read_block(self) -> RaggedBlock | None:
+        """Return the next block, its samples where they are handed out; None after the last."""
         block = self._blocks.read()
         if block is None:
             return None
@@ -333,8 +348,7 @@ class BatchReader(Generic[T]):
         elif self._overwritten and self._output == "numpy":
             # What is handed out may be kept; pinned memory is used again.
             block = block._replace(samples=block.samples.copy())
-        batches: list[T] = _SPLITTERS[self._output](self._plan, block)
-        return batches
+        return block
 
 
 def _cut(samples: Any, block: RaggedBlock, rows_of: Callable[[Any], list[Any]]) -> list[Any]:

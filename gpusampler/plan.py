@@ -90,6 +90,20 @@ class RaggedBlock(NamedTuple):
     lengths: Int64
     groups: Int64
 
+    def split(self, count: int) -> tuple[RaggedBlock, RaggedBlock | None]:
+        """Return the first batches and the rest, None where there is none.
+
+        Batches that do not lie in their order stay together.
+        """
+        starts = self.starts
+        if count >= starts.size or bool((starts[1:] < starts[:-1]).any()):
+            return self, None
+        rows = self[1:]
+        end = int(starts[count])
+        first = RaggedBlock(self.samples[:end], *(column[:count] for column in rows))
+        rest = RaggedBlock(self.samples[end:], *(column[count:] for column in rows))
+        return first, rest._replace(starts=rest.starts - end)
+
 
 class EpochPlan:
     """Every batch of every epoch, as a function.

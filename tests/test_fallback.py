@@ -9,7 +9,7 @@ import pytest
 import torch
 from late import LateSide
 
-from gpusampler import EpochPlan, PatchBatchSampler, PatchGroups, PatchTensorLoader
+from gpusampler import EpochPlan, PatchBatchSampler, PatchGroups, PatchTensorLoader, iteration
 from gpusampler.arrays import HOST, Device
 from gpusampler.evaluation import Evaluator
 from gpusampler.iteration import Blocks, BlocksToHost
@@ -19,9 +19,17 @@ from gpusampler.tables import PatchTables
 IDS = np.random.default_rng(3).integers(0, 30, 20_000)
 SIZE = 16
 THERE = Device("torch", "cpu")
-pytestmark = pytest.mark.usefixtures("elsewhere")
+pytestmark = pytest.mark.usefixtures("elsewhere", "many_blocks")
 FULL = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 MiB")
 DRIVER = RuntimeError("Triton Error [CUDA]: out of memory")
+
+
+@pytest.fixture
+def many_blocks(monkeypatch):
+    """An epoch is evaluated in several blocks, in whose midst something may happen."""
+    monkeypatch.setattr(iteration, "FIRST_SLOTS", 8)
+    monkeypatch.setattr(iteration, "FIRST_LANES", 512)
+    monkeypatch.setattr(iteration, "GROWTH", 1)
 
 
 def make(device: str = "cpu", **settings):
