@@ -45,10 +45,9 @@ CORE = (
     "coverage",
     "arguments",
     "names",
-    "cli",
     "loader",
 )
-TOOLS = ("pytest>=8.0", "pytest-benchmark>=4.0", "hypothesis>=6.100", "click>=8.1")
+TOOLS = ("pytest>=8.0", "pytest-benchmark>=4.0", "hypothesis>=6.100")
 SHOWN = ("numpy", "torch", "array-api-compat", "tqdm")
 
 ASK = """
