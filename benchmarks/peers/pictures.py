@@ -18,10 +18,11 @@ from benchmarks.peers.tables import (
     why_not,
 )
 
-# Okabe and Ito's colours, which the colour-blind tell apart; marks differ, too.
-COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#000000", "#8C6D1F")
-MARKS = "osD^vPX<>*hp"
-OK, NOT = "#0072B2", "#D55E00"
+# Of Okabe and Ito's colours, which the colour-blind tell apart; marks and lines differ, too.
+OURS_COLOUR = "#0072B2"
+COLOURS = ("#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#8C6D1F")
+MARKS = "sD^vPX<>*hp"
+OK, NOT = OURS_COLOUR, "#D55E00"
 
 
 def draw(found: Mapping[str, Any], folder: Path) -> list[Path]:
@@ -49,30 +50,39 @@ def _shown(found: Mapping[str, Any]) -> list[str]:
     return [peer["name"] for peer in found["peers"] if peer["drawn"]]
 
 
+def _styles(names: list[str]) -> dict[str, dict[str, Any]]:
+    """Return how each peer's line looks: ours thick, the baseline dashed."""
+    own = [peer.name for peer in OURS if peer.name in names]
+    others = [name for name in names if name not in (*own, UNGROUPED.name)]
+    styles: dict[str, dict[str, Any]] = {}
+    for place, name in enumerate(own):
+        line = ("-", "--", ":")[place]
+        styles[name] = {"color": OURS_COLOUR, "linewidth": 2.4, "linestyle": line, "marker": "o"}
+    styles[UNGROUPED.name] = {"color": "black", "linestyle": "--", "marker": "."}
+    for place, name in enumerate(others):
+        styles[name] = {
+            "color": COLOURS[place % len(COLOURS)],
+            "linestyle": "-" if place < len(COLOURS) else "-.",
+            "linewidth": 1.1,
+            "marker": MARKS[place % len(MARKS)],
+        }
+    return styles
+
+
 def _lines(
     axes: Any, found: Mapping[str, Any], series: str, value: Callable[[Row], float | None]
 ) -> None:
     """Draw a line for each peer along a series."""
     rows = looked_up(found)
     cases = [Case(**case) for case in found["series"][series]]
-    own = [peer.name for peer in OURS]
-    for place, name in enumerate(_shown(found)):
+    for name, style in _styles(_shown(found)).items():
         points = [
             (getattr(case, series), figure)
             for case in cases
             if (name, case) in rows and (figure := value(rows[name, case])) is not None
         ]
-        if not points:
-            continue
-        axes.loglog(
-            *zip(*points, strict=True),
-            color=COLOURS[place % len(COLOURS)],
-            marker=MARKS[place % len(MARKS)],
-            markersize=5,
-            linewidth=2.4 if name in own else 1.1,
-            linestyle="--" if name == UNGROUPED.name else "-",
-            label=name,
-        )
+        if points:
+            axes.loglog(*zip(*points, strict=True), markersize=5, label=name, **style)
     axes.grid(which="major", alpha=0.3)
 
 
@@ -127,7 +137,7 @@ def correctness_beside_speed(found: Mapping[str, Any]) -> Any:
     for place, row in enumerate(there):
         against = ratio(rows, row, UNGROUPED.name)
         shown = row["epoch_s"] * 1e3 if against is None else against
-        left.barh(place, shown, 0.62, color="#0072B2" if row["peer"] in own else "0.72")
+        left.barh(place, shown, 0.62, color=OURS_COLOUR if row["peer"] in own else "0.72")
         left.text(shown * 1.06, place, f"{shown:.2f}", va="center", fontsize=8)
         for column, (text, good) in enumerate(_judged(row)):
             right.text(
