@@ -1,4 +1,4 @@
-"""``python -m benchmarks``: what it counts is right; all that it prints, writes and draws is there."""
+"""``python -m benchmarks``: what it counts is right; what it prints and draws is all there."""
 
 from __future__ import annotations
 
