@@ -14,9 +14,7 @@ from gpusampler import PatchBatchSampler, PatchGroups
 
 
 def _ours(work: Work, seed: int, output: str = "list") -> PatchBatchSampler:
-    return PatchBatchSampler(
-        work.given, work.batch_size, seed=seed, output=output, progress=False, device="numpy"
-    )
+    return PatchBatchSampler(work.given, work.batch_size, seed=seed, output=output)
 
 
 def _as_numpy(work: Work, seed: int) -> PatchBatchSampler:

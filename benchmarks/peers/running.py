@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 import multiprocessing
 import os
 import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +18,7 @@ from benchmarks.peers.measure import ROUNDS, measured
 from benchmarks.peers.peer import Peer, missing, version
 
 LIMIT = 60.0
-PATIENCE = 4.0
+PATIENCE = 10.0
 """A process may take so many times the limit by the wall clock: it may have to wait for others."""
 LOOK = 0.1
 """Seconds between looks at how much of the processor a process has used."""
@@ -33,23 +35,28 @@ def run(
     Each holds the ``peer``, its ``case`` and what was found; ``missing``, ``error``, ``over`` or
     ``skipped`` say why something was not.
     """
-    cases = list(cases)
-    for peer in peers:
-        # Here, so that its children find it imported.
-        why = missing(peer)
-        late: list[Case] = []
-        for case in cases:
+    peers = list(peers)
+    # Here, so that the processes find them imported.
+    why = {peer.name: missing(peer) for peer in peers}
+    # Nor is what was imported looked through whenever a sampler's lists make Python collect.
+    gc.collect()
+    gc.freeze()
+    late: dict[str, list[Case]] = {peer.name: [] for peer in peers}
+    for case in cases:
+        # All peers one after the other, so that what is compared was measured together.
+        for peer in peers:
             row: dict[str, Any] = {"peer": peer.name, "case": case._asdict()}
-            after = next((one for one in late if case.costs_no_less(one)), None)
-            if why:
-                yield row | {"missing": why}
+            after = next((one for one in late[peer.name] if case.costs_no_less(one)), None)
+            if why[peer.name]:
+                yield row | {"missing": why[peer.name]}
             elif after:
                 yield row | {"skipped": f"over {limit:g} s with {after}"}
             else:
-                row |= apart(lambda say, p=peer, c=case: measured(p, c, say, rounds), limit)
+                row |= apart(partial(measured, peer, case, rounds=rounds), limit)
                 if "over" in row:
-                    late.append(case)
+                    late[peer.name].append(case)
                 yield row
+    gc.unfreeze()
 
 
 def apart(call: Callable[[Callable[[dict[str, Any]], None]], None], limit: float) -> dict[str, Any]:
