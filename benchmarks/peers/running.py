@@ -38,9 +38,6 @@ def run(
     peers = list(peers)
     # Here, so that the processes find them imported.
     why = {peer.name: missing(peer) for peer in peers}
-    # Nor is what was imported looked through whenever a sampler's lists make Python collect.
-    gc.collect()
-    gc.freeze()
     late: dict[str, list[Case]] = {peer.name: [] for peer in peers}
     for case in cases:
         # All peers one after the other, so that what is compared was measured together.
@@ -56,7 +53,6 @@ def run(
                 if "over" in row:
                     late[peer.name].append(case)
                 yield row
-    gc.unfreeze()
 
 
 def apart(call: Callable[[Callable[[dict[str, Any]], None]], None], limit: float) -> dict[str, Any]:
@@ -68,6 +64,9 @@ def apart(call: Callable[[Callable[[dict[str, Any]], None]], None], limit: float
     ours, theirs = context.Pipe(duplex=False)
 
     def work() -> None:
+        # What others have imported is not looked through whenever a sampler's lists make Python
+        # collect.
+        gc.freeze()
         logging.disable(logging.WARNING)
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
