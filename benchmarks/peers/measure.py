@@ -74,7 +74,7 @@ def measured(
         second_epoch(construct_and_drain())
         spent = sum(map(sum, took.values()))
     say({"rounds": len(took["epoch"])})
-    _judge(peer.make(work, 0), case, work.patch_of, say)
+    _judge(sampler, case, work.patch_of, say)
 
 
 def begin(sampler: Any, epoch: int) -> None:

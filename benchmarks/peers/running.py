@@ -17,7 +17,7 @@ from benchmarks.peers.cases import Case
 from benchmarks.peers.measure import ROUNDS, measured
 from benchmarks.peers.peer import Peer, missing, version
 
-LIMIT = 60.0
+LIMIT = 30.0
 PATIENCE = 10.0
 """A process may take so many times the limit by the wall clock: it may have to wait for others."""
 LOOK = 0.1
