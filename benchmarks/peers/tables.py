@@ -108,7 +108,9 @@ def cells(rows: Mapping[tuple[str, Case], Row], row: Row) -> list[str]:
         return [row["peer"], why or "-", *["-"] * (len(HEAD) - 2)]
 
     def ms(name: str) -> str:
-        return number(row[name] * 1e3) if name in row else why or "-"
+        # The whole of an error stands in a table of its own.
+        lacking = "error" if "error" in row else why or "-"
+        return number(row[name] * 1e3) if name in row else lacking
 
     return [
         row["peer"],
