@@ -352,6 +352,17 @@ def test_a_file_of_figures_is_printed_again(quick, capsys):
     assert capsys.readouterr().out == printed[: printed.index("wrote")]
 
 
+def test_what_was_not_asked_for_is_left_empty(quick, tmp_path):
+    from benchmarks.peers.pictures import draw
+    from benchmarks.peers.tables import of_page, of_series
+
+    *_, found = quick
+    less = found | {"series": {"batch": found["series"]["batch"]}}
+    assert len(draw(less, tmp_path)) == 3
+    assert of_page(less).keys() == of_page(found).keys()
+    assert of_series(less, "samples", lambda row: row["epoch_s"]).splitlines()[0] == "| samples |"
+
+
 def test_peers_are_chosen_by_part_of_a_name():
     from benchmarks.__main__ import main
 

@@ -74,7 +74,7 @@ def _lines(
 ) -> None:
     """Draw a line for each peer along a series."""
     rows = looked_up(found)
-    cases = [Case(**case) for case in found["series"][series]]
+    cases = [Case(**case) for case in found["series"].get(series, ())]
     for name, style in _styles(_shown(found)).items():
         points = [
             (getattr(case, series), figure)

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from benchmarks.peers.cases import Case
+from benchmarks.peers.cases import SERIES, Case
 from benchmarks.peers.ours import LISTED, UNGROUPED
 
 Row = Mapping[str, Any]
@@ -146,7 +146,7 @@ def of_middle(found: Mapping[str, Any]) -> str:
 def of_series(found: Mapping[str, Any], series: str, value: Callable[[Row], float | None]) -> str:
     """Return a figure of each peer along a series of cases."""
     rows = looked_up(found)
-    cases = [Case(**case) for case in found["series"][series]]
+    cases = [Case(**case) for case in found["series"].get(series, ())]
     field = "batch_size" if series == "batch" else series
     lines = []
     for peer in found["peers"]:
@@ -187,7 +187,7 @@ def of_page(found: Mapping[str, Any]) -> dict[str, str]:
         "machine": machine(found),
         "called": table(("sampler", "package", "given", "how"), called),
         "middle": of_middle(found),
-        **{f"epoch by {name}": of_series(found, name, against_torch) for name in found["series"]},
+        **{f"epoch by {name}": of_series(found, name, against_torch) for name in SERIES},
         "first batch by samples": of_series(found, "samples", to_the_first_batch),
         "peak by samples": of_series(found, "samples", lambda row: row.get("peak_mb")),
         "peak by patches": of_series(found, "patches", lambda row: row.get("peak_mb")),
