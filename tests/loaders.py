@@ -5,6 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
+import pytest
+
+pytest.importorskip("torch")
+
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 IDS = np.random.default_rng(3).permutation(np.repeat([4, 1, 8, 30], [25, 6, 40, 2]))

@@ -6,10 +6,11 @@ import pickle
 
 import numpy as np
 import pytest
-import torch
 
 from gpusampler import EpochPlan, PatchBatchSampler, PatchGroups, arrays
 from gpusampler.arrays import Device
+
+torch = pytest.importorskip("torch")
 
 GROUPS = PatchGroups.from_counts([5, 40, 3])
 

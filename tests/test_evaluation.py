@@ -11,12 +11,13 @@ import warnings
 
 import numpy as np
 import pytest
-import torch
 from kernels import TRITON, device_of_kernel, fused_of
 
 from gpusampler import EpochPlan, PatchBatchSampler, PatchGroups, arrays, evaluation
 from gpusampler.kernels.form import triton_geometry
 from gpusampler.kernels.fused import Fused
+
+torch = pytest.importorskip("torch")
 
 pytestmark = pytest.mark.usefixtures("elsewhere")
 

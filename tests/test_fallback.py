@@ -6,7 +6,6 @@ import pickle
 
 import numpy as np
 import pytest
-import torch
 from late import LateSide
 
 from gpusampler import EpochPlan, PatchBatchSampler, PatchGroups, PatchTensorLoader, iteration
@@ -15,6 +14,8 @@ from gpusampler.evaluation import Evaluator
 from gpusampler.iteration import Blocks, BlocksToHost
 from gpusampler.streams import ToHost
 from gpusampler.tables import PatchTables
+
+torch = pytest.importorskip("torch")
 
 IDS = np.random.default_rng(3).integers(0, 30, 20_000)
 SIZE = 16

@@ -11,25 +11,19 @@ from collections import Counter
 from itertools import product
 from typing import Any
 
-import array_api_compat.numpy
-import array_api_compat.torch
 import make_golden
 import numpy as np
 import oracle
 import pytest
-import torch
 from expected import expected_by_patch
+from optional import every_namespace, torch
 
 from gpusampler import CostBudget, EpochPlan, PatchGroups, lanes, runs
-from gpusampler.cursor import BatchCursor
 from gpusampler.permutation import VERSION, Grid, derive_key, grid_of, grids_of, permute
 
 GOLDEN = json.loads(make_golden.PATH.read_text())
 STEPS = json.loads(make_golden.STEPS_PATH.read_text())
 MIXING = json.loads(make_golden.MIXING_PATH.read_text())
-NAMESPACES = {"numpy": array_api_compat.numpy, "torch": array_api_compat.torch}
-
-every_namespace = pytest.mark.parametrize("xp", NAMESPACES.values(), ids=NAMESPACES.keys())
 
 
 def named(vector: dict[str, Any]) -> str:
@@ -250,6 +244,8 @@ def test_epochs_a_batch_at_a_time(epoch):
     for slot in {0, len(batches) // 2, len(batches) - 1}:
         _, samples = batches[slot]
         assert plan.batch(number, torch.tensor(slot))[: len(samples)].tolist() == samples
+
+    from gpusampler.cursor import BatchCursor
 
     cursor = BatchCursor(plan, epoch=epoch["epoch"])
     first, last = range(min(12, len(batches))), range(max(len(batches) - 12, 0), len(batches))

@@ -6,7 +6,7 @@ import warnings
 
 import numpy as np
 import pytest
-import torch
+from optional import torch
 
 from gpusampler import PatchBatchSampler, PatchGroups, arrays, memory, sorting
 

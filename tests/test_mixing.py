@@ -14,10 +14,10 @@ from typing import Any, NamedTuple
 import numpy as np
 import oracle
 import pytest
-import torch
 from expected import IDS, draw, epochs, patchy_ids, quiet, seeds, through_json, times_seen
 from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
+from optional import torch
 
 from gpusampler import EpochPlan, PatchBatchSampler, PatchGroups, Temperature, mixed_coverage
 from gpusampler.mixing import apportion

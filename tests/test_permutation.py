@@ -5,12 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 import array_api_compat.numpy
-import array_api_compat.torch
 import numpy as np
 import oracle
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from optional import every_namespace
 
 from gpusampler import lanes
 from gpusampler.permutation import (
@@ -23,9 +23,6 @@ from gpusampler.permutation import (
     rounds_for,
 )
 from gpusampler.runs import permute_runs
-
-NAMESPACES = {"numpy": array_api_compat.numpy, "torch": array_api_compat.torch}
-every_namespace = pytest.mark.parametrize("xp", NAMESPACES.values(), ids=NAMESPACES.keys())
 
 words = st.integers(0, 2**32 - 1) | st.sampled_from([0, 1, 2**31 - 1, 2**31, 2**32 - 1])
 keys = st.tuples(words, words)

@@ -5,10 +5,11 @@ from __future__ import annotations
 from types import SimpleNamespace
 
 import pytest
-import torch
 
 from gpusampler.arrays import Device
 from gpusampler.streams import Ready
+
+torch = pytest.importorskip("torch")
 
 
 class Stream:

@@ -10,10 +10,10 @@ from typing import Any, NamedTuple
 import numpy as np
 import oracle
 import pytest
-import torch
 from expected import IDS, draw, epochs, patchy_ids, quiet, seeds, smallest_size, through_json
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
+from optional import torch
 
 from gpusampler import CostBudget, EpochPlan, PatchBatchSampler, PatchGroups
 

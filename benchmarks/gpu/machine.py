@@ -312,8 +312,14 @@ def versions() -> dict[str, str | None]:
             found[name] = str(import_module(name).__version__)
         except Exception as error:
             found[name] = f"none ({type(error).__name__})"
+    found["commit"] = commit()
+    return found
+
+
+def commit() -> str | None:
+    """Return the commit of the checkout, marked where files differ; None outside of one."""
     try:
-        found["commit"] = subprocess.run(
+        return subprocess.run(
             ["git", "describe", "--always", "--dirty"],
             capture_output=True,
             text=True,
@@ -321,5 +327,4 @@ def versions() -> dict[str, str | None]:
             check=True,
         ).stdout.strip()
     except (OSError, subprocess.SubprocessError):
-        found["commit"] = None
-    return found
+        return None

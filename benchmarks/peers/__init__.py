@@ -1,0 +1,1 @@
+"""Samplers of other projects, and obvious ones, beside ours: ``python -m benchmarks``."""

@@ -1,0 +1,180 @@
+"""Time against N, memory against N, and correctness beside speed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from benchmarks.peers.cases import Case
+from benchmarks.peers.ours import OURS, UNGROUPED
+from benchmarks.peers.tables import (
+    Row,
+    length,
+    looked_up,
+    members,
+    ratio,
+    to_the_first_batch,
+    why_not,
+)
+
+# Of Okabe and Ito's colours, which the colour-blind tell apart; marks and lines differ, too.
+OURS_COLOUR = "#0072B2"
+COLOURS = ("#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#8C6D1F")
+MARKS = "sD^vPX<>*hp"
+OK, NOT = OURS_COLOUR, "#D55E00"
+
+
+def draw(found: Mapping[str, Any], folder: Path) -> list[Path]:
+    """Draw all three into a folder; return where."""
+    folder.mkdir(parents=True, exist_ok=True)
+    made = []
+    for name, figure in (
+        ("peers-time", time_against_samples(found)),
+        ("peers-memory", memory_against_samples(found)),
+        ("peers-correctness", correctness_beside_speed(found)),
+    ):
+        made.append(folder / f"{name}.png")
+        figure.savefig(made[-1], dpi=120)
+    return made
+
+
+def _figure(*args: Any, **kwargs: Any) -> tuple[Any, Any]:
+    from matplotlib.figure import Figure
+
+    figure = Figure(layout="constrained", figsize=kwargs.pop("figsize"))
+    return figure, figure.subplots(*args, **kwargs)
+
+
+def _shown(found: Mapping[str, Any]) -> list[str]:
+    return [peer["name"] for peer in found["peers"] if peer["drawn"]]
+
+
+def _styles(names: list[str]) -> dict[str, dict[str, Any]]:
+    """Return how each peer's line looks: ours thick, the baseline dashed."""
+    own = [peer.name for peer in OURS if peer.name in names]
+    others = [name for name in names if name not in (*own, UNGROUPED.name)]
+    styles: dict[str, dict[str, Any]] = {}
+    for place, name in enumerate(own):
+        line = ("-", "--", ":")[place]
+        styles[name] = {"color": OURS_COLOUR, "linewidth": 2.4, "linestyle": line, "marker": "o"}
+    styles[UNGROUPED.name] = {"color": "black", "linestyle": "--", "marker": "."}
+    for place, name in enumerate(others):
+        styles[name] = {
+            "color": COLOURS[place % len(COLOURS)],
+            "linestyle": "-" if place < len(COLOURS) else "-.",
+            "linewidth": 1.1,
+            "marker": MARKS[place % len(MARKS)],
+        }
+    return styles
+
+
+def _lines(
+    axes: Any, found: Mapping[str, Any], series: str, value: Callable[[Row], float | None]
+) -> None:
+    """Draw a line for each peer along a series."""
+    rows = looked_up(found)
+    cases = [Case(**case) for case in found["series"].get(series, ())]
+    for name, style in _styles(_shown(found)).items():
+        points = [
+            (getattr(case, series), figure)
+            for case in cases
+            if (name, case) in rows and (figure := value(rows[name, case])) is not None
+        ]
+        if points:
+            axes.loglog(*zip(*points, strict=True), markersize=5, label=name, **style)
+    axes.grid(which="major", alpha=0.3)
+
+
+def _seconds(name: str) -> Callable[[Row], float | None]:
+    return lambda row: row.get(name)
+
+
+def _legend(figure: Any, axes: Any) -> None:
+    handles, labels = axes.get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=3, fontsize=8, frameon=False)
+
+
+def time_against_samples(found: Mapping[str, Any]) -> Any:
+    """Return the figure: an epoch, and what comes before the first batch."""
+    figure, (left, right) = _figure(1, 2, figsize=(10, 5.6))
+    _lines(left, found, "samples", _seconds("epoch_s"))
+    _lines(
+        right,
+        found,
+        "samples",
+        lambda row: None if (ms := to_the_first_batch(row)) is None else ms / 1e3,
+    )
+    for axes, what in ((left, "a whole epoch"), (right, "from ids to the first batch")):
+        axes.set(xlabel="samples", ylabel="seconds of the processor", title=what)
+    _legend(figure, left)
+    return figure
+
+
+def memory_against_samples(found: Mapping[str, Any]) -> Any:
+    """Return the figure: memory against samples, and against patches."""
+    figure, (left, right) = _figure(1, 2, figsize=(10, 5.6), sharey=False)
+    for axes, series in ((left, "samples"), (right, "patches")):
+        _lines(axes, found, series, _seconds("peak_mb"))
+        axes.set(xlabel=series, ylabel="peak above what was held before, MB")
+    middle = Case(**found["middle"])
+    left.set_title(f"{middle.patches:,} patches")
+    right.set_title(f"{middle.samples:,} samples")
+    _legend(figure, left)
+    return figure
+
+
+def correctness_beside_speed(found: Mapping[str, Any]) -> Any:
+    """Return the figure: what an epoch costs where the series meet, and what it holds."""
+    rows, middle = looked_up(found), Case(**found["middle"])
+    there = [rows[name, middle] for name in _shown(found) if (name, middle) in rows]
+    there = [row for row in there if "batches" in row and not why_not(row)]
+    there.sort(key=lambda row: row["epoch_s"], reverse=True)
+    figure, (left, right) = _figure(
+        1, 2, figsize=(12.5, 1.6 + 0.36 * len(there)), sharey=True, width_ratios=(2, 4)
+    )
+    own = [peer.name for peer in OURS]
+    for place, row in enumerate(there):
+        against = ratio(rows, row, UNGROUPED.name)
+        shown = row["epoch_s"] * 1e3 if against is None else against
+        left.barh(place, shown, 0.62, color=OURS_COLOUR if row["peer"] in own else "0.72")
+        left.text(shown * 1.06, place, f"{shown:.2f}", va="center", fontsize=8)
+        for column, (text, good) in enumerate(_judged(row)):
+            right.text(
+                column,
+                place,
+                f"{'✓' if good else '✗'} {text}".rstrip(),
+                ha="center",
+                va="center",
+                fontsize=8,
+                color=OK if good else NOT,
+                fontweight="normal" if good else "bold",
+            )
+    left.set_yticks(range(len(there)), [row["peer"] for row in there], fontsize=8)
+    left.set_xscale("log")
+    left.margins(x=0.2)
+    left.set_xlabel(f"an epoch / {UNGROUPED.name}")
+    left.set_title("speed (less is better)", fontsize=10)
+    for side in ("top", "right"):
+        left.spines[side].set_visible(False)
+    heads = ("one patch\na batch", "each sample\nonce", "len()\nright", "new members\neach epoch")
+    right.set(xlim=(-0.6, len(heads) - 0.4), ylim=(-0.6, len(there) - 0.4))
+    right.xaxis.tick_top()
+    right.set_xticks(range(len(heads)), heads, fontsize=8)
+    right.tick_params(length=0, labelleft=False)
+    right.set_frame_on(False)
+    right.set_xlabel(str(middle), fontsize=8)
+    return figure
+
+
+def _judged(row: Row) -> list[tuple[str, bool]]:
+    """Return what is said under each of the heads, and whether it is as it should be."""
+    uncovered = [f"{row[name]:,} {name}" for name in ("missed", "repeated") if row[name]]
+    right = length(row)
+    changed = members(row)
+    return [
+        (f"{row['mixed']:,} mixed" if row["mixed"] else "", not row["mixed"]),
+        (", ".join(uncovered), not uncovered),
+        ("" if right == "right" else right, right == "right"),
+        ("" if changed == "new" else changed, changed == "new"),
+    ]

@@ -1,0 +1,175 @@
+"""What is handed out: the version said alike everywhere, the licence in both forms, no more files
+than belong there, and a table of supported versions that is what was found.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import json
+import re
+import subprocess
+import sys
+import tarfile
+import zipfile
+from email import message_from_string
+from importlib import metadata
+from pathlib import Path
+
+import pytest
+
+import gpusampler
+
+ROOT = Path(__file__).parent.parent
+PACKAGE = ROOT / "gpusampler"
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+# Of https://www.apache.org/licenses/LICENSE-2.0.txt.
+APACHE = "cfc7749b96f63bd31c3c42b5c471bf756814053e847c10f3eb003417bc523d30"
+INSIDE = "dist-info/licenses/docs/LICENSE"
+
+
+def sha256(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()
+
+
+def versions_script():
+    spec = importlib.util.spec_from_file_location("versions", ROOT / ".ci" / "versions.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_version_is_the_same_everywhere():
+    version = gpusampler.__version__
+    assert re.fullmatch(r"\d+\.\d+\.\d+", version)
+    assert metadata.version("gpusampler") == version
+    cited = re.search(r"^version: (\S+)$", (ROOT / "docs/CITATION.cff").read_text(), re.MULTILINE)
+    assert cited[1] == version
+    heading = re.search(r"^## (.+)$", (ROOT / "docs/changelog.md").read_text(), re.MULTILINE)
+    assert re.fullmatch(rf"{re.escape(version)} \((unreleased|\d{{4}}-\d\d-\d\d)\)", heading[1])
+
+
+def test_the_command_says_the_version():
+    pytest.importorskip("click")
+    command = [sys.executable, "-m", "gpusampler", "--version"]
+    said = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    assert said == f"gpusampler, version {gpusampler.__version__}\n"
+
+
+def test_the_licence_is_apaches_to_the_letter():
+    assert sha256((ROOT / "docs" / "LICENSE").read_bytes()) == APACHE
+    found = metadata.metadata("gpusampler")
+    assert found["License-Expression"] == "Apache-2.0"
+    assert "license: Apache-2.0" in (ROOT / "docs/CITATION.cff").read_text().splitlines()
+
+
+def test_extras_that_pages_name_are_there():
+    provided = set(metadata.metadata("gpusampler").get_all("Provides-Extra"))
+    asked = {
+        (page.name, extra)
+        for page in PAGES
+        for found in re.findall(r"(?:gpusampler|[\"' ]\.)\[([a-z0-9, ]+)\]", page.read_text())
+        for extra in found.split(",")
+    }
+    assert len(asked) >= 5
+    assert {(page, extra) for page, extra in asked if extra.strip() not in provided} == set()
+
+
+def test_the_table_of_versions_is_what_was_found():
+    versions = versions_script()
+    rows = json.loads(versions.RESULTS.read_text())
+    text = versions.PAGE.read_text()
+    assert text.split(versions.BEGIN)[1].split(versions.END)[0] == versions.table(rows)
+    assert all(row["failed"] == 0 < row["passed"] for row in rows)
+    tried = {re.match(r"\d+\.\d+", row["python"])[0] for row in rows}
+    classifiers = metadata.metadata("gpusampler").get_all("Classifier")
+    promised = re.findall(r":: Python :: (3\.\d+)", "\n".join(classifiers))
+    assert set(promised) == tried
+    assert metadata.metadata("gpusampler")["Requires-Python"] == ">=" + promised[0]
+
+
+def test_the_core_that_versions_run_is_there():
+    for name in versions_script().CORE:
+        assert (ROOT / "tests" / f"test_{name}.py").is_file()
+
+
+# The built forms
+
+
+def built(folder: Path, out: Path, kind: str) -> Path:
+    """Build the sdist or the wheel of a tree, with the hatchling that is installed."""
+    command = [sys.executable, "-m", "hatchling", "build", "-t", kind, "-d", str(out)]
+    subprocess.run(command, cwd=folder, check=True, capture_output=True)
+    (found,) = out.iterdir()
+    return found
+
+
+@pytest.fixture(scope="module")
+def forms(tmp_path_factory) -> tuple[dict[str, bytes], dict[str, bytes], dict[str, bytes]]:
+    """Files of the wheel, of the sdist, and of the wheel made of the sdist, by name."""
+    pytest.importorskip("hatchling")
+    if not PACKAGE.is_dir():
+        pytest.skip("the package's source is not beside the tests")
+    work = tmp_path_factory.mktemp("forms")
+    wheel, sdist = (built(ROOT, work / kind, kind) for kind in ("wheel", "sdist"))
+    with tarfile.open(sdist) as file:
+        packed = {
+            member.name.split("/", 1)[1]: file.extractfile(member).read()
+            for member in file
+            if member.isfile()
+        }
+    tree = work / "tree"
+    for name, content in packed.items():
+        (tree / name).parent.mkdir(parents=True, exist_ok=True)
+        (tree / name).write_bytes(content)
+    again = built(tree, work / "again", "wheel")
+    return files_of(wheel), packed, files_of(again)
+
+
+def files_of(wheel: Path) -> dict[str, bytes]:
+    with zipfile.ZipFile(wheel) as file:
+        return {name: file.read(name) for name in file.namelist()}
+
+
+def source_files(*folders: str) -> set[str]:
+    return {
+        path.relative_to(ROOT).as_posix()
+        for folder in folders
+        for path in (ROOT / folder).rglob("*")
+        if path.is_file() and not {"__pycache__", "results"} & {*path.parts}
+    }
+
+
+def test_the_wheel_holds_the_package_and_nothing_else(forms):
+    wheel, _, _ = forms
+    inside = {name for name in wheel if "dist-info/" not in name}
+    assert inside == source_files("gpusampler")
+    for name in ("py.typed", "kernels/batches.cu", "demo/data/small/provenance.json"):
+        assert f"gpusampler/{name}" in inside
+    info = {name.split("dist-info/")[1] for name in wheel.keys() - inside}
+    assert info == {"METADATA", "WHEEL", "RECORD", "entry_points.txt", "licenses/docs/LICENSE"}
+    assert sum(map(len, wheel.values())) < 4e6
+
+
+def test_the_wheel_names_its_licence_and_holds_it(forms):
+    wheel, _, _ = forms
+    (text,) = (content for name, content in wheel.items() if name.endswith("dist-info/METADATA"))
+    found = message_from_string(text.decode())
+    assert found["License-Expression"] == "Apache-2.0"
+    assert found.get_all("License-File") == ["docs/LICENSE"]
+    assert found["Description-Content-Type"] == "text/markdown"
+    (licence,) = (content for name, content in wheel.items() if name.endswith(INSIDE))
+    assert sha256(licence) == APACHE
+
+
+def test_the_sdist_holds_what_tests_and_pages_need(forms):
+    _, packed, _ = forms
+    wanted = source_files("gpusampler", "tests", "benchmarks", "docs", ".ci", ".github")
+    assert wanted <= packed.keys()
+    assert {".mkdocs.yml", "README.md", "pyproject.toml", "PKG-INFO"} <= packed.keys()
+    assert sha256(packed["docs/LICENSE"]) == APACHE
+
+
+def test_a_wheel_made_of_the_sdist_is_the_same(forms):
+    wheel, _, again = forms
+    assert again == wheel
