@@ -253,7 +253,7 @@ def test_batches_that_travel_are_those_of_the_host(sides, monkeypatch, settings,
 
 
 def test_large_epochs_travel_in_blocks_of_all_sizes(sides):
-    ids = np.random.default_rng(1).integers(0, 40, 100_000)
+    ids = np.random.default_rng(1).integers(0, 40, 200_000)
     host = PatchBatchSampler(ids, 16, seed=3)
     for output in ("list", "numpy"):
         ours = PatchBatchSampler(ids, 16, seed=3, device="cpu", output=output)
