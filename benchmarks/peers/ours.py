@@ -9,16 +9,29 @@ import numpy as np
 import torch
 from torch.utils.data import BatchSampler, RandomSampler
 
-from benchmarks.peers.peer import Peer, Work, as_array, as_counts
-from gpusampler import PatchBatchSampler, PatchGroups
+from benchmarks.peers.peer import Peer, Work, as_array, as_counts, importer
+from gpusampler import PatchBatchSampler, PatchGroups, jit
 
 
-def _ours(work: Work, seed: int, output: str = "list") -> PatchBatchSampler:
+_FORMS = {setting: jit.Compiled(setting) for setting in ("0", "1")}
+
+
+def _ours(work: Work, seed: int, output: str = "list", compiled: str = "0") -> PatchBatchSampler:
+    # One form from beginning to end; each case has a process of its own.
+    jit.compiled_form = _FORMS[compiled].form
     return PatchBatchSampler(work.given, work.batch_size, seed=seed, output=output)
 
 
 def _as_numpy(work: Work, seed: int) -> PatchBatchSampler:
     return _ours(work, seed, output="numpy")
+
+
+def _compiled(work: Work, seed: int) -> PatchBatchSampler:
+    return _ours(work, seed, compiled="1")
+
+
+def _compiled_numpy(work: Work, seed: int) -> PatchBatchSampler:
+    return _ours(work, seed, output="numpy", compiled="1")
 
 
 def _from_counts(work: Work, seed: int) -> PatchBatchSampler:
@@ -76,6 +89,23 @@ OURS: tuple[Peer, ...] = (
     Peer("gpusampler", as_array, _ours),
     Peer('gpusampler, output="numpy"', as_array, _as_numpy, note="batches are NumPy arrays"),
     Peer("gpusampler, from counts", as_counts, _from_counts, given="counts"),
+    Peer(
+        "gpusampler, compiled",
+        as_array,
+        _compiled,
+        package="numba",
+        load=importer("gpusampler.jit_runs"),
+        note="GPUSAMPLER_COMPILED=1",
+    ),
+    Peer(
+        'gpusampler, compiled, output="numpy"',
+        as_array,
+        _compiled_numpy,
+        package="numba",
+        load=importer("gpusampler.jit_runs"),
+        note="GPUSAMPLER_COMPILED=1; batches are NumPy arrays",
+        drawn=False,
+    ),
 )
 PLAIN: tuple[Peer, ...] = (
     UNGROUPED,

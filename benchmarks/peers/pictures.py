@@ -56,7 +56,7 @@ def _styles(names: list[str]) -> dict[str, dict[str, Any]]:
     others = [name for name in names if name not in (*own, UNGROUPED.name)]
     styles: dict[str, dict[str, Any]] = {}
     for place, name in enumerate(own):
-        line = ("-", "--", ":")[place]
+        line = ("-", "--", ":", "-.")[place]
         styles[name] = {"color": OURS_COLOUR, "linewidth": 2.4, "linestyle": line, "marker": "o"}
     styles[UNGROUPED.name] = {"color": "black", "linestyle": "--", "marker": "."}
     for place, name in enumerate(others):
