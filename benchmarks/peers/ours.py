@@ -12,7 +12,6 @@ from torch.utils.data import BatchSampler, RandomSampler
 from benchmarks.peers.peer import Peer, Work, as_array, as_counts, importer
 from gpusampler import PatchBatchSampler, PatchGroups, jit
 
-
 _FORMS = {setting: jit.Compiled(setting) for setting in ("0", "1")}
 
 
