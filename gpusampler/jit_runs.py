@@ -1,9 +1,9 @@
 """The work of `gpusampler.runs` and `gpusampler.lanes`, compiled by Numba: the same, bit for bit.
 
 What is gained over array operations: a tile of 512 lanes stays in the first-level cache through
-all rounds, products are widened in registers, and rows of a few lanes are laid end to end by the
-pass that permutes them. LLVM makes vector instructions of the loops over lanes, for the processor
-that it runs on.
+all rounds, products are widened in registers, and what the lanes of a run have in common is a
+number; lanes of short runs are laid end to end first. LLVM makes vector instructions of the loops
+over lanes, for the processor that it runs on.
 
 Nothing but `gpusampler.jit` imports this file: it takes Numba along, and compiles.
 """
@@ -33,6 +33,9 @@ _TILE = 512
 _ROUNDS = (MAX_ROUNDS, _ROUNDS_1, _ROUNDS_2)
 _KINDS = len(_ROUNDS)
 """Each number of rounds has a tile of its own."""
+
+_LONG = 16
+"""Lanes of one patch that are worth a tile of their own."""
 
 _U32, _U64 = np.uint32, np.uint64
 _MIX_1, _MIX_2, _SPREAD = _U32(MIX_1), _U32(MIX_2), _U32(SPREAD)
@@ -105,6 +108,25 @@ def _permute_tile(col, row, key, step, a, b, rem, places, bases, out, lanes, rou
         out[places[i]] = bases[i] + np.int64(x)
 
 
+@_compiled("void(u4[::1], u4[::1], u4, u4, u4, u4, u4, i8, i8[::1], i8)")
+def _permute_run(col, row, key, step, a, b, rem, base, out, rounds):
+    """Permute lanes of one run, and write where each leads; ``out`` is as long as they are."""
+    last = _U32(a - _ONE)
+    for r in range(rounds):
+        if r % 2 == 0:
+            for i in range(out.size):
+                row[i] = _turned(row[i], col[i], key, _U32(a - _U32(col[i] >= rem)))
+        else:
+            for i in range(out.size):
+                col[i] = _turned(col[i], row[i], key, rem if row[i] == last else b)
+        key = _U32(key + step)
+    coin_key = _U32(key + _U32(step * _U32(_COIN_ROUND - _U32(rounds))))
+    coin = _U32(_hash(_ZERO, coin_key) >> _S31)
+    for i in range(out.size):
+        x = _U32(row[i] * b + col[i])
+        out[i] = base + np.int64(_U32(x ^ coin) if x < _TWO else x)
+
+
 @njit(inline="always")
 def _columns(tile):
     return tile[0], tile[1], tile[2], tile[3], tile[4], tile[5], tile[6]
@@ -151,6 +173,7 @@ def runs(out, table, permuted):
     places = np.empty((_KINDS, _TILE), np.int64)
     bases = np.empty((_KINDS, _TILE), np.int64)
     filled = np.zeros(_KINDS, np.int64)
+    cols, rows = np.empty(_TILE, np.uint32), np.empty(_TILE, np.uint32)
     images, inverse = np.empty(SMALL, np.int64), np.empty(SMALL, np.int64)
     start = 0
     for k in range(lengths.size):
@@ -173,6 +196,26 @@ def runs(out, table, permuted):
             kind = np.int64(size >= _FROM_1) + np.int64(size >= _FROM_2)
             tile = tiles[kind]
             done = 0
+            while length - done >= _LONG:
+                # Enough lanes of one patch: what they have in common stays in registers.
+                many = min(length - done, _TILE)
+                at = 0
+                while at < many:
+                    width = rem[k] if row == a[k] - 1 else b[k]
+                    lanes = min(many - at, width - col)
+                    for i in range(lanes):
+                        cols[at + i] = _U32(col + i)
+                        rows[at + i] = _U32(row)
+                    at += lanes
+                    col += lanes
+                    if col == width:
+                        col = 0
+                        row = 0 if row == a[k] - 1 else row + 1
+                place = start + done
+                _permute_run(
+                    cols, rows, key, step, *sides, before, out[place : place + many], _ROUNDS[kind]
+                )
+                done += many
             while done < length:
                 # As many lanes as stand side by side on the grid, and fit into the tile.
                 width = rem[k] if row == a[k] - 1 else b[k]

@@ -15,7 +15,7 @@ from typing import Any, Literal, NamedTuple, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from gpusampler import arrays, lanes, memory, telemetry
+from gpusampler import arrays, jit, lanes, memory, telemetry
 from gpusampler.arrays import HOST, Device, Int64
 from gpusampler.costs import checked_costs
 from gpusampler.cutting import Cut, by_parent
@@ -293,7 +293,8 @@ class EpochPlan:
         """
         evaluator = None if self.works_on_host else self.put_there()
         if evaluator is None:
-            return 1 << 15
+            # A call of the compiled form is dearer beside its work.
+            return 1 << 15 if jit.compiled_form(0) is None else 1 << 16
         return 1 << 18 if evaluator.has_kernel else 1 << 16
 
     @property
