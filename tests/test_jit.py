@@ -6,6 +6,7 @@ import os
 import re
 import subprocess
 import sys
+import tracemalloc
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
@@ -95,6 +96,19 @@ def test_positions_of_one_permutation_are_those_of_numpy(monkeypatch, n):
     using(monkeypatch, "1")
     assert lanes.permute_one(x, n, key, grid_of(n)).tolist() == expected.tolist()
     assert lanes.permute_one(x[:0], n, key, grid_of(n)).size == 0
+
+
+def test_positions_of_one_permutation_take_no_memory_but_for_the_result(monkeypatch, form):
+    n = 300_000
+    x = np.arange(n)
+    using(monkeypatch, "1")
+    tracemalloc.start()
+    try:
+        lanes.permute_one(x, n, (1, 2), grid_of(n))
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert peak < 2 * x.nbytes
 
 
 def test_a_split_has_the_same_parts(monkeypatch):
@@ -202,6 +216,24 @@ def test_a_compiler_that_fails_leaves_numpy(monkeypatch):
     using(monkeypatch, "1", module="gpusampler.no_such_module")
     with pytest.warns(UserWarning, match="NumPy evaluates .*ModuleNotFoundError"):
         assert sum(map(len, PatchBatchSampler([1, 1, 2], 2))) == 3
+
+
+def test_a_compiler_that_is_switched_off_is_not_used():
+    """Whose own functions are to run uncompiled gets no batches of plain Python."""
+    code = (
+        "from gpusampler import PatchBatchSampler, jit\n"
+        "jit.WORTH = 0\n"
+        "list(PatchBatchSampler([1, 1, 2], 2))\n"
+        "print(jit.compiled_form(0))\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-W", "error", "-c", code],
+        check=True,
+        capture_output=True,
+        text=True,
+        env={**os.environ, jit.VARIABLE: "", "NUMBA_DISABLE_JIT": "1"},
+    )
+    assert done.stdout == "None\n"
 
 
 def test_without_a_folder_for_a_cache_it_compiles_all_the_same(tmp_path):
