@@ -84,6 +84,9 @@ class Compiled:
     def _load(self) -> ModuleType | None:
         try:
             form = import_module(self._name)
+            if not self._at_once and not form.COMPILES:
+                telemetry.logger.info("Numba's compiler is switched off: NumPy evaluates batches")
+                return None
             _check(form)
         except Exception as error:
             # A Numba that does not know this NumPy, a compiler that fails, a form that is wrong.

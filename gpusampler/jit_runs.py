@@ -247,3 +247,7 @@ def runs(out, table, permuted):
             _permute_tile(
                 *_columns(tiles[kind]), places[kind], bases[kind], out, lanes, _ROUNDS[kind]
             )
+
+
+COMPILES = hasattr(runs, "signatures")
+"""Not under ``NUMBA_DISABLE_JIT``, where Python itself runs all this, a thousand times slower."""

@@ -31,6 +31,9 @@ from gpusampler.permutation import (
 TILE = 1 << 15
 """Lanes worked on at a time: a buffer of them is 128 KiB."""
 
+_RUNS = 1 << 12
+"""Runs that the compiled form is given at a time: nine numbers for each, 288 KiB."""
+
 WIDEST = 1 << 32
 """Largest n of these forms: the sides of its grid are 2**16."""
 
@@ -219,11 +222,13 @@ def permute_one(x: Int64, n: int, key: tuple[int, int], grid: Grid) -> Int64:
     rounds = rounds_for(n)
     compiled = jit.compiled_form(x.size)
     if compiled is not None:
-        # As many runs of one position.
-        table = np.empty((9, x.size), np.int64)
-        table[0] = x
-        table[1:] = np.array([1, n, 0, *key, *grid], np.int64)[:, None]
-        compiled.runs(out, table, True)
+        for first in range(0, x.size, _RUNS):
+            # As many runs of one position.
+            tile = x[first : first + _RUNS]
+            table = np.empty((9, tile.size), np.int64)
+            table[0] = tile
+            table[1:] = np.array([1, n, 0, *key, *grid], np.int64)[:, None]
+            compiled.runs(out[first : first + _RUNS], table, True)
         return out
     for first in range(0, x.size, TILE):
         tile = x[first : first + TILE]

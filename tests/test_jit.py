@@ -6,6 +6,7 @@ import os
 import re
 import subprocess
 import sys
+import tracemalloc
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
@@ -97,6 +98,22 @@ def test_positions_of_one_permutation_are_those_of_numpy(monkeypatch, n):
     assert lanes.permute_one(x[:0], n, key, grid_of(n)).size == 0
 
 
+def test_positions_of_one_permutation_take_no_memory_but_for_the_result(monkeypatch, form):
+    n = 300_000
+    x = np.arange(n)
+    using(monkeypatch, "0")
+    expected = lanes.permute_one(x, n, (1, 2), grid_of(n))
+    using(monkeypatch, "1")
+    tracemalloc.start()
+    try:
+        found = lanes.permute_one(x, n, (1, 2), grid_of(n))
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert peak < 2 * x.nbytes
+    assert np.array_equal(found, expected)
+
+
 def test_a_split_has_the_same_parts(monkeypatch):
     groups = PatchGroups.from_counts([3, 50, 1500, 70_000])
     parts = []
@@ -115,6 +132,8 @@ def epoch_of(output="list"):
 
 @pytest.mark.parametrize("output", ["list", "numpy", "tensor"])
 def test_a_process_turns_to_it_in_the_middle_of_an_epoch(monkeypatch, output):
+    if output == "tensor":
+        pytest.importorskip("torch")
     using(monkeypatch, "0")
     expected = [list(map(int, batch)) for batch in epoch_of(output)]
     monkeypatch.setattr(jit, "WORTH", 9000)
@@ -202,6 +221,24 @@ def test_a_compiler_that_fails_leaves_numpy(monkeypatch):
     using(monkeypatch, "1", module="gpusampler.no_such_module")
     with pytest.warns(UserWarning, match="NumPy evaluates .*ModuleNotFoundError"):
         assert sum(map(len, PatchBatchSampler([1, 1, 2], 2))) == 3
+
+
+def test_a_compiler_that_is_switched_off_is_not_used():
+    """Whose own functions are to run uncompiled gets no batches of plain Python."""
+    code = (
+        "from gpusampler import PatchBatchSampler, jit\n"
+        "jit.WORTH = 0\n"
+        "list(PatchBatchSampler([1, 1, 2], 2))\n"
+        "print(jit.compiled_form(0))\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-W", "error", "-c", code],
+        check=True,
+        capture_output=True,
+        text=True,
+        env={**os.environ, jit.VARIABLE: "", "NUMBA_DISABLE_JIT": "1"},
+    )
+    assert done.stdout == "None\n"
 
 
 def test_without_a_folder_for_a_cache_it_compiles_all_the_same(tmp_path):

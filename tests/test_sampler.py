@@ -12,7 +12,7 @@ from expected import IDS, epoch_of, expected_by_patch, make, patchy_ids, plan_se
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gpusampler import Batch, PatchBatchSampler, PatchGroups
+from gpusampler import Batch, PatchBatchSampler, PatchGroups, iteration
 
 
 @given(data=st.data(), seed=seeds)
@@ -275,3 +275,30 @@ def test_repr():
         "partial='keep', device='numpy')"
     )
     assert "rank 1 of 3" in repr(make(num_replicas=3, rank=1))
+
+
+@pytest.mark.parametrize("most", [1, 3, 100])
+@pytest.mark.parametrize("output", ["list", "numpy"])
+@pytest.mark.parametrize("partial", ["keep", "pad"])
+def test_blocks_are_cut_a_few_batches_at_a_time(monkeypatch, most, output, partial):
+    ids = np.repeat(np.arange(40), 50)
+
+    def plain(batches):
+        return [np.asarray(batch).tolist() for batch in batches]
+
+    def begin():
+        return PatchBatchSampler(ids, 3, seed=4, partial=partial, output=output)
+
+    block = begin().plan.evaluate(0, np.arange(len(begin())))
+    sizes = np.full(block.lengths.shape, 3) if partial == "pad" else block.lengths
+    rows = zip(block.indices.tolist(), sizes.tolist(), strict=True)
+    expected = [row[:size] for row, size in rows]
+    monkeypatch.setattr(iteration, "MOST_CUT", most)
+    sampler = begin()
+    iterator = iter(sampler)
+    begun = plain(next(iterator) for _ in range(2 * most + 1))
+    assert len(iterator) == len(expected) - len(begun)
+    resumed = begin()
+    resumed.load_state_dict(sampler.state_dict())
+    assert begun + plain(iterator) == expected
+    assert begun + plain(resumed) == expected
