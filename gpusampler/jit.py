@@ -2,8 +2,8 @@
 
 NumPy's form is the reference and always there. Numba, where it is installed, takes half a second
 to import, and some more to compile on the first day; so it is turned to only when a process has
-evaluated so many samples that NumPy has taken as long for them. Nobody can tell when: both make
-the same batches.
+evaluated so many samples that NumPy has taken about as long for them. Nobody can tell when: both
+make the same batches.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ VARIABLE = "GPUSAMPLER_COMPILED"
 """Environment variable: 0 never, 1 from the first batch on, else when it is worth it."""
 
 WORTH = 1 << 25
-"""Samples after which it is: one to two seconds of NumPy's form."""
+"""Samples after which it is: a few seconds of NumPy's form."""
 
 SIZES = (1, 2, 31, SMALL, SMALL + 1, 37, 500, 1023, 1024, 2000, 65535, 65536, 3_000_000)
 """Patches that the compiled form has to permute as the reference does before it is trusted."""
