@@ -7,6 +7,7 @@ best of some rounds, on one thread.
 
 from __future__ import annotations
 
+import argparse
 import json
 import time
 import tracemalloc
@@ -105,4 +106,7 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    argparse.ArgumentParser(
+        prog="python -m benchmarks.paper", description=__doc__.splitlines()[0]
+    ).parse_args()
     main()

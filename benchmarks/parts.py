@@ -130,7 +130,9 @@ def table(lengths: Callable[..., np.ndarray], patches: int, size: int, mean: int
 
 def main() -> None:
     """Print a table for each of the lengths."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.parts", description=__doc__.splitlines()[0]
+    )
     parser.add_argument("--partial", default="keep", choices=("keep", "drop", "pad"))
     partial = parser.parse_args().partial
     print(f"{platform.processor() or platform.machine()}, NumPy {np.__version__}, {partial=}")
