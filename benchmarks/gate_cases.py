@@ -330,7 +330,7 @@ CASES: tuple[Case, ...] = (
         # Both sides are the same call of NumPy, and forgetting the lists is no part of cutting.
         slack=1.25,
     ),
-    Case("cut into views of 8", cut_up(8, "numpy"), (Views(N // 8, 8),), 1.25),
+    Case("cut into views of 8", cut_up(8, "numpy"), (Views(N // 8, 8),), 1.15, slack=1.3),
     Case("hand out lists of 8", handed_out(N, 8, "list"), (Lists(N // 8, 8), Lookups(N, 4)), 2.6),
     Case(
         "hand out views of 8", handed_out(N, 8, "numpy"), (Slices(N // 8, 8), Lookups(N, 4)), 1.75
