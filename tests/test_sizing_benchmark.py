@@ -82,6 +82,8 @@ def test_the_small_preset_is_the_committed_data(bench):
     assert bench.samples_of(60) * 9 == len(dataset)
 
 
+# Forked from a process that many tests have gone through, it finds room that is counted as held.
+@pytest.mark.fresh
 @pytest.mark.filterwarnings("ignore:This process:DeprecationWarning")
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="reads Linux's /proc")
 def test_training_takes_fewer_steps_at_the_same_peak(bench, capsys):
