@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -98,8 +101,18 @@ def test_training_takes_fewer_steps_at_the_same_peak(bench, capsys):
     assert 0 < budget["probe_loss"] < 2
 
 
+def test_in_a_process_of_its_own():
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-m", "fresh", __file__],
+        env={**os.environ, "GPUSAMPLER_FRESH": "1"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stdout[-8000:] + done.stderr
+    assert "1 passed" in done.stdout or "1 skipped" in done.stdout
+
+
 def test_a_child_that_dies_is_an_error(bench):
-    import os
 
     with pytest.raises(RuntimeError, match="must send its result"):
         bench.in_child(lambda: os._exit(3))
