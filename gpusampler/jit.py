@@ -109,9 +109,11 @@ def _check(form: Any) -> None:
     batch; a look at all kinds of patches takes milliseconds.
     """
     xp = arrays.namespace(HOST)
-    n = np.array(SIZES, np.int64)
+    n = np.array(SIZES + SIZES, np.int64)
     first = n // 3
     lengths = np.minimum(n + 3, 700)
+    # Runs of a few lanes go another way.
+    lengths[len(SIZES) :] = 5
     base = 5 * n
     key = (n * 0x9E3779B1 & 0xFFFFFFFF, n * 0x85EBCA6B & 0xFFFFFFFF)
     grid = grids_of(xp, n)

@@ -217,6 +217,26 @@ def test_every_constant_is_looked_at(constant):
     assert "differ from the reference" in said(-2)
 
 
+@pytest.mark.parametrize("way", ["_permute_run", "_permute_tile", "_small_images"])
+def test_every_way_through_it_is_looked_at(way):
+    """Of long runs, short ones and small patches; here uncompiled, so that one can be taken out."""
+    code = (
+        "import sys, warnings; warnings.simplefilter('ignore')\n"
+        "from gpusampler import jit, jit_runs\n"
+        "jit._check(jit_runs)\n"
+        "setattr(jit_runs, sys.argv[1], lambda *given: None)\n"
+        "try: jit._check(jit_runs)\n"
+        "except RuntimeError as said: print(said)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, way],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "NUMBA_DISABLE_JIT": "1"},
+    )
+    assert "differ from the reference" in done.stdout, done.stderr
+
+
 def test_a_compiler_that_fails_leaves_numpy(monkeypatch):
     using(monkeypatch, "1", module="gpusampler.no_such_module")
     with pytest.warns(UserWarning, match="NumPy evaluates .*ModuleNotFoundError"):
