@@ -117,7 +117,8 @@ def _check(form: Any) -> None:
     base = 5 * n
     key = (n * 0x9E3779B1 & 0xFFFFFFFF, n * 0x85EBCA6B & 0xFFFFFFFF)
     grid = grids_of(xp, n)
-    found = np.empty(int(lengths.sum()), np.int64)
+    # Not what an earlier check may have left in memory.
+    found = np.full(int(lengths.sum()), -1, np.int64)
     form.runs(found, np.stack([first, lengths, n, base, *key, *grid]), True)
     row = np.repeat(np.arange(n.size), lengths)
     within = np.arange(row.size) - (np.cumsum(lengths) - lengths)[row]
