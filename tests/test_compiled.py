@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import operator
 import warnings
 from collections import Counter
 from importlib import import_module
@@ -20,6 +19,7 @@ from gpusampler.permutation import MIX_1, MIX_2, SMALL, rounds_for
 torch = pytest.importorskip("torch")
 
 from torch._dynamo.testing import CompileCounterWithBackend  # noqa: E402
+from torch.overrides import TorchFunctionMode  # noqa: E402
 
 ZERO = torch.zeros((), dtype=torch.int64)
 
@@ -49,11 +49,12 @@ def assert_batch_equal(found: torch.Tensor, wanted: torch.Tensor) -> None:
 
 
 @given(data=st.data(), seed=seeds, epoch=epochs)
-def test_every_batch_is_that_of_evaluate(data, seed, epoch):
+def test_any_batch_is_that_of_evaluate(data, seed, epoch):
     ids = data.draw(patchy_ids())
     plan = plan_of(ids, seed, **data.draw(plan_settings(ids, steps_of=1)))
     whole = plan.evaluate(epoch, range(plan.num_batches))
-    for slot in range(plan.num_batches):
+    slots = data.draw(st.sets(st.integers(0, plan.num_batches - 1), max_size=4))
+    for slot in {0, plan.num_batches - 1, *slots}:
         assert_batch_equal(plan.batch(number(epoch), number(slot)), whole.indices[slot])
         block = plan.batch_of_tensors(number(epoch), number(slot))
         assert [part.dim() for part in block] == [1, 0, 0]
@@ -163,7 +164,31 @@ def run_on(compiled, plan: EpochPlan, first_epoch: int, num_epochs: int = 3) -> 
         epoch.add_(1)
 
 
-@pytest.mark.parametrize("form", FORMS.values(), ids=FORMS)
+QUICK = {
+    "large",
+    "mixed, gathered, kept short",
+    "fewest rounds, gathered",
+    "in a row and in order",
+    "patches in order",
+    "samples in order",
+    "nothing shuffled",
+    "one batch",
+    "balanced steps, in order",
+    "steps of one patch, in a row",
+    "classes of cost, in a row",
+}
+"""Traced in a second or two each; together they take every way through a plan."""
+slow_to_trace = pytest.mark.slow("a graph of a thousand operations takes seconds to trace")
+every_form = pytest.mark.parametrize(
+    "form",
+    [
+        pytest.param(FORMS[name], id=name, marks=[slow_to_trace] * (name not in QUICK))
+        for name in FORMS
+    ],
+)
+
+
+@every_form
 def test_one_graph_serves_a_whole_run(form):
     plan = form.plan(seed=2**63 + 12345)
     plan.prepare_batch()
@@ -171,8 +196,13 @@ def test_one_graph_serves_a_whole_run(form):
     compiled = torch.compile(plan.batch, fullgraph=True, backend=counter)
     run_on(compiled, plan, first_epoch=2**32 - 1)
     assert counter.frame_count == 1
+    (graph,) = counter.graphs
+    traced = Counter(name_of(n.target) for n in graph.graph.nodes if n.op.startswith("call"))
+    counted = operations(plan)
+    assert {kind: traced[kind] for kind in COUNTED} == {kind: counted[kind] for kind in COUNTED}
 
 
+@slow_to_trace
 @pytest.mark.parametrize("name", ["small, gathered", "mixed", "in a row"])
 def test_one_graph_serves_a_whole_run_of_torchs_own_operations(name):
     plan = FORMS[name].plan(seed=2**64 - 1)
@@ -184,7 +214,7 @@ def test_one_graph_serves_a_whole_run_of_torchs_own_operations(name):
 
 
 def test_a_plan_of_another_seed_is_another_graph():
-    plan = FORMS["small"].plan(seed=1)
+    plan = FORMS["patches in order"].plan(seed=1)
     counter = CompileCounterWithBackend("eager")
     for other in (plan, plan.with_seed(2**64 - 2)):
         other.prepare_batch()
@@ -193,7 +223,7 @@ def test_a_plan_of_another_seed_is_another_graph():
 
 
 def test_compiled_before_its_first_use_a_plan_says_what_to_do():
-    plan = FORMS["small"].plan(seed=1)
+    plan = FORMS["samples in order"].plan(seed=1)
     compiled = torch.compile(plan.batch, fullgraph=True, backend="eager")
     # torch wraps what is raised while it traces; the message must come through.
     with pytest.raises(Exception, match=r"plan\.batch must be called once before it is compiled"):
@@ -221,27 +251,47 @@ KEY = 8
 """Scramblings that make one key: two 64-bit values of two words each, twice a word."""
 
 
+COUNTED = ("mul", "eq", "gt", "ge", "lt", "floordiv", "where")
+SAME = {"bitwise_xor": "xor", "remainder": "mod"}
+
+
+def name_of(operation: Any) -> str:
+    """The name of an operation, alike as an operator, a function and a method of tensors."""
+    name = operation if isinstance(operation, str) else operation.__name__
+    return SAME.get(name.strip("_"), name.strip("_"))
+
+
+class Counting(TorchFunctionMode):
+    """Counts operations by name, and by name and number where one is given a number."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: Counter = Counter()
+
+    def __torch_function__(self, operation, types, args=(), kwargs=None):
+        name = name_of(operation)
+        if name != "get":  # a property
+            self.found.update([name, "all", *((name, a) for a in args if type(a) is int)])
+        return operation(*args, **(kwargs or {}))
+
+
 def operations(plan: EpochPlan) -> Counter:
-    """How often each operation stands in the graph; one that is given a number, with it."""
+    """How often each operation stands in a graph of `plan.batch`.
+
+    They are those of one call, since no value decides what is called; a call takes milliseconds,
+    a graph seconds. `test_one_graph_serves_a_whole_run` compares the two.
+    """
     plan.prepare_batch()
-    counter = CompileCounterWithBackend("eager")
-    # Plans share their code, and torch refuses to compile one piece of it more than eight times.
-    torch._dynamo.reset()
-    torch.compile(plan.batch, fullgraph=True, backend=counter)(number(0), number(0))
-    (graph,) = counter.graphs
-    found: Counter = Counter()
-    for node in graph.graph.nodes:
-        if node.op in ("call_function", "call_method"):
-            found[node.target] += 1
-            found["all"] += 1
-            found.update((node.target, a) for a in node.args if type(a) is int)
-    return found
+    epoch, slot = number(0), number(0)
+    with Counting() as counting:
+        plan.batch(epoch, slot)
+    return counting.found
 
 
 def hashes(ops: Counter) -> int:
     """Scramblings in a graph: each multiplies by two constants of its own."""
-    assert ops[operator.mul, MIX_1] == ops[operator.mul, MIX_2]
-    return ops[operator.mul, MIX_1]
+    assert ops["mul", MIX_1] == ops["mul", MIX_2]
+    return ops["mul", MIX_1]
 
 
 def inside(counts: list[int], **settings) -> Counter:
@@ -284,14 +334,14 @@ def test_a_graph_has_the_forms_of_its_patches_and_no_other(partial):
     large = inside([33, 60], partial=partial)
     mixed = inside([7, 32, 33, 60], partial=partial)
     # Each exchange of a small patch compares with both of its places, for every patch size.
-    assert (small[operator.eq], small[operator.gt]) == (2 * 31, 31)
+    assert (small["eq"], small["gt"]) == (2 * 31, 31)
     # Only an odd round compares for equality, with the last row; only the grid divides.
-    assert (large[operator.eq], large[operator.gt]) == (rounds_for(60) // 2, 0)
-    assert (small[operator.floordiv], large[operator.floordiv]) == (0, 1)
-    for kind in (operator.eq, operator.gt, operator.ge, operator.floordiv):
+    assert (large["eq"], large["gt"]) == (rounds_for(60) // 2, 0)
+    assert (small["floordiv"], large["floordiv"]) == (0, 1)
+    for kind in ("eq", "gt", "ge", "floordiv"):
         assert mixed[kind] == small[kind] + large[kind]
     assert hashes(mixed) == hashes(small) + hashes(large) - KEY
-    assert mixed[torch.where] == small[torch.where] + large[torch.where] + 1
+    assert mixed["where"] == small["where"] + large["where"] + 1
     # What they have in common (the key, mostly) a mixed graph has once: less than a third of both.
     both = small["all"] + large["all"]
     assert both * 2 // 3 < mixed["all"] < both
@@ -307,7 +357,7 @@ def test_rounds_are_chosen_by_size_only_where_sizes_ask_for_it():
         ([33, 65_536], 6),
     ]:
         # One more comparison is the coin's.
-        assert inside(counts)[operator.lt] == choices + 1, counts
+        assert inside(counts)["lt"] == choices + 1, counts
 
 
 def test_the_order_of_the_batches_costs_what_their_number_needs():
@@ -321,7 +371,7 @@ def test_the_order_of_the_batches_costs_what_their_number_needs():
 
 def test_an_order_is_looked_up_only_where_there_is_one():
     contiguous, gathered = [operations(FORMS[n].plan(0)) for n in ("small", "small, gathered")]
-    assert gathered[operator.getitem] == contiguous[operator.getitem] + 1
+    assert gathered["getitem"] == contiguous["getitem"] + 1
 
 
 # ---------------------------------------------------------------------------------------------
@@ -336,6 +386,8 @@ def inductor(tmp_path, monkeypatch):
         # The compiler's own modules warn of one another when they are first imported.
         warnings.simplefilter("ignore")
         import_module("torch._inductor.compile_fx")
+    # Or it compiles half a dozen programs first, to see which vectors the compiler knows.
+    monkeypatch.setattr(torch._inductor.config.cpp, "vec_isa_ok", True)
     return CompileCounterWithBackend("inductor")
 
 
@@ -346,8 +398,20 @@ QUICKER = {"realize_opcount_threshold": 8}
 @pytest.mark.parametrize(
     ("ids", "batch_size", "options"),
     [
-        pytest.param(np.repeat([4, 9], [3, 2]), 2, {}, id="small"),
-        pytest.param(shuffled_ids([70_000, 65_536]), 32_768, QUICKER, id="large"),
+        pytest.param(
+            np.repeat([4, 9], [3, 2]),
+            2,
+            {},
+            id="small",
+            marks=pytest.mark.slow("without the option, g++ takes a minute"),
+        ),
+        pytest.param(
+            shuffled_ids([70_000, 65_536]),
+            32_768,
+            QUICKER,
+            id="large",
+            marks=pytest.mark.expensive("the one compile by inductor"),
+        ),
     ],
 )
 def test_a_training_step_is_compiled_to_machine_code(inductor, tmp_path, ids, batch_size, options):
