@@ -47,7 +47,7 @@ CORE = (
     "names",
     "loader",
 )
-TOOLS = ("pytest>=8.0", "pytest-benchmark>=4.0", "hypothesis>=6.100")
+TOOLS = ("pytest>=8.0", "pytest-xdist>=3.6", "pytest-benchmark>=4.0", "hypothesis>=6.100")
 SHOWN = ("numpy", "torch", "array-api-compat", "tqdm")
 
 ASK = """

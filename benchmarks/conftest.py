@@ -17,6 +17,11 @@ os.environ.setdefault("GPUSAMPLER_COMPILED", "0")
 _TABLE: list[Ratio] = []
 
 
+def pytest_xdist_auto_num_workers() -> int:
+    """Measure alone."""
+    return 0
+
+
 @pytest.fixture(scope="session", autouse=True)
 def one_thread() -> None:
     import torch

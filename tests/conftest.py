@@ -9,8 +9,10 @@ os.environ["OMP_NUM_THREADS"] = "1"
 # NumPy evaluates on the host, unless a run of the tests asks for the compiled form.
 os.environ.setdefault("GPUSAMPLER_COMPILED", "0")
 
+import gc
 import warnings
-from collections.abc import Callable, Iterator
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from importlib.util import find_spec
 from typing import Any
@@ -64,20 +66,53 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
         pytest.skip("no CUDA device")
 
 
-def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Let the long form run only where it is asked for, and say so where it is not."""
-    if not os.environ.get("GPUSAMPLER_FRESH"):
-        # What earlier tests have left in memory is none of theirs to measure.
-        apart = pytest.mark.skip(reason="run by test_in_a_process_of_its_own (GPUSAMPLER_FRESH=1)")
-        for item in items:
-            if item.get_closest_marker("fresh"):
-                item.add_marker(apart)
-    if "battery" in config.getoption("markexpr"):
-        return
-    skip = pytest.mark.skip(reason="the long form takes minutes: pytest -m battery")
+TIERS = ("slow", "battery", "serial", "expensive")
+MOST_SECONDS = 5.0
+
+
+def pytest_xdist_auto_num_workers(config: pytest.Config) -> int | None:
+    """Run alone what measures time or memory, and what shares one GPU."""
+    return 0 if config.option.markexpr in ("serial", "gpu") else None
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Refuse a test that does not say why it is not simply a quick one."""
     for item in items:
-        if item.get_closest_marker("battery"):
-            item.add_marker(skip)
+        for mark in (mark for mark in item.iter_markers() if mark.name in TIERS):
+            if not mark.args or not isinstance(mark.args[0], str):
+                raise pytest.UsageError(f"{item.nodeid}: {mark.name} needs a reason, in a line")
+
+
+def pytest_collection_finish() -> None:
+    """Keep the garbage collector, and forked children, away from all that was imported."""
+    gc.collect()
+    gc.freeze()
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item) -> Iterator[None]:
+    """Note in a report, which comes from another process, whether its test should be quick."""
+    report = yield
+    report.should_be_quick = not any(map(item.get_closest_marker, TIERS))
+    return report
+
+
+def too_slow(reports: Iterable[Any]) -> list[tuple[float, str]]:
+    """List the tests that should be quick and took more than MOST_SECONDS, slowest first."""
+    taken: Counter[str] = Counter()
+    for report in reports:
+        if getattr(report, "should_be_quick", False):
+            taken[report.nodeid] += report.duration
+    return [(took, test) for test, took in taken.most_common() if took > MOST_SECONDS]
+
+
+def pytest_terminal_summary(terminalreporter: Any) -> None:
+    """Name the tests that make the default tier slow; machines differ, so none of them fails."""
+    found = too_slow(report for kind in terminalreporter.stats.values() for report in kind)
+    if found:
+        terminalreporter.section(f"above {MOST_SECONDS:g} s: make it smaller, or mark it")
+        for took, test in found:
+            terminalreporter.write_line(f"{took:6.1f} s  {test}")
 
 
 @pytest.fixture(name="torch")

@@ -49,6 +49,15 @@ LOADERS = {
 }
 
 
+starts_workers = pytest.mark.slow("each start of workers takes half a second")
+
+
+def kinds_of_loaders(*kinds: str, quick: tuple[str, ...] = ("none",)) -> list[Any]:
+    """Kinds of loaders (all, if none is named) as parameters; those not quick are left to CI."""
+    marks = {kind: [] if kind in quick else [starts_workers] for kind in kinds or LOADERS}
+    return [pytest.param(kind, marks=marks[kind]) for kind in marks]
+
+
 def loader_of(dataset: Dataset, sampler: Any, kind: type = DataLoader, **settings: Any) -> Any:
     """A loader of a kind; workers are forked where nothing else is said, which is quick."""
     if settings.get("num_workers"):

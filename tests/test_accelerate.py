@@ -27,7 +27,13 @@ SCRIPT = Path(__file__).parent / "runs_accelerate.py"
 PAGE = Path(__file__).parent.parent / "docs" / "how-to" / "accelerate.md"
 
 
-@pytest.fixture(scope="module", params=[1, 2], ids=["alone", "two"])
+@pytest.fixture(
+    scope="module",
+    params=[
+        pytest.param(1, id="alone", marks=pytest.mark.slow("one more run of everything")),
+        pytest.param(2, id="two", marks=pytest.mark.expensive("the one run of Accelerate")),
+    ],
+)
 def ranks(request, tmp_path_factory) -> list[dict]:
     found = launched(SCRIPT, request.param, tmp_path_factory.mktemp("accelerate"))
     assert [one["rank"] for one in found] == list(range(request.param))

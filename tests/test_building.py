@@ -109,26 +109,31 @@ def test_stopped_again_and_again(folder, kept, stops):
 
 @posix
 @pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.slow("several processes are killed one after the other")
 def test_killed_at_random(tmp_path, kind):
     run_job(tmp_path, "killed_at_random", kind, str(random.randrange(1 << 20)))
 
 
 @posix
-@pytest.mark.battery
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("seed", range(10))
+@pytest.mark.battery("kills forty times as often")
 def test_killed_at_random_many_times(tmp_path, kind, seed):
     run_job(tmp_path, "killed_at_random", kind, str(seed))
 
 
 @posix
-@pytest.mark.parametrize("kind", ["dense", "runs"])
+@pytest.mark.parametrize(
+    "kind", [pytest.param("dense", marks=pytest.mark.slow("twice as many steps as runs")), "runs"]
+)
 def test_killed_at_every_step(tmp_path, kind):
     run_job(tmp_path, "killed_at_every_step", kind)
 
 
 @posix
-@pytest.mark.parametrize("kill", ["killed", "left"])
+@pytest.mark.parametrize(
+    "kill", ["killed", pytest.param("left", marks=pytest.mark.slow("four processes more"))]
+)
 @pytest.mark.parametrize("kind", ["dense", "runs"])
 def test_several_processes_build_one_index(tmp_path, kind, kill):
     run_job(tmp_path, "many_at_once", kind, kill)

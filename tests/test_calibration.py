@@ -10,13 +10,11 @@ import math
 import mmap
 import os
 import random
-import re
 import signal
 import subprocess
 import sys
 import time
 from importlib.util import find_spec
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -35,11 +33,12 @@ from gpusampler.demo.embedded import small_data
 from gpusampler.fitting import Fit, fit_peaks, residuals
 from gpusampler.probing import HostMeter, batch_of
 
+linux = pytest.mark.skipif(sys.platform != "linux", reason="peaks are told on Linux only")
 
-def linux(test):
-    """Peaks are told on Linux only, and well where nothing else has used the memory before."""
-    skip = pytest.mark.skipif(sys.platform != "linux", reason="peaks are told on Linux only")
-    return pytest.mark.fresh(skip(test))
+
+def measured(test):
+    """What is true of a process whose memory was not much used before."""
+    return pytest.mark.serial("compares peaks of memory")(linux(test))
 
 
 needs_torch = pytest.mark.skipif(not find_spec("torch"), reason="torch is not installed")
@@ -71,19 +70,6 @@ def quiet(step, plan=None, **settings):
     limit = room(140, settings.get("share", SHARE))
     settings = {"cost": POINTS, "memory_limit": limit, "progress": False, **settings}
     return calibrate(step, sampler() if plan is None else plan, **settings)
-
-
-def test_in_a_process_of_its_own():
-    tests = Path(__file__).parent
-    files = [str(tests / f"test_{name}.py") for name in ("calibration", "docs", "imports")]
-    done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-m", "fresh", *files],
-        env={**os.environ, "GPUSAMPLER_FRESH": "1"},
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stdout[-8000:] + done.stderr
-    assert sys.platform != "linux" or int(re.search(r"(\d+) passed", done.stdout)[1]) > 40
 
 
 # The fit
@@ -223,7 +209,7 @@ def test_a_child_that_ends_by_itself_is_an_error(end, told):
         call_in_child(end, room(1000))
 
 
-@linux
+@measured
 def test_allocations_beyond_the_limit_fail_in_the_child():
     def work():
         np.ones(400 * MIB, np.uint8)
@@ -240,7 +226,7 @@ def test_so_do_those_of_torch():
     assert call_in_child(lambda: torch.ones(400 * MIB).sum().item(), room(200)) == (False, None)
 
 
-@linux
+@measured
 def test_what_no_limit_covers_is_seen_and_the_child_killed():
     def work():
         # Shared pages count in no limit of a process.
@@ -255,6 +241,7 @@ def test_what_no_limit_covers_is_seen_and_the_child_killed():
 
 
 @linux
+@pytest.mark.serial("no other test may have left a child")
 def test_a_child_that_waits_for_ever_is_ended_and_told_of(monkeypatch):
     monkeypatch.setattr(children, "HUNG_AFTER", 0.3)
     with pytest.raises(RuntimeError, match=r"has done nothing .* waits for a thread, a lock"):
@@ -263,7 +250,7 @@ def test_a_child_that_waits_for_ever_is_ended_and_told_of(monkeypatch):
         os.waitpid(-1, os.WNOHANG)
 
 
-@linux
+@measured
 def test_work_is_not_taken_for_waiting(monkeypatch):
     monkeypatch.setattr(children, "HUNG_AFTER", 0.3)
 
@@ -277,6 +264,7 @@ def test_work_is_not_taken_for_waiting(monkeypatch):
 
 
 @linux
+@pytest.mark.serial("no other test may have left a child")
 def test_an_interrupted_wait_leaves_no_child(monkeypatch):
     def interrupted(*_):
         raise KeyboardInterrupt
@@ -304,7 +292,7 @@ def test_what_was_printed_before_is_printed_once():
     assert told.stdout == "before inside after\nend\n"
 
 
-@linux
+@measured
 @pytest.mark.parametrize("size", [8, 64])
 def test_a_peak_is_told_within_tenths_of_a_mib(size):
     def work():
@@ -343,7 +331,7 @@ def test_a_batch_is_where_the_sampler_is_and_has_its_names():
 # calibrate on the CPU
 
 
-@linux
+@measured
 def test_a_known_step_is_measured_and_fills_its_share():
     limit = room(200, 0.8)
     budget = quiet(allocating, memory_limit=limit, share=0.8)
@@ -365,7 +353,7 @@ def test_a_known_step_is_measured_and_fills_its_share():
     assert {p["patch_id"] for p in record["points"]} == {3, 8, 9}
 
 
-@linux
+@measured
 def test_a_budget_survives_json():
     budget = quiet(allocating)
     again = CostBudget.from_dict(json.loads(json.dumps(budget.to_dict())))
@@ -431,7 +419,7 @@ def everything(model, optimizer, schedule):
     )
 
 
-@linux
+@measured
 @needs_torch
 def test_peaks_of_unseen_patches_and_sizes_are_foretold_within_a_seventh():
     model, optimizer, schedule, step = torch_case()
@@ -449,7 +437,7 @@ def test_peaks_of_unseen_patches_and_sizes_are_foretold_within_a_seventh():
     assert record["worst_residual"] < 0.15
 
 
-@linux
+@measured
 @needs_torch
 @pytest.mark.parametrize("warm", [False, True])
 def test_on_the_cpu_all_is_as_it_was(warm):
@@ -472,7 +460,7 @@ def test_an_error_of_the_step_comes_through():
     assert "in step" in str(caught.value.__cause__)
 
 
-@linux
+@measured
 def test_the_groundwater_costs_come_from_the_dataset():
     dataset = GWPatchDataset(small_data(), 6, 1)
     costs = dataset.patch_costs()
@@ -486,13 +474,13 @@ def test_the_groundwater_costs_come_from_the_dataset():
     assert budget.calibration["per_cost"] == pytest.approx(4000, rel=0.05)
 
 
-@linux
+@measured
 def test_the_costs_of_the_samplers_own_budget_are_taken():
     plan = sampler(CostBudget(10_000, cost=POINTS))
     assert quiet(allocating, plan, cost=None).cost == POINTS
 
 
-@linux
+@measured
 def test_sizes_are_probed_and_chosen_within_the_bounds():
     sizes = []
     budget = quiet(allocating, min_batch_size=3, multiple_of=4, max_batch_size=20)
@@ -507,7 +495,7 @@ def test_sizes_are_probed_and_chosen_within_the_bounds():
     assert len(set(sizes)) > 3
 
 
-@linux
+@measured
 def test_no_probe_is_foreseen_to_exceed_the_share():
     record = quiet(
         allocating, memory_limit=room(35, 0.95), share=0.95, over_budget="skip"
@@ -524,7 +512,7 @@ def graph_and_grid(batch):
     return once, each
 
 
-@linux
+@measured
 def test_what_a_patch_or_a_sample_takes_by_itself_is_fitted_where_that_is_needed(monkeypatch):
     monkeypatch.setattr(HostMeter, "walk", lambda self, batches: 0)
     budget = quiet(graph_and_grid, memory_limit=room(190, SHARE))
@@ -544,7 +532,7 @@ def test_what_a_patch_or_a_sample_takes_by_itself_is_fitted_where_that_is_needed
         assert size in (400, 300, 350, 200) or took > 0.9 * used
 
 
-@linux
+@measured
 def test_a_cost_that_describes_nothing_is_warned_of():
     def step(batch):
         np.ones(len(batch.indices) * {3: 40, 5: 1, 8: 9, 9: 3}[batch.patch_id] * 100_000, np.uint8)
@@ -553,13 +541,13 @@ def test_a_cost_that_describes_nothing_is_warned_of():
         quiet(step, memory_limit=room(230, SHARE))
 
 
-@linux
+@measured
 def test_the_warning_says_what_would_describe_it():
     with pytest.warns(UserWarning, match="fit='affine' describes it within [0-9]%"):
         quiet(graph_and_grid, fit="proportional", memory_limit=room(230, SHARE))
 
 
-@linux
+@measured
 def test_a_dearest_batch_that_takes_more_than_foretold_makes_the_budget_smaller(monkeypatch):
     # What malloc has come to hold in this process is no matter here.
     monkeypatch.setattr(HostMeter, "walk", lambda self, batches: 0)
@@ -580,7 +568,7 @@ def test_a_dearest_batch_that_takes_more_than_foretold_makes_the_budget_smaller(
     assert len(record["walks"]) == 1
 
 
-@linux
+@measured
 def test_batches_in_a_row_that_hold_more_make_the_budget_smaller():
     kept = []
 
@@ -598,7 +586,7 @@ def test_batches_in_a_row_that_hold_more_make_the_budget_smaller():
     assert walks[-1] <= most
 
 
-@linux
+@measured
 def test_memory_that_runs_out_while_probing_is_halved():
     def step(batch):
         if len(batch.indices) >= 100:
@@ -629,7 +617,7 @@ def raising_step(kind):
     return step
 
 
-@linux
+@measured
 def test_a_patch_that_cannot_fit_is_refused_or_skipped_as_told():
     points = {**POINTS, 9: 3_000_000}
 
@@ -644,7 +632,7 @@ def test_a_patch_that_cannot_fit_is_refused_or_skipped_as_told():
     assert plan.sizes_by_patch[3] == 0
 
 
-@linux
+@measured
 def test_a_step_that_takes_nothing_is_bounded_by_its_use(recwarn):
     budget = quiet(lambda batch: None)
     assert budget.max_cost > 1e6
@@ -654,7 +642,7 @@ def test_a_step_that_takes_nothing_is_bounded_by_its_use(recwarn):
 # What is said
 
 
-@linux
+@measured
 def test_the_table_is_printed_and_only_where_asked_for(capsys):
     quiet(allocating)
     assert capsys.readouterr().out == ""
@@ -668,7 +656,7 @@ def test_the_table_is_printed_and_only_where_asked_for(capsys):
     assert f"{tried['batch_size']:,}" in said
 
 
-@linux
+@measured
 def test_the_picture_is_drawn(tmp_path):
     pytest.importorskip("matplotlib")
     path = tmp_path / "fit.png"
@@ -729,7 +717,7 @@ BAD = [
 ]
 
 
-@linux
+@measured
 @pytest.mark.parametrize(("wrong", "kind", "told"), BAD)
 def test_bad_input_is_refused_before_anything_runs(wrong, kind, told):
     given = {"step": never, "sampler": sampler(), "cost": POINTS, "progress": False, **wrong}
@@ -737,7 +725,7 @@ def test_bad_input_is_refused_before_anything_runs(wrong, kind, told):
         calibrate(given.pop("step"), given.pop("sampler"), **given)
 
 
-@linux
+@measured
 def test_a_picture_without_matplotlib_is_refused_before_anything_runs(monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     with pytest.raises(ImportError, match=r"picture must be left out .* pip install matplotlib"):
@@ -746,7 +734,7 @@ def test_a_picture_without_matplotlib_is_refused_before_anything_runs(monkeypatc
         quiet(never, picture=tmp_path / "no" / "fit.png")
 
 
-@linux
+@measured
 @needs_torch
 def test_state_that_cannot_be_put_back_is_refused():
     import torch

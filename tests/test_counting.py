@@ -329,8 +329,8 @@ def test_orders_of_more_samples_are_wider(monkeypatch, tmp_path):
         PatchGroups.load(tmp_path / str(size), ids, verify=True)
 
 
-@pytest.mark.battery
 @pytest.mark.parametrize("seed", range(60))
+@pytest.mark.battery("millions of ids, sixty times")
 def test_long_ids_of_every_kind(seed):
     rng = np.random.default_rng(seed)
     parts = []

@@ -11,12 +11,12 @@ pytest.importorskip("torch")
 
 import torch
 from expected import through_json
-from loaders import IDS, LOADERS, BlockRows, Rows, epoch_of, loader_of, rows_of
+from loaders import IDS, LOADERS, BlockRows, Rows, epoch_of, kinds_of_loaders, loader_of, rows_of
 
 from gpusampler import PatchBatchSampler
 
 
-@pytest.mark.parametrize("loader", LOADERS)
+@pytest.mark.parametrize("loader", kinds_of_loaders(quick=("none", "two")))
 def test_five_epochs_are_the_same_with_any_workers(loader):
     settings = LOADERS[loader]
     sampler = PatchBatchSampler(Rows(), 4, seed=5)
@@ -40,7 +40,7 @@ def test_spawned_workers_give_the_same_epochs():
         assert [rows_of(batch, True) for batch in loaded] == epoch_of(sampler, epoch)
 
 
-@pytest.mark.parametrize("loader", ["none", "two"])
+@pytest.mark.parametrize("loader", kinds_of_loaders("none", "two"))
 @pytest.mark.parametrize(
     ("output", "kind"), [("list", list), ("numpy", np.ndarray), ("tensor", torch.Tensor)]
 )
@@ -54,7 +54,7 @@ def test_blocks_of_rows_are_fetched_by_array(output, kind, loader):
         assert found == epoch_of(PatchBatchSampler(IDS, 4, seed=5), epoch)
 
 
-@pytest.mark.parametrize("loader", LOADERS)
+@pytest.mark.parametrize("loader", kinds_of_loaders())
 def test_a_pass_that_is_left_ends_its_epoch(loader):
     sampler = PatchBatchSampler(Rows(), 4, seed=5)
     loaded = loader_of(Rows(), sampler, **LOADERS[loader])
@@ -66,7 +66,7 @@ def test_a_pass_that_is_left_ends_its_epoch(loader):
     assert [rows_of(b, bool(LOADERS[loader])) for b in loaded] == epoch_of(sampler, 2)
 
 
-@pytest.mark.parametrize("loader", LOADERS)
+@pytest.mark.parametrize("loader", kinds_of_loaders())
 def test_set_epoch_between_passes(loader):
     sampler = PatchBatchSampler(Rows(), 4, seed=5)
     loaded = loader_of(Rows(), sampler, **LOADERS[loader])
@@ -75,7 +75,7 @@ def test_set_epoch_between_passes(loader):
         assert [rows_of(b, bool(LOADERS[loader])) for b in loaded] == epoch_of(sampler, epoch)
 
 
-@pytest.mark.parametrize("loader", LOADERS)
+@pytest.mark.parametrize("loader", kinds_of_loaders(quick=("none", "eager")))
 @pytest.mark.parametrize("step", [1, 9, 19, 20])
 def test_resuming_by_step_in_spite_of_prefetching(loader, step):
     # Stopped twice in the second epoch, each time after the steps that training has done.
@@ -103,7 +103,7 @@ def test_resuming_by_step_in_spite_of_prefetching(loader, step):
     assert seen == expected
 
 
-@pytest.mark.parametrize("loader", LOADERS)
+@pytest.mark.parametrize("loader", kinds_of_loaders())
 def test_the_state_before_the_first_step_is_the_epochs_start(loader):
     # The loader has drawn ahead, and training has done nothing.
     settings = LOADERS[loader]
@@ -118,7 +118,7 @@ def test_the_state_before_the_first_step_is_the_epochs_start(loader):
     )
 
 
-@pytest.mark.parametrize("loader", LOADERS)
+@pytest.mark.parametrize("loader", kinds_of_loaders())
 def test_a_loader_and_its_workers_go_on_in_place_after_a_load(loader):
     # Going back to a state in the same process: nothing of the pass that was left comes through.
     settings = LOADERS[loader]

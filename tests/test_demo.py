@@ -33,10 +33,25 @@ def data():
     return load()
 
 
+def global_state() -> tuple:
+    """What a training might leave changed: generators and threads."""
+    numpy_state = np.random.get_state()[1].tolist()  # noqa: NPY002
+    torch_state = torch.random.get_rng_state().tolist()
+    return numpy_state, torch_state, random.getstate(), torch.get_num_threads()
+
+
 @pytest.fixture(scope="module")
-def done(tmp_path_factory) -> tuple[DemoReport, Path]:
+def trained(tmp_path_factory) -> tuple[DemoReport, Path, tuple, tuple]:
+    """The one training of these tests, and the global state before and after it."""
     out = tmp_path_factory.mktemp("demo") / "made" / "here"
-    return run_demo(out=out, epochs=EPOCHS, seed=3, progress=False), out
+    before = global_state()
+    report = run_demo(out=out, epochs=EPOCHS, seed=3, progress=False)
+    return report, out, before, global_state()
+
+
+@pytest.fixture(scope="module")
+def done(trained) -> tuple[DemoReport, Path]:
+    return trained[:2]
 
 
 @pytest.fixture
@@ -47,6 +62,7 @@ def original():
 # The job
 
 
+@pytest.mark.expensive("the one training of the demo")
 def test_the_loss_falls(done):
     training = done[0].training
     assert len(training.probe_loss) == EPOCHS + 1
@@ -83,6 +99,7 @@ def test_shares_add_up(done):
     assert shares["forward"] + shares["backward"] > 50
 
 
+@pytest.mark.serial("measures time")
 def test_grouped_batches_are_faster(done):
     speed = done[0].speed
     assert speed.samples > 50
@@ -158,6 +175,7 @@ def test_picture_of_many_patches_without_a_grid(done, tmp_path):
     assert (tmp_path / "many.png").stat().st_size > 20_000
 
 
+@pytest.mark.slow("trains three times")
 def test_the_same_seed_gives_the_same_training(data):
     from gpusampler.demo.train import one_thread, train
 
@@ -171,14 +189,9 @@ def test_the_same_seed_gives_the_same_training(data):
     assert losses(6) != first
 
 
-def test_global_state_is_left_alone(data):
-    before = (torch.random.get_rng_state(), random.getstate(), torch.get_num_threads())
-    numpy_before = np.random.get_state()[1].copy()  # noqa: NPY002
-    small = dataclasses.replace(data, probe=torch.utils.data.Subset(data.probe, [0, 20]))
-    run_demo(small, epochs=1, batch_size=64, progress=False)
-    assert torch.equal(before[0], torch.random.get_rng_state())
-    assert before[1:] == (random.getstate(), torch.get_num_threads())
-    assert np.array_equal(numpy_before, np.random.get_state()[1])  # noqa: NPY002
+def test_global_state_is_left_alone(trained):
+    *_, before, after = trained
+    assert before == after
 
 
 def test_bad_arguments(data):
@@ -296,6 +309,7 @@ def test_the_original_is_restored(original):
     assert module.segment_csr is original
 
 
+@pytest.mark.slow("imports neuralop in a process of its own")
 def test_importing_neuralop_leaves_warning_filters_alone():
     # On import neuralop has every UserWarning shown once, over the caller's own filters.
     code = (

@@ -74,6 +74,7 @@ def uninterrupted(folder) -> list[Life]:
     return lives_of(folder / "two")
 
 
+@pytest.mark.expensive("the one job of torchrun")
 def test_two_ranks_share_every_epoch_out(uninterrupted):
     # 47 batches on two ranks: as many steps on both, so that the last step ends, and no more.
     (life,) = uninterrupted
@@ -97,6 +98,7 @@ def check_coverage(steps, sampler, epoch) -> None:
         assert (own > 1).sum() == row["repeated"]
 
 
+@pytest.mark.slow("one more job of torchrun, killed and started again")
 def test_a_killed_rank_and_a_restart_leave_the_losses_as_they_were(folder, uninterrupted):
     # Killed in step 18 of the second epoch, 3 steps after a checkpoint, while the workers of the
     # loaders have drawn ahead. torchrun starts both ranks again by itself.
@@ -112,6 +114,7 @@ def test_a_killed_rank_and_a_restart_leave_the_losses_as_they_were(folder, unint
     assert sum(len(life.steps) for life in lives) == len(uninterrupted[0].steps) + 2
 
 
+@pytest.mark.slow("one more job of torchrun, killed and started again")
 def test_four_ranks_become_three(folder):
     out = folder / "four-three"
     run(out, 4, uneven="drop", kill="training:2:20")
@@ -133,6 +136,7 @@ def test_four_ranks_become_three(folder):
     check_error(out, 3)
 
 
+@pytest.mark.slow("one more job of torchrun, killed and started again")
 def test_two_ranks_become_three_and_then_one(folder):
     out = folder / "two-three-one"
     run(out, 2, epochs=1, save_every=3, kill="training:0:8")
@@ -167,6 +171,7 @@ def page_script() -> str:
     return block
 
 
+@pytest.mark.slow("one more job of torchrun")
 def test_the_script_of_the_page_goes_on(tmp_path):
     script, checkpoint = tmp_path / "train.py", tmp_path / "checkpoint.pt"
     script.write_text(page_script())
@@ -194,7 +199,6 @@ def test_the_script_of_the_page_goes_on(tmp_path):
     assert all(part.isnan().all() for part in saved["model"].values())
 
 
-@pytest.mark.battery
 @pytest.mark.parametrize(
     ("ranks", "kills", "settings"),
     [
@@ -210,6 +214,7 @@ def test_the_script_of_the_page_goes_on(tmp_path):
         ((4, 1), ["saving:0:4"], {}),
     ],
 )
+@pytest.mark.battery("ten more jobs of torchrun, killed at other places")
 def test_killed_anywhere(tmp_path, ranks, kills, settings):
     for count, kill in zip(ranks, [*kills, None], strict=True):
         run(tmp_path, count, kill=kill, **settings)
@@ -220,7 +225,7 @@ def test_killed_anywhere(tmp_path, ranks, kills, settings):
     check_end(lives)
 
 
-@pytest.mark.battery
+@pytest.mark.battery("two more jobs, of three ranks")
 def test_three_ranks_restart_with_losses_that_are_close(tmp_path):
     # A sum of three gradients may be taken in another order by a process group made anew.
     run(tmp_path / "whole", 3)
@@ -234,7 +239,7 @@ def test_three_ranks_restart_with_losses_that_are_close(tmp_path):
     check_end(lives)
 
 
-@pytest.mark.battery
+@pytest.mark.battery("two torchruns that stand for two machines")
 def test_a_machine_joins_and_another_goes(tmp_path):
     # Two torchruns stand for two machines: two ranks, then three, then two again. It goes slowly,
     # so that the second is there before the first has come to the end.

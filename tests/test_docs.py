@@ -18,8 +18,11 @@ import gpusampler
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
-# What measures memory does so in a process of its own.
-MARKS = {"calibrate.md": [pytest.mark.fresh]}
+MARKS = {
+    "calibrate.md": [pytest.mark.serial("measures memory")],
+    "compiled-loops.md": [pytest.mark.slow("compiles to machine code")],
+    "groundwater-gino.md": [pytest.mark.slow("trains a GINO")],
+}
 BLOCK = re.compile(r"^```(python|output)\n(.*?)^```", re.DOTALL | re.MULTILINE)
 
 

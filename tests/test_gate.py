@@ -55,6 +55,7 @@ def busy_loops(number: int) -> Iterator[None]:
 
 
 @pytest.mark.parametrize(("place", "slower", "other"), PLANTED)
+@pytest.mark.serial("measures time")
 def test_twice_the_time_is_found(place, slower, other):
     asked = [part for name in (slower, other) for part in ("--case", name)]
     done = run("tests/runs_gate.py", place, "--", *asked)
@@ -63,6 +64,7 @@ def test_twice_the_time_is_found(place, slower, other):
     assert f"attempts: {other}\n" not in done.stdout
 
 
+@pytest.mark.serial("measures time")
 def test_the_package_as_it_is_holds_beside_busy_loops():
     with busy_loops(os.cpu_count() or 1):
         done = run("-m", "benchmarks.gate")
@@ -71,6 +73,7 @@ def test_the_package_as_it_is_holds_beside_busy_loops():
     assert done.stdout.count("| held |") >= 20
 
 
+@pytest.mark.serial("measures time")
 def test_nothing_planted_is_nothing_found():
     done = run("tests/runs_gate.py", "--", "--case", "look slots up", "--case", ORDER)
     assert done.returncode == 0, done.stdout + done.stderr

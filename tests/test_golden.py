@@ -248,7 +248,7 @@ def test_epochs_a_batch_at_a_time(epoch):
     from gpusampler.cursor import BatchCursor
 
     cursor = BatchCursor(plan, epoch=epoch["epoch"])
-    first, last = range(min(12, len(batches))), range(max(len(batches) - 12, 0), len(batches))
+    first, last = range(min(2, len(batches))), range(max(len(batches) - 2, 0), len(batches))
     for slots in (first, last):
         cursor.seek(epoch["epoch"], slots[0])
         for slot in slots:

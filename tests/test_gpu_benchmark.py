@@ -60,6 +60,10 @@ def found(rehearsal):
 # A dry run
 
 
+rehearsed = pytest.mark.slow("the whole benchmark, rehearsed on a CPU, takes a minute")
+
+
+@rehearsed
 def test_every_case_ends_well(found):
     statuses = {case["name"]: case["status"] for case in found["cases"]}
     assert set(statuses.values()) == {"ok"}, found["cases"]
@@ -68,6 +72,7 @@ def test_every_case_ends_well(found):
     assert list(statuses)[-1] == "picture"
 
 
+@rehearsed
 def test_every_check_holds(found):
     checks = {check["name"] for check in found["checks"]}
     assert all(check["ok"] for check in found["checks"])
@@ -86,6 +91,7 @@ def test_every_check_holds(found):
     } <= checks
 
 
+@rehearsed
 def test_what_is_timed(found):
     rows = found["timings"]
     assert all(0 < row["least"] <= row["ms"] <= row["most"] for row in rows)
@@ -99,6 +105,7 @@ def test_what_is_timed(found):
     assert found["header"]["cupy_left_out"] == "a dry run"
 
 
+@rehearsed
 def test_the_table_fits_into_a_reply(rehearsal):
     printed = rehearsal.done.stdout
     assert len(printed) < KEPT_BY_THE_REPLY
@@ -107,12 +114,14 @@ def test_the_table_fits_into_a_reply(rehearsal):
     assert all(len(line) < 170 for line in printed.splitlines())
 
 
+@rehearsed
 def test_the_picture(rehearsal):
     picture = rehearsal.path.with_suffix(".png").read_bytes()
     assert picture.startswith(b"\x89PNG")
     assert len(picture) > 10_000
 
 
+@rehearsed
 def test_goes_on_where_another_process_ended(rehearsal, found, tmp_path):
     path = tmp_path / "gpu.json"
     left_out = {"grouping", "picture"}
@@ -128,6 +137,7 @@ def test_goes_on_where_another_process_ended(rehearsal, found, tmp_path):
 # Where it does not go well
 
 
+@pytest.mark.slow("a process that imports torch")
 def test_no_device_is_said_at_once(tmp_path):
     done = run("--out", tmp_path / "none")
     assert done.returncode == 2
@@ -135,6 +145,7 @@ def test_no_device_is_said_at_once(tmp_path):
     assert not (tmp_path / "none").exists()
 
 
+@pytest.mark.slow("a process that imports everything, to draw an empty picture")
 def test_a_budget_of_nothing_leaves_everything_out(tmp_path):
     pytest.importorskip("torch")
     done = run("--dry-run", "--out", tmp_path, "--budget", 0)
@@ -268,7 +279,10 @@ def test_a_hundred_plans_are_of_all_kinds(package):
         assert d.plan(d.groups("numpy"), "numpy").num_batches > 0
 
 
-@pytest.mark.parametrize("samples", [2100, 10**6, 10**7, 10**8, 10**9])
+@pytest.mark.parametrize(
+    "samples",
+    [2100, 10**6, 10**7, 10**8, pytest.param(10**9, marks=pytest.mark.slow("2e7 patches"))],
+)
 @pytest.mark.parametrize(
     ("mix", "least", "most"),
     [("large", 1025, 65_535), ("wide", 1025, 1 << 20), ("mixed", 10, 10**5), ("small", 20, 60)],

@@ -268,7 +268,14 @@ def test_threads_may_share_it(root):
 
 # Python 3.12 and later warn of every fork beside a thread, and torch has threads.
 @pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
-@pytest.mark.parametrize(("workers", "start"), [(0, None), (2, "fork"), (2, "spawn")])
+@pytest.mark.parametrize(
+    ("workers", "start"),
+    [
+        (0, None),
+        (2, "fork"),
+        pytest.param(2, "spawn", marks=pytest.mark.slow("spawned workers import torch anew")),
+    ],
+)
 def test_loader_with_the_sampler(root, workers, start):
     dataset = GWPatchDataset(root, 3, 1)
     sampler = PatchBatchSampler(dataset, 4, seed=1)

@@ -159,7 +159,7 @@ def test_samples_of_a_batch_share_no_value(tmp_path):
 
 @linux
 def test_open_files_and_maps_are_bounded(tmp_path):
-    for patch_id in range(200):
+    for patch_id in range(60):
         write_patch(tmp_path, patch_id)
     dataset = GWPatchDataset(tmp_path, 4, 1, max_open_patches=3)
     assert open_files(tmp_path) == open_maps(tmp_path) == 0  # the constructor leaves none
@@ -178,7 +178,7 @@ def test_open_files_and_maps_are_bounded(tmp_path):
 def test_threads_that_read_keep_to_the_bound(tmp_path):
     for patch_id in range(60):
         write_patch(tmp_path, patch_id)
-    threads, most_open, per_thread = 4, 3, 400
+    threads, most_open, per_thread = 4, 3, 150
     dataset = GWPatchDataset(tmp_path, 4, 1, max_open_patches=most_open)
     expected = [dataset[i]["core_in"].numpy().tobytes() for i in range(len(dataset))]
     most, wrong = [0], []
@@ -221,7 +221,10 @@ class Counted:
 @linux
 # Python 3.12 and later warn of every fork beside a thread, and torch has threads.
 @pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
-@pytest.mark.parametrize("start", ["fork", "spawn"])
+@pytest.mark.parametrize(
+    "start",
+    ["fork", pytest.param("spawn", marks=pytest.mark.slow("spawned workers import torch anew"))],
+)
 def test_workers_keep_to_the_bound(tmp_path, start):
     for patch_id in range(30):
         write_patch(tmp_path, patch_id)
@@ -284,6 +287,7 @@ print(dataset.nbytes, most)
         ("statistics", 4, 60, 100_000, 64 << 20),
     ],
 )
+@pytest.mark.serial("measures memory")
 def test_memory_is_bounded_by_the_batch(tmp_path, what, patches, steps, points, room):
     size = sum(write_sparse(tmp_path, patch_id, steps, points) for patch_id in range(patches))
     nbytes, most = map(int, run(MEMORY, tmp_path, room, what)[0].split())

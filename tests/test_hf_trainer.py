@@ -52,7 +52,16 @@ def epochs_of(batch_size=4) -> list[list[int]]:
     return list(chain.from_iterable(whole(epoch, batch_size) for epoch in range(EPOCHS)))
 
 
-@pytest.fixture(scope="module", params=[1, 2], ids=["each step", "two accumulated"])
+on_two_processes = pytest.mark.slow("two processes that import transformers, and train ten times")
+
+
+@pytest.fixture(
+    scope="module",
+    params=[
+        pytest.param(1, id="each step"),
+        pytest.param(2, id="two accumulated", marks=pytest.mark.slow("a dozen more trainings")),
+    ],
+)
 def straight(request, tmp_path_factory):
     """A run that never stopped, with a checkpoint of every step: how often, where, what."""
     folder = tmp_path_factory.mktemp("straight")
@@ -106,6 +115,7 @@ def test_a_run_ends_after_max_steps(tmp_path):
     assert trainer.model.seen == epochs_of()[:15]
 
 
+@pytest.mark.slow("more trainings")
 def test_workers_ahead_change_nothing(straight, tmp_path):
     every, folder, trainer = straight
     resumed = trainer_of(
@@ -126,6 +136,7 @@ def test_training_again_begins_with_epoch_0(tmp_path):
     assert trainer.model.seen == whole(0) * 2
 
 
+@pytest.mark.slow("more trainings")
 def test_a_run_that_is_not_told_its_epoch_repeats_the_first(straight, tmp_path):
     every, folder, _ = straight
     steps = -(-11 // every)
@@ -156,7 +167,12 @@ def resumed_by_state(folder, position, out, **settings):
 
 # 11 batches of 4 at most, 8 of 5; a worker draws ahead, so that what is saved must be counted.
 @pytest.mark.parametrize(
-    ("batch_size", "every", "steps", "workers"), [(4, 1, 11, 0), (5, 2, 4, 0), (5, 2, 4, 1)]
+    ("batch_size", "every", "steps", "workers"),
+    [
+        pytest.param(4, 1, 11, 0, marks=pytest.mark.slow("eight more trainings")),
+        pytest.param(5, 2, 4, 0, marks=pytest.mark.slow("eight more trainings")),
+        pytest.param(5, 2, 4, 1, marks=pytest.mark.slow("eight more trainings, with workers")),
+    ],
 )
 def test_a_run_resumes_by_the_samplers_state(batch_size, every, steps, workers, tmp_path):
     settings = {
@@ -183,6 +199,7 @@ def test_a_run_resumes_by_the_samplers_state(batch_size, every, steps, workers, 
     assert twice.losses == expected["losses"][3 * every :]
 
 
+@pytest.mark.slow("more trainings")
 def test_not_skipping_loses_a_step_where_the_accumulation_does_not_divide_the_epoch(tmp_path):
     trainer = saving(tmp_path / "straight", gradient_accumulation_steps=2)
     trainer.train()
@@ -195,6 +212,7 @@ def test_not_skipping_loses_a_step_where_the_accumulation_does_not_divide_the_ep
     assert resumed.state.global_step == EPOCHS * 6 - 1
 
 
+@pytest.mark.slow("more trainings")
 def test_not_skipping_must_not_be_told_the_epoch(tmp_path):
     saving(tmp_path / "straight").train()
     state = json.loads((tmp_path / "straight" / "checkpoint-14" / "sampler.json").read_text())
@@ -305,6 +323,7 @@ def share(epoch, rank, partial="keep") -> list[list[int]]:
 
 
 @pytest.mark.parametrize("kind", ["told", "prepared"])
+@on_two_processes
 def test_two_processes_share_epochs_out_and_resume(ranks, kind):
     partial = "keep" if kind == "told" else "pad"
     for rank, found in enumerate(ranks):
@@ -322,6 +341,7 @@ def test_two_processes_share_epochs_out_and_resume(ranks, kind):
             }
 
 
+@on_two_processes
 def test_a_prepared_loader_of_two_processes_must_be_told_the_epoch_it_resumes_in(ranks):
     for rank, found in enumerate(ranks):
         found = found["prepared, not told"]
@@ -332,6 +352,7 @@ def test_a_prepared_loader_of_two_processes_must_be_told_the_epoch_it_resumes_in
         assert wrong != found["straight"]["seen"][9:]
 
 
+@on_two_processes
 def test_predictions_of_two_processes_come_in_the_order_of_the_epoch(ranks):
     order = list(
         chain.from_iterable(
@@ -356,6 +377,7 @@ def test_predictions_of_two_processes_come_in_the_order_of_the_epoch(ranks):
     np.testing.assert_allclose([table[row] for row in range(IDS.size)], expected, rtol=1e-5)
 
 
+@on_two_processes
 def test_two_processes_lose_predictions_of_a_prepared_loader(ranks):
     for found in ranks:
         assert set(found["prepared"]["labels"]) != set(range(IDS.size))

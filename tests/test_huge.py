@@ -119,6 +119,7 @@ def test_coverage_of_huge_patches_takes_no_memory_of_their_size(num_replicas, pa
     assert peak < 10_000_000
 
 
+@pytest.mark.serial("measures time")
 def test_one_large_patch_does_not_slow_down_all_the_small_ones():
     def seconds(sizes: list[int]) -> float:
         sampler = PatchBatchSampler(PatchGroups.from_counts(sizes), 50_000, seed=0)

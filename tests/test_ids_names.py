@@ -108,6 +108,7 @@ def test_a_name_that_appears_later_is_an_error():
 
 
 @pytest.mark.parametrize("kind", ["list", "array", "arrow"])
+@pytest.mark.serial("measures time")
 def test_a_million_names_are_read_in_about_a_second(kind):
     source = [f"patch {i % 5000}" for i in range(1_000_000)]
     if kind == "array":

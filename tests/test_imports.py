@@ -211,6 +211,7 @@ def test_the_package_works_where_torch_is_not_installed():
     assert re.search("output .* torch", said[2])
 
 
+@pytest.mark.serial("measures time")
 def test_importing_takes_well_under_a_tenth_of_a_second_beyond_numpy(tmp_path):
     code = (
         "import numpy, time; start = time.process_time(); import gpusampler;"
@@ -300,8 +301,7 @@ def test_what_is_raised_is_said(name):
     assert "Raises" in sections_of(MEMBERS[name].__doc__), name
 
 
-# What measures memory does so in a process of its own.
-MARKS = {"calibrate": [pytest.mark.fresh], "calibration.py": [pytest.mark.fresh]}
+MARKS = {key: [pytest.mark.serial("measures memory")] for key in ("calibrate", "calibration.py")}
 
 
 @pytest.mark.parametrize(

@@ -39,7 +39,10 @@ def test_a_limit_on_the_size_of_files(tmp_path):
 
 @posix
 @pytest.mark.parametrize("change", ["cut off", "emptied", "written", "replaced", "removed"])
-@pytest.mark.parametrize("device", ["numpy", "cpu"])
+@pytest.mark.parametrize(
+    "device",
+    ["numpy", pytest.param("cpu", marks=pytest.mark.slow("a process each that imports torch"))],
+)
 def test_a_file_that_changes_while_it_is_mapped(tmp_path, change, device):
     if device == "cpu" and not find_spec("torch"):
         pytest.skip("torch is not installed")

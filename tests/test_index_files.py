@@ -239,8 +239,10 @@ def batches_of(sampler: PatchBatchSampler) -> list[list[int]]:
     return epoch_of(sampler, 1)
 
 
-@pytest.mark.parametrize("method", ["fork", "spawn"])
-@pytest.mark.filterwarnings("ignore:This process .* is multi-threaded")
+@pytest.mark.parametrize(
+    "method",
+    ["fork", pytest.param("spawn", marks=pytest.mark.slow("a process that imports everything"))],
+)
 def test_other_processes_read_the_same_file(index, method):
     sampler = PatchBatchSampler(PatchGroups.load(index), 500, seed=3)
     with multiprocessing.get_context(method).Pool(1) as pool:
@@ -594,6 +596,7 @@ def test_what_looks_at_no_sample_needs_no_file(index):
         raise KeyError("mine")
 
 
+@pytest.mark.slow("a process that imports torch")
 def test_nothing_is_said_when_the_program_ends_with_a_map(index):
     pytest.importorskip("torch")
     # What torch keeps lets modules go before the groups.

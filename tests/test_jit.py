@@ -190,7 +190,19 @@ def test_a_form_that_is_wrong_is_not_used(monkeypatch, form):
     assert found == expected
 
 
-@pytest.mark.parametrize("constant", ["MIX_1", "MIX_2", "SPREAD", "COIN_ROUND", "MAX_ROUNDS"])
+compiles_again = pytest.mark.slow("compiles everything again")
+
+
+@pytest.mark.parametrize(
+    "constant",
+    [
+        "SPREAD",
+        *(
+            pytest.param(name, marks=compiles_again)
+            for name in ("MIX_1", "MIX_2", "COIN_ROUND", "MAX_ROUNDS")
+        ),
+    ],
+)
 def test_every_constant_is_looked_at(constant):
     """What a cache of Numba's holds from other constants is found out; here uncompiled."""
     code = (
@@ -261,6 +273,7 @@ def test_a_compiler_that_is_switched_off_is_not_used():
     assert done.stdout == "None\n"
 
 
+@pytest.mark.slow("a process of its own compiles everything")
 def test_without_a_folder_for_a_cache_it_compiles_all_the_same(tmp_path):
     package = tmp_path / "gpusampler"
     package.symlink_to(Path(jit.__file__).parent)
@@ -277,12 +290,13 @@ FILES = ["golden", "plan", "sampler", "parts_plan", "huge", "select"]
 OTHERS = "not torch and not compile and not kernel"
 
 
+@pytest.mark.slow("six files of tests once more, compiled by Numba")
 def test_what_numpy_is_tested_for():
     """Whole files of tests, on the compiled form."""
     tests = Path(__file__).parent
     files = [f"{tests}/test_{name}.py" for name in FILES]
     done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-x", "-k", OTHERS, *files],
+        [sys.executable, "-m", "pytest", "-q", "-x", "-n", "0", "-k", OTHERS, *files],
         env={**os.environ, jit.VARIABLE: "1"},
         capture_output=True,
         text=True,

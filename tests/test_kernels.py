@@ -11,7 +11,7 @@ import make_golden
 import numpy as np
 import pytest
 from expected import epochs, seeds
-from hypothesis import given, settings
+from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 from kernels import SOURCE, TRITON, every_kernel, host, kernel_of, shuffles_of
 
@@ -249,13 +249,29 @@ KINDS_OF_PLANS = [
 ]
 
 
+# A plan of the kernels' is as small as it gets, and an interpreter takes minutes to find a smaller.
+few = settings(max_examples=4, phases=[Phase.explicit, Phase.generate])
+
+
 @pytest.mark.parametrize("mixed", [False, True])
-@pytest.mark.parametrize("gathered", [True, False])
 @pytest.mark.parametrize(("interleave", "steps"), KINDS_OF_PLANS)
 @every_kernel
-@settings(max_examples=10)
+@few
 @given(st.data())
-def test_any_batches_of_any_plan(kind, interleave, steps, gathered, mixed, data):
+def test_any_batches_of_any_plan(kind, interleave, steps, mixed, data):
+    check_any_batches(kind, interleave, steps, mixed, data)
+
+
+@pytest.mark.slow("100 plans in Triton's interpreter")
+@every_kernel
+@settings(few, max_examples=100)
+@given(st.data(), st.sampled_from(KINDS_OF_PLANS), flags)
+def test_any_batches_of_many_plans(kind, data, kind_of_plan, mixed):
+    check_any_batches(kind, *kind_of_plan, mixed, data)
+
+
+def check_any_batches(kind, interleave, steps, mixed, data):
+    gathered = data.draw(flags)
     plan, slots = data.draw(plans(interleave, steps, gathered, mixed))
     kernel = check(plan, kind, data.draw(epochs), slots, data.draw(word))
     # The kernel finds out what slots lead to where that is one permutation and one search.
@@ -402,14 +418,25 @@ def sized(
     return plan, rng.integers(0, plan.num_batches, rng.integers(1, 24))
 
 
-@pytest.mark.parametrize("mixed", [False, True])
-@pytest.mark.parametrize("by", ["patch", "cost", "sample"])
+BY = ["patch", "cost", "sample"]
+
+
+@pytest.mark.parametrize("by", BY)
 @pytest.mark.parametrize(("interleave", "steps"), KINDS_OF_PLANS)
 @every_kernel
-@settings(max_examples=2)
-@given(st.data())
-def test_any_batches_of_patches_with_sizes_of_their_own(kind, interleave, steps, by, mixed, data):
+@settings(few, max_examples=3)
+@given(st.data(), flags)
+def test_any_batches_of_patches_with_sizes_of_their_own(kind, interleave, steps, by, data, mixed):
     plan, slots = data.draw(sized(by, interleave, steps, mixed))
+    check(plan, kind, data.draw(epochs), slots)
+
+
+@pytest.mark.slow("60 plans in Triton's interpreter")
+@every_kernel
+@settings(few, max_examples=60)
+@given(st.data(), st.sampled_from(KINDS_OF_PLANS), st.sampled_from(BY), flags)
+def test_batches_of_many_plans_with_sizes_of_their_own(kind, data, kind_of_plan, by, mixed):
+    plan, slots = data.draw(sized(by, *kind_of_plan, mixed))
     check(plan, kind, data.draw(epochs), slots)
 
 

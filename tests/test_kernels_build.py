@@ -41,6 +41,7 @@ def built(tmp_path_factory) -> list[dict]:
     return json.loads(done.stdout)
 
 
+@pytest.mark.slow("compiles the kernel for two GPUs in every form")
 class TestTriton:
     def test_compiles_for_both_gpus(self, built):
         assert {case["arch"] for case in built} == {80, 90}
@@ -86,7 +87,13 @@ CUDA_FORMS = {
 }
 
 
-@pytest.mark.parametrize("case", CUDA_FORMS.values(), ids=CUDA_FORMS)
+@pytest.mark.parametrize(
+    "case",
+    [
+        pytest.param(form, id=name, marks=[pytest.mark.slow("nvcc")] * (name != "mixed, gathered"))
+        for name, form in CUDA_FORMS.items()
+    ],
+)
 def test_cuda_c_compiles_for_a_gpu(case, tmp_path):
     nvcc = shutil.which("nvcc")
     if nvcc is None:

@@ -44,6 +44,9 @@ import gpusampler
 from gpusampler.lightning import ResumeSampler
 
 pytestmark = [pytest.mark.filterwarnings(f"ignore:{message}") for message in NOISE]
+on_two_ranks = pytest.mark.slow("two processes that import Lightning, and train a dozen times")
+with_workers = pytest.mark.slow("a second for the workers of each run")
+every_workers = pytest.mark.parametrize("workers", [0, pytest.param(2, marks=with_workers)])
 
 
 def steps_of(sampler, epochs=range(EPOCHS)) -> list[list]:
@@ -96,7 +99,7 @@ def test_set_epoch_reaches_the_sampler(tmp_path):
     assert steps_in(model) == steps_of(sampler)
 
 
-@pytest.mark.parametrize("workers", [0, 2])
+@every_workers
 def test_validation_has_the_epoch_of_training(tmp_path, workers):
     model, sampler, other = Validated(), sampler_of(), sampler_of(seed=2)
     trainer = trainer_of(tmp_path, num_sanity_val_steps=2)
@@ -149,7 +152,7 @@ class Writer(BasePredictionWriter):
         self.by_epoch = (indices, predictions)
 
 
-@pytest.mark.parametrize("workers", [0, 2])
+@every_workers
 def test_predictions_come_batch_by_batch_with_their_rows(tmp_path, workers):
     writer, sampler = Writer(), sampler_of()
     with pytest.warns(UserWarning, match="custom batch sampler `PatchBatchSampler` for prediction"):
@@ -167,7 +170,8 @@ class Sized(Data):
 
 
 @pytest.mark.filterwarnings("ignore:.*validation_step")
-@pytest.mark.parametrize("workers", [0, 2])
+@every_workers
+@pytest.mark.slow("tries three sizes, with a checkpoint each")
 def test_the_batch_size_finder_finds_and_the_run_begins_at_its_start(tmp_path, workers):
     class NoValidation(Sized):
         val_dataloader = Data.__base__.val_dataloader
@@ -182,7 +186,7 @@ def test_the_batch_size_finder_finds_and_the_run_begins_at_its_start(tmp_path, w
     assert steps_in(model) == steps_of(sampler_of(batch_size=found))
 
 
-@pytest.mark.parametrize("workers", [0, 2])
+@every_workers
 def test_a_sampler_of_another_run_begins_anew(tmp_path, workers):
     # Workers draw before Lightning says which epoch it is in.
     model, sampler = Recorder(), sampler_of()
@@ -318,6 +322,7 @@ def expected_from(start: int, ranks: int) -> list[tuple]:
     return found
 
 
+@on_two_ranks
 def test_two_ranks_share_every_epoch(two_ranks):
     logs = left_by(two_ranks / "whole")
     assert together(logs) == expected_from(0, 2)
@@ -326,6 +331,7 @@ def test_two_ranks_share_every_epoch(two_ranks):
         assert times_seen(rows, IDS.size).min() == 1
 
 
+@on_two_ranks
 def test_two_ranks_resume_as_if_never_stopped(two_ranks):
     for whole, resumed in zip(
         left_by(two_ranks / "whole"), left_by(two_ranks / "middle"), strict=True
@@ -335,12 +341,14 @@ def test_two_ranks_resume_as_if_never_stopped(two_ranks):
 
 
 @pytest.mark.parametrize("steps", FROM_ONE_RANK)
+@on_two_ranks
 def test_two_ranks_go_on_after_one(two_ranks, steps):
     assert together(left_by(two_ranks / f"after {steps} of one")) == expected_from(steps, 2)
 
 
-@pytest.mark.parametrize("workers", [0, 2])
+@every_workers
 @pytest.mark.parametrize("steps", [1, 3, 6, 7])
+@on_two_ranks
 def test_one_rank_goes_on_after_two(tmp_path, two_ranks, steps, workers):
     model = Validated()
     checkpoint = checkpoints_of(two_ranks / "whole")[steps]
@@ -349,18 +357,21 @@ def test_one_rank_goes_on_after_two(tmp_path, two_ranks, steps, workers):
     assert together([model.log_of_run]) == expected_from(min(2 * steps, STEPS), 1)
 
 
+@on_two_ranks
 def test_a_sampler_made_before_the_ranks_gives_each_of_them_everything(two_ranks):
     for log in left_by(two_ranks / "alone"):
         assert [entry[1:4] for entry in log if entry[0] == "train"] == steps_of(sampler_of())
 
 
 @pytest.mark.parametrize("what", ["fit", "validate"])
+@on_two_ranks
 def test_lightnings_own_sampler_is_refused_on_ranks(two_ranks, what):
     for said in left_by(two_ranks / f"{what} refused"):
         assert "can't inject a (distributed) sampler into your batch sampler" in said
         assert "set `Trainer(use_distributed_sampler=False)`" in said
 
 
+@on_two_ranks
 def test_ranks_share_predictions(two_ranks):
     # Lightning refuses nothing here, and puts no sampler of its own in.
     by_rank = left_by(two_ranks / "predicted")
@@ -368,6 +379,7 @@ def test_ranks_share_predictions(two_ranks):
     assert left_by(two_ranks / "predicted alone") == [epoch_of(sampler_of(), 0)] * 2
 
 
+@on_two_ranks
 def test_ranks_that_are_forked_share_every_epoch(tmp_path):
     run(tmp_path)
     expected = [entry for entry in expected_from(0, 2) if entry[0] == "train"]

@@ -35,6 +35,8 @@ from gpusampler import PatchBatchSampler
 from gpusampler.lightning import ResumeSampler
 
 pytestmark = [pytest.mark.filterwarnings(f"ignore:{message}") for message in NOISE]
+with_workers = pytest.mark.slow("a second for the workers of each run")
+every_workers = pytest.mark.parametrize("workers", [0, pytest.param(2, marks=with_workers)])
 
 
 def kind_of(name: str) -> type:
@@ -98,7 +100,7 @@ def assert_goes_on(resumed: Recorder, whole: Recorder, done: int) -> None:
 
 # The middle, the last but one and the end of an epoch, and of one that begins after it.
 @pytest.mark.parametrize("done", [2, 6, 12, 13, 15, 25])
-@pytest.mark.parametrize("accumulate", [1, 2])
+@pytest.mark.parametrize("accumulate", [1, pytest.param(2, marks=pytest.mark.slow("12 runs"))])
 @pytest.mark.parametrize("workers", [0, 2])
 def test_going_on_equals_never_having_stopped(tmp_path, uninterrupted, workers, accumulate, done):
     settings = {"workers": workers, "accumulate_grad_batches": accumulate}
@@ -147,7 +149,7 @@ WAYS = {
 }
 
 
-@pytest.mark.parametrize("workers", [0, 2])
+@every_workers
 @pytest.mark.parametrize("way", WAYS)
 def test_going_on_whatever_saved_and_whatever_is_set(tmp_path, uninterrupted, way, workers):
     settings, stops = WAYS[way]
@@ -158,7 +160,7 @@ def test_going_on_whatever_saved_and_whatever_is_set(tmp_path, uninterrupted, wa
         assert_goes_on(resumed, whole, done)
 
 
-@pytest.mark.parametrize("workers", [0, 2])
+@every_workers
 @pytest.mark.parametrize("stops", [[3, 5, 12], [5, 13, 20], [12, 13, 14], [13, 26, 27, 30]])
 def test_going_on_again_and_again(tmp_path, uninterrupted, workers, stops):
     settings = {"workers": workers, "max_epochs": 3}
@@ -173,7 +175,7 @@ def test_going_on_again_and_again(tmp_path, uninterrupted, workers, stops):
 
 
 @pytest.mark.filterwarnings("ignore:`?.fit.ckpt_path=")
-@pytest.mark.parametrize("workers", [0, 2])
+@every_workers
 @pytest.mark.parametrize("at", [5, 13, 14])
 def test_going_on_after_an_error(tmp_path, uninterrupted, workers, at):
     whole, _ = uninterrupted(workers=workers)
@@ -200,7 +202,7 @@ class AtTheStart(lightning.Callback):
         trainer.save_checkpoint(self.folder / f"start-{trainer.current_epoch}.ckpt")
 
 
-@pytest.mark.parametrize("workers", [0, 2])
+@every_workers
 @pytest.mark.parametrize("first", [True, False])
 @pytest.mark.parametrize("settings", [{}, {"limit_train_batches": 5}, {"model": Validated}])
 def test_going_on_from_the_start_of_an_epoch(tmp_path, uninterrupted, settings, first, workers):
@@ -257,6 +259,7 @@ def test_other_loaders_are_refused(tmp_path, loaders, got):
         trainer.fit(Recorder(), loaders())
 
 
+@pytest.mark.slow("five more runs, with workers")
 def test_the_package_by_its_other_name_goes_on_too(tmp_path):
     other = pytest.importorskip("pytorch_lightning")
 

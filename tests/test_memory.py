@@ -11,6 +11,8 @@ import pytest
 
 from gpusampler import PatchBatchSampler, PatchGroups
 
+pytestmark = pytest.mark.serial("measures memory, of which 1e7 samples take some")
+
 MB = 1 << 20
 N = 10_000_000
 

@@ -709,7 +709,7 @@ def test_weights_of_many_patches():
     more_than_24_bits(2**18 + 5)
 
 
-@pytest.mark.battery
+@pytest.mark.battery("17 million patches, 3.6 GB")
 def test_weights_of_more_than_2_to_the_24_patches():
     began = process_time()
     more_than_24_bits(2**24 + 5)

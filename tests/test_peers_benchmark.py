@@ -177,6 +177,7 @@ def test_memory_is_what_is_held_at_most():
     assert found_of(planted(lambda work: Planted(one_patch_after_another(work))))["peak_mb"] < 5
 
 
+@pytest.mark.slow("waits until a limit of time has passed")
 def test_what_takes_too_long_is_named_and_larger_cases_are_left_out():
     from benchmarks.peers.cases import Case
     from benchmarks.peers.running import run
@@ -201,6 +202,7 @@ def test_what_takes_too_long_is_named_and_larger_cases_are_left_out():
     assert "| planted | over 0.5 s with 1,000 samples" in printed
 
 
+@pytest.mark.slow("waits until a limit of time has passed")
 def test_what_was_found_before_the_limit_is_kept():
     def slow_second_epoch(work):
         batches = one_patch_after_another(work)
@@ -268,6 +270,9 @@ def test_peers_that_are_there_hand_out_what_they_promise():
         assert found["same_members"] == (1 if "fixed batches" in peer.name else 0), peer.name
 
 
+tabled = pytest.mark.slow("measures a table of samplers, however small")
+
+
 @pytest.fixture(scope="module")
 def quick(tmp_path_factory):
     """The command itself, in a process of its own, on small cases."""
@@ -282,6 +287,7 @@ def quick(tmp_path_factory):
     return folder, done.stdout, json.loads(written.read_text())
 
 
+@tabled
 def test_one_table_is_printed_with_ratios(quick):
     from benchmarks.peers.tables import HEAD
 
@@ -302,6 +308,7 @@ def test_one_table_is_printed_with_ratios(quick):
         assert float(row["/ ungrouped"]) == pytest.approx(taken / base, rel=0.02)
 
 
+@tabled
 def test_figures_are_written_with_where_they_come_from(quick):
     _, _, found = quick
     assert set(found["machine"]) >= {"processor", "python", "numpy", "torch", "commit", "date"}
@@ -317,6 +324,7 @@ def test_figures_are_written_with_where_they_come_from(quick):
         assert set(row) >= measured or row["missing"] == "clustered-batch-sampler is not installed"
 
 
+@tabled
 def test_pictures_are_drawn(quick):
     folder, _, _ = quick
     names = {path.name for path in (folder / "img").iterdir()}
@@ -326,6 +334,7 @@ def test_pictures_are_drawn(quick):
         assert path.stat().st_size > 10_000
 
 
+@tabled
 def test_tables_are_put_into_the_page(quick, tmp_path):
     from benchmarks.peers.tables import of_page, put_into
 
@@ -343,6 +352,7 @@ def test_tables_are_put_into_the_page(quick, tmp_path):
         put_into(tmp_path / "wrong.md", of_page(found))
 
 
+@tabled
 def test_a_file_of_figures_is_printed_again(quick, capsys):
     from benchmarks.__main__ import main
 
@@ -352,6 +362,7 @@ def test_a_file_of_figures_is_printed_again(quick, capsys):
     assert capsys.readouterr().out == printed[: printed.index("wrote")]
 
 
+@tabled
 def test_what_was_not_asked_for_is_left_empty(quick, tmp_path):
     from benchmarks.peers.pictures import draw
     from benchmarks.peers.tables import of_page, of_series
@@ -370,6 +381,7 @@ def test_peers_are_chosen_by_part_of_a_name():
         main(["--peers", "nonsense"])
 
 
+@tabled
 def test_the_pages_own_marks_are_tables(quick, tmp_path):
     from benchmarks.peers.tables import of_page, put_into
 

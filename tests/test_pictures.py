@@ -21,6 +21,7 @@ def pictures(monkeypatch):
     return pictures
 
 
+@pytest.mark.slow("draws every picture")
 def test_all_pictures_are_drawn_and_shown(pictures, tmp_path, capsys):
     pictures.main(["--out", str(tmp_path / "img")])
     drawn = {path.name for path in (tmp_path / "img").iterdir()}

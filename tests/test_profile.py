@@ -115,6 +115,7 @@ def test_stats_are_always_on():
     assert json.loads(json.dumps(stats.to_dict()))["rows"][2]["name"] == "evaluate"
 
 
+@pytest.mark.serial("measures time")
 def test_what_is_read_is_told_apart_from_what_is_grouped():
     class Dataset:
         def __len__(self):
@@ -169,6 +170,7 @@ def loops():
 
 @pytest.mark.parametrize("output", ["list", "numpy"])
 @pytest.mark.parametrize("loop", loops(), ids=lambda loop: loop.__name__)
+@pytest.mark.serial("measures time")
 def test_shares_sum_to_the_wall(loop, output):
     sampler = make(output=output)
     start = time.monotonic()
@@ -187,6 +189,7 @@ def test_shares_sum_to_the_wall(loop, output):
     assert rows["evaluate"].seconds > 0
 
 
+@pytest.mark.serial("measures time")
 def test_work_of_the_loop_is_the_loops():
     sampler = make()
     with sampler.profile() as p:

@@ -301,6 +301,7 @@ except ValueError as error:
 """
 
 
+@pytest.mark.slow("a process that imports torch, for one error")
 def test_a_group_that_cannot_agree_on_a_seed_is_told_to_give_one():
     pytest.importorskip("torch")
     done = subprocess.run(

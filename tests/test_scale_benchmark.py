@@ -18,6 +18,7 @@ def measures(monkeypatch):
     return measures
 
 
+@pytest.mark.slow("groups a file, killed on the way")
 def test_a_process_is_killed_and_another_goes_on(measures, tmp_path):
     found = measures.killed(tmp_path, 3_000_000, patience=[0.0], checkpoint=0.0)
     assert found["codes"] == [-9, 0]
@@ -35,6 +36,7 @@ def test_1e12_samples_from_counts(measures):
     assert found["kilobytes"] < 1000
 
 
+@pytest.mark.slow("the whole benchmark, on small files")
 def test_the_whole_is_printed_written_and_drawn(measures, tmp_path, capsys):
     from benchmarks.scale.__main__ import main
 

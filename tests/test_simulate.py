@@ -207,6 +207,7 @@ def test_committed_data_names_no_path_of_a_machine():
     assert "/home" not in text
 
 
+@pytest.mark.slow("draws four maps")
 def test_picture_is_drawn_from_the_committed_data(tmp_path):
     path = draw_aquifer(tmp_path / "deep" / "aquifer.png")
     assert path.read_bytes().startswith(b"\x89PNG")
@@ -672,6 +673,7 @@ def test_heads_are_read_as_flopy_reads_them(program, tmp_path):
         theirs.close()
 
 
+@pytest.mark.slow("a process of its own")
 def test_importing_the_simulation_needs_neither_flopy_nor_gstools():
     code = (
         "import sys; import gpusampler.demo.simulate, gpusampler.demo.aquifer_picture; "

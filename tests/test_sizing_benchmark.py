@@ -85,13 +85,16 @@ def test_the_small_preset_is_the_committed_data(bench):
     assert bench.samples_of(60) * 9 == len(dataset)
 
 
-# Forked from a process that many tests have gone through, it finds room that is counted as held.
-@pytest.mark.fresh
-@pytest.mark.filterwarnings("ignore:This process:DeprecationWarning")
+@pytest.mark.serial("compares peaks of memory")
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="reads Linux's /proc")
 def test_training_takes_fewer_steps_at_the_same_peak(bench, capsys):
     pytest.importorskip("neuralop")
-    found = bench.training((8,), epochs=1)
+    # This process has memory to spare, in which a peak would not show.
+    code = "import json; from benchmarks import sizing; print(json.dumps(sizing.training((8,), 1)))"
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, check=True, stdout=subprocess.PIPE, text=True
+    )
+    found = json.loads(done.stdout)
     bench.print_training(found)
     assert "| 8 | budget | 16 |" in capsys.readouterr().out
     fixed, budget = found["rows"]
@@ -99,17 +102,6 @@ def test_training_takes_fewer_steps_at_the_same_peak(bench, capsys):
     assert budget["peak_mb"] == pytest.approx(fixed["peak_mb"], rel=0.15)
     assert budget["samples_a_second"] > 0
     assert 0 < budget["probe_loss"] < 2
-
-
-def test_in_a_process_of_its_own():
-    done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-m", "fresh", __file__],
-        env={**os.environ, "GPUSAMPLER_FRESH": "1"},
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stdout[-8000:] + done.stderr
-    assert "1 passed" in done.stdout or "1 skipped" in done.stdout
 
 
 def test_a_child_that_dies_is_an_error(bench):
@@ -157,6 +149,7 @@ def test_peers_that_are_there_are_run(peers):
         assert 0 < found["fill"] <= 1
 
 
+@pytest.mark.slow("the whole benchmark, on few samples")
 def test_the_whole_is_printed_written_and_drawn(bench, peers, monkeypatch, capsys, tmp_path):
     pytest.importorskip("gstools")
     pytest.importorskip("matplotlib")

@@ -41,6 +41,7 @@ def taken_along(batches) -> tuple[list, list]:
     return rows, sorted(places)
 
 
+@pytest.mark.slow("spawned workers import torch anew")
 def test_a_sampler_in_the_dataset_is_spawned_along_in_the_middle_of_an_epoch():
     before = PatchBatchSampler(IDS, 4, seed=5)
     list(islice(before, 7))

@@ -361,7 +361,7 @@ anything = st.recursive(
 )
 
 
-@settings(max_examples=200)
+@settings(max_examples=60)
 @given(
     changes=st.lists(st.tuples(st.sampled_from(KEYS), anything), min_size=1, max_size=3),
     through=st.sampled_from(THROUGH),

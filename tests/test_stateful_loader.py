@@ -14,7 +14,7 @@ pytest.importorskip("torchdata")
 
 import torch
 from expected import quiet
-from loaders import IDS, LOADERS, BlockRows, Rows, epoch_of, loader_of, rows_of
+from loaders import IDS, LOADERS, BlockRows, Rows, epoch_of, kinds_of_loaders, loader_of, rows_of
 from torchdata.stateful_dataloader import StatefulDataLoader
 
 # It calls a function of torch that has been deprecated since.
@@ -77,7 +77,7 @@ def by_torch(saved):
 
 @pytest.mark.parametrize("told", [False, True], ids=["untold", "told"])
 @pytest.mark.parametrize("stop", STOPS)
-@pytest.mark.parametrize("workers", ["none", "two", "persistent"])
+@pytest.mark.parametrize("workers", kinds_of_loaders("none", "two", "persistent"))
 def test_stopping_twice_in_an_epoch_changes_nothing(workers, stop, told):
     first = Run(workers, told)
     assert len(first.sampler) == BATCHES
@@ -93,7 +93,7 @@ def test_stopping_twice_in_an_epoch_changes_nothing(workers, stop, told):
 
 @pytest.mark.parametrize("told", [False, True], ids=["untold", "told"])
 @pytest.mark.parametrize("stop", STOPS)
-@pytest.mark.parametrize("workers", ["none", "two", "persistent"])
+@pytest.mark.parametrize("workers", kinds_of_loaders("none", "two", "persistent"))
 def test_a_state_taken_before_the_resumed_run_moves_is_the_same_place(workers, stop, told):
     first = Run(workers, told)
     expected = expected_of(first.sampler, 2)
@@ -106,7 +106,7 @@ def test_a_state_taken_before_the_resumed_run_moves_is_the_same_place(workers, s
 
 
 @pytest.mark.parametrize("every", [1, 3])
-@pytest.mark.parametrize("workers", ["none", "two"])
+@pytest.mark.parametrize("workers", kinds_of_loaders("none", "two"))
 def test_states_that_were_kept_do_not_move_with_the_run(workers, every):
     # Not one is written down before all are taken.
     run = Run(workers)
@@ -122,7 +122,7 @@ def test_states_that_were_kept_do_not_move_with_the_run(workers, every):
         assert list(islice(resumed, len(expected) - stop)) == expected[stop:]
 
 
-@pytest.mark.parametrize("workers", ["none", "two"])
+@pytest.mark.parametrize("workers", kinds_of_loaders("none", "two"))
 @pytest.mark.parametrize(
     ("kind", "settings"),
     [
@@ -175,7 +175,7 @@ def test_a_rank_of_twos_state_goes_on_on_three(workers, rank):
     assert in_turn(three, 7) == [*following, following[0]]
 
 
-@pytest.mark.parametrize("workers", ["none", "two"])
+@pytest.mark.parametrize("workers", kinds_of_loaders("none", "two"))
 def test_another_number_of_workers_goes_on_by_the_samplers_state(workers):
     whole = epoch_of(quiet(IDS, 4, seed=5), 0)
     two = world(2, workers)
@@ -192,7 +192,7 @@ def test_another_number_of_workers_goes_on_by_the_samplers_state(workers):
     assert in_turn(three, 5) == [*whole[8:], None, None, None]
 
 
-@pytest.mark.parametrize("workers", ["none", "two", "persistent"])
+@pytest.mark.parametrize("workers", kinds_of_loaders("none", "two", "persistent"))
 def test_the_place_that_a_loader_has_loaded_wins_over_set_epoch(workers):
     # torchdata hands a state on when the next pass begins, which is after set_epoch.
     first = Run(workers)
@@ -212,7 +212,7 @@ def test_a_loader_that_is_asked_for_its_state_has_begun(workers, epoch):
     assert list(islice(run, BATCHES)) == epoch_of(run.sampler, epoch)
 
 
-@pytest.mark.parametrize("workers", ["none", "two", "persistent"])
+@pytest.mark.parametrize("workers", kinds_of_loaders("none", "two", "persistent"))
 def test_passes_that_are_left_end_their_epoch(workers):
     run = Run(workers)
     for epoch in range(2):
@@ -223,7 +223,7 @@ def test_passes_that_are_left_end_their_epoch(workers):
     assert list(islice(run, BATCHES)) == epoch_of(run.sampler, 2)
 
 
-@pytest.mark.parametrize("workers", ["none", "two", "persistent"])
+@pytest.mark.parametrize("workers", kinds_of_loaders("none", "two", "persistent"))
 def test_ranks_that_are_told_every_epoch_are_not_warned_after_a_finished_one(workers):
     first = Run(workers, told=True, num_replicas=2, rank=0)
     found = list(islice(first, BATCHES // 2 + 1))
@@ -231,7 +231,7 @@ def test_ranks_that_are_told_every_epoch_are_not_warned_after_a_finished_one(wor
     assert found + list(islice(second, BATCHES // 2)) == expected_of(first.sampler, 2)[:-1]
 
 
-@pytest.mark.parametrize("workers", ["none", "two", "persistent"])
+@pytest.mark.parametrize("workers", kinds_of_loaders("none", "two", "persistent"))
 def test_a_state_of_other_ids_is_refused_when_the_pass_begins(workers):
     first = Run(workers)
     list(islice(first, 3))

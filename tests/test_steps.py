@@ -380,7 +380,7 @@ def test_batches_of_a_large_class_are_left_out_equally_often(width, num_replicas
     ).plan
     assert plan.num_batches == 50
     left = 50 % num_replicas
-    times = times_left_out(plan, num_replicas, over := 4000)
+    times = times_left_out(plan, num_replicas, over := 1500)
     chance = left / 50
     spread = (over * chance * (1 - chance)) ** 0.5
     assert abs(times - over * chance).max() < 5 * spread

@@ -10,7 +10,7 @@ pytest.importorskip("torch")
 
 import torch
 from expected import quiet
-from loaders import IDS, LOADERS, loader_of
+from loaders import IDS, LOADERS, kinds_of_loaders, loader_of
 from torch import nn
 from torch.utils.data import Dataset
 
@@ -87,7 +87,7 @@ class Training:
             getattr(self, part).load_state_dict(saved[part])
 
 
-@pytest.mark.parametrize("workers", ["none", "two", "persistent"])
+@pytest.mark.parametrize("workers", kinds_of_loaders("none", "two", "persistent"))
 @pytest.mark.parametrize("stops", [(1, 2), (9, 17), (20, 3), (33, 26)])
 def test_losses_after_resuming_are_those_of_a_run_that_never_stopped(workers, stops):
     whole = Training("none", seed=5)

@@ -28,6 +28,7 @@ def quick() -> list[Result]:
     return flat(run(Subject(), "quick"))
 
 
+@pytest.mark.expensive("the statistics of the permutation")
 def test_passes(quick):
     failed = statistics.failures(quick, statistics.bound(quick))
     assert not failed, told(failed)
@@ -40,6 +41,7 @@ def test_every_test_ran(quick):
 
 
 @pytest.mark.parametrize("control", CONTROLS, ids=lambda control: control.subject.name)
+@pytest.mark.slow("the statistics of sixteen permutations that are wrong")
 def test_control_is_caught(control: Control, quick):
     results = flat(run(control.subject, "quick", control.decisive_cases()))
     failed = statistics.failures(results, statistics.bound(quick))
@@ -53,6 +55,7 @@ def test_every_kind_of_test_catches_a_control():
     assert kinds - caught == {"plan"}
 
 
+@pytest.mark.slow("the statistics once more")
 def test_plan_that_adds_seed_and_epoch_is_caught(monkeypatch, quick):
     class Unmixed:
         """Streams that still say what their seed is."""
@@ -75,6 +78,7 @@ def test_plan_that_adds_seed_and_epoch_is_caught(monkeypatch, quick):
 
 
 @pytest.mark.parametrize("oracle", ORACLES, ids=lambda oracle: oracle.name)
+@pytest.mark.slow("the statistics of permutations that are not ours")
 def test_oracle_passes(oracle, quick):
     results = flat(run(oracle(), "quick", below(LARGEST_FOR_ORACLES)))
     failed = statistics.failures(results, statistics.bound(quick))
@@ -96,14 +100,14 @@ def test_hash_modulo_is_no_bijection():
     assert found == []
 
 
-@pytest.mark.battery
+@pytest.mark.battery("the long form of the statistics")
 def test_passes_long():
     results = flat(run(Subject(), "long"))
     failed = statistics.failures(results, statistics.bound(results))
     assert not failed, told(failed)
 
 
-@pytest.mark.battery
 @pytest.mark.parametrize("n", [n for n in bijectivity.large_sizes(10**7) if n > 300_000])
+@pytest.mark.battery("every position of large permutations")
 def test_bijective_up_to_ten_million(n):
     assert bijectivity.is_bijection(Subject(), n, seed=n)

@@ -7,7 +7,7 @@ from elastic import MOST_RANKS, carry_out_all, case_of, changes
 
 PLAIN, LOADED = 2, 3
 
-pytestmark = pytest.mark.battery
+pytestmark = pytest.mark.battery("thousands of runs")
 
 
 @pytest.mark.parametrize("part", range(4))

@@ -51,29 +51,35 @@ def test_quick():
     assert not failed(results), told(failed(results))
 
 
+@pytest.mark.slow("the statistics of an order that is not ours")
 def test_what_sorting_makes_passes():
     results = through_steps(by_sorting, QUICK)
     assert not failed(results), told(failed(results))
 
 
-@pytest.mark.battery
+controls = pytest.mark.slow("the statistics of orders that are wrong")
+
+
+@pytest.mark.battery("the long form of the statistics")
 def test_long():
     results = [*through_steps(of_the_package, LONG), *samples_too(50_000), *of_one_patch(50_000)]
     print(told(sorted(results, key=lambda result: result.p)))
     assert not failed(results), told(failed(results))
 
 
-@pytest.mark.battery
+@pytest.mark.battery("the long form of the statistics")
 def test_what_sorting_makes_passes_the_long_form():
     results = through_steps(by_sorting, LONG)
     assert not failed(results), told(failed(results))
 
 
+@controls
 def test_classes_that_stay_as_they_are_are_caught(monkeypatch):
     monkeypatch.setattr(reference, "permute", lambda xp, x, *_: x)
     assert names_of_failed() >= {"whole: a class", "whole: classes of a step", "grid: a class"}
 
 
+@controls
 def test_classes_that_share_a_key_are_caught(monkeypatch):
     monkeypatch.setattr(
         reference, "key_of", lambda state, epoch, _: key_of(state, epoch, 0 * epoch)
@@ -83,6 +89,7 @@ def test_classes_that_share_a_key_are_caught(monkeypatch):
     assert "whole: a class" not in caught
 
 
+@controls
 def test_classes_with_the_key_of_the_steps_are_caught(monkeypatch):
     own = Streams.of
 
@@ -94,6 +101,7 @@ def test_classes_with_the_key_of_the_steps_are_caught(monkeypatch):
     assert "whole: steps and large classes" in names_of_failed()
 
 
+@controls
 def test_a_short_step_in_one_place_is_caught(monkeypatch):
     monkeypatch.setattr(steps, "keyed_hash", lambda key, r, v: key[0] * 0)
     assert names_of_failed() >= {
@@ -103,6 +111,7 @@ def test_a_short_step_in_one_place_is_caught(monkeypatch):
     }
 
 
+@controls
 def test_a_short_step_that_follows_from_the_order_is_caught(monkeypatch):
     # The first draw of the shuffle of three steps.
     own = steps.keyed_hash
@@ -110,6 +119,7 @@ def test_a_short_step_that_follows_from_the_order_is_caught(monkeypatch):
     assert "whole: steps and a short one" in names_of_failed()
 
 
+@controls
 def test_seed_plus_epoch_is_caught(monkeypatch):
     def added(stream, epoch, group):
         seed, purpose = stream
