@@ -79,7 +79,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Refuse a test that does not say why it is not simply a quick one."""
     for item in items:
         for mark in (mark for mark in item.iter_markers() if mark.name in TIERS):
-            if not mark.args or not isinstance(mark.args[0], str):
+            if not (mark.args and mark.args[0] and isinstance(mark.args[0], str)):
                 raise pytest.UsageError(f"{item.nodeid}: {mark.name} needs a reason, in a line")
 
 
@@ -97,13 +97,13 @@ def pytest_runtest_makereport(item: pytest.Item) -> Iterator[None]:
     return report
 
 
-def too_slow(reports: Iterable[Any]) -> list[tuple[float, str]]:
+def too_slow(reports: Iterable[Any]) -> list[tuple[str, float]]:
     """List the tests that should be quick and took more than MOST_SECONDS, slowest first."""
     taken: Counter[str] = Counter()
     for report in reports:
         if getattr(report, "should_be_quick", False):
             taken[report.nodeid] += report.duration
-    return [(took, test) for test, took in taken.most_common() if took > MOST_SECONDS]
+    return [(test, took) for test, took in taken.most_common() if took > MOST_SECONDS]
 
 
 def pytest_terminal_summary(terminalreporter: Any) -> None:
@@ -111,7 +111,7 @@ def pytest_terminal_summary(terminalreporter: Any) -> None:
     found = too_slow(report for kind in terminalreporter.stats.values() for report in kind)
     if found:
         terminalreporter.section(f"above {MOST_SECONDS:g} s: make it smaller, or mark it")
-        for took, test in found:
+        for test, took in found:
             terminalreporter.write_line(f"{took:6.1f} s  {test}")
 
 

@@ -85,7 +85,7 @@ def test_the_small_preset_is_the_committed_data(bench):
     assert bench.samples_of(60) * 9 == len(dataset)
 
 
-@pytest.mark.serial("compares peaks of memory")
+@pytest.mark.slow("trains twice, in a process of its own")
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="reads Linux's /proc")
 def test_training_takes_fewer_steps_at_the_same_peak(bench, capsys):
     pytest.importorskip("neuralop")

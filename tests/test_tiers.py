@@ -1,0 +1,49 @@
+"""The tiers of tests: a mark needs its reason, and what makes the default tier slow is named."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from types import SimpleNamespace
+
+import conftest
+import pytest
+
+ROOT = Path(__file__).parent.parent
+
+
+def item_with(*marks: pytest.MarkDecorator) -> SimpleNamespace:
+    return SimpleNamespace(nodeid="a test", iter_markers=lambda: [one.mark for one in marks])
+
+
+@pytest.mark.parametrize("tier", conftest.TIERS)
+def test_a_mark_without_a_reason_is_refused(tier):
+    mark = getattr(pytest.mark, tier)
+    conftest.pytest_collection_modifyitems([item_with(mark("because"), pytest.mark.gpu)])
+    for bare in (mark, mark(), mark(""), mark(3)):
+        with pytest.raises(pytest.UsageError, match=f"a test: {tier} needs a reason"):
+            conftest.pytest_collection_modifyitems([item_with(bare)])
+
+
+def report_of(test: str, took: float, quick: bool = True) -> SimpleNamespace:
+    return SimpleNamespace(nodeid=test, duration=took, should_be_quick=quick)
+
+
+def test_what_takes_too_long_is_named_with_its_setup():
+    limit = conftest.MOST_SECONDS
+    reports = [
+        report_of("setup and call", limit / 2),
+        report_of("setup and call", limit / 2 + 1),
+        report_of("quick", limit - 1),
+        report_of("marked", limit + 5, quick=False),
+        report_of("call", limit + 2),
+        SimpleNamespace(nodeid="deselected"),
+    ]
+    assert conftest.too_slow(reports) == [("call", limit + 2), ("setup and call", limit + 1)]
+
+
+def test_ci_runs_the_readmes_command_and_every_tier_but_the_battery():
+    script = (ROOT / ".ci" / "run").read_text()
+    (command,) = re.findall(r"^(.*\S) +# the tests", (ROOT / "README.md").read_text(), re.M)
+    assert f"bash -c '{command}'" in script
+    assert re.findall(r"^pytest -m (.*)$", script, re.M) == ['"slow or mf6"', "serial"]
