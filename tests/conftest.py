@@ -71,12 +71,12 @@ MOST_SECONDS = 5.0
 
 
 def pytest_xdist_auto_num_workers(config: pytest.Config) -> int | None:
-    """Run alone what measures time or memory, and what shares one GPU."""
+    """Use one process for tests that measure, and for tests that share a GPU."""
     return 0 if config.option.markexpr in ("serial", "gpu") else None
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Refuse a test that does not say why it is not simply a quick one."""
+    """Refuse a mark of a tier that gives no reason."""
     for item in items:
         for mark in (mark for mark in item.iter_markers() if mark.name in TIERS):
             if not (mark.args and mark.args[0] and isinstance(mark.args[0], str)):
@@ -84,21 +84,21 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 def pytest_collection_finish() -> None:
-    """Keep the garbage collector, and forked children, away from all that was imported."""
+    """Freeze what was imported: collections take less time, and forked children copy less."""
     gc.collect()
     gc.freeze()
 
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport(item: pytest.Item) -> Iterator[None]:
-    """Note in a report, which comes from another process, whether its test should be quick."""
+    """Record whether the test has no mark of a tier: the controller sees reports, not tests."""
     report = yield
     report.should_be_quick = not any(map(item.get_closest_marker, TIERS))
     return report
 
 
 def too_slow(reports: Iterable[Any]) -> list[tuple[str, float]]:
-    """List the tests that should be quick and took more than MOST_SECONDS, slowest first."""
+    """Return the tests without a mark that took more than MOST_SECONDS, slowest first."""
     taken: Counter[str] = Counter()
     for report in reports:
         if getattr(report, "should_be_quick", False):
@@ -107,7 +107,7 @@ def too_slow(reports: Iterable[Any]) -> list[tuple[str, float]]:
 
 
 def pytest_terminal_summary(terminalreporter: Any) -> None:
-    """Name the tests that make the default tier slow; machines differ, so none of them fails."""
+    """List the tests that make the default tier slow; machines differ, so none of them fails."""
     found = too_slow(report for kind in terminalreporter.stats.values() for report in kind)
     if found:
         terminalreporter.section(f"above {MOST_SECONDS:g} s: make it smaller, or mark it")

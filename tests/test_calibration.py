@@ -37,7 +37,7 @@ linux = pytest.mark.skipif(sys.platform != "linux", reason="peaks are told on Li
 
 
 def measured(test):
-    """What is true of a process whose memory was not much used before."""
+    """Mark a test of peaks, which show only where little memory was freed before."""
     return pytest.mark.serial("compares peaks of memory")(linux(test))
 
 
@@ -62,7 +62,7 @@ def room(mib, share=1.0):
 
 
 def room_of_child(mib):
-    """`room` to the MiB in a forked child, to which pages of files do not come along."""
+    """`room`, exact in a forked child, which does not inherit pages of files."""
     return room(mib) - memory.of_files()
 
 

@@ -235,22 +235,22 @@ def test_inspect_when_no_patch_fills_a_batch(run, ids):
     ]
 
 
+five_more = pytest.mark.slow("draws five more pictures")
+
+
 @pytest.mark.parametrize(
-    ("batch_size", "names"),
-    [(1, ["one", "equal"]), (4, ["few", "some", "equal", "wide"]), (500, ["few", "wide"])],
+    "batch_size", [pytest.param(1, marks=five_more), 4, pytest.param(500, marks=five_more)]
 )
-def test_pictures_of_every_kind(tmp_path, batch_size, names):
+def test_pictures_of_every_kind(tmp_path, batch_size):
     rng = np.random.default_rng(0)
     wide = np.maximum(1, rng.lognormal(4, 2, 300)).astype(int)
-    kinds = {
+    for name, counts in {
         "few": np.array([3, 9]),
         "one": np.array([1]),
         "some": rng.integers(1, 90, 50),
         "equal": np.full(200, 42),
         "wide": wide,
-    }
-    for name in names:
-        counts = kinds[name]
+    }.items():
         found = inspect_source(np.repeat(np.arange(len(counts)) - 10**12, counts), batch_size, name)
         draw(found, tmp_path / f"{name}.png")
         assert is_png(tmp_path / f"{name}.png")

@@ -249,7 +249,7 @@ KINDS_OF_PLANS = [
 ]
 
 
-# A plan of the kernels' is as small as it gets, and an interpreter takes minutes to find a smaller.
+# Without shrinking: the plans are small, and an interpreter takes minutes to shrink them.
 few = settings(max_examples=4, phases=[Phase.explicit, Phase.generate])
 
 
