@@ -202,6 +202,7 @@ def test_work_of_the_loop_is_the_loops():
     assert rows["your_loop"].share > 0.8
 
 
+@pytest.mark.serial("measures time")
 def test_time_is_said_of_what_took_it(monkeypatch):
     sampler = make()
     original = type(sampler.plan).batches_at
