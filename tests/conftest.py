@@ -10,6 +10,7 @@ os.environ["OMP_NUM_THREADS"] = "1"
 os.environ.setdefault("GPUSAMPLER_COMPILED", "0")
 
 import gc
+import re
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
@@ -62,6 +63,7 @@ if not torch_cuda():
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
+    check_tiers(item)
     if item.get_closest_marker("gpu") and not (torch_cuda() or cupy_cuda()):
         pytest.skip("no CUDA device")
 
@@ -70,21 +72,25 @@ TIERS = ("slow", "battery", "serial", "expensive")
 MOST_SECONDS = 5.0
 
 
+def check_tiers(item: pytest.Item) -> None:
+    """Fail a test that is in two tiers, or whose mark gives no reason."""
+    marks = [mark for mark in item.iter_markers() if mark.name in TIERS]
+    for mark in marks:
+        if not (mark.args and mark.args[0] and isinstance(mark.args[0], str)):
+            pytest.fail(f'{mark.name} needs a reason: {mark.name}("why")', pytrace=False)
+    if len(tiers := {mark.name for mark in marks}) > 1:
+        pytest.fail(f"a test must be in one tier, got {sorted(tiers)}", pytrace=False)
+
+
 def pytest_xdist_auto_num_workers(config: pytest.Config) -> int | None:
-    """Use one process for tests that measure, and for tests that share a GPU."""
-    return 0 if config.option.markexpr in ("serial", "gpu") else None
-
-
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Refuse a mark of a tier that gives no reason."""
-    for item in items:
-        for mark in (mark for mark in item.iter_markers() if mark.name in TIERS):
-            if not (mark.args and mark.args[0] and isinstance(mark.args[0], str)):
-                raise pytest.UsageError(f"{item.nodeid}: {mark.name} needs a reason, in a line")
+    """Use one process where tests measure or share a GPU."""
+    expression = config.option.markexpr
+    alone = not expression or re.search(r"(?<!not )\b(serial|gpu)\b", expression)
+    return 0 if alone or torch_cuda() or cupy_cuda() else None
 
 
 def pytest_collection_finish() -> None:
-    """Freeze what was imported: collections take less time, and forked children copy less."""
+    """Freeze what was imported: garbage collection takes less time, and forked children copy less."""
     gc.collect()
     gc.freeze()
 
@@ -110,7 +116,9 @@ def pytest_terminal_summary(terminalreporter: Any) -> None:
     """List the tests that make the default tier slow; machines differ, so none of them fails."""
     found = too_slow(report for kind in terminalreporter.stats.values() for report in kind)
     if found:
-        terminalreporter.section(f"above {MOST_SECONDS:g} s: make it smaller, or mark it")
+        terminalreporter.section(
+            f"slower than {MOST_SECONDS:g} s and unmarked: make it smaller, or mark it"
+        )
         for test, took in found:
             terminalreporter.write_line(f"{took:6.1f} s  {test}")
 

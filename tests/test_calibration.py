@@ -725,7 +725,7 @@ BAD = [
 ]
 
 
-@measured
+@linux
 @pytest.mark.parametrize(("wrong", "kind", "told"), BAD)
 def test_bad_input_is_refused_before_anything_runs(wrong, kind, told):
     given = {"step": never, "sampler": sampler(), "cost": POINTS, "progress": False, **wrong}
@@ -733,7 +733,7 @@ def test_bad_input_is_refused_before_anything_runs(wrong, kind, told):
         calibrate(given.pop("step"), given.pop("sampler"), **given)
 
 
-@measured
+@linux
 def test_a_picture_without_matplotlib_is_refused_before_anything_runs(monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     with pytest.raises(ImportError, match=r"picture must be left out .* pip install matplotlib"):
@@ -742,7 +742,7 @@ def test_a_picture_without_matplotlib_is_refused_before_anything_runs(monkeypatc
         quiet(never, picture=tmp_path / "no" / "fit.png")
 
 
-@measured
+@linux
 @needs_torch
 def test_state_that_cannot_be_put_back_is_refused():
     import torch

@@ -281,7 +281,7 @@ def test_a_hundred_plans_are_of_all_kinds(package):
 
 @pytest.mark.parametrize(
     "samples",
-    [2100, 10**6, 10**7, 10**8, pytest.param(10**9, marks=pytest.mark.slow("2e7 patches"))],
+    [2100, 10**6, 10**7, 10**8, pytest.param(10**9, marks=pytest.mark.slow("20 million patches"))],
 )
 @pytest.mark.parametrize(
     ("mix", "least", "most"),

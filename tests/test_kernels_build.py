@@ -90,7 +90,11 @@ CUDA_FORMS = {
 @pytest.mark.parametrize(
     "case",
     [
-        pytest.param(form, id=name, marks=[pytest.mark.slow("nvcc")] * (name != "mixed, gathered"))
+        pytest.param(
+            form,
+            id=name,
+            marks=[pytest.mark.slow("nvcc compiles each form")] * (name != "mixed, gathered"),
+        )
         for name, form in CUDA_FORMS.items()
     ],
 )

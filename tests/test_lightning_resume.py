@@ -100,7 +100,9 @@ def assert_goes_on(resumed: Recorder, whole: Recorder, done: int) -> None:
 
 # The middle, the last but one and the end of an epoch, and of one that begins after it.
 @pytest.mark.parametrize("done", [2, 6, 12, 13, 15, 25])
-@pytest.mark.parametrize("accumulate", [1, pytest.param(2, marks=pytest.mark.slow("12 runs"))])
+@pytest.mark.parametrize(
+    "accumulate", [1, pytest.param(2, marks=pytest.mark.slow("12 more runs of Lightning"))]
+)
 @pytest.mark.parametrize("workers", [0, 2])
 def test_going_on_equals_never_having_stopped(tmp_path, uninterrupted, workers, accumulate, done):
     settings = {"workers": workers, "accumulate_grad_batches": accumulate}

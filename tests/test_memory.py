@@ -11,7 +11,7 @@ import pytest
 
 from gpusampler import PatchBatchSampler, PatchGroups
 
-pytestmark = pytest.mark.serial("measures memory, of which 1e7 samples take some")
+pytestmark = pytest.mark.serial("measures memory; holds 1e7 samples")
 
 MB = 1 << 20
 N = 10_000_000

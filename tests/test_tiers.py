@@ -19,10 +19,36 @@ def item_with(*marks: pytest.MarkDecorator) -> SimpleNamespace:
 @pytest.mark.parametrize("tier", conftest.TIERS)
 def test_a_mark_without_a_reason_is_refused(tier):
     mark = getattr(pytest.mark, tier)
-    conftest.pytest_collection_modifyitems([item_with(mark("because"), pytest.mark.gpu)])
+    conftest.check_tiers(item_with(mark("because"), pytest.mark.gpu))
     for bare in (mark, mark(), mark(""), mark(3)):
-        with pytest.raises(pytest.UsageError, match=f"a test: {tier} needs a reason"):
-            conftest.pytest_collection_modifyitems([item_with(bare)])
+        with pytest.raises(pytest.fail.Exception, match=f"{tier} needs a reason"):
+            conftest.check_tiers(item_with(bare))
+
+
+def test_a_test_in_two_tiers_is_refused():
+    twice = item_with(pytest.mark.slow("why"), pytest.mark.serial("why"))
+    with pytest.raises(pytest.fail.Exception, match=r"one tier, got \['serial', 'slow'\]"):
+        conftest.check_tiers(twice)
+
+
+@pytest.mark.parametrize(
+    ("expression", "alone"),
+    [
+        ("", True),
+        ("serial", True),
+        ("slow or serial", True),
+        ("gpu and not slow", True),
+        ("not slow and not battery and not serial", False),
+        ("slow or mf6", False),
+    ],
+)
+def test_tests_that_measure_or_share_a_gpu_have_one_process(monkeypatch, expression, alone):
+    config = SimpleNamespace(option=SimpleNamespace(markexpr=expression))
+    monkeypatch.setattr(conftest, "torch_cuda", lambda: False)
+    monkeypatch.setattr(conftest, "cupy_cuda", lambda: False)
+    assert conftest.pytest_xdist_auto_num_workers(config) == (0 if alone else None)
+    monkeypatch.setattr(conftest, "torch_cuda", lambda: True)
+    assert conftest.pytest_xdist_auto_num_workers(config) == 0
 
 
 def report_of(test: str, took: float, quick: bool = True) -> SimpleNamespace:
