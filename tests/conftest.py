@@ -90,7 +90,7 @@ def pytest_xdist_auto_num_workers(config: pytest.Config) -> int | None:
 
 
 def pytest_collection_finish() -> None:
-    """Freeze what was imported: garbage collection takes less time, and forked children copy less."""
+    """Freeze what was imported: garbage collection is quicker, and forked children copy less."""
     gc.collect()
     gc.freeze()
 
