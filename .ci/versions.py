@@ -33,19 +33,19 @@ BEGIN, END = "<!-- rows of versions.json -->\n", "<!-- end of the rows -->\n"
 
 # What the package is: batches, their order, ranks and states, on every library that is there.
 CORE = (
-    "imports",
-    "permutation",
-    "golden",
-    "grouping",
-    "select",
-    "counts",
-    "sampler",
-    "state",
-    "ranks",
-    "coverage",
-    "arguments",
-    "names",
-    "loader",
+    "test_package",
+    "permutation/test_permutation",
+    "permutation/test_golden",
+    "groups/test_patch_groups",
+    "groups/test_subsets",
+    "groups/test_from_counts",
+    "sampler/test_batch_sampler",
+    "sampler/test_state",
+    "sampler/test_ranks",
+    "plan/test_coverage",
+    "sampler/test_arguments",
+    "sampler/test_patch_names",
+    "sampler/test_tensor_loader",
 )
 TOOLS = ("pytest>=8.0", "pytest-xdist>=3.6", "pytest-benchmark>=4.0", "hypothesis>=6.100")
 SHOWN = ("numpy", "torch", "array-api-compat", "tqdm")
@@ -93,7 +93,7 @@ def tested(python: Path, sdist: Path, work: Path, tests: list[str]) -> dict[str,
     del found["file"]
     report = work / "report.xml"
     command = [str(python), "-m", "pytest", "-q", "-p", "no:cacheprovider", f"--junitxml={report}"]
-    files = [f"tests/test_{name}.py" for name in tests]
+    files = [f"tests/{name}.py" for name in tests]
     began = time.perf_counter()
     code = subprocess.run([*command, *files], cwd=tree, env=env).returncode
     if code not in (0, 1):
@@ -137,7 +137,9 @@ def main() -> None:
     parser.add_argument("--env", type=Path, help="an environment that is there, in its place")
     parser.add_argument("--with", action="append", default=[], metavar="REQUIREMENT", dest="wanted")
     parser.add_argument("--dist", type=Path, help="folder with one sdist and the wheel made of it")
-    parser.add_argument("--tests", nargs="+", default=list(CORE), help="tests/test_NAME.py")
+    parser.add_argument(
+        "--tests", nargs="+", default=list(CORE), help="files, as in permutation/test_golden"
+    )
     parser.add_argument("--record", action="store_true", help="write the row into the page")
     given = parser.parse_args()
     if (given.python is None) == (given.env is None):

@@ -24,10 +24,12 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import numpy as np
 import torch
 
-from gpusampler import Batch, CostBudget, PatchBatchSampler, calibrate, memory
-from gpusampler.children import high_water
-from gpusampler.fitting import Fit
-from gpusampler.probing import HostMeter
+from gpusampler import Batch, CostBudget, PatchBatchSampler, calibrate
+from gpusampler.calibration.cost_model import Fit
+from gpusampler.calibration.forked_child import high_water
+from gpusampler.calibration.memory_meter import HostMeter
+from gpusampler.core import memory
+from gpusampler.core.text import human
 
 HELD_OUT = 24
 FREE = 400 << 20
@@ -245,7 +247,7 @@ def line(found: dict[str, Any]) -> str:
         record["fit"],
         f"{len(record['points'])}, {found['seconds']:.1f} s",
         f"{record['worst_residual']:.1%}",
-        f"{len(off)}, {memory.human(min(peaks))} to {memory.human(max(peaks))}",
+        f"{len(off)}, {human(min(peaks))} to {human(max(peaks))}",
         f"{np.median(off):.1%}",
         f"{off.max():.1%}",
         f"{found['epoch_peak'] / found['limit']:.1%}",
@@ -277,7 +279,7 @@ def main(arguments: list[str] | None = None) -> None:
         last = case.name.startswith("GINO")
         found.append(run(case, asked.picture if last else None))
     print(
-        f"\nlimit: what is held + {memory.human(FREE)}, share {SHARE:.0%}\n\n"
+        f"\nlimit: what is held + {human(FREE)}, share {SHARE:.0%}\n\n"
         "| case | fit | probes | worst residual | held-out batches | median error | worst error | "
         "peak of an epoch, of the limit |\n|---|---|---|---|---|---|---|---|"
     )

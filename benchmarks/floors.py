@@ -23,7 +23,8 @@ os.environ.setdefault("GPUSAMPLER_COMPILED", "0")
 
 import numpy as np
 
-from gpusampler import PatchBatchSampler, jit
+from gpusampler import PatchBatchSampler
+from gpusampler.permutation.numba import jit
 
 SAMPLES = 2_000_000
 PATCHES = 1000

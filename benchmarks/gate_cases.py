@@ -31,16 +31,11 @@ from benchmarks.yardsticks import (
     Tensors,
     Views,
 )
-from gpusampler import (
-    PatchBatchSampler,
-    PatchGroups,
-    PatchTensorLoader,
-    Temperature,
-    iteration,
-    jit,
-)
-from gpusampler.counting import Census
-from gpusampler.sorting import Scatter
+from gpusampler import PatchBatchSampler, PatchGroups, PatchTensorLoader, Temperature
+from gpusampler.groups.census import Census
+from gpusampler.groups.counting_sort import Scatter
+from gpusampler.permutation.numba import jit
+from gpusampler.sampler import batches as batches_module
 
 SLACK = 1.4
 """What a limit is beyond its reference: more than machines differ, and well below 2."""
@@ -121,7 +116,7 @@ def cut_up(batch_size: int, output: str) -> Callable[[], Any]:
 
         def work() -> None:
             for _ in range(N // TILE):
-                drain(iteration._SPLITTERS[output](plan, block))
+                drain(batches_module._SPLITTERS[output](plan, block))
 
         return work
 

@@ -26,8 +26,11 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import numpy as np
 
-from gpusampler import PatchBatchSampler, iteration, jit
-from gpusampler.permutation import key_of
+from gpusampler import PatchBatchSampler
+from gpusampler.permutation.numba import jit
+from gpusampler.permutation.reference import key_of
+from gpusampler.sampler import batches as batches_module
+from gpusampler.sampler import iterator
 
 SAMPLES = 2_000_000
 PATCHES = 1000
@@ -116,12 +119,12 @@ def stages(ids: np.ndarray, size: int, rounds: int) -> dict[Any, float]:
                 best.time((name, "keys"), lambda: key_of(plan._streams.samples, 3, at.group))
                 best.time((name, "keys, permutations, look-up"), lambda: plan.batches_at(3, at))
                 for output in ("list", "numpy"):
-                    cut: Any = iteration._SPLITTERS[output]
+                    cut: Any = batches_module._SPLITTERS[output]
                     what = "cut into lists" if output == "list" else "cut into arrays"
                     best.time(
                         (name, what), lambda cut=cut, block=block: deque(cut(plan, block), maxlen=0)
                     )
-                handed = iteration.EpochIterator(
+                handed = iterator.EpochIterator(
                     sampler._progress, lambda share: _Once(lists), epoch=3
                 )
                 best.time((name, "handed out"), lambda handed=handed: drain(handed))

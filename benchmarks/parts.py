@@ -17,8 +17,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from gpusampler import EpochPlan, PatchGroups, parts, steps
-from gpusampler.sizing import CostBudget
+from gpusampler import EpochPlan, PatchGroups
+from gpusampler.batching import cost_bins, steps
+from gpusampler.batching.cost_budget import CostBudget
 
 SIZES = ((1, 5000), (10, 5000), (10, 500), (100, 100), (1000, 20))
 MEAN_BATCH = (8, 32)
@@ -62,7 +63,7 @@ def merged_upwards(classes: Any, sizes: Any, num_patches: int, *rest: Any) -> An
 def changed(**values: Any) -> Iterator[None]:
     """Change constants of the rule for a while."""
     # What is a class is said in another room.
-    places = {name: steps if name == "CLASS_BITS" else parts for name in values}
+    places = {name: steps if name == "CLASS_BITS" else cost_bins for name in values}
     before = {name: getattr(place, name) for name, place in places.items()}
     for name, value in values.items():
         setattr(places[name], name, value)
@@ -154,7 +155,7 @@ def main() -> None:
         groups = PatchGroups.from_ids(random.integers(0, patches, 10**7))
         budget = CostBudget(max(800.0, float(costs.max())), sample_costs=costs)
         start = time.perf_counter()
-        parts.parts_of(groups, budget, partial)
+        cost_bins.parts_of(groups, budget, partial)
         took = time.perf_counter() - start
         print(f"\n1e7 samples of {patches} patches: {took:.2f} s", end="")
     print()

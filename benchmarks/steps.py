@@ -17,7 +17,7 @@ from typing import NamedTuple
 import numpy as np
 
 from gpusampler import EpochPlan, PatchGroups
-from gpusampler.plan import STEPS
+from gpusampler.plan.epoch_plan import STEPS
 
 EPOCHS = 5
 DRAWS = 5

@@ -5,16 +5,12 @@ is made of; ``PatchTensorLoader`` takes a loader's place where the data is in me
 package imports neither torch nor CuPy.
 """
 
-from gpusampler.calibration import calibrate
-from gpusampler.coverage import Coverage
+from gpusampler.batching import CostBudget, Temperature
+from gpusampler.calibration.calibrate import calibrate
 from gpusampler.groundwater import GWPatchDataset
-from gpusampler.grouping import PatchGroups
-from gpusampler.iteration import Batch
-from gpusampler.loader import PatchTensorLoader
-from gpusampler.mixing import Temperature
-from gpusampler.plan import BatchBlock, EpochPlan
-from gpusampler.sampler import PatchBatchSampler
-from gpusampler.sizing import CostBudget
+from gpusampler.groups import PatchGroups
+from gpusampler.plan import BatchBlock, Coverage, EpochPlan
+from gpusampler.sampler import Batch, PatchBatchSampler, PatchTensorLoader
 from gpusampler.sources import read_patch_ids
 
 __version__ = "0.1.0"

@@ -16,7 +16,7 @@ def main() -> None:
         interrupted.
     """
     try:
-        from gpusampler.cli import INTERRUPTED, cli
+        from gpusampler.cli.main import INTERRUPTED, cli
     except ModuleNotFoundError as error:
         if error.name != "click":
             raise

@@ -9,12 +9,12 @@ from __future__ import annotations
 import warnings
 from typing import TYPE_CHECKING, Any
 
-from gpusampler.sampler import PatchBatchSampler
+from gpusampler.sampler.batch_sampler import PatchBatchSampler
 
 if TYPE_CHECKING:
     from lightning.pytorch import Callback, LightningModule, Trainer
 
-    from gpusampler.state import Share
+    from gpusampler.sampler.state import Share
 else:
     try:
         from lightning.pytorch import Callback

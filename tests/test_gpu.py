@@ -8,9 +8,10 @@ from collections import deque
 
 import numpy as np
 import pytest
-from conftest import cupy_cuda
 
-from gpusampler import EpochPlan, PatchBatchSampler, PatchGroups, PatchTensorLoader, arrays
+from gpusampler import EpochPlan, PatchBatchSampler, PatchGroups, PatchTensorLoader
+from gpusampler.core import arrays, devices
+from support.libraries import cupy_cuda
 
 pytestmark = [
     pytest.mark.gpu,
@@ -263,10 +264,10 @@ def test_cupy_on_a_stream_of_ones_own(cupy):
 def test_arrays_go_over_without_a_copy(torch, cupy):
     tensor = torch.arange(1000, device="cuda")
     index = tensor.device.index
-    lent = arrays.to_device(tensor, arrays.Device("cupy", str(index)))
+    lent = arrays.to_device(tensor, devices.Device("cupy", str(index)))
     assert isinstance(lent, cupy.ndarray)
     assert lent.data.ptr == tensor.data_ptr()
-    back = arrays.to_device(lent, arrays.Device("torch", f"cuda:{index}"))
+    back = arrays.to_device(lent, devices.Device("torch", f"cuda:{index}"))
     assert back.data_ptr() == tensor.data_ptr()
     np.testing.assert_array_equal(back.cpu().numpy(), np.arange(1000))
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from gpusampler import PatchBatchSampler, PatchGroups, memory
-from gpusampler.arrays import Device
+from gpusampler import PatchBatchSampler, PatchGroups
+from gpusampler.core import memory
+from gpusampler.core.devices import Device
 
 pytestmark = pytest.mark.gpu
 

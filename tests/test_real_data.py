@@ -6,8 +6,8 @@ import json
 
 import numpy as np
 import pytest
-from real import even_sizes, load, sizes_of
 
+from benchmarks.real_data import even_sizes, load, sizes_of
 from gpusampler import CostBudget, PatchBatchSampler, PatchGroups, Temperature
 
 BATCH_SIZE = 16

@@ -11,11 +11,11 @@ import pytest
 pytest.importorskip("torch")
 
 import torch
-from real import load, sizes_of
 from torch import nn
 from torch.nn import functional
 from torch.utils.data import DataLoader
 
+from benchmarks.real_data import load, sizes_of
 from gpusampler import Batch, PatchBatchSampler, PatchGroups, PatchTensorLoader
 
 

@@ -19,8 +19,8 @@ from pathlib import Path
 import pytest
 
 import gpusampler
+from support.paths import ROOT
 
-ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "gpusampler"
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 # Of https://www.apache.org/licenses/LICENSE-2.0.txt.
@@ -90,7 +90,7 @@ def test_the_table_of_versions_is_what_was_found():
 
 def test_the_core_that_versions_run_is_there():
     for name in versions_script().CORE:
-        assert (ROOT / "tests" / f"test_{name}.py").is_file()
+        assert (ROOT / "tests" / f"{name}.py").is_file()
 
 
 # The built forms
@@ -144,7 +144,11 @@ def test_the_wheel_holds_the_package_and_nothing_else(forms):
     wheel, _, _ = forms
     inside = {name for name in wheel if "dist-info/" not in name}
     assert inside == source_files("gpusampler")
-    for name in ("py.typed", "kernels/batches.cu", "demo/data/small/provenance.json"):
+    for name in (
+        "py.typed",
+        "plan/evaluators/kernels/batches.cu",
+        "demo/data/small/provenance.json",
+    ):
         assert f"gpusampler/{name}" in inside
     info = {name.split("dist-info/")[1] for name in wheel.keys() - inside}
     assert info == {"METADATA", "WHEEL", "RECORD", "entry_points.txt", "licenses/docs/LICENSE"}

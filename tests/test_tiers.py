@@ -3,32 +3,31 @@
 from __future__ import annotations
 
 import re
-from pathlib import Path
 from types import SimpleNamespace
 
-import conftest
 import pytest
 
-ROOT = Path(__file__).parent.parent
+from support import plugin
+from support.paths import ROOT
 
 
 def item_with(*marks: pytest.MarkDecorator) -> SimpleNamespace:
     return SimpleNamespace(nodeid="a test", iter_markers=lambda: [one.mark for one in marks])
 
 
-@pytest.mark.parametrize("tier", conftest.TIERS)
+@pytest.mark.parametrize("tier", plugin.TIERS)
 def test_a_mark_without_a_reason_is_refused(tier):
     mark = getattr(pytest.mark, tier)
-    conftest.check_tiers(item_with(mark("because"), pytest.mark.gpu))
+    plugin.check_tiers(item_with(mark("because"), pytest.mark.gpu))
     for bare in (mark, mark(), mark(""), mark(3)):
         with pytest.raises(pytest.fail.Exception, match=f"{tier} needs a reason"):
-            conftest.check_tiers(item_with(bare))
+            plugin.check_tiers(item_with(bare))
 
 
 def test_a_test_in_two_tiers_is_refused():
     twice = item_with(pytest.mark.slow("why"), pytest.mark.serial("why"))
     with pytest.raises(pytest.fail.Exception, match=r"one tier, got \['serial', 'slow'\]"):
-        conftest.check_tiers(twice)
+        plugin.check_tiers(twice)
 
 
 @pytest.mark.parametrize(
@@ -44,11 +43,11 @@ def test_a_test_in_two_tiers_is_refused():
 )
 def test_tests_that_measure_or_share_a_gpu_have_one_process(monkeypatch, expression, alone):
     config = SimpleNamespace(option=SimpleNamespace(markexpr=expression))
-    monkeypatch.setattr(conftest, "torch_cuda", lambda: False)
-    monkeypatch.setattr(conftest, "cupy_cuda", lambda: False)
-    assert conftest.pytest_xdist_auto_num_workers(config) == (0 if alone else None)
-    monkeypatch.setattr(conftest, "torch_cuda", lambda: True)
-    assert conftest.pytest_xdist_auto_num_workers(config) == 0
+    monkeypatch.setattr(plugin, "torch_cuda", lambda: False)
+    monkeypatch.setattr(plugin, "cupy_cuda", lambda: False)
+    assert plugin.pytest_xdist_auto_num_workers(config) == (0 if alone else None)
+    monkeypatch.setattr(plugin, "torch_cuda", lambda: True)
+    assert plugin.pytest_xdist_auto_num_workers(config) == 0
 
 
 def report_of(test: str, took: float, quick: bool = True) -> SimpleNamespace:
@@ -56,7 +55,7 @@ def report_of(test: str, took: float, quick: bool = True) -> SimpleNamespace:
 
 
 def test_what_takes_too_long_is_named_with_its_setup():
-    limit = conftest.MOST_SECONDS
+    limit = plugin.MOST_SECONDS
     reports = [
         report_of("setup and call", limit / 2),
         report_of("setup and call", limit / 2 + 1),
@@ -65,7 +64,7 @@ def test_what_takes_too_long_is_named_with_its_setup():
         report_of("call", limit + 2),
         SimpleNamespace(nodeid="deselected"),
     ]
-    assert conftest.too_slow(reports) == [("call", limit + 2), ("setup and call", limit + 1)]
+    assert plugin.too_slow(reports) == [("call", limit + 2), ("setup and call", limit + 1)]
 
 
 def test_ci_runs_the_readmes_command_and_every_tier_but_the_battery():

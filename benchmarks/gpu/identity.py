@@ -12,7 +12,9 @@ import numpy as np
 from benchmarks.gpu.bench import Bench
 from benchmarks.gpu.record import OutOfTime
 from benchmarks.gpu.workload import Int64
-from gpusampler import EpochPlan, PatchBatchSampler, PatchGroups, arrays
+from gpusampler import EpochPlan, PatchBatchSampler, PatchGroups
+from gpusampler.core import arrays
+from gpusampler.core import devices as devices_module
 
 DRAWN = 42
 MOST_FAILURES = 12
@@ -75,7 +77,7 @@ class Drawn(NamedTuple):
         """Return the groups, sorted on a device where samples are not contiguous."""
         if self.ids is None:
             return PatchGroups.from_counts(self.counts)
-        ids = arrays.to_device(self.ids, arrays.parse_device(device))
+        ids = arrays.to_device(self.ids, devices_module.parse_device(device))
         return PatchGroups.from_ids(ids)
 
     def plan(self, groups: PatchGroups, device: str) -> EpochPlan:

@@ -12,7 +12,8 @@ from benchmarks.gpu.bench import Bench
 from benchmarks.gpu.machine import Timing
 from benchmarks.gpu.record import Case
 from benchmarks.gpu.workload import BATCH, SEED, contiguous, gathered
-from gpusampler import PatchBatchSampler, PatchTensorLoader, arrays
+from gpusampler import PatchBatchSampler, PatchTensorLoader
+from gpusampler.core import arrays
 
 COLUMNS = 16
 WIDE_COLUMNS = 128

@@ -252,10 +252,10 @@ class Rehearsal(Machine):
 
 def _play_device() -> None:
     """Let torch's "cpu" count as a device, with the Triton kernel where Triton is installed."""
-    from gpusampler import evaluation
-    from gpusampler.arrays import Device
-    from gpusampler.kernels.form import triton_geometry
-    from gpusampler.kernels.fused import Fused
+    from gpusampler.core.devices import Device
+    from gpusampler.plan.evaluators import select
+    from gpusampler.plan.evaluators.kernels.fused import Fused
+    from gpusampler.plan.evaluators.kernels.kernel_spec import triton_geometry
 
     Device.on_host = property(lambda device: device.library == "numpy")  # type: ignore[assignment]
     if find_spec("triton") is None:
@@ -267,10 +267,10 @@ def _play_device() -> None:
     def fused_on(tables: Any, device: Device, shuffles: Any) -> Fused | None:
         if device.library == "numpy":
             return None
-        launch = import_module("gpusampler.kernels.triton_batches").launch
+        launch = import_module("gpusampler.plan.evaluators.kernels.triton_batches").launch
         return Fused(tables, device, shuffles, launch, triton_geometry)
 
-    evaluation.fused_on = fused_on
+    select.fused_on = fused_on
 
 
 def _why_no_cupy() -> str | None:

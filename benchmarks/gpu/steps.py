@@ -13,7 +13,7 @@ from benchmarks.gpu.machine import Timing
 from benchmarks.gpu.record import Case
 from benchmarks.gpu.workload import SEED, Dataset, contiguous, gathered
 from gpusampler import PatchBatchSampler
-from gpusampler.cursor import BatchCursor, CursorBatch
+from gpusampler.sampler.cursor import BatchCursor, CursorBatch
 
 STEP_GOAL_US = 10.0
 BATCHES = (64, 256)

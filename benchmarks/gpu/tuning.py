@@ -13,10 +13,15 @@ import numpy as np
 from benchmarks.gpu.bench import Bench
 from benchmarks.gpu.record import Case
 from benchmarks.gpu.workload import Dataset, contiguous, gathered
-from gpusampler import arrays
-from gpusampler.kernels.form import Form, Geometry, cuda_geometry, triton_geometry
-from gpusampler.kernels.fused import Fused, Launch
-from gpusampler.tables import Shuffles
+from gpusampler.core import arrays, devices
+from gpusampler.plan.evaluators.base import Shuffles
+from gpusampler.plan.evaluators.kernels.fused import Fused, Launch
+from gpusampler.plan.evaluators.kernels.kernel_spec import (
+    Form,
+    Geometry,
+    cuda_geometry,
+    triton_geometry,
+)
 
 TILES = (512, 1024, 2048, 4096)
 WARPS = (2, 4, 8)
@@ -63,7 +68,7 @@ def cuda_tiles(bench: Bench) -> None:
 
 def _module(name: str) -> Any:
     # A kernel's module imports its library.
-    return import_module(f"gpusampler.kernels.{name}")
+    return import_module(f"gpusampler.plan.evaluators.kernels.{name}")
 
 
 def _datasets(bench: Bench) -> list[Dataset]:
@@ -93,7 +98,7 @@ class Trial:
         self._data = data
         self._kind = kind
         self._launch = launch
-        self._device = arrays.parse_device(device)
+        self._device = devices.parse_device(device)
         self._plan = data.plan("numpy")
         self._tables = self._plan._tables.on(self._device, data.groups.order)
         # A tile that is wrong is not to be taken for a fast one.
@@ -104,8 +109,8 @@ class Trial:
         """Check and time one way to cut the launch."""
         self._bench.record.stop_if_late()
         fused = Fused(self._tables, self._device, SHUFFLES, self._launch, geometry)
-        with arrays.on(self._device):
-            xp, handle = arrays.namespace(self._device), arrays.device_handle(self._device)
+        with devices.on(self._device):
+            xp, handle = arrays.namespace(self._device), devices.device_handle(self._device)
             slots = xp.arange(self._plan.num_batches, dtype=xp.int64, device=handle)
             call = partial(fused.block, self._plan._streams, 0, slots)
             found = arrays.to_numpy(call()[0][: self._wanted.shape[0]])

@@ -7,7 +7,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from gpusampler import EpochPlan, PatchGroups, arrays
+from gpusampler import EpochPlan, PatchGroups
+from gpusampler.core import devices
 
 BATCH = 64
 SEED = 2026
@@ -152,7 +153,7 @@ def gathered(torch: Any, samples: int, mix: str, device: str, written: bool) -> 
         np.cumsum(counts) - counts,
         order,
         source_size=samples,
-        device=arrays.parse_device(device),
+        device=devices.parse_device(device),
         fingerprint=0,
     )
     return Dataset(samples, mix, groups)

@@ -10,7 +10,8 @@ import torch
 from torch.utils.data import BatchSampler, RandomSampler
 
 from benchmarks.peers.peer import Peer, Work, as_array, as_counts, importer
-from gpusampler import PatchBatchSampler, PatchGroups, jit
+from gpusampler import PatchBatchSampler, PatchGroups
+from gpusampler.permutation.numba import jit
 
 _FORMS = {setting: jit.Compiled(setting) for setting in ("0", "1")}
 
@@ -93,7 +94,7 @@ OURS: tuple[Peer, ...] = (
         as_array,
         _compiled,
         package="numba",
-        load=importer("gpusampler.jit_runs"),
+        load=importer("gpusampler.permutation.numba.jit_runs"),
         note="GPUSAMPLER_COMPILED=1",
     ),
     Peer(
@@ -101,7 +102,7 @@ OURS: tuple[Peer, ...] = (
         as_array,
         _compiled_numpy,
         package="numba",
-        load=importer("gpusampler.jit_runs"),
+        load=importer("gpusampler.permutation.numba.jit_runs"),
         note="GPUSAMPLER_COMPILED=1; batches are NumPy arrays",
         drawn=False,
     ),

@@ -21,7 +21,7 @@ _GROUP = """
 import sys
 import gpusampler.building
 from gpusampler import PatchGroups
-gpusampler.building.CHECKPOINT_SECONDS = float(sys.argv[3])
+gpusampler.groups.index_build.CHECKPOINT_SECONDS = float(sys.argv[3])
 print(PatchGroups.from_ids(sys.argv[1], path=sys.argv[2]))
 """
 

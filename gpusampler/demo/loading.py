@@ -11,7 +11,7 @@ import numpy as np
 from gpusampler.demo.embedded import small_data
 from gpusampler.demo.timing import Stopwatch, TimedIterable
 from gpusampler.groundwater import GWPatchDataset, Normalize, collate_fn
-from gpusampler.sampler import PatchBatchSampler
+from gpusampler.sampler.batch_sampler import PatchBatchSampler
 
 if TYPE_CHECKING:
     from torch.utils.data import DataLoader, Dataset, Subset

@@ -12,7 +12,7 @@ from gpusampler.demo.gino import PatchGino
 from gpusampler.demo.loading import DemoData, as_torch, loader
 from gpusampler.demo.report import Speed
 from gpusampler.demo.train import LEARNING_RATE, batch_loss
-from gpusampler.sampler import PatchBatchSampler
+from gpusampler.sampler.batch_sampler import PatchBatchSampler
 
 SAMPLES = 64
 REPEATS = 3

@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING, Any
 
 from tqdm import tqdm
 
+from gpusampler.core.validation import checked_int
 from gpusampler.demo.gino import PatchGino
 from gpusampler.demo.loading import DemoData, as_torch, loader, probe_loader
 from gpusampler.demo.report import Training
 from gpusampler.demo.timing import Stopwatch
-from gpusampler.sampler import PatchBatchSampler
-from gpusampler.validation import checked_int
+from gpusampler.sampler.batch_sampler import PatchBatchSampler
 
 if TYPE_CHECKING:
     import torch

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from gpusampler.validation import checked_int
+from gpusampler.core.validation import checked_int
 
 
 def check_ratio(value: Any) -> float:

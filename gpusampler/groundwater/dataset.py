@@ -10,13 +10,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from gpusampler.core.validation import checked_bool, checked_int
 from gpusampler.groundwater.checks import check_columns, check_origin, check_targets
 from gpusampler.groundwater.collate import collate_fn
 from gpusampler.groundwater.folder import COLUMNS, Patch, PatchArrays, read_folder
 from gpusampler.groundwater.normalize import Normalize
 from gpusampler.groundwater.reader import WindowReader
 from gpusampler.groundwater.windows import Windows
-from gpusampler.validation import checked_bool, checked_int
 
 if TYPE_CHECKING:
     import torch

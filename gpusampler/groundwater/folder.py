@@ -21,7 +21,7 @@ import numpy as np
 from numpy.lib.format import open_memmap
 from numpy.typing import NDArray
 
-from gpusampler.telemetry import over
+from gpusampler.core.progress_bar import over
 
 COLUMNS = ("mass_concentration", "head", "pressure")
 

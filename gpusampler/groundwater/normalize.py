@@ -4,18 +4,37 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import numpy as np
 
+from gpusampler.groundwater.folder import Patch, PatchArrays
 from gpusampler.groundwater.statistics import training_statistics
+from gpusampler.groundwater.windows import Windows
 
 if TYPE_CHECKING:
     import torch
 
-    from gpusampler.groundwater.dataset import GWPatchDataset
-
 _FORMAT = 1
+
+
+class PatchSeries(Protocol):
+    """The part of `GWPatchDataset` that statistics are computed from."""
+
+    columns: tuple[str, ...]
+    target_columns: tuple[str, ...]
+    windows: Windows
+
+    @property
+    def patches(self) -> Sequence[Patch]:
+        """The checked patches."""
+
+    @property
+    def origin(self) -> tuple[float, float, float]:
+        """The point that samples have as (0, 0, 0)."""
+
+    def arrays(self, patch_id: int) -> PatchArrays:
+        """Map the files of a patch."""
 
 
 @dataclass(frozen=True)
@@ -99,7 +118,7 @@ class Normalize:
     @classmethod
     def from_dataset(
         cls,
-        dataset: GWPatchDataset,
+        dataset: PatchSeries,
         coords: Literal["patch", "domain"] = "patch",
         *,
         progress: bool = True,
@@ -129,7 +148,12 @@ class Normalize:
         ValueError
             If there are no training steps, or a value is not finite (named by patch and file).
         """
-        found = training_statistics(dataset, progress=progress)
+        found = training_statistics(
+            dataset.patches,
+            dataset.windows,
+            open_patch=lambda patch: dataset.arrays(patch.patch_id),
+            progress=progress,
+        )
         origin = dataset.origin
         return cls(
             columns=dataset.columns,

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from gpusampler.telemetry import over
-
-if TYPE_CHECKING:
-    from gpusampler.groundwater.dataset import GWPatchDataset
+from gpusampler.core.progress_bar import over
+from gpusampler.groundwater.folder import Patch, PatchArrays
+from gpusampler.groundwater.windows import Windows
 
 _BLOCK_VALUES = 1 << 20  # 8 MB as float64
 
@@ -24,13 +24,23 @@ class Statistics(NamedTuple):
     high: NDArray[np.float64]
 
 
-def training_statistics(dataset: GWPatchDataset, *, progress: bool = True) -> Statistics:
+def training_statistics(
+    patches: Sequence[Patch],
+    windows: Windows,
+    *,
+    open_patch: Callable[[Patch], PatchArrays] = Patch.open,
+    progress: bool = True,
+) -> Statistics:
     """Read the training steps of all core points once.
 
     Parameters
     ----------
-    dataset : GWPatchDataset
-        Where the files are; neither its split nor its transform plays a part.
+    patches : sequence of Patch
+        Checked patches of a folder, of the same columns.
+    windows : Windows
+        Says where the training part ends; its split is not used.
+    open_patch : callable
+        Maps the files of a patch; a dataset returns maps that it has open.
     progress : bool
         Show a bar if it takes more than a second.
 
@@ -45,25 +55,27 @@ def training_statistics(dataset: GWPatchDataset, *, progress: bool = True) -> St
     ValueError
         If there are no training steps, or a value is not finite (named by patch and file).
     OSError
-        If a file went away or shrank since the dataset was made.
+        If a file went away or shrank since the patches were checked.
 
     Examples
     --------
     >>> from gpusampler.demo.embedded import small_data
     >>> from gpusampler.groundwater import GWPatchDataset
-    >>> training_statistics(GWPatchDataset(small_data(), 6, 1)).mean.shape
+    >>> dataset = GWPatchDataset(small_data(), 6, 1)
+    >>> training_statistics(dataset.patches, dataset.windows).mean.shape
     (3,)
     """
-    cut = dataset.windows.cut
+    cut = windows.cut
     if cut < 1:
         raise ValueError(f"the training part must have at least one time step, got {cut}")
     count = 0
-    width = len(dataset.columns)
+    width = patches[0].columns
     mean, moment = np.zeros(width), np.zeros(width)
     least, most = np.full(width, np.inf), np.full(width, -np.inf)
     low, high = np.full(3, np.inf), np.full(3, -np.inf)
-    for patch in over(dataset.patches, "statistics", "patches", progress):
-        arrays = dataset.arrays(patch.patch_id)
+    for patch in over(patches, "statistics", "patches", progress):
+        arrays = open_patch(patch)
+        arrays.check_sizes(patch.path)
         for points, name in (
             (arrays.core_coords, "core_coords"),
             (arrays.ghost_coords, "ghost_coords"),

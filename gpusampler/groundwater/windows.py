@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from gpusampler.core.validation import checked_choice, checked_int
 from gpusampler.groundwater.checks import check_ratio
-from gpusampler.validation import checked_choice, checked_int
 
 SPLITS = ("train", "val", "all")
 

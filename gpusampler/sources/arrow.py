@@ -8,9 +8,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from gpusampler import arrays
-from gpusampler.ids import PatchIds
-from gpusampler.sources.checks import (
+from gpusampler.core import devices
+from gpusampler.sources.base import PatchIds
+from gpusampler.sources.column_checks import (
     check_all_there,
     checked_shape,
     chosen_column,
@@ -20,8 +20,8 @@ from gpusampler.sources.checks import (
     no_column,
     wrong_type,
 )
-from gpusampler.sources.columns import ColumnIds
-from gpusampler.sources.names import Factored, NamedIds
+from gpusampler.sources.column_reader import ColumnIds
+from gpusampler.sources.strings import Factored, NamedIds
 
 _NONE = np.empty(0, np.int64)
 
@@ -99,7 +99,7 @@ def dtype_of(kind: Any, where: str = "") -> str:
     ValueError
         If it is the type of a column without values.
     """
-    types: Any = arrays.loaded("pyarrow.types")
+    types: Any = devices.loaded("pyarrow.types")
     value = kind.value_type if types.is_dictionary(kind) else kind
     if types.is_null(value):
         missing(0)
@@ -127,7 +127,7 @@ def _check_no_null(chunk: Any, first: int) -> None:
 
 
 def _integers(values: Any, first: int) -> NDArray[Any]:
-    types: Any = arrays.loaded("pyarrow.types")
+    types: Any = devices.loaded("pyarrow.types")
     parts: list[NDArray[Any]] = []
     for begin, chunk in _chunks(values, first):
         if types.is_dictionary(chunk.type):
@@ -143,7 +143,7 @@ def _integers(values: Any, first: int) -> NDArray[Any]:
 
 
 def _factored(values: Any, first: int) -> Factored:
-    types: Any = arrays.loaded("pyarrow.types")
+    types: Any = devices.loaded("pyarrow.types")
     if hasattr(values, "combine_chunks") and not types.is_dictionary(values.type):
         values = values.combine_chunks()
     parts: list[NDArray[Any]] = [_NONE]

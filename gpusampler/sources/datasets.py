@@ -12,12 +12,12 @@ from typing import Any
 
 import numpy as np
 
-from gpusampler import arrays
-from gpusampler.ids import PatchIds
-from gpusampler.sources.asking import ask_samples
-from gpusampler.sources.inmemory import ArrayIds
-from gpusampler.sources.names import CodedIds
-from gpusampler.sources.reading import known_ids
+from gpusampler.core import arrays, devices
+from gpusampler.sources.base import PatchIds
+from gpusampler.sources.in_memory import ArrayIds
+from gpusampler.sources.known_formats import known_ids
+from gpusampler.sources.sample_by_sample import ask_samples
+from gpusampler.sources.strings import CodedIds
 
 
 def dataset_patch_ids(dataset: Any, *, progress: bool = True, name: str = "ids") -> PatchIds:
@@ -84,7 +84,7 @@ def _given_ids(dataset: Any, progress: bool) -> Any:
     given = getattr(dataset, "patch_ids", None)
     if given is not None:
         return given() if callable(given) else given
-    data = arrays.loaded("torch.utils.data")
+    data = devices.loaded("torch.utils.data")
     if data is None:
         return None
     if isinstance(dataset, data.Subset):
@@ -136,7 +136,7 @@ def _can_tell(dataset: Any) -> bool:
         return True
     if getattr(dataset, "patch_ids", None) is not None:
         return True
-    data = arrays.loaded("torch.utils.data")
+    data = devices.loaded("torch.utils.data")
     if data is not None and isinstance(dataset, data.Subset):
         return _can_tell(dataset.dataset)
     if data is not None and isinstance(dataset, data.ConcatDataset):
@@ -172,7 +172,7 @@ def _size_of(dataset: Any) -> int:
 
 
 def _is_sampler(obj: Any) -> bool:
-    data = arrays.loaded("torch.utils.data")
+    data = devices.loaded("torch.utils.data")
     if data is not None and isinstance(obj, data.Sampler):
         return True
     return type(obj).__name__.endswith("Sampler")

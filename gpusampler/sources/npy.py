@@ -9,10 +9,10 @@ import numpy as np
 from numpy.lib import format as npy
 from numpy.typing import NDArray
 
-from gpusampler.ids import PatchIds
-from gpusampler.sources.checks import checked_shape, no_column, wrong_type
-from gpusampler.sources.columns import ColumnIds
-from gpusampler.sources.names import NamedIds, factor_list
+from gpusampler.sources.base import PatchIds
+from gpusampler.sources.column_checks import checked_shape, no_column, wrong_type
+from gpusampler.sources.column_reader import ColumnIds
+from gpusampler.sources.strings import NamedIds, factor_list
 
 _GZIP, _ZIP = b"\x1f\x8b", b"PK\x03\x04"
 

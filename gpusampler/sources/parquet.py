@@ -9,9 +9,9 @@ from typing import Any
 
 import numpy as np
 
-from gpusampler.ids import BLOCK, PatchIds
 from gpusampler.sources.arrow import dtype_of, values_ids
-from gpusampler.sources.checks import chosen_column, imported, is_a
+from gpusampler.sources.base import BLOCK, PatchIds
+from gpusampler.sources.column_checks import chosen_column, imported, is_a
 
 SUFFIXES = (".parquet", ".pq")
 

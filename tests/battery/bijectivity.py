@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from gpusampler import runs
-from gpusampler.permutation import derive_key, grids_of
+from gpusampler.permutation import ranges
+from gpusampler.permutation.reference import derive_key, grids_of
 
 from .subjects import Subject
 from .walks import Keys
@@ -27,7 +27,7 @@ def exhaustive(seed: int, sizes: range = SMALL_SIZES) -> list[int]:
         size, base = n[part], np.cumsum(n[part]) - n[part]
         key = derive_key(seed, 3, 0, part)
         zero = np.zeros_like(size)
-        samples, starts = runs.permute_runs(zero, size, size, key, grids_of(xp, size), zero, None)
+        samples, starts = ranges.permute_runs(zero, size, size, key, grids_of(xp, size), zero, None)
         # Each row's places are put where that row's n begin: a bijection fills every one once.
         by_start = np.argsort(starts, kind="stable")
         lane_row = np.repeat(by_start, size[by_start])

@@ -7,7 +7,7 @@ from math import comb, factorial
 
 import numpy as np
 
-from gpusampler.permutation import Grid, grid_of
+from gpusampler.permutation.reference import Grid, grid_of
 
 
 @cache

@@ -13,7 +13,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from gpusampler.permutation import grid_of, rounds_for
+from gpusampler.permutation.reference import grid_of, rounds_for
 
 from . import statistics
 from .cases import CASES, PAIRS, WHOLE, Form, run

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 import scipy
 
-from gpusampler.permutation import VERSION
+from gpusampler.permutation.reference import VERSION
 
 from . import bijectivity, statistics
 from .cases import CASES, below, run

@@ -6,7 +6,7 @@ from math import factorial
 
 import numpy as np
 
-from gpusampler.permutation import grid_of
+from gpusampler.permutation.reference import grid_of
 
 from . import distributions, statistics
 from .statistics import Result

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from gpusampler import lanes
-from gpusampler.permutation import (
+from gpusampler.permutation import numpy_impl
+from gpusampler.permutation.reference import (
     COIN_ROUND,
     Grid,
     derive_key,
@@ -37,8 +37,8 @@ class Subject:
         """Images of positions ``x`` (P,) under each of K keys: int64, shape (K, P)."""
         k0, k1 = self.words(keys)
         out = np.empty((k0.size, x.size), np.int64)
-        width = min(x.size, lanes.TILE)
-        step = lanes.TILE // width
+        width = min(x.size, numpy_impl.TILE)
+        step = numpy_impl.TILE // width
         for first in range(0, x.size, width):
             part = x[first : first + width]
             for start in range(0, k0.size, step):
@@ -52,14 +52,14 @@ class Subject:
         count = words[0].size
         if n <= 32:
             full = np.full(count, x.size), np.full(count, n)
-            return lanes.permute_small(np.tile(x.astype(np.uint8), count), *full, words)
+            return numpy_impl.permute_small(np.tile(x.astype(np.uint8), count), *full, words)
 
         def spread(values: np.ndarray, to: np.ndarray) -> None:
             to.reshape(-1, x.size)[...] = values[:, None]
 
         sides = Grid(*(np.array([side]) for side in grid_of(n)))
         positions = np.tile(x, count)
-        return lanes.permute_grid(positions, words, sides, self.rounds(n), spread)
+        return numpy_impl.permute_grid(positions, words, sides, self.rounds(n), spread)
 
     def whole(self, n: int, keys: Keys) -> np.ndarray:
         """Whole permutations, one a row: int64, shape (K, n)."""

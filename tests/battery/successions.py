@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from gpusampler.permutation import grid_of
+from gpusampler.permutation.reference import grid_of
 
 from .subjects import FewRounds
 from .walks import batches, cube

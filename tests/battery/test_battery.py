@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from gpusampler import plan
-from gpusampler.permutation import Streams, derive_key
+from gpusampler.permutation.reference import Streams, derive_key
+from gpusampler.plan import epoch_plan
 
 from . import bijectivity, statistics
 from .cases import CASES, below, run
@@ -68,8 +68,8 @@ def test_plan_that_adds_seed_and_epoch_is_caught(monkeypatch, quick):
         seed, purpose = stream
         return derive_key(seed + pass_, purpose, 0, group)
 
-    monkeypatch.setattr(plan, "Streams", Unmixed)
-    monkeypatch.setattr(plan, "key_of", added)
+    monkeypatch.setattr(epoch_plan, "Streams", Unmixed)
+    monkeypatch.setattr(epoch_plan, "key_of", added)
     failed = statistics.failures(through_plan(2_000), statistics.bound(quick))
     names = {result.test for result in failed}
     for form in ("interleaved", "in a row"):

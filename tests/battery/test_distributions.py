@@ -8,7 +8,7 @@ from math import factorial
 import numpy as np
 import pytest
 
-from gpusampler.permutation import grid_of
+from gpusampler.permutation.reference import grid_of
 
 from . import distributions, single, statistics
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import pytest
-from elastic import MOST_RANKS, carry_out_all, case_of, changes
+
+from support.elastic_runs import MOST_RANKS, carry_out_all, case_of, changes
 
 PLAIN, LOADED = 2, 3
 

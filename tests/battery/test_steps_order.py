@@ -5,8 +5,9 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from gpusampler import reference, steps
-from gpusampler.permutation import Streams, derive_key, key_of
+from gpusampler.batching import steps
+from gpusampler.permutation.reference import Streams, derive_key, key_of
+from gpusampler.plan.evaluators import array
 
 from . import statistics
 from .statistics import Result
@@ -75,15 +76,13 @@ def test_what_sorting_makes_passes_the_long_form():
 
 @controls
 def test_classes_that_stay_as_they_are_are_caught(monkeypatch):
-    monkeypatch.setattr(reference, "permute", lambda xp, x, *_: x)
+    monkeypatch.setattr(array, "permute", lambda xp, x, *_: x)
     assert names_of_failed() >= {"whole: a class", "whole: classes of a step", "grid: a class"}
 
 
 @controls
 def test_classes_that_share_a_key_are_caught(monkeypatch):
-    monkeypatch.setattr(
-        reference, "key_of", lambda state, epoch, _: key_of(state, epoch, 0 * epoch)
-    )
+    monkeypatch.setattr(array, "key_of", lambda state, epoch, _: key_of(state, epoch, 0 * epoch))
     caught = names_of_failed()
     assert caught >= {"whole: classes of a step", "whole: a class a step", "grid: two classes"}
     assert "whole: a class" not in caught
@@ -97,7 +96,9 @@ def test_classes_with_the_key_of_the_steps_are_caught(monkeypatch):
         streams = own(seed)
         return streams._replace(classes=streams.batches)
 
-    monkeypatch.setattr("gpusampler.plan.Streams", type("Shared", (), {"of": staticmethod(of)}))
+    monkeypatch.setattr(
+        "gpusampler.plan.epoch_plan.Streams", type("Shared", (), {"of": staticmethod(of)})
+    )
     assert "whole: steps and large classes" in names_of_failed()
 
 
@@ -128,8 +129,10 @@ def test_seed_plus_epoch_is_caught(monkeypatch):
     def of(seed: int) -> Streams:
         return Streams((seed, 1), (seed, 2), (seed, 3), (seed, 6))
 
-    monkeypatch.setattr("gpusampler.plan.Streams", type("Unmixed", (), {"of": staticmethod(of)}))
-    monkeypatch.setattr(reference, "key_of", added)
+    monkeypatch.setattr(
+        "gpusampler.plan.epoch_plan.Streams", type("Unmixed", (), {"of": staticmethod(of)})
+    )
+    monkeypatch.setattr(array, "key_of", added)
     assert names_of_failed() >= {"couple: class, s,e+1 | s+1,e", "couple: steps, s,e+1 | s+1,e"}
 
 

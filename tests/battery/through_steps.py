@@ -13,9 +13,9 @@ from typing import NamedTuple
 import numpy as np
 
 from gpusampler import EpochPlan, PatchGroups
-from gpusampler.arrays import HOST
-from gpusampler.reference import Reference
-from gpusampler.tables import Shuffles
+from gpusampler.core.devices import HOST
+from gpusampler.plan.evaluators.array import Reference
+from gpusampler.plan.evaluators.base import Shuffles
 
 from . import statistics
 from .single import rank

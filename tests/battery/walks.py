@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from gpusampler.permutation import PURPOSE_BATCHES, PURPOSE_SAMPLES
+from gpusampler.permutation.reference import PURPOSE_BATCHES, PURPOSE_SAMPLES
 
 SIDE = 64
 """Groups in an epoch and epochs under a seed of the `cube` walk."""

@@ -1,0 +1,79 @@
+"""``python -m benchmarks.real_data``: the pages say what it prints, and it counts what it says."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from support.paths import ROOT
+
+from benchmarks import real_data
+from benchmarks.real_data import load, sizes_of
+
+HOW_TO = ROOT / "docs" / "how-to"
+PAGES = ("length-buckets.md", "same-size-molecules.md", "ragged-groups.md")
+
+
+@pytest.fixture(scope="module")
+def drawn(tmp_path_factory):
+    pytest.importorskip("matplotlib")
+    return tmp_path_factory.mktemp("pictures")
+
+
+@pytest.fixture(scope="module")
+def printed(drawn):
+    """What the command prints, while it draws."""
+    import contextlib
+    import io
+
+    out = io.StringIO()
+    with contextlib.redirect_stdout(out):
+        real_data.main(["--pictures", str(drawn)])
+    return out.getvalue()
+
+
+def test_the_tables_on_the_pages_are_those_that_are_printed(printed):
+    rows = {line for line in printed.splitlines() if line.startswith("| ")}
+    text = {page: (HOW_TO / page).read_text().splitlines() for page in PAGES}
+    assert len(rows) == 18
+    assert rows <= {line for lines in text.values() for line in lines}
+
+
+def test_pictures_are_drawn_and_shown(printed, drawn):
+    for page in PAGES:
+        picture = f"{page.removesuffix('.md')}.png"
+        assert (drawn / picture).read_bytes().startswith(b"\x89PNG")
+        assert f"(../img/{picture})" in (HOW_TO / page).read_text()
+
+
+def test_padding_is_what_a_padded_tensor_has():
+    torch = pytest.importorskip("torch")
+    lengths = sizes_of("vowels")
+    frames = torch.from_numpy(load("vowels")["frames"]).split(lengths.tolist())
+    found = real_data.by_length()[0]
+    real = padded = largest = 0
+    sampler = real_data.PatchBatchSampler(np.zeros(640, int), real_data.BATCH_SIZE, seed=0)
+    for epoch in range(real_data.EPOCHS):
+        for batch in sampler.batches(epoch):
+            members = [frames[sample] for sample in batch.indices]
+            x = torch.nn.utils.rnn.pad_sequence(members, batch_first=True, padding_value=np.nan)
+            padded += x[..., 0].numel()
+            real += int((~x[..., 0].isnan()).sum())
+            largest = max(largest, x[..., 0].numel())
+    assert found.share() == 1 - real / padded
+    assert found.largest() == largest
+
+
+def test_a_pair_of_padded_molecules_is_padding_unless_both_atoms_are_there():
+    two = real_data.Padding("two", [np.array([2, 3]), np.array([3])])
+    assert two.share() == 1 - 8 / 9
+    assert two.share(2) == pytest.approx(1 - (4 + 9 + 9) / (2 * 9 + 9))
+    assert two.largest(2) == 18
+    assert two.used(2) == (18 + 9) / 2 / 18
+    assert two.members == 1.5
+
+
+def test_even_sizes_make_no_more_batches():
+    counts = np.arange(1, 500)
+    sizes = np.array(list(real_data.even_sizes(counts, 8).values()))
+    assert (sizes <= 8).all()
+    assert (-(-counts // sizes) == -(-counts // 8)).all()

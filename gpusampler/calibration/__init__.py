@@ -1,0 +1,1 @@
+"""calibrate: a budget of cost from what a training step takes of the memory."""

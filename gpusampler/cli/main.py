@@ -1,0 +1,268 @@
+"""The command line: try the job, look at patch ids, simulate an aquifer."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import click
+
+from gpusampler import __version__
+
+INTERRUPTED = 130
+
+
+class Refusal(click.ClickException):
+    """Bad data or a missing package: one line and exit code 2."""
+
+    exit_code = 2
+
+
+class OneLineErrors(click.Group):
+    """A group whose errors are one line on stderr, without a traceback."""
+
+    def main(
+        self,
+        args: Sequence[str] | None = None,
+        prog_name: str | None = None,
+        complete_var: str | None = None,
+        standalone_mode: bool = True,
+        **extra: Any,
+    ) -> Any:
+        """Run a command and exit; without `standalone_mode`, return and raise as click does."""
+        if not standalone_mode:
+            return super().main(args, prog_name, complete_var, False, **extra)
+        try:
+            code = super().main(args, prog_name, complete_var, False, **extra)
+            sys.stdout.flush()
+        except click.exceptions.NoArgsIsHelpError as error:
+            click.echo(error.ctx.get_help() if error.ctx else "", err=True)
+            sys.exit(error.exit_code)
+        except click.ClickException as error:
+            message = " ".join(error.format_message().split())
+            click.echo(f"{prog_name or 'gpusampler'}: {message}", err=True)
+            sys.exit(error.exit_code)
+        except click.Abort:  # click's name for Ctrl-C
+            sys.exit(INTERRUPTED)
+        except BrokenPipeError:
+            # The reader (head, less) went away. Nothing may be flushed into the pipe at exit.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            sys.exit(1)
+        except Exception as error:
+            if _was_interrupted(error):
+                sys.exit(INTERRUPTED)
+            raise
+        sys.exit(code if isinstance(code, int) else 0)
+
+
+def _was_interrupted(error: BaseException | None) -> bool:
+    """Whether an error is what became of Ctrl-C, as when it breaks off the making of a class."""
+    while error is not None:
+        if isinstance(error, KeyboardInterrupt):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
+
+
+@contextmanager
+def _refusing() -> Iterator[None]:
+    # Only around work on the user's arguments and files: a bug elsewhere keeps its traceback.
+    try:
+        yield
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        # The system's errors carry a number that says nothing to a reader; ours carry a sentence.
+        told = f"{error.strerror}: {error.filename}" if error.filename else str(error)
+        raise Refusal(told) from error
+    except (ValueError, TypeError) as error:
+        raise Refusal(str(error)) from error
+
+
+def _need(task: str, *modules: str) -> None:
+    missing = [name for name in modules if find_spec(name) is None]
+    if missing:
+        raise Refusal(f"{task} needs {', '.join(missing)}: pip install 'gpusampler[demo]'")
+
+
+@contextmanager
+def _ending_at_once() -> Iterator[None]:
+    """Let Ctrl-C end the process at once while large libraries are imported.
+
+    Broken off in an import, they turn a KeyboardInterrupt into errors of their own. Nothing has
+    been written yet.
+    """
+    if signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
+        yield  # someone has other plans for it
+        return
+    signal.signal(signal.SIGINT, lambda number, frame: os._exit(INTERRUPTED))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+_DIRECTORY = click.Path(path_type=Path)
+
+
+@click.group(
+    "gpusampler", cls=OneLineErrors, context_settings={"help_option_names": ["-h", "--help"]}
+)
+@click.version_option(__version__, prog_name="gpusampler")
+def cli() -> None:
+    """Batches that come from one patch each."""
+
+
+@cli.command()
+@click.option(
+    "--out",
+    type=_DIRECTORY,
+    default=Path("gpusampler-demo"),
+    show_default=True,
+    help="Folder for demo.png and report.json.",
+)
+@click.option("--epochs", type=click.IntRange(min=1), default=10, show_default=True)
+@click.option("--batch-size", type=click.IntRange(min=1), default=8, show_default=True)
+@click.option(
+    "--data", type=_DIRECTORY, help="A patch folder.  [default: MODFLOW 6 output in the package]"
+)
+@click.option(
+    "--seed",
+    type=click.IntRange(0, 2**63 - 1),
+    default=0,
+    show_default=True,
+    help="Of the initial weights and of the batches.",
+)
+def demo(out: Path, epochs: int, batch_size: int, data: Path | None, seed: int) -> None:
+    """Train a GINO on groundwater patches, about a quarter of a minute."""
+    _need("the demo", "torch", "neuralop", "matplotlib")
+    with _ending_at_once():
+        import matplotlib.figure  # noqa: F401
+
+        from gpusampler.demo.gino import import_gino
+        from gpusampler.demo.job import PICTURE, REPORT, run_demo
+        from gpusampler.demo.loading import load
+
+        import_gino()
+
+    with _refusing():
+        loaded = load(data)
+        out.mkdir(parents=True, exist_ok=True)
+    try:
+        report = run_demo(loaded, out=out, epochs=epochs, batch_size=batch_size, seed=seed)
+    except (OSError, FloatingPointError) as error:
+        raise Refusal(str(error)) from error
+    click.echo(report.text())
+    click.echo(f"written     {out / PICTURE} and {out / REPORT}, {report.seconds:.0f} s in all")
+
+
+@cli.command()
+@click.argument("source", type=click.Path(path_type=Path))
+@click.option("--batch-size", type=click.IntRange(min=1), required=True)
+@click.option("--column", help="Which column, array or dataset of a file that has several.")
+@click.option(
+    "--out", type=_DIRECTORY, help="The picture, a PNG.  [default: gpusampler-inspect.png]"
+)
+@click.option(
+    "--input-window",
+    type=click.IntRange(min=1),
+    default=6,
+    show_default=True,
+    help="Patch folders: time steps into a sample.",
+)
+@click.option(
+    "--output-window",
+    type=click.IntRange(min=1),
+    default=1,
+    show_default=True,
+    help="Patch folders: time steps out of a sample.",
+)
+@click.option(
+    "--split",
+    type=click.Choice(["train", "val", "all"]),
+    default="train",
+    show_default=True,
+    help="Patch folders: part of the series.",
+)
+def inspect(
+    source: Path,
+    batch_size: int,
+    column: str | None,
+    out: Path | None,
+    input_window: int,
+    output_window: int,
+    split: str,
+) -> None:
+    """Show what a batch size does to patch ids.
+
+    SOURCE is a patch folder, an index file, or a file with one patch id a sample: .npy, Parquet,
+    Zarr or HDF5.
+    """
+    from gpusampler.cli.inspect import draw, inspect_source
+
+    if out is not None:
+        _need("the picture", "matplotlib")
+    with _refusing():
+        ids = _patch_ids(source, column, input_window, output_window, split)
+        found = inspect_source(ids, batch_size, source.name or str(source))
+    click.echo(found.text())
+    if out is None and find_spec("matplotlib") is None:
+        click.echo("no picture: that needs matplotlib (pip install 'gpusampler[demo]')", err=True)
+        return
+    picture = Path("gpusampler-inspect.png") if out is None else out
+    with _refusing():
+        draw(found, picture)
+    click.echo(f"\nwritten: {picture}")
+
+
+def _patch_ids(source: Path, column: str | None, inputs: int, outputs: int, split: str) -> Any:
+    from gpusampler.groundwater import GWPatchDataset
+    from gpusampler.groups.index_format import is_index
+    from gpusampler.sources.dispatch import read_patch_ids
+
+    if is_index(source):
+        return source
+    if source.is_dir() and any(entry.name.startswith("patch_") for entry in source.iterdir()):
+        return GWPatchDataset(source, inputs, outputs, split=split)
+    try:
+        return read_patch_ids(source, column)
+    except ValueError as error:
+        if source.is_dir():
+            raise ValueError(f"{error}; nor does it hold folders patch_<id>") from None
+        raise
+
+
+@cli.command()
+@click.option("--preset", default="small", show_default=True, help="Size: small, medium or large.")
+@click.option("--out", type=_DIRECTORY, required=True, help="Folder for the patches.")
+@click.option("--seed", type=click.IntRange(0, 2**63 - 1), help="Of the aquifer.")
+@click.option("--mf6", type=click.Path(path_type=Path), help="The MODFLOW 6 program.")
+@click.option("--fetch-mf6", is_flag=True, help="Download MODFLOW 6 if it is not found.")
+@click.option("--overwrite", is_flag=True, help="Replace an earlier simulation in --out.")
+def simulate(
+    preset: str, out: Path, seed: int | None, mf6: Path | None, fetch_mf6: bool, overwrite: bool
+) -> None:
+    """Simulate an aquifer with MODFLOW 6 and cut it into patches."""
+    _need("the simulation", "flopy", "gstools")
+    from gpusampler.demo.simulate import DEFAULT_SEED, SimulationError
+    from gpusampler.demo.simulate import simulate as run
+
+    try:
+        with _refusing():
+            folder = run(
+                out,
+                preset,
+                seed=DEFAULT_SEED if seed is None else seed,
+                mf6=mf6,
+                fetch=fetch_mf6,
+                overwrite=overwrite,
+            )
+    except (SimulationError, ImportError) as error:
+        raise Refusal(str(error)) from error
+    click.echo(f"written: {folder}")

@@ -1,0 +1,1 @@
+"""Devices, arrays, transfers, memory, argument checks: what every other wing stands on."""

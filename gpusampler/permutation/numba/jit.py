@@ -1,0 +1,132 @@
+"""Whether batches are evaluated by the form that Numba compiles, `jit_runs`.
+
+NumPy's form is the reference and always there. Numba, where it is installed, takes half a second
+to import, and some more to compile on the first day; so it is turned to only when a process has
+evaluated so many samples that NumPy has taken about as long for them. Nobody can tell when: both
+make the same batches.
+"""
+
+from __future__ import annotations
+
+import os
+from importlib import import_module
+from importlib.util import find_spec
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+
+from gpusampler.core import arrays, log
+from gpusampler.core.devices import HOST
+from gpusampler.permutation.reference import SMALL, Grid, grids_of, permute
+
+VARIABLE = "GPUSAMPLER_COMPILED"
+"""Environment variable: 0 never, 1 from the first batch on, else when it is worth it."""
+
+WORTH = 1 << 25
+"""Samples after which it is: a few seconds of NumPy's form."""
+
+SIZES = (1, 2, 31, SMALL, SMALL + 1, 37, 500, 1023, 1024, 2000, 65535, 65536, 3_000_000)
+"""Patches that the compiled form has to permute as the reference does before it is trusted."""
+
+
+class Compiled:
+    """The compiled form of a process, once it is worth it.
+
+    Parameters
+    ----------
+    setting : str
+        "0", "1" or anything else, as in `VARIABLE`.
+    module : str
+        What is imported for it.
+    """
+
+    def __init__(self, setting: str, module: str = "gpusampler.permutation.numba.jit_runs") -> None:
+        self._name = module
+        self._at_once = setting == "1"
+        self._decided = setting == "0"
+        self._evaluated = 0
+        self._form: ModuleType | None = None
+
+    def form(self, lanes: int) -> ModuleType | None:
+        """Return the compiled form, or None where NumPy is to work.
+
+        Parameters
+        ----------
+        lanes : int
+            Samples that are about to be evaluated.
+
+        Raises
+        ------
+        ImportError
+            If it is asked for from the first batch on, and Numba is not installed.
+
+        Warns
+        -----
+        UserWarning
+            Once, if it cannot be compiled, or differs from the reference.
+        """
+        if self._decided:
+            return self._form
+        self._evaluated += lanes
+        if self._at_once or self._evaluated > WORTH:
+            there = find_spec("numba") is not None
+            if self._at_once and not there:
+                raise ImportError(
+                    f"{VARIABLE}=1 needs Numba, which is not installed: pip install "
+                    "'gpusampler[numba]', or leave the variable out"
+                )
+            # Once, also where a warning is an error.
+            self._decided = True
+            self._form = self._load() if there else None
+        return self._form
+
+    def _load(self) -> ModuleType | None:
+        try:
+            form = import_module(self._name)
+            if not self._at_once and not form.COMPILES:
+                log.logger.info("Numba's compiler is switched off: NumPy evaluates batches")
+                return None
+            _check(form)
+        except Exception as error:
+            # A Numba that does not know this NumPy, a compiler that fails, a form that is wrong.
+            said = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+            text = (
+                "the form that Numba compiles failed: NumPy evaluates the batches, the same ones, "
+                f"more slowly; {VARIABLE}=0 does not try it ({said})"
+            )
+            log.logger.info("%s", text)
+            log.warn(text)
+            return None
+        log.logger.info("from now on batches are evaluated by a form that Numba compiled")
+        return form
+
+
+def _check(form: Any) -> None:
+    """Raise RuntimeError if the compiled form permutes otherwise than the reference.
+
+    It lies in a cache of Numba's, between runs of the program, where a mistake would be a wrong
+    batch; a look at all kinds of patches takes milliseconds.
+    """
+    xp = arrays.namespace(HOST)
+    n = np.array(SIZES + SIZES, np.int64)
+    first = n // 3
+    lengths = np.minimum(n + 3, 700)
+    # Runs of a few lanes go another way.
+    lengths[len(SIZES) :] = 5
+    base = 5 * n
+    key = (n * 0x9E3779B1 & 0xFFFFFFFF, n * 0x85EBCA6B & 0xFFFFFFFF)
+    grid = grids_of(xp, n)
+    # Not what an earlier check may have left in memory.
+    found = np.full(int(lengths.sum()), -1, np.int64)
+    form.runs(found, np.stack([first, lengths, n, base, *key, *grid]), True)
+    row = np.repeat(np.arange(n.size), lengths)
+    within = np.arange(row.size) - (np.cumsum(lengths) - lengths)[row]
+    x = (first[row] + within) % n[row]
+    keys, sides = (key[0][row], key[1][row]), Grid(*(side[row] for side in grid))
+    expected = permute(xp, x, n[row], keys, sides, min(SIZES), max(SIZES)) + base[row]
+    if not np.array_equal(found, expected):
+        raise RuntimeError("compiled permutations differ from the reference")
+
+
+compiled_form = Compiled(os.environ.get(VARIABLE, "")).form

@@ -1,0 +1,221 @@
+// Slots in, batches out: `gpusampler.plan.evaluators.array` in one launch, integer for integer.
+//
+// A block of threads takes some rows (batches). First a thread a row finds out what the row is:
+// slot -> batch (keyed bijection) -> patch (search) -> key, grid and first position. Then all
+// threads write the rows' samples: position -> permutation -> order. What no patch of the plan
+// needs is left out by the macros that are given at compilation:
+//
+//   SLOTS     0 slots as they are, 1 Fisher-Yates, 2 grid of 32-bit slots, 3 grid of 64-bit slots
+//   LOCATED   `slots` holds batches of the patches that `row_groups` holds
+//   PASSES    they are of the passes over their patches that `row_passes` holds, not of the epoch
+//   SAMPLES   permute inside the patches
+//   SMALL     the largest n that goes through Fisher-Yates here, 0 if none
+//   FEWEST, MOST  pairs of rounds of the largest and of the smallest patch above 32; 0 if none
+//   ORDERED   look samples up in `order`
+//   RAGGED    rows lie at `starts`, each as long as it is; otherwise rows of `width`, end to end
+//   PAD       a ragged row is as long as its patch's size
+//   ORDER_T, OUT_T  element types
+//
+// Without nvcc or NVRTC the same text is C++ for the host: tests run it there.
+
+#ifdef __CUDACC__
+#define KERNEL extern "C" __global__
+#define DEVICE __device__ __forceinline__
+#define SHARED __shared__
+#define FOR_EACH_THREAD(t) { const int t = threadIdx.x;
+#define END_THREADS } __syncthreads();
+#define MULHI(x, y) __umulhi((x), (y))
+#define MIN(x, y) min((x), (y))
+#else
+#define KERNEL extern "C"
+#define DEVICE static inline
+#define SHARED static thread_local
+struct Index { int x, y; };
+static thread_local Index blockIdx;
+#define FOR_EACH_THREAD(t) for (int t = 0; t < THREADS; ++t) {
+#define END_THREADS }
+#define MIN(x, y) ((x) < (y) ? (x) : (y))
+#define MULHI(x, y) ((u32)(((unsigned long long)(x) * (y)) >> 32))
+#endif
+
+typedef unsigned int u32;
+typedef long long i64;
+
+#define THREADS 256
+#define MOST_ROWS 64
+#define SPREAD 0x2C1B3C6Du
+
+struct Row {
+    i64 base, out;
+    u32 first, lanes, n, a, b, rem, inverse, k0, step, coin;
+    int pairs;
+};
+
+DEVICE u32 mix(u32 h) {
+    h ^= h >> 16;
+    h *= 0x21F0AAADu;
+    h ^= h >> 15;
+    h *= 0x735A2D97u;
+    return h ^ (h >> 15);
+}
+
+DEVICE void absorb(u32 &s0, u32 &s1, u32 word) {
+    s0 = mix(s0 ^ word);
+    s1 = mix((s1 + s0) ^ (word * SPREAD));
+}
+
+// The image of (line, col) after `pairs` pairs of rounds; both stay in the ragged grid.
+DEVICE void shuffle_grid(u32 &line, u32 &col, u32 a, u32 b, u32 rem, u32 key, u32 step, int pairs) {
+    for (int pair = 0; pair < pairs; ++pair) {
+        u32 side = a - (col >= rem);
+        u32 moved = line + MULHI(mix((col * SPREAD) ^ key), side);
+        // Below `side` the difference wraps to something huge: the minimum is the conditional.
+        line = MIN(moved, moved - side);
+        key += step;
+        side = line == a - 1 ? rem : b;
+        moved = col + MULHI(mix((line * SPREAD) ^ key), side);
+        col = MIN(moved, moved - side);
+        key += step;
+    }
+}
+
+DEVICE u32 coin_of(u32 k0, u32 step) { return mix(k0 + 63u * step) >> 31; }
+
+DEVICE u32 swap_of(u32 k0, u32 step, u32 i) {
+    return MULHI(mix((i * SPREAD) ^ (k0 + i * step)), i + 1);
+}
+
+KERNEL void gpusampler_batches(
+    const i64 *slots, const i64 *starts, OUT_T *out, i64 *lengths, i64 *groups,
+    const i64 *counts, const i64 *sizes, const i64 *search, const i64 *row_groups,
+    const i64 *row_passes, const i64 *bases,
+    const i64 *side_a, const i64 *side_b, const i64 *side_rem, const ORDER_T *order,
+    int num_rows, int width, int num_groups, int steps,
+    int slot_n, int slot_a, int slot_b, int slot_rem, int slot_pairs,
+    int key0, int key1, int state0, int state1,
+    int rows_a_block, int columns, int span) {
+    SHARED Row rows[MOST_ROWS];
+#if SAMPLES && SMALL
+    SHARED unsigned char swaps[MOST_ROWS][32];
+#endif
+    const int row_0 = blockIdx.x * rows_a_block;
+    const int here = num_rows - row_0 < rows_a_block ? num_rows - row_0 : rows_a_block;
+
+    FOR_EACH_THREAD(t)
+        if (t < here) {
+            i64 slot = slots[row_0 + t];
+#if SLOTS
+            const u32 slot_step = (u32)key1 | 1u;
+#endif
+#if SLOTS == 1
+            u32 x = (u32)slot;
+            for (u32 i = slot_n - 1; i > 0; --i) {
+                const u32 j = swap_of(key0, slot_step, i);
+                x = x == i ? j : x == j ? i : x;
+            }
+            slot = x;
+#elif SLOTS
+#if SLOTS == 2
+            u32 line = (u32)slot / (u32)slot_b, col = (u32)slot - line * (u32)slot_b;
+#else
+            u32 line = (u32)(slot / slot_b), col = (u32)(slot - (i64)line * slot_b);
+#endif
+            shuffle_grid(line, col, slot_a, slot_b, slot_rem, key0, slot_step, slot_pairs);
+            slot = (i64)line * slot_b + col;
+            if (slot < 2) slot ^= coin_of(key0, slot_step);
+#endif
+#if LOCATED
+            const i64 j = slot, group = row_groups[row_0 + t];
+#else
+            // The last patch whose first batch is not beyond this one.
+            int place = 0;
+            for (int bit = steps - 1; bit >= 0; --bit) {
+                const int ahead = place + (1 << bit);
+                if (ahead < num_groups && search[ahead] <= slot) place = ahead;
+            }
+            const i64 j = slot - search[place], group = place;
+#endif
+            const i64 n = counts[group], size = sizes[group];
+            const i64 length = n - j * size < size ? n - j * size : size;
+            Row &row = rows[t];
+            row.n = (u32)n;
+            row.first = (u32)(j * size);
+            row.base = bases[group];
+#if RAGGED
+            row.out = starts[row_0 + t];
+            // None for a slot that is none: nothing is written then.
+            row.lanes = (u32)(PAD ? size : length > 0 ? length : 0);
+#else
+            row.out = (i64)(row_0 + t) * width;
+            row.lanes = width;
+            if (blockIdx.y == 0) {
+                lengths[row_0 + t] = length;
+                groups[row_0 + t] = group;
+            }
+#endif
+#if SAMPLES
+            u32 s0 = state0, s1 = state1;
+#if PASSES
+            const i64 pass = row_passes[row_0 + t];
+            absorb(s0, s1, (u32)pass);
+            absorb(s0, s1, (u32)(pass >> 32));
+#endif
+            absorb(s0, s1, (u32)group);
+            absorb(s0, s1, 0);
+            row.k0 = s0;
+            row.step = s1 | 1u;
+            row.coin = coin_of(row.k0, row.step);
+            row.a = (u32)side_a[group];
+            row.b = (u32)side_b[group];
+            row.rem = (u32)side_rem[group];
+            row.inverse = 0xFFFFFFFFu / row.b;
+            row.pairs = n >= 65536 ? 3 : n >= 1024 ? 4 : n > 32 ? 6 : 0;
+#endif
+        }
+    END_THREADS
+#if SAMPLES && SMALL
+    FOR_EACH_THREAD(t)
+        for (int at = t; at < here * 32; at += THREADS) {
+            const Row &row = rows[at >> 5];
+            swaps[at >> 5][at & 31] = (unsigned char)swap_of(row.k0, row.step, at & 31);
+        }
+    END_THREADS
+#endif
+    // `columns`, a power of two, threads side by side in a row.
+    FOR_EACH_THREAD(t)
+        const u32 from = (u32)blockIdx.y * span;
+        for (int r = t / columns; r < here; r += THREADS / columns) {
+            const Row row = rows[r];
+            const u32 end = row.lanes < from + span ? row.lanes : from + span;
+            for (u32 lane = from + (t & (columns - 1)); lane < end; lane += columns) {
+                u32 x = row.first + lane;
+                if (x >= row.n) x %= row.n;
+#if SAMPLES && SMALL
+                if (row.pairs == 0) {
+                    for (u32 i = row.n - 1; i > 0; --i) {
+                        const u32 j = swaps[r][i];
+                        x = x == i ? j : x == j ? i : x;
+                    }
+                }
+#endif
+#if SAMPLES && MOST
+                if (!SMALL || row.pairs) {
+                    // A division is a multiplication that is at most 1 short.
+                    u32 line = MULHI(x, row.inverse), col = x - line * row.b;
+                    if (col >= row.b) { ++line; col -= row.b; }
+                    shuffle_grid(line, col, row.a, row.b, row.rem, row.k0, row.step,
+                                 FEWEST == MOST ? MOST : row.pairs);
+                    x = line * row.b + col;
+                    if (x < 2) x ^= row.coin;
+                }
+#endif
+                const i64 sample = row.base + x;
+#if ORDERED
+                out[row.out + lane] = (OUT_T)order[sample];
+#else
+                out[row.out + lane] = (OUT_T)sample;
+#endif
+            }
+        }
+    END_THREADS
+}

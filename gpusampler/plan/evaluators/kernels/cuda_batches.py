@@ -1,0 +1,49 @@
+"""Slots in, batches out, in CUDA C for CuPy; compiled by NVRTC at first use.
+
+Imported at first use only.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import cupy
+import numpy as np
+
+from gpusampler.plan.evaluators.kernels.kernel_spec import THREADS, Form, Geometry
+
+SOURCE = Path(__file__).with_name("batches.cu")
+TYPES = {"int64": "long long", "int32": "int"}
+
+
+def defines(form: Form, order: str, out: str) -> tuple[str, ...]:
+    """Return the options that make a kernel of a form from the source."""
+    flags = {name: str(value) for name, value in form.flags().items()}
+    flags |= {"ORDER_T": TYPES[order], "OUT_T": TYPES[out]}
+    return tuple(f"-D{name}={value}" for name, value in flags.items())
+
+
+@cache
+def _kernel(form: Form, order: str, out: str) -> Any:
+    return cupy.RawKernel(
+        SOURCE.read_text(),
+        "gpusampler_batches",
+        options=("-std=c++17", *defines(form, order, out)),
+    )
+
+
+def launch(form: Form, geometry: Geometry, args: tuple[Any, ...]) -> None:
+    """Run the kernel over arrays of CuPy, on its current device and stream."""
+    slots, starts, _, out, *rest = args
+    order = rest[11]
+    kernel = _kernel(form, "int64" if order is None else order.dtype.name, out.dtype.name)
+    values = (slots, starts, out, *rest, geometry.rows, geometry.columns, geometry.span)
+    kernel(geometry.blocks, (THREADS,), tuple(map(_as_argument, values)))
+
+
+def _as_argument(value: Any) -> Any:
+    if value is None:
+        return np.uint64(0)  # a null pointer
+    return np.int32(value) if isinstance(value, int) else value

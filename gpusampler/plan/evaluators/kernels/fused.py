@@ -1,0 +1,229 @@
+"""A plan's evaluation by one of the kernels: the same interface as `evaluators.array`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from gpusampler.batching.tables import PatchTables
+from gpusampler.core import arrays, devices
+from gpusampler.core.devices import Device
+from gpusampler.permutation.reference import Streams, absorb_pair, grid_of, key_of, rounds_for
+from gpusampler.plan.evaluators.base import Located, Shuffles
+from gpusampler.plan.evaluators.kernels.kernel_spec import (
+    Form,
+    Geometry,
+    cuda_geometry,
+    triton_geometry,
+)
+
+Launch = Callable[[Form, Geometry, tuple[Any, ...]], None]
+
+
+class Fused:
+    """Batches of a plan, evaluated on a device by a kernel.
+
+    Parameters
+    ----------
+    tables : PatchTables
+        The plan's, on the device.
+    device : Device
+    shuffles : Shuffles
+    launch : callable
+        ``launch(form, geometry, args)`` runs the kernel over its arrays and numbers.
+    geometry : callable
+        Cuts ``(form, num_rows, width)`` for it.
+    """
+
+    def __init__(
+        self,
+        tables: PatchTables,
+        device: Device,
+        shuffles: Shuffles,
+        launch: Launch,
+        geometry: Callable[[Form, int, int], Geometry],
+    ) -> None:
+        self._tables = tables
+        self._device = device
+        self._shuffles = shuffles
+        self._launch = launch
+        self._geometry = geometry
+        self._xp = arrays.namespace(device)
+
+    def block(
+        self, streams: Streams, epoch: int, slots: Any, dtype: str = "int64"
+    ) -> tuple[Any, Any, Any]:
+        """Return indices (K, B), lengths (K,) and groups (K,) of the batches at ``slots``.
+
+        For plans whose slots the kernel can locate: interleaved, in steps of one.
+        """
+        return self._block(streams, epoch, slots, (None, None), dtype)
+
+    def located_block(
+        self,
+        streams: Streams,
+        epoch: int,
+        group: Any,
+        j: Any,
+        passes: Any = None,
+        dtype: str = "int64",
+    ) -> tuple[Any, Any, Any]:
+        """Return `block` of batches ``j`` of patches ``group``, which are on the device.
+
+        ``passes``, of which pass over its patch each is, is None where that is the epoch.
+        """
+        return self._block(streams, epoch, j, (group, passes), dtype)
+
+    def _block(
+        self, streams: Streams, epoch: int, slots: Any, rows: tuple[Any, Any], dtype: str
+    ) -> tuple[Any, Any, Any]:
+        num_rows, width = int(slots.shape[0]), self._tables.max_batch_size
+        with devices.on(self._device):
+            out = self._empty((num_rows, width), dtype)
+            lengths, groups = self._empty((num_rows,)), self._empty((num_rows,))
+            form = self._form(rows, ragged=False)
+            keys = self._keys(streams, epoch, form)
+            self._run(form, (slots, None, None, out, lengths, groups), rows, width, keys)
+        return out, lengths, groups
+
+    def batch(self, streams: Streams, epoch: Any, slot: Any) -> tuple[Any, Any, Any]:
+        """Return indices (B,), length and group of one batch; ``epoch`` and ``slot`` are 0-d.
+
+        Both are read by the kernel, so that a CUDA graph replays it for other values. For plans as
+        `block` takes them.
+        """
+        width = self._tables.max_batch_size
+        with devices.on(self._device):
+            out = self._empty((1, width))
+            lengths, groups = self._empty((1,)), self._empty((1,))
+            form = Form.of(self._tables, self._shuffles, ragged=False, epoch_there=True)
+            slots = self._xp.reshape(slot, (1,))
+            self._run(
+                form,
+                (slots, None, epoch, out, lengths, groups),
+                (None, None),
+                width,
+                (*streams.batches, *streams.samples),
+            )
+        return out[0], lengths[0], groups[0]
+
+    def ragged(self, streams: Streams, epoch: int, at: Located, *, located: bool) -> Any:
+        """Return the samples of located batches end to end, ``at.size`` of each.
+
+        Where they are is found out again by the kernel, unless it must be told: ``located``.
+        """
+        num_rows = at.size.size
+        if num_rows == 0:
+            return self._empty((0,))
+        # One small array goes up, and nothing is waited for.
+        starts = np.cumsum(at.size) - at.size
+        parts = [starts, at.j, at.group] if located else [starts, at.slot]
+        if at.passes is not None:
+            parts.append(at.passes)
+        starts, slots, *told = arrays.upload(np.stack(parts), self._device)
+        rows = (*told, None, None)[:2]
+        if self._tables.uniform:
+            # The same kernel as for a block: each form is one to compile.
+            block = self._block(streams, epoch, slots, rows, "int64")
+            return self._xp.reshape(block[0], (-1,))
+        form = self._form(rows, ragged=True)
+        keys = self._keys(streams, epoch, form)
+        with devices.on(self._device):
+            out = self._empty((int(at.size.sum()),))
+            row_arrays = (slots, starts, None, out, None, None)
+            self._run(form, row_arrays, rows, int(at.size.max()), keys)
+        return out
+
+    def _form(self, rows: tuple[Any, Any], *, ragged: bool) -> Form:
+        group, passes = rows
+        return Form.of(
+            self._tables,
+            self._shuffles,
+            ragged=ragged,
+            located=group is not None,
+            passes=passes is not None,
+        )
+
+    def _empty(self, shape: tuple[int, ...], dtype: str = "int64") -> Any:
+        handle = devices.device_handle(self._device)
+        return self._xp.empty(shape, dtype=getattr(self._xp, dtype), device=handle)
+
+    def _keys(self, streams: Streams, epoch: int, form: Form) -> tuple[int, int, int, int]:
+        # Where each row has a pass of its own, the kernel absorbs it.
+        samples = streams.samples if form.passes else absorb_pair(streams.samples, epoch)
+        return *key_of(streams.batches, epoch, 0), *samples
+
+    def _run(
+        self,
+        form: Form,
+        arrays_of_rows: tuple[Any, ...],
+        rows: tuple[Any, Any],
+        widest: int,
+        keys: tuple[int, ...],
+    ) -> None:
+        """Launch over rows of at most ``widest`` lanes."""
+        tables = self._tables
+        width = tables.max_batch_size
+        num_rows = int(arrays_of_rows[0].shape[0])
+        if num_rows == 0:
+            return
+        num_groups = int(tables.counts.shape[0])
+        grid = grid_of(tables.num_batches)
+        # What is not used is 0: a side of a grid above 2**31 is no 32-bit number.
+        slot_grid = grid if form.slots > 1 else (0, 0, 0)
+        args = (
+            *arrays_of_rows,
+            tables.counts,
+            tables.sizes,
+            tables.batch_offsets,
+            *rows,
+            tables.starts,
+            *tables.grid,
+            tables.order,
+            num_rows,
+            width,
+            num_groups,
+            (num_groups - 1).bit_length(),
+            tables.num_batches if form.slots == 1 else 0,
+            *slot_grid,
+            rounds_for(tables.num_batches) // 2,
+            *map(_signed, keys),
+        )
+        # The shape of a tile follows from the plan; how many of them, from the rows at hand.
+        geometry = self._geometry(form, num_rows, width)
+        across = -(-widest // geometry.span)
+        geometry = geometry._replace(blocks=(geometry.blocks[0], across))
+        self._launch(form, geometry, args)
+
+
+def _signed(word: int) -> int:
+    """Return a 32-bit word as the signed number of the same bits."""
+    return word - (1 << 32) if word >> 31 else word
+
+
+def fused_on(tables: PatchTables, device: Device, shuffles: Shuffles) -> Fused | None:
+    """Return the evaluation by the kernel for a device; None where there is none for it.
+
+    Raises
+    ------
+    ImportError
+        If the library that the kernel is written in is not there.
+    """
+    if device.library == "cupy":
+        from gpusampler.plan.evaluators.kernels.cuda_batches import launch as launch_cuda
+
+        return Fused(tables, device, shuffles, launch_cuda, cuda_geometry)
+    if device.library == "torch" and device.name.startswith("cuda"):
+        import torch
+
+        from gpusampler.plan.evaluators.kernels.triton_batches import launch as launch_triton
+
+        def launch(form: Form, geometry: Geometry, args: tuple[Any, ...]) -> None:
+            # Triton launches on the current device, which need not be the plan's.
+            with torch.cuda.device(device.name):
+                launch_triton(form, geometry, args)
+
+        return Fused(tables, device, shuffles, launch, triton_geometry)
+    return None

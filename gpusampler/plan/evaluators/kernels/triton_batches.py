@@ -1,0 +1,299 @@
+"""Slots in, batches out, in Triton: `evaluators.array` in one launch, integer for integer.
+
+Imported at first use only. A program takes ``ROWS`` rows (batches): it finds out what each row is
+(slot -> batch by a keyed bijection -> patch by a search -> key, grid and first position) and then
+writes the rows' samples (position -> permutation -> order), ``COLS`` of each row at a time. Where
+rows are LOCATED, ``slots`` holds batches of the patches that ``row_groups`` holds; where it holds
+PASSES, of those over the patches that ``row_passes`` holds.
+
+Integer arguments are signed 32-bit numbers, keys by their bits: Triton types an argument by its
+value, and a key that is 64-bit in one epoch would be another kernel to compile.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import triton
+import triton.language as tl
+
+from gpusampler.plan.evaluators.kernels.kernel_spec import Form, Geometry
+
+WARPS = 4
+
+
+@triton.jit
+def _mix(h):
+    h ^= h >> 16
+    h *= 0x21F0AAAD
+    h ^= h >> 15
+    h *= 0x735A2D97
+    return h ^ (h >> 15)
+
+
+@triton.jit
+def _absorb(s0, s1, word):
+    s0 = _mix(s0 ^ word)
+    return s0, _mix((s1 + s0) ^ (word * 0x2C1B3C6D))
+
+
+@triton.jit
+def _hash(value, round_key):
+    return _mix((value * 0x2C1B3C6D) ^ round_key)
+
+
+@triton.jit
+def _rotate(line, amount, side):
+    # Below `side` the difference wraps to something huge: the minimum is the conditional.
+    moved = line + tl.umulhi(amount, side)
+    return tl.minimum(moved, moved - side)
+
+
+@triton.jit
+def _coin(key, step):
+    return _mix(key + 63 * step) >> 31
+
+
+@triton.jit
+def _round_pair(line, col, a, b, rem, key, step):
+    line = _rotate(line, _hash(col, key), a - (col >= rem).to(tl.uint32))
+    col = _rotate(col, _hash(line, key + step), tl.where(line == a - 1, rem, b))
+    return line, col
+
+
+@triton.jit
+def _fisher_yates(x, n, key, step, MOST: tl.constexpr):
+    """Transpositions (i, j_i) from i = MOST-1 down to 1; those from n on change nothing."""
+    for done in range(MOST - 1):
+        # Of the key's shape: one hash a row, not one a lane.
+        i = (key * 0 + (MOST - 1 - done)).to(tl.uint32)
+        j = tl.umulhi(_hash(i, key + i * step), i + 1)
+        j = tl.where(i < n, j, i)
+        x = tl.where(x == i, j, tl.where(x == j, i, x))
+    return x
+
+
+@triton.jit
+def _absorb_epoch(s0, s1, epoch):
+    s0, s1 = _absorb(s0, s1, epoch.to(tl.uint32))
+    return _absorb(s0, s1, (epoch >> 32).to(tl.uint32))
+
+
+@triton.jit
+def _permute_slots(slot, n, a, b, rem, pairs, key, step, FORM: tl.constexpr):
+    if FORM == 1:
+        few = _fisher_yates(slot.to(tl.uint32), n.to(tl.uint32), key, step, 32)
+        image = few.to(tl.int64)
+    else:
+        if FORM == 2:
+            line = slot.to(tl.uint32) // b.to(tl.uint32)
+        else:
+            line = (slot // b).to(tl.uint32)
+        col = (slot - line.to(tl.int64) * b).to(tl.uint32)
+        side_a, side_b, side_rem = a.to(tl.uint32), b.to(tl.uint32), rem.to(tl.uint32)
+        round_key = key
+        for _pair in range(pairs):
+            line, col = _round_pair(line, col, side_a, side_b, side_rem, round_key, step)
+            round_key += 2 * step
+        image = line.to(tl.int64) * b + col.to(tl.int64)
+        coin = _coin(key, step).to(tl.int64)
+        image = tl.where(image < 2, image ^ coin, image)
+    return image
+
+
+# Not specialised: that one of these happens to be 1, or a multiple of 16, is no other kernel. (The
+# width is: rows of a multiple of 16 are written 16 bytes at a time.)
+_VALUES = [
+    "num_rows",
+    "num_groups",
+    "steps",
+    "slot_n",
+    "slot_a",
+    "slot_b",
+    "slot_rem",
+    "slot_pairs",
+    "key0",
+    "key1",
+    "state0",
+    "state1",
+]
+
+
+# Nor is where in memory these begin: they are parts of a user's tensors.
+_PLACES = ["slots", "starts", "epoch", "row_groups", "row_passes"]
+
+
+@triton.jit(do_not_specialize=_VALUES, do_not_specialize_on_alignment=_PLACES)
+def batches_kernel(
+    slots,
+    starts,
+    epoch,
+    out,
+    lengths,
+    groups,
+    counts,
+    sizes,
+    search,
+    row_groups,
+    row_passes,
+    bases,
+    side_a,
+    side_b,
+    side_rem,
+    order,
+    num_rows,
+    width,
+    num_groups,
+    steps,
+    slot_n,
+    slot_a,
+    slot_b,
+    slot_rem,
+    slot_pairs,
+    key0,
+    key1,
+    state0,
+    state1,
+    SLOTS: tl.constexpr,
+    LOCATED: tl.constexpr,
+    PASSES: tl.constexpr,
+    SAMPLES: tl.constexpr,
+    SMALL: tl.constexpr,
+    FEWEST: tl.constexpr,
+    MOST: tl.constexpr,
+    ORDERED: tl.constexpr,
+    RAGGED: tl.constexpr,
+    PAD: tl.constexpr,
+    EPOCH_THERE: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLS: tl.constexpr,
+    SPAN: tl.constexpr,
+):
+    """See `gpusampler.plan.evaluators.kernels.kernel_spec` for the arguments."""
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    inside = row < num_rows
+    slot = tl.load(slots + row, mask=inside, other=0)
+    k0, k1 = key0.to(tl.uint32), key1.to(tl.uint32)
+    s0, s1 = state0.to(tl.uint32), state1.to(tl.uint32)
+    if EPOCH_THERE:
+        # The keys of the epoch that a tensor holds: what a CUDA graph replays.
+        now = tl.load(epoch)
+        k0, k1 = _absorb_epoch(k0, k1, now)
+        k0, k1 = _absorb_epoch(k0, k1, now * 0)
+        s0, s1 = _absorb_epoch(s0, s1, now)
+    if SLOTS > 0:
+        slot = _permute_slots(slot, slot_n, slot_a, slot_b, slot_rem, slot_pairs, k0, k1 | 1, SLOTS)
+
+    if LOCATED:
+        j = slot
+        group = tl.load(row_groups + row, mask=inside, other=0)
+    else:
+        # The last patch whose first batch is not beyond this one.
+        place = tl.zeros([ROWS], tl.int32)
+        step_ahead = 1 << steps
+        for _ in range(steps):
+            step_ahead = step_ahead >> 1
+            ahead = place + step_ahead
+            known = inside & (ahead < num_groups)
+            entry = tl.load(search + ahead, mask=known, other=0)
+            place = tl.where(known & (entry <= slot), ahead, place)
+        j = slot - tl.load(search + place, mask=inside, other=0)
+        group = place.to(tl.int64)
+
+    size = tl.load(sizes + group, mask=inside, other=1)
+    count = tl.load(counts + group, mask=inside, other=1)
+    base = tl.load(bases + group, mask=inside, other=0)
+    first = (j * size).to(tl.uint32)
+    n = count.to(tl.uint32)
+    length = tl.minimum(size, count - j * size)
+    if RAGGED:
+        begin = tl.load(starts + row, mask=inside, other=0)
+        # None for a slot that is none: nothing is written then.
+        lanes = tl.maximum(length, 0)
+        if PAD:
+            lanes = size
+        lanes = tl.where(inside, lanes, 0).to(tl.uint32)
+        widest = tl.max(lanes.to(tl.int32), axis=0)
+    else:
+        begin = row.to(tl.int64) * width
+        lanes = tl.where(inside, width, 0).to(tl.uint32)
+        widest = width
+        if tl.program_id(1) == 0:
+            tl.store(lengths + row, length, mask=inside)
+            tl.store(groups + row, group, mask=inside)
+
+    if SAMPLES:
+        # What belongs to a row, as a column beside the row's lanes.
+        key, step = s0, s1
+        if PASSES:
+            passes = tl.load(row_passes + row, mask=inside, other=0)
+            key, step = _absorb_epoch(key, step, passes)
+        key, step = _absorb(key, step, group.to(tl.uint32))
+        key, step = _absorb(key, step, (group * 0).to(tl.uint32))
+        step = step | 1
+        coin = _coin(key, step)[:, None]
+        a = tl.load(side_a + group, mask=inside, other=1).to(tl.uint32)[:, None]
+        b = tl.load(side_b + group, mask=inside, other=1).to(tl.uint32)[:, None]
+        rem = tl.load(side_rem + group, mask=inside, other=1).to(tl.uint32)[:, None]
+        # One division a row; a lane's is a multiplication that is at most 1 short.
+        inverse = 0xFFFFFFFF // b
+        own = tl.where(n >= 65536, 3, tl.where(n >= 1024, 4, tl.where(n > 32, 6, 0)))
+        own = tl.where(inside, own, 0)
+        pairs = tl.max(own, axis=0)
+        own = own[:, None]
+        smallest = tl.min(tl.where(inside, count, 1 << 31), axis=0)
+        row_key, row_step = key[:, None], step[:, None]
+        # Loop-carried values keep the layout they have: these are spread over the tile before.
+        tile_key = tl.broadcast_to(row_key, [ROWS, COLS])
+
+    lane_0 = tl.program_id(1) * SPAN
+    # Whether any row goes beyond its patch here, to begin again at its first sample.
+    beyond = inside & (first.to(tl.int64) + tl.minimum(lanes, lane_0 + SPAN) > count)
+    wraps = tl.max(beyond.to(tl.int32), axis=0)
+    row_first, row_n = first[:, None], n[:, None]
+    row_base, row_begin, row_lanes = base[:, None], begin[:, None], lanes[:, None]
+    for done in range(0, tl.minimum(widest - lane_0, SPAN), COLS):
+        lane = (lane_0 + done + tl.arange(0, COLS)).to(tl.uint32)[None, :]
+        mask = lane < row_lanes
+        x = row_first + lane
+        if wraps > 0:
+            x = x % row_n
+        image = x
+        if SAMPLES and MOST > 0:
+            if SMALL == 0 or pairs > 0:
+                line = tl.umulhi(x, inverse)
+                col = x - line * b
+                line += (col >= b).to(tl.uint32)
+                col = tl.minimum(col, col - b)
+                round_key = tile_key
+                for _common in tl.static_range(FEWEST):
+                    line, col = _round_pair(line, col, a, b, rem, round_key, row_step)
+                    round_key += 2 * row_step
+                if MOST > FEWEST:
+                    for pair in range(FEWEST, pairs):
+                        more_line, more_col = _round_pair(line, col, a, b, rem, round_key, row_step)
+                        line = tl.where(pair < own, more_line, line)
+                        col = tl.where(pair < own, more_col, col)
+                        round_key += 2 * row_step
+                image = line * b + col
+                image = tl.where(image < 2, image ^ coin, image)
+        if SAMPLES and SMALL > 0:
+            if smallest <= 32:
+                few = _fisher_yates(x, row_n, row_key, row_step, SMALL)
+                image = tl.where(row_n <= 32, few, image)
+        sample = row_base + image.to(tl.int64)
+        if ORDERED:
+            sample = tl.load(order + sample, mask=mask, other=0).to(tl.int64)
+        tl.store(out + row_begin + lane.to(tl.int64), sample.to(out.dtype.element_ty), mask=mask)
+
+
+def launch(form: Form, geometry: Geometry, args: tuple[Any, ...]) -> None:
+    """Run the kernel over arrays of torch, on their device's current stream."""
+    batches_kernel[geometry.blocks](
+        *args,
+        **form.flags(),
+        ROWS=geometry.rows,
+        COLS=geometry.columns,
+        SPAN=geometry.span,
+        num_warps=WARPS,
+    )

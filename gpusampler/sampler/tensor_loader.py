@@ -1,0 +1,423 @@
+"""PatchTensorLoader: batches of one patch from tensors in memory, gathered where they are used.
+
+A DataLoader asks a dataset for one sample after another and stacks them; for samples that lie in
+a tensor that is nearly all of the time. Here the rows of many batches are gathered at once, and
+cut apart.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from math import prod
+from typing import Any
+
+import numpy as np
+
+from gpusampler.core import arrays, devices
+from gpusampler.core.arrays import Int64
+from gpusampler.core.devices import HOST, Device
+from gpusampler.core.tracing import TRANSFER
+from gpusampler.core.transfer import Ahead, Event, Side, finish, side_of
+from gpusampler.plan.epoch_plan import EpochPlan
+from gpusampler.plan.evaluators.base import RaggedBlock
+from gpusampler.sampler.batch_sampler import PatchBatchSampler
+from gpusampler.sampler.batches import Blocks
+from gpusampler.sampler.iterator import EpochIterator
+from gpusampler.sampler.state import Share
+
+GATHERED_ON_HOST = 1 << 20
+GATHERED_ON_DEVICE = 1 << 25
+"""Bytes gathered at once, or a batch: what fits in a core's cache; what fills a GPU."""
+
+RESERVED = ("patch_id", "valid")
+
+TensorBatch = dict[str, Any]
+
+
+class PatchTensorLoader:
+    """Loader of batches, each of one patch, from tensors that are in memory.
+
+    Takes the place of ``DataLoader(TensorDataset(...), batch_sampler=sampler)``. Where the tensors
+    lie decides how it works: tensors on the device of the batches are gathered there; tensors on
+    the host, for batches on a GPU, are gathered into pinned memory, and the next rows travel on a
+    side stream while a batch is in use.
+
+    Parameters
+    ----------
+    sampler : PatchBatchSampler
+        Evaluated where the tensors are, wherever it was made; the batches are the same.
+    device : str or torch.device, optional
+        Where batches are handed out. Default: the GPU that a tensor is on, else the host. The host
+        is "cpu" or "numpy": there every batch is of the library of its tensor.
+    **tensors : arrays, shape (N, ...)
+        Torch tensors, or arrays of NumPy or CuPy, with a row for every sample of the sampler's
+        dataset. The names are the keys of the batches; "patch_id", "valid" and "device" are taken.
+
+    Attributes
+    ----------
+    batch_sampler : PatchBatchSampler
+    device : Device
+
+    Raises
+    ------
+    TypeError
+        If the sampler is no `PatchBatchSampler`, or a tensor is none, or does not hold numbers.
+        (Arrays of NumPy may hold anything where the batches are on the host.)
+    ValueError
+        If there are no tensors, one has another number of rows than the dataset has samples, or
+        they are on several GPUs, or on a GPU other than ``device``.
+    RuntimeError
+        If ``device`` is not there.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> sampler = PatchBatchSampler([7, 7, 7, 2, 2], 2, seed=0)
+    >>> loader = PatchTensorLoader(sampler, x=np.arange(10.0).reshape(5, 2), y=np.arange(5))
+    >>> len(loader)
+    3
+    >>> batch = next(iter(loader))
+    >>> sorted(batch), batch["x"].shape == (batch["valid"], 2)
+    (['patch_id', 'valid', 'x', 'y'], True)
+    """
+
+    def __init__(
+        self, sampler: PatchBatchSampler, /, *, device: Any = None, **tensors: Any
+    ) -> None:
+        if not isinstance(sampler, PatchBatchSampler):
+            raise TypeError(f"sampler must be a PatchBatchSampler, got {type(sampler).__name__}")
+        if not tensors:
+            raise ValueError("tensors must be given by name, such as x=x, got none")
+        size = sampler.plan.groups.source_size
+        for name, tensor in tensors.items():
+            _check_tensor(name, tensor, size)
+        self.batch_sampler = sampler
+        self.device = _common_device(tensors, device)
+        # Many batches are one gather, so no gradient could go through one of them alone.
+        self._tensors = {name: _detached(tensor) for name, tensor in tensors.items()}
+        self._plans: tuple[EpochPlan, EpochPlan] | None = None
+
+    def __len__(self) -> int:
+        """Return the number of batches of a full epoch on this rank."""
+        return len(self.batch_sampler)
+
+    def __iter__(self) -> EpochIterator[TensorBatch]:
+        """Return an iterator over this rank's batches of the next epoch.
+
+        It binds the epoch when its first batch is drawn, and has ``len``, ``state_dict`` and
+        ``load_state_dict``. A batch is a dictionary: the rows of each tensor, shape (size, ...),
+        on `device`, through which no gradient flows; ``patch_id``, an int; and ``valid``, how many
+        of the rows count (the rest, under ``partial="pad"``, fills the batch up). Batches share
+        memory with one another, never with the tensors: a batch that is kept keeps a few others.
+        """
+        return self.batch_sampler._iterate(self._begin)
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the epoch of the next iterator, as `PatchBatchSampler.set_epoch` does.
+
+        Raises
+        ------
+        TypeError, ValueError
+            If ``epoch`` is no integer in 0 .. 2**63 - 1.
+        """
+        self.batch_sampler.set_epoch(epoch)
+
+    def state_dict(self, step: int | None = None) -> dict[str, Any]:
+        """Return the place after the batches that were handed out; prefetched ones do not count.
+
+        Parameters
+        ----------
+        step : int, optional
+            As for `PatchBatchSampler.state_dict`, whose state this is.
+
+        Returns
+        -------
+        dict
+
+        Raises
+        ------
+        TypeError, ValueError
+            If ``step`` is no integer, negative, or more than the pass has batches.
+        """
+        return self.batch_sampler.state_dict(step)
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Go on where a state was taken, as `PatchBatchSampler.load_state_dict` does.
+
+        Raises
+        ------
+        TypeError, ValueError
+            If the state is none, or is of other ids, settings or another seed.
+        """
+        self.batch_sampler.load_state_dict(state_dict)
+
+    def _begin(self, share: Share) -> TensorReader:
+        # Kept: its tables, and the order of all samples, go there once and not every epoch.
+        plans = self._plans
+        if plans is None or plans[0] is not share.plan:
+            plans = share.plan, share.plan.on(working_device(self._tensors, self.device))
+            self._plans = plans
+        return TensorReader(share._replace(plan=plans[1]), self._tensors, self.device)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Travel without the plan that is kept; it is made again at first use."""
+        return {**self.__dict__, "_plans": None}
+
+    def __repr__(self) -> str:
+        """Return the tensors and the sampler."""
+        shapes = ", ".join(f"{name}={tuple(t.shape)}" for name, t in self._tensors.items())
+        return f"PatchTensorLoader({shapes}, device={str(self.device)!r}, {self.batch_sampler!r})"
+
+
+class TensorReader:
+    """The batches of a share of an epoch, rows of tensors, some at a time.
+
+    Parameters
+    ----------
+    share : Share
+        Its plan is on the `working_device`.
+    tensors : dict of arrays
+    device : Device
+        Of the batches.
+    side : Side, optional
+        Where tensors on the host are to be on another device: default, the device's.
+    """
+
+    def __init__(
+        self,
+        share: Share,
+        tensors: Mapping[str, Any],
+        device: Device,
+        side: Side | None = None,
+    ) -> None:
+        devices.check_not_in_worker(device)
+        resident = {n: t for n, t in tensors.items() if _is_at(t, device)}
+        travelling = {n: t for n, t in tensors.items() if n not in resident}
+        self._names = list(tensors)
+        self._resident = resident
+        self._plan = share.plan
+        self._device = device
+        row = sum(_row_bytes(tensor) for tensor in tensors.values())
+        at_once = GATHERED_ON_HOST if device.on_host else GATHERED_ON_DEVICE
+        self._parts = Parts(Blocks(share), max(1, at_once // max(row, 1)))
+        self._staging: Staging | None = None
+        if travelling:
+            side = side_of(device) if side is None else side
+            self._staging = Staging(travelling, device, side)
+        self._travelling = share.recorder.range(TRANSFER)
+        self._ahead: Ahead[tuple[RaggedBlock, Any]] = Ahead()
+
+    def read(self) -> list[TensorBatch] | None:
+        """Return the next batches, None after the last."""
+        rows: dict[str, Any] = {}
+        if self._staging is None:
+            part = self._parts.read()
+        else:
+            # The part after it is on its way before this one is waited for.
+            part, sent = self._ahead.read(self._send) or (None, {})
+            with self._travelling:
+                rows = self._staging.take(sent)
+        if part is None:
+            return None
+        if self._resident:
+            index = arrays.to_index(part.samples, self._device)
+            for name, tensor in self._resident.items():
+                rows[name] = arrays.take(tensor, index)
+        return self._cut(part, rows)
+
+    def _send(self) -> tuple[RaggedBlock, Any] | None:
+        part = self._parts.read()
+        if part is None or self._staging is None:
+            return None
+        with self._travelling:
+            return part, self._staging.send(part.samples)
+
+    def _cut(self, part: RaggedBlock, rows: Mapping[str, Any]) -> list[TensorBatch]:
+        sizes = part.sizes.tolist()
+        columns = [arrays.split(rows[name], sizes) for name in self._names]
+        patch_ids = self._plan.labels[part.groups].tolist()
+        names = [*self._names, *RESERVED]
+        return [
+            dict(zip(names, values, strict=True))
+            for values in zip(*columns, patch_ids, part.lengths.tolist(), strict=True)
+        ]
+
+
+class Parts:
+    """Blocks of batches cut into parts of few rows, but a batch at least.
+
+    Indices are evaluated many at a time, whatever room their rows take.
+    """
+
+    def __init__(self, blocks: Blocks, most_rows: int) -> None:
+        self._blocks = blocks
+        self._most_rows = most_rows
+        self._parts: Iterator[RaggedBlock] = iter(())
+
+    def read(self) -> RaggedBlock | None:
+        """Return the next part, with its samples in the order of its batches; None at the end."""
+        for part in self._parts:
+            return part
+        block = self._blocks.read()
+        if block is None:
+            return None
+        self._parts = iter(self._cut(_in_order(block)))
+        return next(self._parts)
+
+    def _cut(self, block: RaggedBlock) -> list[RaggedBlock]:
+        ends = block.starts + block.sizes
+        parts = []
+        start = 0
+        while start < ends.size:
+            first = int(block.starts[start])
+            stop = int(np.searchsorted(ends, first + self._most_rows, side="right"))
+            stop = max(stop, start + 1)
+            at = slice(start, stop)
+            part = RaggedBlock(
+                block.samples[first : int(ends[stop - 1])],
+                block.starts[at] - first,
+                block.sizes[at],
+                block.lengths[at],
+                block.groups[at],
+            )
+            parts.append(part)
+            start = stop
+        return parts
+
+
+def _in_order(block: RaggedBlock) -> RaggedBlock:
+    """Return a block with its batches end to end; the host puts patches of a kind side by side."""
+    starts = np.cumsum(block.sizes) - block.sizes
+    if np.array_equal(starts, block.starts):
+        return block
+    places = np.repeat(block.starts - starts, block.sizes)
+    places += np.arange(places.size)
+    return block._replace(samples=block.samples[places], starts=starts)
+
+
+class Staging:
+    """Rows of tensors on the host, on their way to a device through pinned memory.
+
+    Two sets of buffers: one is filled while the other's copy may be under way.
+
+    Parameters
+    ----------
+    tensors : dict of arrays
+        On the host.
+    device : Device
+    side : Side or None
+        None where copies wait.
+    """
+
+    SETS = 2
+
+    def __init__(self, tensors: Mapping[str, Any], device: Device, side: Side | None) -> None:
+        self._tensors = tensors
+        self._device = device
+        self._side = side
+        self._buffers: list[dict[str, Any]] = [{} for _ in range(self.SETS)]
+        self._copies: list[list[Event]] = [[] for _ in range(self.SETS)]
+        self._next = 0
+
+    def send(self, index: Int64) -> dict[str, tuple[Any, Event | None]]:
+        """Gather rows and begin to copy them."""
+        which, self._next = self._next, (self._next + 1) % self.SETS
+        for copy in self._copies[which]:
+            copy.synchronize()
+        self._copies[which] = []
+        sent: dict[str, tuple[Any, Event | None]] = {}
+        for name, tensor in self._tensors.items():
+            if self._side is None:
+                rows = arrays.take(tensor, arrays.to_index(index, arrays.device_of(tensor)))
+                sent[name] = arrays.to_device(rows, self._device), None
+                continue
+            shape = (index.size, *tensor.shape[1:])
+            pinned = self._pinned(self._side, which, name, prod(shape))
+            arrays.take_into(pinned, tensor, index)
+            there, event = self._side.to_device(pinned, shape)
+            sent[name] = there, event
+            self._copies[which].append(event)
+        return sent
+
+    def take(self, sent: Mapping[str, tuple[Any, Event | None]]) -> dict[str, Any]:
+        """Return rows that were sent, for use on the current stream; the host does not wait."""
+        for there, event in sent.values():
+            if event is not None and self._side is not None:
+                self._side.wait_for(event, there)
+        return {name: there for name, (there, _) in sent.items()}
+
+    def __del__(self) -> None:
+        """Give the buffers back only when no copy is under way: the last ones may still be."""
+        finish(self._side)
+
+    def _pinned(self, side: Side, which: int, name: str, size: int) -> Any:
+        buffer = self._buffers[which].get(name)
+        if buffer is None or int(buffer.shape[0]) < size:
+            buffer = side.pinned(size, arrays.dtype_name(self._tensors[name]))
+            self._buffers[which][name] = buffer
+        return buffer[:size]
+
+
+def working_device(tensors: Mapping[str, Any], device: Device) -> Device:
+    """Return where the indices of batches on ``device`` are needed."""
+    # Rows that travel are gathered on the host.
+    return device if all(_is_at(tensor, device) for tensor in tensors.values()) else HOST
+
+
+def _is_at(tensor: Any, device: Device) -> bool:
+    where = arrays.device_of(tensor)
+    return where == device or (where.on_host and device.on_host)
+
+
+def _detached(tensor: Any) -> Any:
+    """Return the values of a tensor, in the same memory, without what led to them."""
+    return tensor.detach() if hasattr(tensor, "detach") else tensor
+
+
+def _row_bytes(tensor: Any) -> int:
+    size: int = prod(tensor.shape[1:]) * tensor.itemsize
+    return size
+
+
+def _check_tensor(name: str, tensor: Any, size: int) -> None:
+    if name in RESERVED:
+        raise ValueError(f"tensors must not be named {name!r}: every batch has its own")
+    if arrays.library_of(tensor) is None:
+        raise TypeError(
+            f"{name} must be a torch tensor or an array of NumPy or CuPy, "
+            f"got {type(tensor).__name__}"
+        )
+    if arrays.library_of(tensor) == "torch" and not arrays.is_numbers(tensor):
+        raise TypeError(
+            f"{name} must be a dense tensor with values, got {tensor.layout} on {tensor.device}"
+        )
+    rows = int(tensor.shape[0]) if len(tensor.shape) else None
+    if rows != size:
+        raise ValueError(
+            f"{name} must have a row for each of {size} samples, got shape {tuple(tensor.shape)}"
+        )
+
+
+def _common_device(tensors: Mapping[str, Any], device: Any) -> Device:
+    """Return where batches are handed out."""
+    there = {name: arrays.device_of(tensor) for name, tensor in tensors.items()}
+    given = None if device is None else devices.parse_device(device)
+    away = {name: where for name, where in there.items() if not where.on_host}
+    wanted = given or next(iter(away.values()), HOST)
+    for name, where in away.items():
+        if where != wanted:
+            raise ValueError(
+                f"{name} must be on {wanted} or on the host, as the batches are to be there, "
+                f"got {where}"
+            )
+    if wanted.on_host:
+        return wanted
+    # NumPy's objects, strings and masks may be handed out by NumPy, but go nowhere else.
+    for name, tensor in tensors.items():
+        dtype = arrays.dtype_name(tensor)
+        if not (arrays.is_numbers(tensor) and arrays.has_dtype(wanted.library, dtype)):
+            raise TypeError(
+                f"{name} must hold numbers that {wanted} has, and one for every element, "
+                f"got {type(tensor).__name__} of {dtype}"
+            )
+    return wanted

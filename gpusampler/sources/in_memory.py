@@ -1,0 +1,218 @@
+"""Ids in memory: arrays of NumPy, torch and CuPy, memory maps, and lists."""
+
+from __future__ import annotations
+
+import mmap
+import os
+from typing import Any
+
+import numpy as np
+from numpy.lib.array_utils import byte_bounds
+from numpy.typing import NDArray
+
+from gpusampler.core import arrays
+from gpusampler.core.text import shown
+from gpusampler.core.validation import as_array, checked_id_array
+from gpusampler.sources.base import PatchIds
+from gpusampler.sources.column_checks import (
+    check_all_there,
+    checked_shape,
+    chosen_column,
+    fitting,
+    integers_of,
+    is_missing,
+    no_column,
+)
+from gpusampler.sources.column_reader import ColumnIds
+from gpusampler.sources.strings import NamedIds, factor_list
+
+
+class ArrayIds(PatchIds):
+    """Integers in an array of NumPy, torch or CuPy, on any device.
+
+    Parameters
+    ----------
+    array : integer array, shape (N,)
+        Not copied.
+    name : str
+        What errors call it.
+
+    Attributes
+    ----------
+    array : integer array, shape (N,)
+
+    Raises
+    ------
+    TypeError, ValueError
+        If it holds no integers, is not 1-D, or is empty.
+    """
+
+    def __init__(self, array: Any, name: str = "ids") -> None:
+        self.array = checked_id_array(array, name)
+        self.size = int(self.array.shape[0])
+        self.dtype = arrays.dtype_name(self.array)
+        self.device = arrays.device_of(self.array)
+        self._file = FileBelow.under(self.array)
+        self.in_memory = self._file is None
+        self.modified = None if self._file is None else self._file.modified()
+
+    def read(self, start: int, stop: int) -> NDArray[Any]:
+        """Return the ids of samples ``start .. stop - 1``; see `PatchIds.read`."""
+        part = self.array[start:stop]
+        if self._file is not None:
+            self._file.check(part)
+        return fitting(arrays.to_numpy(part), start)
+
+
+class FileBelow:
+    """The file under a memory map, which may become shorter: reading on would kill the process."""
+
+    def __init__(self, mapped: mmap.mmap, name: str | None, offset: int) -> None:
+        self._mapped = mapped
+        self._name = name
+        # A map starts at a multiple of this, which np.memmap's offset need not be.
+        self._offset = offset - offset % mmap.ALLOCATIONGRANULARITY
+        self._address = byte_bounds(np.frombuffer(mapped, np.uint8))[0]
+
+    @classmethod
+    def under(cls, array: Any) -> FileBelow | None:
+        """Return the file that an array is a view of, or None."""
+        name, offset, base = None, 0, array
+        while isinstance(base, (np.ndarray, memoryview)):
+            if isinstance(base, np.memmap) and base.filename is not None:
+                name, offset = os.fspath(base.filename), base.offset
+            base = base.obj if isinstance(base, memoryview) else base.base
+        if not isinstance(base, mmap.mmap):
+            return None
+        try:
+            base.size()
+        except (OSError, ValueError):
+            # Memory that processes share, with no file under it; or a map that keeps none open.
+            return None
+        return cls(base, name, offset)
+
+    def modified(self) -> int | None:
+        """Return when the file was changed last, in ns; None if it has no name any more."""
+        try:
+            return None if self._name is None else os.stat(self._name).st_mtime_ns
+        except OSError:
+            return None
+
+    def check(self, part: NDArray[Any]) -> None:
+        """Raise OSError if the file ends before an array does that lies in it."""
+        end = byte_bounds(part)[1] - self._address + self._offset
+        size = self._mapped.size()
+        if part.size and size < end:
+            name = "the file under the memory map" if self._name is None else repr(self._name)
+            raise OSError(
+                f"source must keep its length while it is read: {name} must have {end} bytes or "
+                f"more, got {size}"
+            )
+
+
+def array_ids(source: Any, column: Any, name: str, progress: bool) -> PatchIds:
+    """Return the ids in an array of one of the libraries.
+
+    Raises
+    ------
+    TypeError, ValueError
+        If they are neither integers nor names, not 1-D, none, or masked.
+    """
+    if isinstance(source, np.ndarray):
+        if source.dtype.names is not None:
+            source = source[chosen_column(source.dtype.names, column, "a structured array")]
+            column = None
+        if isinstance(source, np.ma.MaskedArray):
+            checked_shape(source.shape, name)
+            check_all_there(np.ma.getmaskarray(source), 0)
+            source = source.data
+        no_column(column, f"a {type(source).__name__}")
+        # T: strings of variable length. An object array is asked for its first value.
+        if source.dtype.kind in "UST" or (source.dtype.kind == "O" and source.ndim == 1):
+            return _of_objects(source, checked_shape(source.shape, name), name, progress)
+    no_column(column, f"a {type(source).__name__}")
+    return ArrayIds(source, name)
+
+
+def _of_objects(array: NDArray[Any], size: int, name: str, progress: bool) -> PatchIds:
+    file = FileBelow.under(array)
+    modified = None if file is None else file.modified()
+
+    def values(start: int, stop: int) -> list[Any]:
+        part = array[start:stop]
+        if file is not None:
+            file.check(part)
+        listed: list[Any] = part.tolist()
+        return listed
+
+    return listed_ids(values, size, name, progress, modified=modified)
+
+
+def listed_ids(
+    values: Any, size: int, name: str, progress: bool, *, modified: int | None = None
+) -> PatchIds:
+    """Return the ids that ``values(start, stop)`` lists as Python objects, all of one kind."""
+    if isinstance(_first(values, size), (str, bytes)):
+        return NamedIds(
+            lambda start, stop: factor_list(values(start, stop), start),
+            size,
+            modified=modified,
+            progress=progress,
+        )
+    # The first ones tell a column of another kind at once.
+    integers_of(values(0, min(size, 1000)), 0, name)
+    return ColumnIds(
+        lambda start, stop: integers_of(values(start, stop), start, name),
+        size,
+        "int64",
+        modified=modified,
+    )
+
+
+def _first(values: Any, size: int) -> Any:
+    """Return the first value that is not missing."""
+    for start in range(0, size, 1000):
+        for value in values(start, min(start + 1000, size)):
+            if not is_missing(value):
+                return value
+    return None
+
+
+def is_list_of_ids(source: Any) -> bool:
+    """Whether a list or tuple holds ids, not samples; a range does."""
+    if isinstance(source, range):
+        return True
+    if not isinstance(source, (list, tuple)):
+        return False
+    first = next((item for item in source if item is not None), None)
+    if first is not None and arrays.library_of(first) is not None:
+        # One number is an id; more of them are a sample.
+        return np.ndim(first) == 0
+    return not source or isinstance(first, (int, float, str, bytes, np.generic, list, tuple))
+
+
+def list_ids(source: Any, name: str, progress: bool) -> PatchIds:
+    """Return the ids in a list, a tuple, a range, or what NumPy makes an array of.
+
+    Raises
+    ------
+    TypeError, ValueError
+        As by `array_ids`.
+    """
+    if isinstance(source, (list, tuple)) and any(
+        isinstance(item, (str, bytes)) or item is None for item in source[:1]
+    ):
+        return listed_ids(lambda start, stop: list(source[start:stop]), len(source), name, progress)
+    array = as_array(source, name)
+    if array.dtype.kind == "O" and array.ndim == 1 and isinstance(source, (list, tuple)):
+        return ArrayIds(integers_of(list(source), 0, name), name)
+    if array.dtype.kind in "UST" and isinstance(source, (list, tuple)):
+        # NumPy makes names of integers that stand beside a name.
+        for place, item in enumerate(source):
+            if not isinstance(item, (int, np.integer)):
+                raise TypeError(
+                    f"{name} must be all integers or all names, got {shown(item)} in sample {place}"
+                )
+    if array.dtype.kind in "UOST":
+        return array_ids(array, None, name, progress)
+    return ArrayIds(source if array.dtype.kind not in "iu" else array, name)

@@ -1,0 +1,100 @@
+"""Coverage: what it says against a count of everything that all ranks hand out."""
+
+from __future__ import annotations
+
+import warnings
+
+import numpy as np
+import pytest
+from hypothesis import assume, given
+from hypothesis import strategies as st
+
+from gpusampler import PatchBatchSampler
+from support.strategies import (
+    epochs,
+    expected_by_patch,
+    patchy_ids,
+    plan_settings,
+    seeds,
+    times_seen,
+)
+
+
+def samplers(ids, num_replicas, **settings) -> list[PatchBatchSampler]:
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="(partial|uneven)='drop'.* leaves out")
+        return [
+            PatchBatchSampler(ids, **settings, num_replicas=num_replicas, rank=rank)
+            for rank in range(num_replicas)
+        ]
+
+
+@given(data=st.data(), seed=seeds, epoch=epochs)
+@pytest.mark.parametrize("uneven", ["pad", "drop"])
+@pytest.mark.parametrize("partial", ["keep", "drop", "pad"])
+def test_coverage_is_what_happens(partial, uneven, data, seed, epoch):
+    ids = data.draw(patchy_ids())
+    num_replicas = data.draw(st.sampled_from([1, 2, 3, 5, 11, 40]))
+    settings = data.draw(
+        plan_settings(ids, steps_of=num_replicas, uneven=uneven, partials=(partial,))
+    )
+    try:
+        ranks = samplers(ids, num_replicas, seed=seed, uneven=uneven, **settings)
+    except ValueError as error:
+        if "num_replicas must be at most the number of batches" not in str(error):
+            raise
+        assume(False)
+    for sampler in ranks:
+        sampler.set_epoch(epoch)
+    handed_out = [batch for sampler in ranks for batch in sampler]
+    seen = times_seen(handed_out, ids.size)
+    first_of = np.array([ids[batch[0]] for batch in handed_out])
+    found = ranks[-1].coverage(epoch)
+    assert len(found) == len(expected_by_patch(ids))
+    for row, (patch_id, samples) in zip(found, expected_by_patch(ids).items(), strict=True):
+        times = seen[samples]
+        assert row == {
+            "patch_id": patch_id,
+            "counts": len(samples),
+            "seen_once": int((times == 1).sum()),
+            "repeated": int((times > 1).sum()),
+            "missed": int((times == 0).sum()),
+            "batches": int((first_of == patch_id).sum()),
+        }
+    assert found.exact == bool((seen == 1).all())
+    assert found.totals() == {
+        "counts": ids.size,
+        "seen_once": int((seen == 1).sum()),
+        "repeated": int((seen > 1).sum()),
+        "missed": int((seen == 0).sum()),
+        "batches": len(handed_out),
+    }
+
+
+def test_coverage_is_of_the_next_epoch_by_default():
+    # Seven batches on two ranks: which one comes twice depends on the epoch.
+    sampler = PatchBatchSampler(
+        np.repeat(range(7), 3), 3, seed=0, num_replicas=2, rank=0, uneven="pad"
+    )
+    by_epoch = [sampler.coverage(epoch).repeated.tolist() for epoch in range(8)]
+    assert len(set(map(tuple, by_epoch))) > 1
+    sampler.set_epoch(5)
+    assert sampler.coverage().repeated.tolist() == by_epoch[5]
+    assert sampler.epoch == 5
+
+
+def test_coverage_tells_its_totals():
+    sampler = PatchBatchSampler([4, 4, 4, 9], 2, seed=0, partial="pad")
+    assert repr(sampler.coverage()) == (
+        "Coverage(2 patches, counts=4, seen_once=2, repeated=2, missed=0, batches=3)"
+    )
+    assert sampler.coverage() == sampler.coverage()
+
+
+@pytest.mark.parametrize(
+    ("epoch", "error", "match"),
+    [(-1, ValueError, "epoch must be >= 0"), (1.5, TypeError, "epoch must be an int")],
+)
+def test_bad_epochs(epoch, error, match):
+    with pytest.raises(error, match=match):
+        PatchBatchSampler([1, 1], 1).coverage(epoch)

@@ -1,0 +1,261 @@
+"""A device whose memory runs out: the host goes on, with the same batches and one warning."""
+
+from __future__ import annotations
+
+import pickle
+
+import numpy as np
+import pytest
+
+from gpusampler import EpochPlan, PatchBatchSampler, PatchGroups, PatchTensorLoader
+from gpusampler.batching.tables import PatchTables
+from gpusampler.core.devices import HOST, Device
+from gpusampler.core.transfer import ToHost
+from gpusampler.plan.evaluators.select import Evaluator
+from gpusampler.sampler import batches as batches_module
+from gpusampler.sampler.batches import Blocks, BlocksToHost
+from support.fake_streams import LateSide
+
+torch = pytest.importorskip("torch")
+
+IDS = np.random.default_rng(3).integers(0, 30, 20_000)
+SIZE = 16
+THERE = Device("torch", "cpu")
+pytestmark = pytest.mark.usefixtures("elsewhere", "many_blocks")
+FULL = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 MiB")
+DRIVER = RuntimeError("Triton Error [CUDA]: out of memory")
+
+
+@pytest.fixture
+def many_blocks(monkeypatch):
+    """An epoch is evaluated in several blocks, in whose midst something may happen."""
+    monkeypatch.setattr(batches_module, "FIRST_SLOTS", 8)
+    monkeypatch.setattr(batches_module, "FIRST_LANES", 512)
+    monkeypatch.setattr(batches_module, "GROWTH", 1)
+
+
+def make(device: str = "cpu", **settings):
+    return PatchBatchSampler(IDS, SIZE, seed=9, device=device, **settings)
+
+
+def plain(batches) -> list[list[int]]:
+    return [np.asarray(batch).tolist() for batch in batches]
+
+
+WANTED = plain(PatchBatchSampler(IDS, SIZE, seed=9))
+OTHER = plain(batch.indices for batch in PatchBatchSampler(IDS, SIZE, seed=9).batches(epoch=1))
+
+
+def fails_from(monkeypatch, owner, name: str, call: int, error: Exception) -> list[int]:
+    """Let a method raise from its ``call``-th call on; returns the calls so far."""
+    original = getattr(owner, name)
+    calls: list[int] = []
+
+    def method(self, *given, **named):
+        calls.append(len(calls))
+        if len(calls) > call:
+            raise error
+        return original(self, *given, **named)
+
+    monkeypatch.setattr(owner, name, method)
+    return calls
+
+
+PLACES = {
+    "upload of the tables": (PatchTables, "on", 0),
+    "first block": (Evaluator, "ragged", 0),
+    "third block": (Evaluator, "ragged", 2),
+}
+
+
+@pytest.mark.parametrize("error", [FULL, DRIVER, MemoryError()], ids=lambda e: type(e).__name__)
+@pytest.mark.parametrize("place", PLACES)
+@pytest.mark.parametrize("output", ["list", "numpy", "tensor"])
+def test_the_epoch_goes_on_with_the_same_batches(monkeypatch, place, output, error):
+    calls = fails_from(monkeypatch, *PLACES[place], error)
+    sampler = make(output=output)
+    with pytest.warns(UserWarning, match="memory of cpu has run out") as warned:
+        assert plain(sampler) == WANTED
+    assert len(warned) == 1
+    assert warned[0].filename == __file__
+    assert "the same ones" in str(warned[0].message)
+    assert sampler.plan.works_on_host
+    assert sampler.plan._on_device is None
+    # It is not tried again, and not warned of again.
+    tried = len(calls)
+    assert plain(sampler) == OTHER
+    assert len(calls) == tried
+
+
+@pytest.mark.parametrize("place", PLACES)
+def test_batches_stay_on_the_device(monkeypatch, place):
+    wanted = [(b.patch_id, b.indices.tolist(), b.valid) for b in make("numpy").batches()]
+    fails_from(monkeypatch, *PLACES[place], FULL)
+    with pytest.warns(UserWarning, match="has run out") as warned:
+        found = list(make().batches())
+    assert len(warned) == 1
+    assert all(isinstance(batch.indices, torch.Tensor) for batch in found)
+    assert [(b.patch_id, b.indices.tolist(), b.valid) for b in found] == wanted
+
+
+@pytest.mark.parametrize("fails_at", [0, 1, 2, 3])
+@pytest.mark.parametrize("what", ["evaluation", "pinned memory"])
+@pytest.mark.parametrize("output", ["list", "numpy"])
+def test_blocks_that_are_on_their_way_arrive(monkeypatch, fails_at, what, output):
+    side = LateSide()
+    monkeypatch.setattr("gpusampler.sampler.batches.side_of", lambda device: side)
+    if what == "evaluation":
+        fails_from(monkeypatch, Evaluator, "ragged", fails_at, FULL)
+    else:
+        error = RuntimeError("CUDA error: out of memory")
+        fails_from(monkeypatch, LateSide, "pinned", fails_at, error)
+    sampler = make(output=output)
+    iterator = iter(sampler)
+    with pytest.warns(UserWarning, match="has run out") as warned:
+        found = plain(iterator)
+    assert isinstance(iterator._reader._blocks, BlocksToHost)
+    assert found == WANTED
+    assert len(warned) == 1
+    side.check()
+
+
+def test_a_state_in_the_middle_of_it_is_exact(monkeypatch):
+    fails_from(monkeypatch, Evaluator, "ragged", 2, FULL)
+    sampler = make()
+    iterator = iter(sampler)
+    with pytest.warns(UserWarning, match="has run out"):
+        begun = plain(next(iterator) for _ in range(200))
+    resumed = make("numpy")
+    resumed.load_state_dict(sampler.state_dict())
+    assert begun + plain(resumed) == WANTED
+
+
+@pytest.mark.parametrize("fails_at", [0, 1, 3])
+def test_a_tensor_loader_goes_on(monkeypatch, fails_at):
+    x = torch.arange(IDS.size)
+    wanted = [b["x"].tolist() for b in PatchTensorLoader(make("numpy"), device="cpu", x=x)]
+    calls = fails_from(monkeypatch, Evaluator, "ragged", fails_at, FULL)
+    with pytest.warns(UserWarning, match="has run out") as warned:
+        found = list(PatchTensorLoader(make(), device="cpu", x=x))
+    assert len(calls) == fails_at + 1
+    assert len(warned) == 1
+    assert all(isinstance(batch["x"], torch.Tensor) for batch in found)
+    assert [batch["x"].tolist() for batch in found] == wanted
+
+
+def test_evaluate_hands_its_blocks_out_on_the_device(monkeypatch):
+    groups = PatchGroups.from_ids(IDS)
+    plan, host = EpochPlan(groups, SIZE, 1, device="cpu"), EpochPlan(groups, SIZE, 1)
+    fails_from(monkeypatch, Evaluator, "block", 0, FULL)
+    for slots in ([3, 0], np.array([5]), torch.tensor([7, 7])):
+        wanted = host.evaluate(2, np.asarray(slots), dtype="int32")
+        if not plan.works_on_host:
+            with pytest.warns(UserWarning, match="has run out"):
+                found = plan.evaluate(2, slots, dtype="int32")
+        else:
+            found = plan.evaluate(2, slots, dtype="int32")
+        assert found.indices.dtype == torch.int32
+        for ours, theirs in zip(found, wanted, strict=True):
+            assert isinstance(ours, torch.Tensor)
+            np.testing.assert_array_equal(ours.numpy(), theirs)
+
+
+def test_what_is_wrong_with_slots_is_still_said(monkeypatch):
+    plan = EpochPlan(PatchGroups.from_ids(IDS), SIZE, 1, device="cpu")
+    with pytest.raises(ValueError, match="slots must be in 0"):
+        plan.evaluate(0, [-1])
+    with pytest.raises(TypeError, match="slots must be integers"):
+        plan.evaluate(0, torch.zeros(2))
+    assert not plan.works_on_host
+
+
+def test_other_errors_are_not_swallowed(monkeypatch):
+    fails_from(monkeypatch, Evaluator, "ragged", 1, RuntimeError("illegal memory access"))
+    sampler = make()
+    with pytest.raises(RuntimeError, match="illegal memory access"):
+        list(sampler)
+    assert not sampler.plan.works_on_host
+
+
+def test_plans_that_are_alike_have_one_warning(monkeypatch):
+    fails_from(monkeypatch, Evaluator, "ragged", 0, FULL)
+    plan = EpochPlan(PatchGroups.from_ids(IDS), SIZE, 1, device="cpu", steps="same_patch")
+    wider = plan.with_step_width(4).with_seed(2)
+    with pytest.warns(UserWarning, match="has run out") as warned:
+        wider.evaluate_ragged(0, np.arange(3))
+    plan.evaluate_ragged(0, np.arange(3))
+    assert len(warned) == 1
+    assert plan.works_on_host
+    # Another process, or another device, has memory of its own.
+    assert not pickle.loads(pickle.dumps(plan)).works_on_host
+    assert plan.on("numpy").works_on_host
+
+
+def test_graphs_are_told(monkeypatch):
+    fails_from(monkeypatch, PatchTables, "on", 0, FULL)
+    plan = EpochPlan(PatchGroups.from_ids(IDS), SIZE, 1, device="cpu")
+    with pytest.raises(torch.OutOfMemoryError):
+        plan.batch(torch.tensor(0), torch.tensor(0))
+
+
+def test_tables_are_known_before_they_are_made():
+    plan = make().plan
+    said = plan.table_bytes
+    assert set(said) == {"numpy", "cpu"}
+    groups, tables = plan.groups, plan._tables
+    assert said["cpu"] == plan._bytes_to_send()
+    assert plan.has_to_travel
+    there = plan._evaluator().reference._tables.members()
+    assert said["cpu"] == sum(member.nbytes for member in there)
+    assert said["numpy"] == groups.order.nbytes + tables.nbytes
+    host = make("numpy").plan.table_bytes
+    assert host == {"numpy": said["numpy"]}
+
+
+def test_tables_larger_than_half_of_the_memory_are_warned_of(monkeypatch):
+    sampler = make()
+    wanted = sampler.plan.table_bytes["cpu"]
+    monkeypatch.setattr("gpusampler.core.memory.ASKED_FROM", 0)
+    monkeypatch.setattr("gpusampler.core.memory.free_bytes", lambda device: 2 * wanted - 1)
+    with pytest.warns(UserWarning, match="the tables of 20000 samples will take") as warned:
+        assert plain(sampler) == WANTED
+    assert len(warned) == 1
+    monkeypatch.setattr("gpusampler.core.memory.free_bytes", lambda device: 2 * wanted + 1)
+    assert plain(make()) == WANTED
+    assert HOST.on_host
+    assert not THERE.on_host
+
+
+def test_the_pipe_is_left_as_it_was(monkeypatch):
+    side = LateSide()
+    sampler = make()
+    share = sampler._progress.share_of(0)
+    travelling = share.recorder.range("transfer")
+    blocks = BlocksToHost(Blocks(share), ToHost(side), travelling)
+    fails_from(monkeypatch, Evaluator, "ragged", 2, FULL)
+    with pytest.warns(UserWarning, match="has run out"):
+        list(iter(blocks.read, None))
+    assert blocks._pipe._on_the_way == []
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_a_cursor_goes_on_where_it_is(monkeypatch, compiled):
+    wanted = plain(make("numpy", partial="pad"))
+    sampler = make(partial="pad")
+    cursor = sampler.cursor()
+
+    def step():
+        return cursor().indices
+
+    if compiled:
+        torch._dynamo.reset()
+        step = torch.compile(step, fullgraph=True, backend="eager")
+    found = [step().tolist() for _ in range(2)]
+    # A graph that was captured reads the tables where they were, so they must stay there.
+    tables = sampler.plan._on_device
+    fails_from(monkeypatch, Evaluator, "ragged", 0, FULL)
+    with pytest.warns(UserWarning, match="has run out"):
+        assert plain(sampler) == wanted
+    assert sampler.plan._on_device is tables
+    assert set(sampler.plan.table_bytes) == {"numpy", "cpu"}
+    assert found + [step().tolist() for _ in range(2)] == wanted[:4]

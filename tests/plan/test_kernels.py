@@ -1,0 +1,654 @@
+"""Both kernels against the array form, integer for integer, on a GPU or played on the host."""
+
+from __future__ import annotations
+
+import json
+import re
+from itertools import product
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import Phase, given, settings
+from hypothesis import strategies as st
+
+from gpusampler import CostBudget, EpochPlan, PatchGroups
+from gpusampler.core.devices import HOST
+from gpusampler.permutation.reference import (
+    MASK,
+    MIX_1,
+    MIX_2,
+    SPREAD,
+    Streams,
+    absorb_pair,
+    key_of,
+)
+from gpusampler.plan.evaluators.kernels import kernel_spec as forms
+from gpusampler.plan.evaluators.kernels.kernel_spec import Form, cuda_geometry, triton_geometry
+from support import make_golden
+from support.kernels import SOURCE, TRITON, every_kernel, host, kernel_of, shuffles_of
+from support.strategies import epochs, seeds
+
+GOLDEN = json.loads(make_golden.PATH.read_text())
+STEPS = json.loads(make_golden.STEPS_PATH.read_text())
+HIGH = 1 << 31
+
+
+def wanted_samples(plan: EpochPlan, epoch: int, at: Any) -> np.ndarray:
+    """The samples of located batches, end to end, from NumPy."""
+    block = plan.batches_at(epoch, at)
+    ends = block.starts + block.sizes
+    parts = [block.samples[start:end] for start, end in zip(block.starts, ends, strict=True)]
+    return np.concatenate([*parts, np.zeros(0, np.int64)])
+
+
+def check_block(plan: EpochPlan, kernel: Any, epoch: int, slots: Any, dtype: str = "int64"):
+    wanted = plan.evaluate(epoch, slots)
+    found = kernel.block(plan, epoch, slots, dtype)
+    if plan._tables.parents is not None:
+        # A kernel names classes of cost; whose they are is looked up after it.
+        found[2] = plan._tables.parents[found[2]]
+    for ours, theirs, name in zip(found, wanted, wanted._fields, strict=True):
+        assert ours.dtype == (dtype if name == "indices" else "int64")
+        np.testing.assert_array_equal(ours, theirs, err_msg=name)
+
+
+def check(plan: EpochPlan, kind: str, epoch: int, slots: Any, dtype: str = "int64") -> Any:
+    """Block and ragged rows by a kernel are those of NumPy and of the reference."""
+    slots = np.asarray(slots, np.int64)
+    kernel = kernel_of(plan, kind)
+    check_block(plan, kernel, epoch, slots, dtype)
+    at = plan.locate(epoch, slots)
+    np.testing.assert_array_equal(
+        kernel.ragged(plan, epoch, at), wanted_samples(plan, epoch, at), err_msg="ragged"
+    )
+    reference = plan.evaluate_reference(epoch, slots)
+    for ours, theirs in zip(plan.evaluate(epoch, slots), reference, strict=True):
+        np.testing.assert_array_equal(ours, theirs)
+    return kernel
+
+
+def plan_of(counts: Any, batch_size: int, seed: int = 1, **settings: Any) -> EpochPlan:
+    return EpochPlan(PatchGroups.from_counts(counts), batch_size, seed, **settings)
+
+
+def form_of(plan: EpochPlan, **asked: Any) -> Form:
+    tables = plan._tables.on(HOST, plan.groups.order)
+    return Form.of(tables, shuffles_of(plan), **{"ragged": False, **asked})
+
+
+def split_counts(total: int, most: int = HIGH - 1) -> list[int]:
+    """As few patches as hold so many samples."""
+    return [most] * (total // most) + [total % most] * (total % most > 0)
+
+
+class TestGolden:
+    """Every pinned permutation, once as the order of batches and once inside a patch."""
+
+    @staticmethod
+    def vectors(of: str) -> list[Any]:
+        sizes = dict.fromkeys(vector["n"] for vector in GOLDEN["whole"] + GOLDEN["sampled"])
+        return [n for n in sizes if of == "slots" or n < HIGH]
+
+    @staticmethod
+    def at(n: int):
+        for vector in GOLDEN["whole"] + GOLDEN["sampled"]:
+            if vector["n"] == n:
+                yield tuple(vector["key"]), vector.get("x", range(n)), vector["images"]
+
+    @pytest.mark.parametrize("n", vectors("slots"))
+    @every_kernel
+    def test_of_slots(self, kind, n, monkeypatch):
+        # Batches of one sample, in the order of the samples: the batch of a slot is its image.
+        plan = plan_of(split_counts(n), 1, shuffle_within_batches=False)
+        kernel = kernel_of(plan, kind)
+        assert plan.num_batches == n
+        for key, x, images in self.at(n):
+            monkeypatch.setattr(kernel.fused, "_keys", lambda *_, key=key: (*key, 0, 0))
+            indices, _, _ = kernel.block(plan, 0, x)
+            assert indices[:, 0].tolist() == images
+
+    @pytest.mark.parametrize("n", vectors("samples"))
+    @every_kernel
+    def test_of_samples(self, kind, n, monkeypatch):
+        whole = n <= max(make_golden.WHOLE)
+        plan = plan_of([n], n if whole else 1, shuffle_patches=False)
+        kernel = kernel_of(plan, kind)
+        for key, x, images in self.at(n):
+            state = state_of_samples(key)
+            monkeypatch.setattr(kernel.fused, "_keys", lambda *_, state=state: (0, 0, *state))
+            indices, _, _ = kernel.block(plan, 0, [0] if whole else x)
+            assert indices.ravel().tolist() == images
+
+    @pytest.mark.parametrize("ids", make_golden.PATCHES, ids=len)
+    @every_kernel
+    def test_epochs(self, kind, ids):
+        found = [epoch for epoch in GOLDEN["epochs"] if epoch["ids"] == ids]
+        assert found
+        for epoch in found:
+            self.check_epoch(kind, epoch)
+
+    @pytest.mark.parametrize("ids", [ids for ids, _ in make_golden.STEP_PATCHES], ids=len)
+    @every_kernel
+    def test_epochs_in_steps(self, kind, ids):
+        found = [epoch for epoch in STEPS["epochs"] if epoch["ids"] == ids]
+        assert {epoch["settings"]["steps"] for epoch in found} == {"balanced", "same_patch"}
+        for epoch in found:
+            self.check_epoch(kind, epoch)
+
+    @staticmethod
+    def check_epoch(kind, epoch):
+        given = dict(epoch["settings"])
+        groups = PatchGroups.from_ids(np.array(epoch["ids"], np.int64))
+        plan = EpochPlan(groups, given.pop("batch_size"), epoch["seed"], **given)
+        kernel = kernel_of(plan, kind)
+        slots = np.arange(plan.num_batches)
+        assert slots.size == len(epoch["batches"])
+
+        indices, _, patches = kernel.block(plan, epoch["epoch"], slots)
+        rows = [
+            [int(groups.patch_ids[patch]), row[: len(samples)]]
+            for patch, row, (_, samples) in zip(
+                patches, indices.tolist(), epoch["batches"], strict=True
+            )
+        ]
+        assert rows == epoch["batches"]
+
+        if not plan._tables.uniform:
+            flat = kernel.ragged(plan, epoch["epoch"], plan.locate(epoch["epoch"], slots))
+            assert flat.tolist() == [i for _, samples in epoch["batches"] for i in samples]
+
+
+def unmixed(h: int) -> int:
+    """What `permutation.mix` made this of."""
+    h ^= h >> 15 ^ h >> 30
+    h = h * pow(MIX_2, -1, 1 << 32) & MASK
+    h ^= h >> 15 ^ h >> 30
+    h = h * pow(MIX_1, -1, 1 << 32) & MASK
+    return h ^ h >> 16
+
+
+def state_of_samples(key: tuple[int, int]) -> tuple[int, int]:
+    """The state that gives the first patch this key."""
+    s0, s1 = key
+    for _ in range(2):
+        s0, s1 = unmixed(s0), (unmixed(s1) - s0) & MASK
+    assert absorb_pair((s0, s1), 0) == key
+    return s0, s1
+
+
+EDGES = [1, 2, 3, 31, 32, 33, 64, 100, 1023, 1024, 65535, 65536, 70_001]
+SIZES = [1, 2, 3, 7, 31, 32, 33, 64, 100, 300]
+
+
+def groups_at_random(rng: np.random.Generator, gathered: bool, selected: bool) -> PatchGroups:
+    """Patches on every side of the permutation's forms."""
+    kinds = [EDGES[:5], EDGES, range(33, 1024), range(1, 41), range(1, 3001)]
+    counts = rng.choice(kinds[rng.integers(len(kinds))], rng.integers(1, 7))
+    groups = PatchGroups.from_counts(counts)
+    if gathered:
+        places = rng.permutation(counts.size)
+        groups = PatchGroups.from_ids(rng.permutation(np.repeat(places, counts)))
+    if selected:
+        size = groups.source_size
+        groups = groups.select(rng.permutation(size)[: rng.integers(1, size + 1)])
+    return groups
+
+
+def with_order_of(dtype: str, groups: PatchGroups) -> PatchGroups:
+    if groups.order is None:
+        return groups
+    tables = groups.patch_ids, groups.counts, groups.starts, groups.order.astype(dtype)
+    return PatchGroups(*tables, source_size=groups.source_size)
+
+
+flags = st.booleans()
+mostly = st.sampled_from([True, True, True, False])
+word = st.sampled_from(["int32", "int64"])
+
+
+@st.composite
+def plans(
+    draw: st.DrawFn, interleave: bool, steps: str, gathered: bool, mixed: bool
+) -> tuple[EpochPlan, np.ndarray]:
+    """A plan and some of its slots, in any order, repeated or not."""
+    # Sizes and slots are not shrunk, but differ from example to example.
+    rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
+    groups = with_order_of(draw(word), groups_at_random(rng, gathered, draw(flags)))
+    partial = draw(st.sampled_from(["keep", "drop", "pad"]))
+    batch_size = int(rng.choice(SIZES))
+    if partial == "drop":
+        batch_size = min(batch_size, int(groups.counts.max()))
+    mixing: dict[str, Any] = {}
+    if mixed:
+        # Many passes an epoch, and many epochs a pass.
+        weights = rng.choice([1, 30, 1000], groups.num_patches)
+        batches = int(rng.integers(groups.num_patches, 3000))
+        mixing = {"weights": weights, "epoch_batches": batches}
+    plan = EpochPlan(
+        groups,
+        batch_size,
+        draw(seeds),
+        **mixing,
+        partial=partial,
+        shuffle_within_batches=draw(mostly),
+        shuffle_patches=draw(mostly),
+        interleave=interleave,
+        steps=steps,
+        step_width=1 if steps == "free" else int(rng.integers(1, 5)),
+    )
+    return plan, rng.integers(0, plan.num_batches, rng.integers(1, 24))
+
+
+KINDS_OF_PLANS = [
+    (True, "free"),
+    (False, "free"),
+    (True, "same_patch"),
+    (False, "same_patch"),
+    (True, "balanced"),
+]
+
+
+# Without shrinking: the plans are small, and an interpreter takes minutes to shrink them.
+few = settings(max_examples=4, phases=[Phase.explicit, Phase.generate])
+
+
+@pytest.mark.parametrize("mixed", [False, True])
+@pytest.mark.parametrize(("interleave", "steps"), KINDS_OF_PLANS)
+@every_kernel
+@few
+@given(st.data())
+def test_any_batches_of_any_plan(kind, interleave, steps, mixed, data):
+    check_any_batches(kind, interleave, steps, mixed, data)
+
+
+@pytest.mark.slow("100 plans in Triton's interpreter")
+@every_kernel
+@settings(few, max_examples=100)
+@given(st.data(), st.sampled_from(KINDS_OF_PLANS), flags)
+def test_any_batches_of_many_plans(kind, data, kind_of_plan, mixed):
+    check_any_batches(kind, *kind_of_plan, mixed, data)
+
+
+def check_any_batches(kind, interleave, steps, mixed, data):
+    gathered = data.draw(flags)
+    plan, slots = data.draw(plans(interleave, steps, gathered, mixed))
+    kernel = check(plan, kind, data.draw(epochs), slots, data.draw(word))
+    # The kernel finds out what slots lead to where that is one permutation and one search.
+    located = mixed or not interleave or steps != "free"
+    assert {form.located for form, _ in kernel.launched} == {located}
+    passes = mixed and plan.shuffle_within_batches
+    assert {form.passes for form, _ in kernel.launched} == {passes}
+
+
+HIGH_KEYS = next(
+    (seed, epoch)
+    for seed, epoch in product(range(1000), (5, 2**32 + 5))
+    if min(
+        *key_of(Streams.of(seed).batches, epoch, 0),
+        *absorb_pair(Streams.of(seed).samples, epoch),
+        *key_of(Streams.of(seed).samples, epoch, 0),
+        *key_of(Streams.of(seed).samples, epoch, 1),
+    )
+    >= HIGH
+)
+
+
+@pytest.mark.parametrize("counts", [[20, 12], [300, 70_000]])
+@every_kernel
+def test_keys_beyond_a_signed_word(kind, counts):
+    seed, epoch = HIGH_KEYS
+    plan = plan_of(counts, 4, seed)
+    kernel = check(plan, kind, epoch, np.arange(0, plan.num_batches, 1 + plan.num_batches // 40))
+    # Keys go over as signed words of the same bits, which the plan's own must need.
+    assert all(
+        word >= HIGH for word in kernel.fused._keys(plan._streams, epoch, kernel.launched[0][0])
+    )
+    assert form_of(plan).slots > 0
+
+
+@pytest.mark.parametrize("number", [1, 2, 16, 32, 33, 1023, 1024, 65536])
+@every_kernel
+def test_any_number_of_batches(kind, number):
+    counts = [part for part in (number - number // 3, number // 3) if part]
+    plan = plan_of(counts, 1, seed=number)
+    assert plan.num_batches == number
+    check(plan, kind, 4, np.unique(np.linspace(0, number - 1, 40).astype(int)))
+
+
+FORMS_OF_SLOTS = {
+    1: forms.SLOTS_AS_THEY_ARE,
+    2: forms.SLOTS_FISHER_YATES,
+    32: forms.SLOTS_FISHER_YATES,
+    33: forms.SLOTS_32_BIT,
+    2**32: forms.SLOTS_32_BIT,
+    2**32 + 1: forms.SLOTS_64_BIT,
+    2**40 + 12345: forms.SLOTS_64_BIT,
+}
+
+
+@pytest.mark.parametrize("number", FORMS_OF_SLOTS)
+@every_kernel
+def test_more_batches_than_a_word_counts(kind, number):
+    plan = plan_of(split_counts(number), 1, seed=2**64 - 1)
+    assert plan.num_batches == number
+    assert form_of(plan).slots == FORMS_OF_SLOTS[number]
+    inside = np.linspace(0, number - 1, 30).astype(np.int64)
+    ends = [0, 1, 2, number - 3, number - 2, number - 1, 2**32 - 1, 2**32, 2**32 + 7, 2**31]
+    slots = np.concatenate([inside, [slot for slot in ends if 0 <= slot < number]])
+    check(plan, kind, 2**63 - 1, slots)
+
+
+@pytest.mark.parametrize("width", [1, 2, 31, 32, 33, 64, 100, 129, 4096, 4200])
+@every_kernel
+def test_rows_of_any_width(kind, width):
+    plan = plan_of([width, width + 5], width)
+    kernel = check(plan, kind, 3, [*range(plan.num_batches), 0])
+    assert {geometry.blocks[1] for _, geometry in kernel.launched} == {1 + (width > 4096)}
+
+
+@every_kernel
+def test_a_row_that_several_blocks_share(kind):
+    plan = plan_of([8300], 8300)
+    kernel = kernel_of(plan, kind)
+    check_block(plan, kernel, 3, [0])
+    assert [geometry.blocks for _, geometry in kernel.launched] == [(1, 3)]
+
+
+@pytest.mark.parametrize("rows", [1, 16, 17, 64, 65, 257])
+@every_kernel
+def test_any_number_of_rows(kind, rows):
+    check(plan_of([40, 3000, 20], 24), kind, 1, np.arange(rows) % 120)
+
+
+@pytest.mark.parametrize("partial", ["keep", "pad"])
+@every_kernel
+def test_patches_of_every_kind_side_by_side(kind, partial):
+    # Where rounds differ from patch to patch, each row goes by its own.
+    plan = plan_of([*EDGES, 1025, 65_537], 24, partial=partial, shuffle_patches=False)
+    found = form_of(plan)
+    assert (found.samples, found.small, found.fewest, found.most) == (True, 32, 3, 6)
+    ends = np.cumsum(plan.batches_by_patch)
+    check(plan, kind, 6, np.concatenate([ends - 1, ends - plan.batches_by_patch]))
+
+
+@every_kernel
+def test_the_largest_small_patch_beside_large_ones(kind):
+    # No smaller one is there to bring in what it needs.
+    plan = plan_of([32, 2000, 33], 16)
+    check(plan, kind, 6, np.arange(plan.num_batches))
+
+
+@st.composite
+def sized(
+    draw: st.DrawFn, by: str, interleave: bool, steps: str, mixed: bool
+) -> tuple[EpochPlan, np.ndarray]:
+    """A plan whose patches have sizes of their own, and some of its slots."""
+    rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
+    groups = groups_at_random(rng, draw(flags), draw(flags))
+    patch_ids = groups.labels.tolist()
+    if by == "patch":
+        batch_size: Any = dict(zip(patch_ids, rng.choice(SIZES, groups.num_patches), strict=True))
+    elif by == "cost":
+        costs = dict(zip(patch_ids, rng.integers(1, 400, groups.num_patches), strict=True))
+        batch_size = CostBudget(400, cost=costs, max_batch_size=200)
+    else:
+        costs = rng.integers(1, 40, groups.source_size)
+        batch_size = CostBudget(400, sample_costs=costs, max_batch_size=200)
+    # Under "drop" the smallest groups may have no batch at all.
+    partial = draw(st.sampled_from(["keep", "pad"]))
+    mixing: dict[str, Any] = {}
+    if mixed:
+        mixing = {
+            "weights": rng.choice([1, 30, 1000], groups.num_patches),
+            "epoch_batches": int(rng.integers(groups.num_samples, 2 * groups.num_samples)),
+        }
+    plan = EpochPlan(
+        groups,
+        batch_size,
+        draw(seeds),
+        **mixing,
+        partial=partial,
+        shuffle_within_batches=draw(mostly),
+        shuffle_patches=draw(mostly),
+        interleave=interleave,
+        steps=steps,
+        step_width=1 if steps == "free" else int(rng.integers(1, 5)),
+    )
+    return plan, rng.integers(0, plan.num_batches, rng.integers(1, 24))
+
+
+BY = ["patch", "cost", "sample"]
+
+
+@pytest.mark.parametrize("by", BY)
+@pytest.mark.parametrize(("interleave", "steps"), KINDS_OF_PLANS)
+@every_kernel
+@settings(few, max_examples=3)
+@given(st.data(), flags)
+def test_any_batches_of_patches_with_sizes_of_their_own(kind, interleave, steps, by, data, mixed):
+    plan, slots = data.draw(sized(by, interleave, steps, mixed))
+    check(plan, kind, data.draw(epochs), slots)
+
+
+@pytest.mark.slow("60 plans in Triton's interpreter")
+@every_kernel
+@settings(few, max_examples=60)
+@given(st.data(), st.sampled_from(KINDS_OF_PLANS), st.sampled_from(BY), flags)
+def test_batches_of_many_plans_with_sizes_of_their_own(kind, data, kind_of_plan, by, mixed):
+    plan, slots = data.draw(sized(by, *kind_of_plan, mixed))
+    check(plan, kind, data.draw(epochs), slots)
+
+
+@pytest.mark.parametrize("partial", ["keep", "drop", "pad"])
+@pytest.mark.parametrize("interleave", [True, False])
+@every_kernel
+def test_sizes_by_patch(kind, partial, interleave):
+    sizes = {0: 40, 1: 8, 2: 13, 3: 150}
+    plan = plan_of([100, 7, 40, 2000], sizes, partial=partial, interleave=interleave)
+    kernel = check(plan, kind, 2, np.arange(plan.num_batches))
+    assert [form.ragged for form, _ in kernel.launched] == [False, True]
+    assert kernel.launched[1][0].pad == (partial == "pad")
+
+
+@every_kernel
+def test_narrow_ragged_rows_of_a_wide_plan(kind):
+    # No block is launched for columns that none of the rows at hand has.
+    plan = plan_of([3, 4200], 4200)
+    slots = np.arange(2)
+    located = plan.locate(0, slots)
+    kernel = kernel_of(plan, kind)
+    for group, blocks in ((0, 1), (1, 2)):
+        at = located.rows(located.group == group)
+        wanted = wanted_samples(plan, 0, at)
+        np.testing.assert_array_equal(kernel.ragged(plan, 0, at), wanted)
+        assert kernel.launched[-1][1].blocks[1] == blocks
+
+
+@every_kernel
+def test_no_rows(kind):
+    kernel = check(plan_of([5, 3], 2), kind, 0, [])
+    assert kernel.launched == []
+
+
+NOWHERE = {
+    "one batch": PatchGroups.from_counts([3]),
+    "small": PatchGroups.from_counts([20, 7]),
+    "grid": PatchGroups.from_counts([20, 70_000, 300]),
+    "64-bit": PatchGroups.from_counts(split_counts(2**34)),
+    "gathered": PatchGroups.from_ids(np.arange(300) % 3),
+}
+
+
+@pytest.mark.parametrize("groups", NOWHERE.values(), ids=NOWHERE)
+@every_kernel
+def test_slots_that_do_not_exist_stay_in_bounds(kind, groups):
+    choices = product(KINDS_OF_PLANS, [True, False], ["keep", "pad"], [None, 50])
+    for (interleave, steps), shuffle, partial, epoch_batches in choices:
+        plan = EpochPlan(
+            groups,
+            3,
+            7,
+            interleave=interleave,
+            shuffle_patches=shuffle,
+            partial=partial,
+            steps=steps,
+            step_width=1 if steps == "free" else 2,
+            epoch_batches=epoch_batches,
+        )
+        last = plan.num_batches - 1
+        slots = [-1, -(2**31), -(2**63), last + 1, last + 2, 2**31, 2**32, 2**63 - 1, last]
+        indices, lengths, found = kernel_of(plan, kind).block(plan, 0, slots)
+        # Samples of some patch, whichever: a gather of them is as safe as any.
+        assert ((found >= 0) & (found < groups.counts.size)).all()
+        owners = groups.counts[found][:, None]
+        if groups.order is None:
+            places = indices - groups.starts[found][:, None]
+            assert ((places >= 0) & (places < owners)).all()
+        assert ((indices >= 0) & (indices < groups.source_size)).all()
+        # What is there is not disturbed by its neighbours.
+        wanted = plan.evaluate(0, [last])
+        assert indices[-1].tolist() == wanted.indices[0].tolist()
+        assert lengths[-1] == wanted.lengths[0]
+
+
+EPOCHS = [0, 1, 2**31 - 1, 2**31, 2**32 - 1, 2**32, HIGH_KEYS[1], 2**63 - 1]
+
+
+@pytest.mark.parametrize(
+    ("counts", "batch_size", "settings"),
+    [
+        ([40, 3000, 20], 24, {}),
+        ([9, 5], 2, {"partial": "pad"}),
+        ([70_000, 66_000], 64, {"shuffle_patches": False}),
+        (split_counts(2**33), 3, {"shuffle_within_batches": False}),
+    ],
+    ids=["mixed", "small", "one kind", "64-bit"],
+)
+@pytest.mark.parametrize("kind", [TRITON])
+def test_epoch_and_slot_are_read_on_the_device(kind, counts, batch_size, settings):
+    import torch
+
+    plan = plan_of(counts, batch_size, HIGH_KEYS[0], **settings)
+    kernel = kernel_of(plan, kind)
+    number = plan.num_batches
+    for place, epoch in enumerate(EPOCHS):
+        slot = place * (number - 1) // (len(EPOCHS) - 1)
+        given = (torch.tensor(value, device=kernel.device.name) for value in (epoch, slot))
+        found = [host(part) for part in kernel.fused.batch(plan._streams, *given)]
+        wanted = plan.evaluate(epoch, [slot])
+        for ours, theirs in zip(found, wanted, strict=True):
+            assert ours.shape == theirs.shape[1:]
+            np.testing.assert_array_equal(ours, theirs[0])
+    assert {form for form, _ in kernel.launched} == {form_of(plan, epoch_there=True)}
+
+
+NONE = Form(*[0] * len(Form._fields))
+
+
+@pytest.mark.parametrize(
+    ("counts", "batch_size", "settings", "asked", "wanted"),
+    [
+        ([5], 5, {"shuffle_within_batches": False}, {}, {}),
+        ([5], 5, {}, {}, {"samples": 1, "small": 8}),
+        ([5, 9], 5, {"shuffle_patches": False}, {}, {"samples": 1, "small": 16}),
+        ([1, 1], 1, {}, {}, {"slots": 1, "samples": 1, "small": 2}),
+        ([32], 1, {}, {}, {"slots": 1, "samples": 1, "small": 32}),
+        ([33], 1, {}, {}, {"slots": 2, "samples": 1, "fewest": 6, "most": 6}),
+        ([33, 1023], 1, {}, {}, {"slots": 2, "samples": 1, "fewest": 6, "most": 6}),
+        ([33, 1024], 1, {}, {}, {"slots": 2, "samples": 1, "fewest": 4, "most": 6}),
+        ([1024, 65535], 1, {}, {}, {"slots": 2, "samples": 1, "fewest": 4, "most": 4}),
+        ([1024, 65536], 1, {}, {}, {"slots": 2, "samples": 1, "fewest": 3, "most": 4}),
+        ([65536], 9, {}, {}, {"slots": 2, "samples": 1, "fewest": 3, "most": 3}),
+        ([3, 65536], 9, {}, {}, {"slots": 2, "samples": 1, "small": 32, "fewest": 3, "most": 6}),
+        ([5, 6], 1, {}, {"located": True}, {"located": 1, "samples": 1, "small": 8}),
+        (
+            [5, 6],
+            1,
+            {},
+            {"located": True, "passes": True},
+            {"located": 1, "passes": 1, "samples": 1, "small": 8},
+        ),
+        (
+            [5, 6],
+            1,
+            {"shuffle_within_batches": False},
+            {"located": True, "passes": True},
+            {"located": 1},
+        ),
+        ([5], 5, {"partial": "pad"}, {}, {"samples": 1, "small": 8}),
+        ([5], 5, {}, {"ragged": True}, {"samples": 1, "small": 8, "ragged": 1}),
+        (
+            [5],
+            5,
+            {"partial": "pad"},
+            {"ragged": True},
+            {"samples": 1, "small": 8, "ragged": 1, "pad": 1},
+        ),
+        ([5], 5, {}, {"epoch_there": True}, {"samples": 1, "small": 8, "epoch_there": 1}),
+    ],
+)
+def test_what_no_patch_needs_is_left_out(counts, batch_size, settings, asked, wanted):
+    found = form_of(plan_of(counts, batch_size, **settings), **asked)
+    assert found == NONE._replace(**wanted)
+    assert found.flags() == {name.upper(): value for name, value in found._asdict().items()}
+    assert {type(value) for value in found.flags().values()} == {int}
+
+
+def test_an_order_is_a_form_of_its_own():
+    plan = EpochPlan(PatchGroups.from_ids([1, 0, 1]), 3, 0, shuffle_within_batches=False)
+    assert form_of(plan) == NONE._replace(slots=1, ordered=1)
+
+
+PLAIN = NONE._replace(samples=1, fewest=3, most=3)
+MIXED = PLAIN._replace(small=32, most=6)
+widths = st.one_of(st.integers(1, 200), st.integers(1, 70_000), st.integers(1, 2**27))
+numbers = st.one_of(st.integers(1, 300), st.integers(1, 2**31 - 1))
+
+
+def is_power_of_two(value: int) -> bool:
+    return value > 0 and value & (value - 1) == 0
+
+
+class TestGeometry:
+    @pytest.mark.parametrize("cut", [cuda_geometry, triton_geometry])
+    @given(st.sampled_from([PLAIN, MIXED]), numbers, widths)
+    def test_covers_every_lane_of_every_row_and_no_block_is_idle(self, cut, form, rows, width):
+        geometry = cut(form, rows, width)
+        for blocks, each, whole in zip(
+            geometry.blocks, (geometry.rows, geometry.span), (rows, width), strict=True
+        ):
+            assert (blocks - 1) * each < whole <= blocks * each
+        # What a GPU's grid has room for.
+        assert geometry.blocks[0] < 2**31
+        assert geometry.blocks[1] <= 65535
+
+    @given(st.sampled_from([PLAIN, MIXED]), numbers, widths)
+    def test_of_cuda_c_fits_its_constants(self, form, rows, width):
+        geometry = cuda_geometry(form, rows, width)
+        assert 1 <= geometry.rows <= forms.MOST_ROWS
+        assert is_power_of_two(geometry.columns)
+        assert forms.THREADS % geometry.columns == 0
+        assert geometry.rows * geometry.span <= max(forms.LANES, width)
+
+    @given(st.sampled_from([PLAIN, MIXED]), numbers, numbers, widths)
+    def test_of_triton_is_made_of_powers_of_two_and_few(self, form, rows, more, width):
+        geometry = triton_geometry(form, rows, width)
+        sides = geometry.rows, geometry.columns, geometry.span
+        assert all(map(is_power_of_two, sides))
+        assert geometry.rows * geometry.columns <= 2048
+        assert geometry.span % geometry.columns == 0
+        # How many rows there are is no other kernel to compile.
+        assert triton_geometry(form, more, width)[:3] == sides
+        assert triton_geometry(form._replace(epoch_there=1), 1, width).rows == 1
+
+    def test_of_triton_leaves_few_lanes_idle(self):
+        for width in range(1, 1000):
+            columns = triton_geometry(PLAIN, 1000, width).columns
+            assert -(-width // columns) * columns < max(2 * width, width + 32), width
+
+    def test_constants_are_those_of_the_source(self):
+        defined = dict(re.findall(r"#define (\w+) (\w+)\n", SOURCE.read_text()))
+        assert int(defined["THREADS"]) == forms.THREADS
+        assert int(defined["MOST_ROWS"]) == forms.MOST_ROWS
+        assert int(defined["SPREAD"].rstrip("u"), 16) == SPREAD

@@ -1,0 +1,293 @@
+"""Which evaluation a plan on a device takes: the kernel's, or array operations where it fails.
+
+Torch's "cpu" counts as a device here, and the kernel on it is one that is broken on purpose, or
+Triton's in its interpreter.
+"""
+
+from __future__ import annotations
+
+import pickle
+import warnings
+
+import numpy as np
+import pytest
+
+from gpusampler import EpochPlan, PatchBatchSampler, PatchGroups
+from gpusampler.core import devices
+from gpusampler.plan.evaluators import select
+from gpusampler.plan.evaluators.kernels.fused import Fused
+from gpusampler.plan.evaluators.kernels.kernel_spec import triton_geometry
+from support.kernels import TRITON, device_of_kernel, fused_of
+
+torch = pytest.importorskip("torch")
+
+pytestmark = pytest.mark.usefixtures("elsewhere")
+
+GROUPS = PatchGroups.from_counts([5, 40, 3])
+SLOTS = np.arange(12)
+HOST_PLAN = EpochPlan(GROUPS, 4, 1)
+
+
+@pytest.fixture(autouse=True)
+def nothing_said_yet(monkeypatch):
+    monkeypatch.setattr(select, "_warned", set())
+
+
+def launching(monkeypatch, launch) -> None:
+    """Give every plan a kernel that does this."""
+
+    def fused_on(tables, device, shuffles):
+        return Fused(tables, device, shuffles, launch, triton_geometry)
+
+    monkeypatch.setattr(select, "fused_on", fused_on)
+
+
+def raising(*errors: BaseException | None):
+    """A launch that raises one error after the other; None for a launch that does nothing."""
+    left = list(errors)
+
+    def launch(form, geometry, args):
+        error = left.pop(0)
+        if error is not None:
+            raise error
+
+    launch.left = left
+    return launch
+
+
+def there(seed: int = 1) -> EpochPlan:
+    return EpochPlan(GROUPS, 4, seed, device="cpu")
+
+
+def assert_block_of_the_host(plan: EpochPlan, epoch: int = 0) -> None:
+    for ours, theirs in zip(
+        plan.evaluate(epoch, SLOTS), HOST_PLAN.evaluate(epoch, SLOTS), strict=True
+    ):
+        assert isinstance(ours, torch.Tensor)
+        np.testing.assert_array_equal(ours.numpy(), theirs)
+
+
+def assert_ragged_of_the_host(plan: EpochPlan) -> None:
+    ours, theirs = (which.evaluate_ragged(0, SLOTS) for which in (plan, HOST_PLAN))
+    assert isinstance(ours.samples, torch.Tensor)
+    for mine, its, size in zip(ours.starts, theirs.starts, theirs.sizes, strict=True):
+        np.testing.assert_array_equal(
+            ours.samples[mine : mine + size].numpy(), theirs.samples[its : its + size]
+        )
+
+
+FAILED = "the kernel for cpu could not be built, .*: RuntimeError: no compiler$"
+
+
+def test_a_kernel_that_cannot_be_built_is_given_up_with_one_warning(monkeypatch):
+    launch = raising(*[RuntimeError("no\ncompiler")] * 2)
+    launching(monkeypatch, launch)
+    plan = there()
+    with pytest.warns(UserWarning, match=FAILED) as said:
+        assert_block_of_the_host(plan)
+    assert len(said) == 1
+    # Whatever is said from here on is an error. This plan does not try again,
+    assert_block_of_the_host(plan, epoch=1)
+    assert_ragged_of_the_host(plan)
+    assert len(launch.left) == 1
+    # another one does, and says nothing.
+    assert_ragged_of_the_host(there())
+    assert launch.left == []
+
+
+def test_a_kernel_whose_library_is_not_there_is_given_up_with_one_warning(monkeypatch):
+    def fused_on(*_):
+        raise ImportError("No module named 'triton'")
+
+    monkeypatch.setattr(select, "fused_on", fused_on)
+    plan = there()
+    with pytest.warns(UserWarning, match="ImportError: No module named 'triton'") as said:
+        assert_block_of_the_host(plan)
+    assert len(said) == 1
+    for asked in (plan, there()):
+        assert_ragged_of_the_host(asked)
+        assert not asked._evaluator().has_kernel
+
+
+def test_an_error_without_words_is_named(monkeypatch):
+    launching(monkeypatch, raising(RuntimeError()))
+    with pytest.warns(UserWarning, match="RuntimeError: $"):
+        assert_block_of_the_host(there())
+
+
+@pytest.mark.parametrize(
+    "error", [MemoryError(), torch.cuda.OutOfMemoryError("no room")], ids=lambda e: type(e).__name__
+)
+def test_running_out_of_memory_is_no_reason_to_give_the_kernel_up(monkeypatch, error):
+    launching(monkeypatch, raising(error))
+    plan = there()
+    # The host goes on instead, with one warning that is of memory and not of the kernel.
+    with pytest.warns(UserWarning, match="memory of cpu has run out") as warned:
+        found = plan.evaluate(0, SLOTS)
+    assert len(warned) == 1
+    for ours, theirs in zip(found, HOST_PLAN.evaluate(0, SLOTS), strict=True):
+        np.testing.assert_array_equal(ours.numpy(), theirs)
+    assert select._warned == set()
+
+
+@pytest.mark.parametrize("method", ["evaluate", "evaluate_ragged"])
+def test_a_kernel_that_has_run_may_not_fail(monkeypatch, method):
+    launching(monkeypatch, raising(None, RuntimeError("illegal memory access")))
+    plan = there()
+    getattr(plan, method)(0, SLOTS)
+    with pytest.raises(RuntimeError, match="illegal memory access"):
+        getattr(plan, method)(0, SLOTS)
+    assert plan._evaluator().has_kernel
+
+
+def test_an_interrupt_is_no_failure(monkeypatch):
+    launching(monkeypatch, raising(KeyboardInterrupt()))
+    plan = there()
+    with pytest.raises(KeyboardInterrupt):
+        plan.evaluate(0, SLOTS)
+    assert plan._evaluator().has_kernel
+
+
+def test_what_a_device_has_no_kernel_for_is_done_by_array_operations():
+    plan = there()
+    assert_block_of_the_host(plan)
+    assert_ragged_of_the_host(plan)
+    assert not plan._evaluator().has_kernel
+
+
+def test_larger_blocks_are_made_at_once_where_a_kernel_makes_them(monkeypatch):
+    without = there().block_lanes
+    launching(monkeypatch, raising())
+    assert HOST_PLAN.block_lanes < without < there().block_lanes
+
+
+@pytest.mark.parametrize("kind", [TRITON])
+class TestThroughAKernel:
+    """Plans and samplers whose batches a working kernel makes."""
+
+    @pytest.fixture(autouse=True)
+    def working(self, monkeypatch, kind):
+        self.launches = 0
+        self.device = device_of_kernel(kind)
+
+        def fused_on(tables, device, shuffles):
+            found = fused_of(tables, device, shuffles, kind)
+            launch = found._launch
+
+            def counted(*args):
+                self.launches += 1
+                launch(*args)
+
+            found._launch = counted
+            return found
+
+        monkeypatch.setattr(select, "fused_on", fused_on)
+
+    @pytest.mark.parametrize("interleave", [True, False])
+    def test_a_plan_evaluates(self, interleave):
+        plan = EpochPlan(GROUPS, 4, 1, interleave=interleave, device=self.device)
+        wanted = EpochPlan(GROUPS, 4, 1, interleave=interleave).evaluate(3, SLOTS, "int32")
+        for ours, theirs in zip(plan.evaluate(3, SLOTS, "int32"), wanted, strict=True):
+            assert str(ours.dtype).endswith(str(theirs.dtype))
+            np.testing.assert_array_equal(ours.cpu().numpy(), theirs)
+        assert self.launches == 1
+
+    @pytest.mark.parametrize("interleave", [True, False])
+    def test_a_plan_makes_one_batch_of_tensors(self, interleave):
+        plan = EpochPlan(GROUPS, 4, 1, interleave=interleave, device=self.device)
+        wanted = EpochPlan(GROUPS, 4, 1, interleave=interleave).evaluate(2**40, [7])
+        numbers = (torch.tensor(value, device=self.device.name) for value in (2**40, 7))
+        for ours, theirs in zip(plan.batch_of_tensors(*numbers), wanted, strict=True):
+            assert ours.tolist() == theirs[0].tolist()
+        # The patches' order of an epoch that only the device knows is left to array operations.
+        assert self.launches == interleave
+
+    @pytest.mark.parametrize("partial", ["keep", "pad"])
+    @pytest.mark.parametrize("interleave", [True, False])
+    def test_a_sampler_hands_out_the_batches_of_the_host(self, interleave, partial):
+        ids = np.random.default_rng(0).permutation(np.repeat([4, -1, 9], [3, 40, 20]))
+        settings = {"seed": 5, "interleave": interleave, "partial": partial}
+        for output in ("list", "numpy", "tensor"):
+            ours, theirs = (
+                PatchBatchSampler(ids, 8, device=device, output=output, **settings)
+                for device in (self.device.name, "numpy")
+            )
+            for mine, its in zip(ours, theirs, strict=True):
+                assert type(mine) is type(its)
+                assert np.array_equal(mine, its)
+            assert self.launches > 0
+            self.launches = 0
+        for mine, its in zip(ours.batches(epoch=2), theirs.batches(epoch=2), strict=True):
+            assert mine.indices.device.type == self.device.name.split(":")[0]
+            assert mine.indices.tolist() == its.indices.tolist()
+            assert (mine.patch_id, mine.valid) == (its.patch_id, its.valid)
+        assert self.launches > 0
+
+    def test_a_cursor_runs_from_epoch_to_epoch(self):
+        ids = np.random.default_rng(0).integers(0, 2, 60)
+        cursor = PatchBatchSampler(ids, 9, seed=5, device=self.device.name).cursor()
+        host = PatchBatchSampler(ids, 9, seed=5, device="numpy").plan
+        for epoch in range(2):
+            block = host.evaluate(epoch, np.arange(host.num_batches))
+            for indices, length, group in zip(*block, strict=True):
+                found = cursor()
+                assert found.indices.tolist() == indices.tolist()
+                assert (int(found.valid), int(found.group)) == (length, group)
+        assert self.launches == 2 * host.num_batches
+
+
+def test_the_warning_keeps_what_a_compiler_says_last(monkeypatch):
+    text = "at 3:4:\n" + "code\n" * 500 + "Loop-carried variable has another type"
+    launching(monkeypatch, raising(RuntimeError(text)))
+    with pytest.warns(
+        UserWarning, match=r"RuntimeError: at 3:4: code .* has another type$"
+    ) as said:
+        assert_block_of_the_host(there())
+    assert len(str(said[0].message)) < 800
+
+
+def test_another_reason_is_another_warning(monkeypatch):
+    launching(monkeypatch, raising(RuntimeError("one"), RuntimeError("two")))
+    for reason in ("one", "two"):
+        with pytest.warns(UserWarning, match=f"RuntimeError: {reason}$"):
+            assert_block_of_the_host(there())
+
+
+def test_where_the_warning_is_an_error_no_use_falls_back_silently(monkeypatch):
+    launching(monkeypatch, raising(*[RuntimeError("no compiler")] * 3))
+    plan = there()
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message="the kernel for")
+        for asked in (plan, plan, there()):
+            with pytest.raises(UserWarning, match="no compiler"):
+                assert_block_of_the_host(asked)
+
+
+def test_a_library_that_ends_its_own_import_is_given_up_too(monkeypatch):
+    def fused_on(*_):
+        raise TypeError("jit() got an unexpected keyword argument")
+
+    monkeypatch.setattr(select, "fused_on", fused_on)
+    with pytest.warns(UserWarning, match="TypeError: jit"):
+        assert_block_of_the_host(there())
+
+
+def test_tables_are_shared_by_plans_of_other_seeds(elsewhere):
+    plan = there()
+    plan.evaluate(0, [0])
+    other = plan.with_seed(99)
+    assert other._on_device is plan._on_device
+    wanted = EpochPlan(plan.groups, plan.batch_size, 99).evaluate(0, [0, 1])
+    for ours, theirs in zip(other.evaluate(0, [0, 1]), wanted, strict=True):
+        np.testing.assert_array_equal(ours.numpy(), theirs)
+    assert plan.on("numpy")._on_device is None
+
+
+def test_a_forked_worker_is_told_that_it_cannot_read_the_order(elsewhere, monkeypatch):
+    ids = torch.tensor([3, 1, 3, 1, 2])
+    sampler = PatchBatchSampler(ids, 2, seed=0, device="cpu")
+    monkeypatch.setattr(devices, "in_worker", lambda: True)
+    with pytest.raises(RuntimeError, match=r"ids must be on the host, .*an order on cpu"):
+        next(iter(sampler))
+    # One that was sent to a worker has its order on the host.
+    assert len(list(pickle.loads(pickle.dumps(sampler)))) == 3

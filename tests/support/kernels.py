@@ -1,0 +1,263 @@
+"""The kernels as tests run them, on a GPU where there is one and on the host where there is none.
+
+CUDA C is compiled as C++ and launched by the package's own code, for which CuPy is played; Triton
+is interpreted. Whatever a kernel writes to lies between guards.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from dataclasses import replace
+from functools import cache
+from importlib.util import find_spec, module_from_spec, spec_from_file_location
+from itertools import count
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, NamedTuple
+
+import numpy as np
+import pytest
+
+from gpusampler import EpochPlan
+from gpusampler.core import arrays, devices
+from gpusampler.core.devices import HOST, Device
+from gpusampler.plan.evaluators.array import Reference
+from gpusampler.plan.evaluators.base import Located, Shuffles
+from gpusampler.plan.evaluators.kernels import fused
+from gpusampler.plan.evaluators.kernels.kernel_spec import THREADS, cuda_geometry, triton_geometry
+from support.libraries import cupy_cuda, torch_cuda
+
+SOURCE = Path(fused.__file__).with_name("batches.cu")
+# No warning but of what another form than the one compiled uses.
+FLAGS = ("-O1", "-Wall", "-Wextra", "-Werror", "-Wno-unused", "-fPIC", "-shared")
+BUILD = tempfile.TemporaryDirectory(prefix="gpusampler-kernels-")
+NUMBER = count()
+WIDTHS = {"i64": 8, "long long": 8, "int": 4}
+
+
+@cache
+def compiler() -> str:
+    found = shutil.which("g++") or shutil.which("c++") or shutil.which("clang++")
+    if found is None:
+        pytest.skip("no C++ compiler")
+    return found
+
+
+class HostKernel:
+    """What `cupy.RawKernel` is to the package: the same source and options, made C++."""
+
+    def __init__(self, source: str, name: str, options: tuple[str, ...]) -> None:
+        # Given as text: the file must not be found by its suffix, which names another language.
+        path = Path(BUILD.name) / f"{next(NUMBER)}.so"
+        moved = 'extern "C" void at_block(int x, int y) { blockIdx.x = x; blockIdx.y = y; }\n'
+        subprocess.run(
+            [compiler(), *FLAGS, *options, "-x", "c++", "-", "-o", str(path)],
+            input=source + moved,
+            text=True,
+            check=True,
+        )
+        self._library = ctypes.CDLL(str(path))
+        self._function = getattr(self._library, name)
+        listed = re.search(rf"KERNEL void {name}\((.*?)\)", source, re.S)
+        assert listed
+        self._parameters = [parameter.strip() for parameter in listed[1].split(",")]
+        self._macros = dict(o[2:].split("=") for o in options if o.startswith("-D"))
+
+    def __call__(self, grid: tuple[int, int], block: tuple[int], args: tuple[Any, ...]) -> None:
+        assert block == (THREADS,)
+        assert all(1 <= side <= most for side, most in zip(grid, (2**31 - 1, 65535), strict=True))
+        given = [self._passed(*pair) for pair in zip(self._parameters, args, strict=True)]
+        for y in range(grid[1]):
+            for x in range(grid[0]):
+                self._library.at_block(x, y)
+                self._function(*given)
+
+    def _passed(self, parameter: str, value: Any) -> Any:
+        """A value as its parameter takes it; a GPU would not notice that they do not fit."""
+        if "*" not in parameter:
+            assert type(value) is np.int32, parameter
+            return ctypes.c_int(int(value))
+        if not isinstance(value, np.ndarray):
+            assert type(value) is np.uint64, parameter
+            assert value == 0
+            return ctypes.c_void_p(0)
+        assert value.flags.c_contiguous, parameter
+        name = parameter.removeprefix("const ").partition("*")[0].strip()
+        assert value.dtype.itemsize == WIDTHS[self._macros.get(name, name)], parameter
+        return ctypes.c_void_p(value.ctypes.data)
+
+
+@cache
+def cuda_batches_on_host() -> Any:
+    """The module that launches the CUDA C kernel, loaded where `HostKernel` stands for CuPy's."""
+    path = SOURCE.with_name("cuda_batches.py")
+    spec = spec_from_file_location("cuda_batches_on_host", path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = module_from_spec(spec)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(sys.modules, "cupy", SimpleNamespace(RawKernel=HostKernel))
+        spec.loader.exec_module(module)
+    return module
+
+
+def launch_on_host(form, geometry, args) -> None:
+    """Run the CUDA C kernel over NumPy arrays, block by block, a thread after the other."""
+    cuda_batches_on_host().launch(form, geometry, args)
+
+
+def launch_interpreted(form, geometry, args) -> None:
+    """Run the Triton kernel over tensors of the host.
+
+    The interpreter spends 0.6 of its time on two things that are skipped here: it computes sums and
+    products again in 64 bits, for an assertion that is off, and it patches the language again at
+    each call of a device function.
+    """
+    from triton.runtime import interpreter
+
+    from gpusampler.plan.evaluators.kernels.triton_batches import launch
+
+    patch_language, patched = interpreter._patch_lang, set()
+
+    def patch_language_once(function):
+        if id(function.__globals__) in patched:
+            return None
+        patched.add(id(function.__globals__))
+        return patch_language(function)
+
+    builder = interpreter.interpreter_builder
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(builder, "options", replace(builder.options, sanitize_overflow=False))
+        patch.setattr(interpreter, "_patch_lang", patch_language_once)
+        launch(form, geometry, args)
+
+
+def interpreting() -> bool:
+    """Whether Triton's interpreter runs the kernel here, as `conftest` has decided."""
+    return bool(find_spec("triton")) and os.environ.get("TRITON_INTERPRET") == "1"
+
+
+on_gpu = [pytest.mark.gpu] if torch_cuda() and not interpreting() else []
+TRITON = pytest.param("triton", marks=on_gpu)
+KERNELS = ["cuda-c", TRITON, pytest.param("cupy", marks=pytest.mark.gpu)]
+every_kernel = pytest.mark.parametrize("kind", KERNELS)
+
+
+def device_of_kernel(kind: str) -> Device:
+    """Where a kernel runs here; skips where it cannot."""
+    if kind == "cuda-c":
+        return Device("numpy")
+    if kind == "cupy":
+        if not cupy_cuda():
+            pytest.skip("cupy is not installed or sees no CUDA device")
+        return Device("cupy", "0")
+    if not find_spec("torch") or not find_spec("triton"):
+        pytest.skip("torch or triton is not installed")
+    return Device("torch", "cpu" if interpreting() else "cuda:0")
+
+
+GUARD = 32
+UNTOUCHED = -0x5EED
+
+
+class Guards:
+    """A launch whose results lie in the middle of larger arrays, which must stay as they were."""
+
+    def __init__(self, launch: fused.Launch, device: Device) -> None:
+        self._launch = launch
+        self._xp = arrays.namespace(device)
+        self.launched: list[tuple[Any, Any]] = []
+
+    def __call__(self, form, geometry, args) -> None:
+        assert all(-(1 << 31) <= value < 1 << 31 for value in args if isinstance(value, int))
+        guarded = list(args)
+        # out, lengths, groups: see `Fused._run`.
+        around = {at: self._surrounded(args[at]) for at in (3, 4, 5) if args[at] is not None}
+        for at, whole in around.items():
+            guarded[at] = self._inside(whole, args[at])
+        self._launch(form, geometry, tuple(guarded))
+        self.launched.append((form, geometry))
+        for at, whole in around.items():
+            edges = np.concatenate([host(whole[:GUARD]), host(whole[-GUARD:])])
+            assert (edges == UNTOUCHED).all(), f"argument {at} was written beyond its ends"
+            args[at][...] = guarded[at]
+
+    def _surrounded(self, array: Any) -> Any:
+        size = int(np.prod(array.shape)) + 2 * GUARD
+        handle = devices.device_handle(arrays.device_of(array))
+        return self._xp.full((size,), UNTOUCHED, dtype=array.dtype, device=handle)
+
+    def _inside(self, whole: Any, array: Any) -> Any:
+        return self._xp.reshape(whole[GUARD:-GUARD], tuple(array.shape))
+
+
+class Kernel(NamedTuple):
+    """A plan's evaluation by a kernel; ``launched`` grows by (form, geometry) at every launch."""
+
+    fused: fused.Fused
+    device: Device
+    locates: bool
+    launched: list[tuple[Any, Any]]
+
+    def there(self, array: Any) -> Any:
+        return arrays.to_device(np.ascontiguousarray(array), self.device)
+
+    def block(self, plan: EpochPlan, epoch: int, slots: Any, dtype: str = "int64") -> list[Any]:
+        """Indices, lengths and groups at some slots, on the host."""
+        slots = np.asarray(slots, np.int64)
+        with devices.on(self.device):
+            if self.locates:
+                found = self.fused.block(plan._streams, epoch, self.there(slots), dtype)
+            else:
+                # As the array form locates them, whether they exist or not.
+                reference = Reference(plan._tables, HOST, shuffles_of(plan))
+                order = plan._order_of_patches(epoch)
+                rows = reference.locate(plan._streams, epoch, slots, order)
+                there = [None if part is None else self.there(part) for part in rows]
+                found = self.fused.located_block(plan._streams, epoch, *there, dtype)
+            return [*map(host, found)]
+
+    def ragged(self, plan: EpochPlan, epoch: int, at: Located) -> np.ndarray:
+        """The samples of located batches, end to end, on the host."""
+        with devices.on(self.device):
+            return host(self.fused.ragged(plan._streams, epoch, at, located=not self.locates))
+
+
+def shuffles_of(plan: EpochPlan) -> Shuffles:
+    return Shuffles(
+        plan.shuffle_within_batches, plan.shuffle_patches, plan.interleave, plan.partial == "pad"
+    )
+
+
+def fused_of(tables, device: Device, shuffles: Shuffles, kind: str) -> fused.Fused:
+    """What `fused_on` makes of tables on a device, with a kernel of this kind."""
+    if device.name == "cpu":
+        launch, geometry = {
+            "cuda-c": (launch_on_host, cuda_geometry),
+            "triton": (launch_interpreted, triton_geometry),
+        }[kind]
+        return fused.Fused(tables, device, shuffles, launch, geometry)
+    found = fused.fused_on(tables, device, shuffles)
+    assert found is not None
+    return found
+
+
+def kernel_of(plan: EpochPlan, kind: str) -> Kernel:
+    """A plan's evaluation by a kernel, guarded."""
+    device = device_of_kernel(kind)
+    shuffles = shuffles_of(plan)
+    evaluation = fused_of(plan._tables.on(device, plan._cut.groups.order), device, shuffles, kind)
+    guards = Guards(evaluation._launch, device)
+    evaluation._launch = guards
+    locates = plan.interleave and plan.steps == "free" and plan.tables.shares is None
+    return Kernel(evaluation, device, locates, guards.launched)
+
+
+def host(array: Any) -> np.ndarray:
+    return arrays.to_numpy(array)
