@@ -14,7 +14,7 @@ from gpusampler.sampler.batch_sampler import PatchBatchSampler
 if TYPE_CHECKING:
     from lightning.pytorch import Callback, LightningModule, Trainer
 
-    from gpusampler.sampler.state import Share
+    from gpusampler.sampler.state import RankShard
 else:
     try:
         from lightning.pytorch import Callback
@@ -47,7 +47,7 @@ class ResumeSampler(Callback):
     def __init__(self) -> None:
         self._saved: dict[str, Any] | None = None
         self._sampler: PatchBatchSampler | None = None
-        self._share: Share | None = None
+        self._share: RankShard | None = None
         self._batches: Any = None
         self._resuming = False
 
@@ -105,7 +105,7 @@ class ResumeSampler(Callback):
         self._resuming = False
         self._batches = trainer.fit_loop.epoch_loop.batch_progress.current
 
-    def _begin(self, trainer: Trainer) -> Share:
+    def _begin(self, trainer: Trainer) -> RankShard:
         self._sampler = _sampler_of(trainer)
         self._share = self._sampler._progress.pending()
         self._batches = None

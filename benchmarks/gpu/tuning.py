@@ -17,8 +17,8 @@ from gpusampler.core import arrays, devices
 from gpusampler.plan.evaluators.base import Shuffles
 from gpusampler.plan.evaluators.kernels.fused import Fused, Launch
 from gpusampler.plan.evaluators.kernels.kernel_spec import (
-    Form,
     Geometry,
+    KernelSpec,
     cuda_geometry,
     triton_geometry,
 )
@@ -79,13 +79,13 @@ def _datasets(bench: Bench) -> list[Dataset]:
     ]
 
 
-def _triton_tile(lanes: int, columns: int, form: Form, num_rows: int, width: int) -> Geometry:
+def _triton_tile(lanes: int, columns: int, form: KernelSpec, num_rows: int, width: int) -> Geometry:
     rows = max(1, lanes // columns)
     usual = triton_geometry(form, num_rows, width)
     return Geometry(rows, columns, usual.span, (-(-num_rows // rows), usual.blocks[1]))
 
 
-def _cuda_tile(rows: int, columns: int, form: Form, num_rows: int, width: int) -> Geometry:
+def _cuda_tile(rows: int, columns: int, form: KernelSpec, num_rows: int, width: int) -> Geometry:
     usual = cuda_geometry(form, num_rows, width)
     return Geometry(rows, columns, usual.span, (-(-num_rows // rows), usual.blocks[1]))
 
@@ -105,7 +105,7 @@ class Trial:
         first = np.arange(min(self._plan.num_batches, CHECKED))
         self._wanted = self._plan.evaluate(0, first).indices
 
-    def run(self, tile: str, geometry: Callable[[Form, int, int], Geometry]) -> None:
+    def run(self, tile: str, geometry: Callable[[KernelSpec, int, int], Geometry]) -> None:
         """Check and time one way to cut the launch."""
         self._bench.record.stop_if_late()
         fused = Fused(self._tables, self._device, SHUFFLES, self._launch, geometry)

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 Floats = NDArray[np.float64]
 Values = NDArray[np.float64] | NDArray[np.int64] | float
-Form = Literal["proportional", "affine"]
+FitForm = Literal["proportional", "affine"]
 
 SIMPLER = 0.999
 """A term more has to make the sum of squares smaller than this much of what it was."""
@@ -52,7 +52,7 @@ class Fit(NamedTuple):
         return np.asarray(self.once(costs) + self.each(costs) * np.asarray(sizes, np.float64))
 
 
-def fit_peaks(costs: Floats, sizes: Floats, peaks: Floats, form: Form = "proportional") -> Fit:
+def fit_peaks(costs: Floats, sizes: Floats, peaks: Floats, form: FitForm = "proportional") -> Fit:
     """Return the fit that is off by the least share of each peak, by least squares.
 
     Parameters

@@ -15,7 +15,7 @@ from gpusampler.calibration.forked_child import (
     is_out_of_memory,
     trim,
 )
-from gpusampler.calibration.snapshot import Kept, tensors_of
+from gpusampler.calibration.snapshot import StateSnapshot, tensors_of
 from gpusampler.core import arrays, devices, memory
 from gpusampler.core.log import logger
 from gpusampler.core.text import human
@@ -203,7 +203,7 @@ class CudaMeter:
         self._step, self._plan, self._device = step, plan, device
         self._asks = limit is None
         self.limit = self._room() if limit is None else limit
-        self._kept = Kept(state)
+        self._kept = StateSnapshot(state)
 
     def _room(self) -> int:
         free, _ = self._cuda.mem_get_info(self._device)

@@ -13,7 +13,7 @@ import numpy as np
 
 from gpusampler.batching.batch_sizes import sizes_of
 from gpusampler.batching.cost_budget import LARGEST, CostBudget
-from gpusampler.calibration.cost_model import Fit, Floats, Form, fit_peaks, residuals
+from gpusampler.calibration.cost_model import Fit, FitForm, Floats, fit_peaks, residuals
 from gpusampler.calibration.memory_meter import Meter, Probe
 from gpusampler.core import devices, log
 from gpusampler.core.arrays import Int64
@@ -165,7 +165,7 @@ class Search:
         telling = [point for point in good if _peak(point) >= self._meter.measurable]
         return telling if len({p.cost * p.size for p in telling}) >= 3 else good
 
-    def _fitted(self) -> tuple[Fit, Form]:
+    def _fitted(self) -> tuple[Fit, FitForm]:
         points = self._telling()
         columns = _columns(points)
         plain = fit_peaks(*columns)

@@ -15,7 +15,7 @@ from gpusampler.core.text import shown
 _PLAIN = (bool, int, float, str, type(None))
 
 
-class Kept:
+class StateSnapshot:
     """Copies of objects' state on the host, and of all random generators.
 
     Parameters

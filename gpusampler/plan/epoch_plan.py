@@ -38,7 +38,7 @@ from gpusampler.permutation import numpy_impl
 from gpusampler.permutation.numba import jit
 from gpusampler.permutation.ranges import permute_runs
 from gpusampler.permutation.reference import Grid, Streams, grid_of, key_of, permute
-from gpusampler.plan.evaluators.base import BatchBlock, Located, RaggedBlock, Shuffles
+from gpusampler.plan.evaluators.base import BatchBlock, BatchLocations, RaggedBlock, Shuffles
 from gpusampler.plan.evaluators.select import Evaluator
 
 Partial = Literal["keep", "drop", "pad"]
@@ -209,8 +209,8 @@ class EpochPlan:
         return self.device.on_host or self.device in self._full or devices.in_worker()
 
     @property
-    def has_to_travel(self) -> bool:
-        """Whether `put_there` has something to do."""
+    def needs_upload(self) -> bool:
+        """Whether `upload_tables` has something to do."""
         return self._on_device is None and not self.works_on_host
 
     @property
@@ -242,7 +242,7 @@ class EpochPlan:
         On the host they still lie in cache when they are made into lists. On a device a kernel
         needs no room but for its result; array operations need a few dozen arrays of it.
         """
-        evaluator = None if self.works_on_host else self.put_there()
+        evaluator = None if self.works_on_host else self.upload_tables()
         if evaluator is None:
             # A call of the compiled form is dearer beside its work.
             return 1 << 15 if jit.compiled_form(0) is None else 1 << 16
@@ -550,7 +550,7 @@ class EpochPlan:
         """
         return self.batches_at(epoch, self.locate(epoch, slots))
 
-    def batches_at(self, epoch: int, at: Located) -> RaggedBlock:
+    def batches_at(self, epoch: int, at: BatchLocations) -> RaggedBlock:
         """Return the batches that `locate` found (the second half of `evaluate_ragged`)."""
         samples = None
         if not self.works_on_host:
@@ -561,7 +561,7 @@ class EpochPlan:
             starts = np.cumsum(at.size) - at.size
         return RaggedBlock(samples, starts, at.size, at.length, self._patches_at(at))
 
-    def locate(self, epoch: int, slots: Int64) -> Located:
+    def locate(self, epoch: int, slots: Int64) -> BatchLocations:
         """Return which batch of which patch slots lead to: NumPy, on the small host tables."""
         tables = self._tables
         if not self.interleave:
@@ -583,9 +583,9 @@ class EpochPlan:
         size = tables.sizes[group]
         length = np.minimum(size, tables.counts[group] - j * size)
         handed_out = size if self.partial == "pad" else length
-        return Located(slots, group, j, length, handed_out, passes)
+        return BatchLocations(slots, group, j, length, handed_out, passes)
 
-    def _patches_at(self, at: Located) -> Int64:
+    def _patches_at(self, at: BatchLocations) -> Int64:
         """Return the patches that located batches are of."""
         parents = self._tables.parents
         return at.group if parents is None else np.asarray(parents[at.group])
@@ -640,7 +640,7 @@ class EpochPlan:
             block = block[starts // width]
         return BatchBlock(block, at.length, self._patches_at(at))
 
-    def _samples(self, epoch: int, at: Located, sizes: Int64) -> tuple[Int64, Int64]:
+    def _samples(self, epoch: int, at: BatchLocations, sizes: Int64) -> tuple[Int64, Int64]:
         """Samples of batches on the host, ``sizes`` of each, and where each batch starts."""
         tables = self._tables
         key = None
@@ -727,7 +727,7 @@ class EpochPlan:
             self._on_device = Evaluator(self._tables, self.device, order, shuffles)
         return self._on_device
 
-    def put_there(self) -> Evaluator | None:
+    def upload_tables(self) -> Evaluator | None:
         """Put the tables on the device, if they are not there; None where they do not fit."""
         return self._try_there(lambda evaluator: evaluator)
 
@@ -738,10 +738,10 @@ class EpochPlan:
         except Exception as error:
             if not devices.is_out_of_memory(error):
                 raise
-            self.go_on_on_host(error)
+            self.fall_back_to_host(error)
             return None
 
-    def go_on_on_host(self, error: Exception) -> None:
+    def fall_back_to_host(self, error: Exception) -> None:
         """Leave a device whose memory has run out, with one warning; the batches stay the same."""
         if self.device in self._full:
             return

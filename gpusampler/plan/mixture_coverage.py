@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from gpusampler.batching.mixture import pass_and_batch
 from gpusampler.core.arrays import Int64
 from gpusampler.plan.epoch_plan import EpochPlan
-from gpusampler.plan.evaluators.base import Located
+from gpusampler.plan.evaluators.base import BatchLocations
 
 LANES = 1 << 22
 """Samples, or positions, looked at together: tens of megabytes. (A patch's samples are counted as
@@ -32,7 +32,7 @@ class Rows(NamedTuple):
 
 
 def counted_of_mixed(
-    plan: EpochPlan, epoch: int, changed: Located, change: int
+    plan: EpochPlan, epoch: int, changed: BatchLocations, change: int
 ) -> tuple[Int64, Int64]:
     """Return the samples of each group that an epoch repeats, and those that it misses.
 
@@ -40,7 +40,7 @@ def counted_of_mixed(
     ----------
     plan : EpochPlan
     epoch : int
-    changed : Located
+    changed : BatchLocations
         Batches that are handed out ``change`` times more often than the plan has them.
     change : int
 
@@ -114,7 +114,7 @@ def counted_of_mixed(
     return repeated, missed
 
 
-def _passes(at: Located, epoch: int) -> Int64:
+def _passes(at: BatchLocations, epoch: int) -> Int64:
     return np.full(at.group.shape, epoch, np.int64) if at.passes is None else at.passes
 
 

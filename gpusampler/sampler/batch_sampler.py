@@ -26,10 +26,10 @@ from gpusampler.plan.epoch_plan import EPOCHS, UNEVENS, EpochPlan, Partial, Unev
 from gpusampler.sampler import profile as profile_module
 from gpusampler.sampler.accelerate_guard import check_sharding
 from gpusampler.sampler.batches import Batch, BatchReader, valid_counts
-from gpusampler.sampler.distributed import LateGroup, checked_ranks, drawn_seed
+from gpusampler.sampler.distributed import ProcessGroupWarning, checked_ranks, drawn_seed
 from gpusampler.sampler.iterator import EpochIterator, Reader
 from gpusampler.sampler.profile import Profile
-from gpusampler.sampler.state import Progress, Share, check_ranks
+from gpusampler.sampler.state import EpochTracker, RankShard, check_ranks
 from gpusampler.sources import dataset_costs
 
 if TYPE_CHECKING:
@@ -161,7 +161,7 @@ class PatchBatchSampler:
         # Cheap arguments are checked before a source is read, which may take minutes.
         check_batch_size(batch_size)
         checked_epoch_batches(epoch_batches)
-        late_group = LateGroup(defaulted=num_replicas is None)
+        late_group = ProcessGroupWarning(defaulted=num_replicas is None)
         num_replicas, rank = checked_ranks(num_replicas, rank)
         seed_given = seed is not None
         seed = drawn_seed(num_replicas) if seed is None else checked_seed(seed)
@@ -203,7 +203,7 @@ class PatchBatchSampler:
                 epoch_batches=epoch_batches,
                 device=where,
             )
-            self._progress = Progress(
+            self._progress = EpochTracker(
                 plan, num_replicas, rank, uneven, seed_given, late_group, recorder=recorder
             )
         self._warn_of_patches_left_out()
@@ -373,7 +373,7 @@ class PatchBatchSampler:
         return valid_counts(self._progress.share_of(epoch))
 
     def _iterate(
-        self, begin: Callable[[Share], Reader[T]], epoch: int | None = None
+        self, begin: Callable[[RankShard], Reader[T]], epoch: int | None = None
     ) -> EpochIterator[T]:
         """Return an iterator over what a reader makes of this rank's share of an epoch.
 
@@ -631,7 +631,7 @@ class PatchBatchSampler:
 class EpochSetter:
     """Passes ``set_epoch`` on to a sampler, for frameworks that look for it on ``.sampler``."""
 
-    def __init__(self, progress: Progress) -> None:
+    def __init__(self, progress: EpochTracker) -> None:
         self._progress = progress
 
     def set_epoch(self, epoch: int) -> None:

@@ -13,9 +13,9 @@ from gpusampler.core.arrays import Int64
 from gpusampler.core.tracing import EVALUATE, TRANSFER, Range
 from gpusampler.core.transfer import Ahead, ToHost, side_of
 from gpusampler.plan.epoch_plan import EpochPlan
-from gpusampler.plan.evaluators.base import Located, RaggedBlock
+from gpusampler.plan.evaluators.base import BatchLocations, RaggedBlock
 from gpusampler.sampler.iterator import T
-from gpusampler.sampler.state import Share
+from gpusampler.sampler.state import RankShard
 
 FIRST_LANES = 1 << 11
 """Indices evaluated at first, so that the first batch comes at once."""
@@ -60,15 +60,15 @@ class Blocks:
 
     Parameters
     ----------
-    share : Share
+    share : RankShard
         Its plan is evaluated where it is.
     """
 
-    def __init__(self, share: Share) -> None:
+    def __init__(self, share: RankShard) -> None:
         self.plan = share.plan
         self._share = share
         self._evaluating = share.recorder.range(EVALUATE)
-        self._at: Located | None = None
+        self._at: BatchLocations | None = None
         self._ends = np.zeros(0, np.int64)
         self._row = 0
         self._looked_up = 0
@@ -76,9 +76,9 @@ class Blocks:
 
     def read(self) -> RaggedBlock | None:
         """Return the next block of batches, None after the last."""
-        if self.plan.has_to_travel:
+        if self.plan.needs_upload:
             with self._share.recorder.range(TRANSFER):
-                self.plan.put_there()
+                self.plan.upload_tables()
         with self._evaluating:
             return self._evaluate()
 
@@ -97,7 +97,7 @@ class Blocks:
         self._lanes += int(self._ends[stop - 1]) - before
         return block
 
-    def _look_up(self) -> Located | None:
+    def _look_up(self) -> BatchLocations | None:
         """Find out which batches the next slots of this rank are."""
         left = self._share.steps - self._looked_up
         if left <= 0:
@@ -111,7 +111,7 @@ class Blocks:
         return self._at
 
 
-def located_slots(share: Share, slots: Int64) -> Located:
+def located_slots(share: RankShard, slots: Int64) -> BatchLocations:
     """Return the batches of a share at global slots, ascending; those beyond the last come again.
 
     Where repeats do not count, their length is 0, but they are handed out like the others.
@@ -123,7 +123,7 @@ def located_slots(share: Share, slots: Int64) -> Located:
     return at if share.repeats_count else at._replace(length=np.where(slots < total, at.length, 0))
 
 
-def valid_counts(share: Share) -> Int64:
+def valid_counts(share: RankShard) -> Int64:
     """Return how many samples count in each batch of a share: int64, shape (steps,)."""
     counts = np.empty(share.steps, np.int64)
     for first in range(0, share.steps, MOST_SLOTS):
@@ -166,7 +166,7 @@ class BlocksToHost:
                 # There may be no more pinned memory either.
                 if not devices.is_out_of_memory(error):
                     raise
-                self._blocks.plan.go_on_on_host(error)
+                self._blocks.plan.fall_back_to_host(error)
                 return block._replace(samples=arrays.to_numpy(block.samples))
         return block
 
@@ -176,7 +176,7 @@ class BatchReader(Generic[T]):
 
     Parameters
     ----------
-    share : Share
+    share : RankShard
     output : {"list", "numpy", "tensor", "batch"}
 
     Raises
@@ -185,7 +185,7 @@ class BatchReader(Generic[T]):
         If arrays of a GPU are asked for in a worker of a DataLoader.
     """
 
-    def __init__(self, share: Share, output: str) -> None:
+    def __init__(self, share: RankShard, output: str) -> None:
         plan = share.plan
         self._plan = plan
         self._output = output

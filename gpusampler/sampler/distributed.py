@@ -92,7 +92,7 @@ def _agreed_seed() -> int:
         ) from error
 
 
-class LateGroup:
+class ProcessGroupWarning:
     """Warns of a sampler that was made before the process group, and so knows of no ranks."""
 
     def __init__(self, defaulted: bool) -> None:

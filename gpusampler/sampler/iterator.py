@@ -7,7 +7,7 @@ from operator import length_hint
 from typing import Any, Generic, Protocol, TypeVar
 
 from gpusampler.core.tracing import HAND_OUT
-from gpusampler.sampler.state import Progress, Share
+from gpusampler.sampler.state import EpochTracker, RankShard
 
 T = TypeVar("T")
 
@@ -28,7 +28,7 @@ class EpochIterator(Iterator[T], Generic[T]):
 
     Parameters
     ----------
-    progress : Progress
+    progress : EpochTracker
     begin : callable
         Makes the reader of a share of an epoch.
     epoch : int, optional
@@ -36,12 +36,15 @@ class EpochIterator(Iterator[T], Generic[T]):
     """
 
     def __init__(
-        self, progress: Progress, begin: Callable[[Share], Reader[T]], epoch: int | None = None
+        self,
+        progress: EpochTracker,
+        begin: Callable[[RankShard], Reader[T]],
+        epoch: int | None = None,
     ) -> None:
         self._progress = progress
         self._begin = begin
         # A pass over a given epoch is nobody else's business.
-        self._share: Share | None = None if epoch is None else progress.share_of(epoch)
+        self._share: RankShard | None = None if epoch is None else progress.share_of(epoch)
         self._reader: Reader[T] | None = None
         self._taken = 0
         self._ready: Iterator[T] = iter(())
@@ -116,7 +119,7 @@ class EpochIterator(Iterator[T], Generic[T]):
             watch.batches += 1
             return next(self._held)
 
-    def _read(self, share: Share) -> list[T]:
+    def _read(self, share: RankShard) -> list[T]:
         """Take the next batches from the reader."""
         if self._reader is None:
             self._reader = self._begin(share)

@@ -114,7 +114,7 @@ class Profile:
     __repr__ = __str__
 
 
-class Looking:
+class ProfileWatcher:
     """The `telemetry.Watch` of a profile.
 
     On a GPU, work goes on after the call that began it: the end of every range waits for it, and so
@@ -180,7 +180,7 @@ def profiled(recorder: Recorder, device: Device, profile: Profile) -> Iterator[N
         raise RuntimeError("profile must end before another of the same sampler begins")
     highest, highest_there = memory.peak_resident(), memory.peak_on_device(device)
     before = {row.name: (row.calls, row.seconds) for row in recorder.ranges}
-    looking = Looking(device)
+    looking = ProfileWatcher(device)
     recorder.watch = looking
     for iterator in list(recorder.iterators):
         iterator.hold()

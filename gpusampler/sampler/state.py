@@ -16,7 +16,7 @@ from gpusampler.core.tracing import Recorder
 from gpusampler.core.validation import checked_int, checked_seed
 from gpusampler.permutation.reference import VERSION
 from gpusampler.plan.epoch_plan import EPOCHS, EpochPlan
-from gpusampler.sampler.distributed import LateGroup
+from gpusampler.sampler.distributed import ProcessGroupWarning
 
 STATE_VERSION = 1
 STATE_KEYS = frozenset({"version", "epoch", "slot", "seed", "step_width", "fingerprint"})
@@ -65,7 +65,7 @@ class Place(NamedTuple):
     slot: int
 
 
-class Share(NamedTuple):
+class RankShard(NamedTuple):
     """A rank's part of a plan's epoch, from a global slot on.
 
     ``repeats_count``: whether batches that come again, so that all ranks have equally many, count.
@@ -99,7 +99,7 @@ class Pass(Protocol):
         """Return the state after ``step`` batches of the pass, or those drawn."""
 
 
-class Progress:
+class EpochTracker:
     """Epochs, ranks and state of a sampler.
 
     The next pass binds a place. Its slot is 0 unless a state was loaded; the loaded place is
@@ -114,12 +114,12 @@ class Progress:
     uneven : {"pad", "drop"}
     seed_given : bool
         Whether the seed was explicit, so that a state of another is refused.
-    late_group : LateGroup, optional
+    late_group : ProcessGroupWarning, optional
         Asked when a pass begins.
     repeats_count : bool
-        As in `Share`.
+        As in `RankShard`.
     recorder : Recorder, optional
-        As in `Share`; default: a new one.
+        As in `RankShard`; default: a new one.
     """
 
     def __init__(
@@ -129,7 +129,7 @@ class Progress:
         rank: int,
         uneven: str,
         seed_given: bool,
-        late_group: LateGroup | None = None,
+        late_group: ProcessGroupWarning | None = None,
         repeats_count: bool = True,
         recorder: Recorder | None = None,
     ) -> None:
@@ -161,19 +161,21 @@ class Progress:
         """Batches of a full epoch on this rank; equal on all ranks."""
         return self.share_of(0).steps
 
-    def share_of(self, epoch: int) -> Share:
+    def share_of(self, epoch: int) -> RankShard:
         """Return this rank's share of a whole epoch."""
         return self._share(Place(self.plan, epoch, 0))
 
-    def pending(self) -> Share:
+    def pending(self) -> RankShard:
         """Return the share that the next pass will bind."""
         return self._share(self._place)
 
-    def _share(self, place: Place) -> Share:
+    def _share(self, place: Place) -> RankShard:
         steps = steps_from(place.slot, place.plan.num_batches, self.num_replicas, self.uneven)
-        return Share(*place, steps, self.num_replicas, self.rank, self.repeats_count, self.recorder)
+        return RankShard(
+            *place, steps, self.num_replicas, self.rank, self.repeats_count, self.recorder
+        )
 
-    def bind(self, begun: Pass) -> Share:
+    def bind(self, begun: Pass) -> RankShard:
         """Give the next epoch, from the pending slot on, to a pass that begins."""
         if self._late_group is not None:
             self._late_group.check(stacklevel=4)
@@ -190,14 +192,14 @@ class Progress:
             )
         return self._bound(begun, self.pending())
 
-    def bind_state(self, begun: Pass, state: Mapping[str, Any]) -> Share:
+    def bind_state(self, begun: Pass, state: Mapping[str, Any]) -> RankShard:
         """Give the epoch and the position of a state to a pass that goes on there."""
         share = self._bound(begun, self._share(self._checked(state)))
         # A finished epoch is no pass; the one after it needs no more choosing than after a load.
         self._epoch_chosen = share.steps == 0
         return share
 
-    def _bound(self, begun: Pass, share: Share) -> Share:
+    def _bound(self, begun: Pass, share: RankShard) -> RankShard:
         self._place = Place(self.plan, share.epoch + 1, 0)
         self._loaded, self._begun = None, begun
         self._passes += 1
@@ -238,7 +240,7 @@ class Progress:
             return self.state_after(self._share(self._loaded), 0)
         return self.state_after(self.pending(), 0 if step is None else step)
 
-    def state_after(self, share: Share, steps: int) -> dict[str, Any]:
+    def state_after(self, share: RankShard, steps: int) -> dict[str, Any]:
         """Return the state after some steps of a share: a fresh dictionary of plain values."""
         steps = checked_int(steps, "step", least=0)
         if steps > share.steps:

@@ -23,7 +23,7 @@ from gpusampler.plan.evaluators.base import RaggedBlock
 from gpusampler.sampler.batch_sampler import PatchBatchSampler
 from gpusampler.sampler.batches import Blocks
 from gpusampler.sampler.iterator import EpochIterator
-from gpusampler.sampler.state import Share
+from gpusampler.sampler.state import RankShard
 
 GATHERED_ON_HOST = 1 << 20
 GATHERED_ON_DEVICE = 1 << 25
@@ -151,7 +151,7 @@ class PatchTensorLoader:
         """
         self.batch_sampler.load_state_dict(state_dict)
 
-    def _begin(self, share: Share) -> TensorReader:
+    def _begin(self, share: RankShard) -> TensorReader:
         # Kept: its tables, and the order of all samples, go there once and not every epoch.
         plans = self._plans
         if plans is None or plans[0] is not share.plan:
@@ -174,7 +174,7 @@ class TensorReader:
 
     Parameters
     ----------
-    share : Share
+    share : RankShard
         Its plan is on the `working_device`.
     tensors : dict of arrays
     device : Device
@@ -185,7 +185,7 @@ class TensorReader:
 
     def __init__(
         self,
-        share: Share,
+        share: RankShard,
         tensors: Mapping[str, Any],
         device: Device,
         side: Side | None = None,

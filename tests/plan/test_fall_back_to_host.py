@@ -204,7 +204,7 @@ def test_tables_are_known_before_they_are_made():
     assert set(said) == {"numpy", "cpu"}
     groups, tables = plan.groups, plan._tables
     assert said["cpu"] == plan._bytes_to_send()
-    assert plan.has_to_travel
+    assert plan.needs_upload
     there = plan._evaluator().reference._tables.members()
     assert said["cpu"] == sum(member.nbytes for member in there)
     assert said["numpy"] == groups.order.nbytes + tables.nbytes

@@ -24,7 +24,11 @@ from gpusampler.permutation.reference import (
     key_of,
 )
 from gpusampler.plan.evaluators.kernels import kernel_spec as forms
-from gpusampler.plan.evaluators.kernels.kernel_spec import Form, cuda_geometry, triton_geometry
+from gpusampler.plan.evaluators.kernels.kernel_spec import (
+    KernelSpec,
+    cuda_geometry,
+    triton_geometry,
+)
 from support import make_golden
 from support.kernels import SOURCE, TRITON, every_kernel, host, kernel_of, shuffles_of
 from support.strategies import epochs, seeds
@@ -72,9 +76,9 @@ def plan_of(counts: Any, batch_size: int, seed: int = 1, **settings: Any) -> Epo
     return EpochPlan(PatchGroups.from_counts(counts), batch_size, seed, **settings)
 
 
-def form_of(plan: EpochPlan, **asked: Any) -> Form:
+def form_of(plan: EpochPlan, **asked: Any) -> KernelSpec:
     tables = plan._tables.on(HOST, plan.groups.order)
-    return Form.of(tables, shuffles_of(plan), **{"ragged": False, **asked})
+    return KernelSpec.of(tables, shuffles_of(plan), **{"ragged": False, **asked})
 
 
 def split_counts(total: int, most: int = HIGH - 1) -> list[int]:
@@ -543,7 +547,7 @@ def test_epoch_and_slot_are_read_on_the_device(kind, counts, batch_size, setting
     assert {form for form, _ in kernel.launched} == {form_of(plan, epoch_there=True)}
 
 
-NONE = Form(*[0] * len(Form._fields))
+NONE = KernelSpec(*[0] * len(KernelSpec._fields))
 
 
 @pytest.mark.parametrize(

@@ -11,10 +11,10 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
-from support.paths import SUPPORT
 
-from gpusampler.plan.evaluators.kernels.kernel_spec import Form
+from gpusampler.plan.evaluators.kernels.kernel_spec import KernelSpec
 from support.kernels import SOURCE, cuda_batches_on_host
+from support.paths import SUPPORT
 from support.processes import environment
 
 # Where every lane is a row of its own, what belongs to a row fills the registers.
@@ -49,7 +49,7 @@ class TestTriton:
         constants = [case["constants"] for case in built if case["arch"] == 90]
         # Which flags are 0 somewhere and something else elsewhere: all of them.
         assert {constant["SLOTS"] for constant in constants} == {0, 1, 2, 3}
-        for name in Form._fields:
+        for name in KernelSpec._fields:
             assert len({constant[name.upper()] for constant in constants}) > 1, name
 
     def test_registers_suffice(self, built):
@@ -69,7 +69,7 @@ def memory_of(cuobjdump: Path | str, cubin: str) -> int:
     return sum(int(size) for size in re.findall(r"(?:STACK|LOCAL):(\d+)", said))
 
 
-PLAIN = Form(2, False, False, True, 0, 3, 3, False, False, False, False)
+PLAIN = KernelSpec(2, False, False, True, 0, 3, 3, False, False, False, False)
 CUDA_FORMS = {
     "plain": (PLAIN, "int64", "int64"),
     "mixed, gathered": (PLAIN._replace(slots=1, small=32, most=6, ordered=True), "int32", "int32"),

@@ -80,7 +80,7 @@ def test_batches_of_patches_of_every_number_of_rounds(gathered):
 # Compiled
 
 
-class Form(NamedTuple):
+class KernelSpec(NamedTuple):
     """Patches and settings that lead to a graph of its own."""
 
     counts: list[int]
@@ -102,44 +102,50 @@ def of_classes(counts: list[int]) -> CostBudget:
 SMALL_ONLY, LARGE_ONLY, MIXED = [5, 32, 1, 17], [33, 40, 60], [5, 32, 33, 60]
 
 FORMS = {
-    "small": Form(SMALL_ONLY, {}),
-    "small, gathered": Form(SMALL_ONLY, {}, gathered=True),
-    "large": Form(LARGE_ONLY, {}),
-    "large, gathered": Form(LARGE_ONLY, {}, gathered=True),
-    "mixed": Form(MIXED, {}),
-    "mixed, gathered, kept short": Form(MIXED, {"partial": "keep"}, gathered=True),
-    "mixed, left out": Form(MIXED, {"partial": "drop"}),
-    "every number of rounds": Form([33, 1024, 65_536], {"batch_size": 8_000}),
-    "fewest rounds, gathered": Form([65_536, 70_000], {"batch_size": 9_000}, gathered=True),
-    "in a row": Form(MIXED, {"interleave": False}),
-    "in a row, small, gathered": Form(
+    "small": KernelSpec(SMALL_ONLY, {}),
+    "small, gathered": KernelSpec(SMALL_ONLY, {}, gathered=True),
+    "large": KernelSpec(LARGE_ONLY, {}),
+    "large, gathered": KernelSpec(LARGE_ONLY, {}, gathered=True),
+    "mixed": KernelSpec(MIXED, {}),
+    "mixed, gathered, kept short": KernelSpec(MIXED, {"partial": "keep"}, gathered=True),
+    "mixed, left out": KernelSpec(MIXED, {"partial": "drop"}),
+    "every number of rounds": KernelSpec([33, 1024, 65_536], {"batch_size": 8_000}),
+    "fewest rounds, gathered": KernelSpec([65_536, 70_000], {"batch_size": 9_000}, gathered=True),
+    "in a row": KernelSpec(MIXED, {"interleave": False}),
+    "in a row, small, gathered": KernelSpec(
         SMALL_ONLY, {"interleave": False, "partial": "keep"}, gathered=True
     ),
-    "in a row and in order": Form(SMALL_ONLY, {"interleave": False, "shuffle_patches": False}),
-    "patches in order": Form(LARGE_ONLY, {"shuffle_patches": False}),
-    "samples in order": Form(MIXED, {"shuffle_within_batches": False}, gathered=True),
-    "nothing shuffled": Form(MIXED, {"shuffle_within_batches": False, "shuffle_patches": False}),
-    "one batch": Form([5], {}),
-    "balanced steps": Form(MIXED, {"steps": "balanced", "step_width": 3, "partial": "keep"}),
-    "balanced steps, in order": Form(
+    "in a row and in order": KernelSpec(
+        SMALL_ONLY, {"interleave": False, "shuffle_patches": False}
+    ),
+    "patches in order": KernelSpec(LARGE_ONLY, {"shuffle_patches": False}),
+    "samples in order": KernelSpec(MIXED, {"shuffle_within_batches": False}, gathered=True),
+    "nothing shuffled": KernelSpec(
+        MIXED, {"shuffle_within_batches": False, "shuffle_patches": False}
+    ),
+    "one batch": KernelSpec([5], {}),
+    "balanced steps": KernelSpec(MIXED, {"steps": "balanced", "step_width": 3, "partial": "keep"}),
+    "balanced steps, in order": KernelSpec(
         SMALL_ONLY, {"steps": "balanced", "step_width": 2, "shuffle_patches": False}
     ),
-    "fewer batches than a balanced step": Form([5], {"steps": "balanced", "step_width": 4}),
-    "steps of one patch": Form(MIXED, {"steps": "same_patch", "step_width": 3}),
-    "steps of one patch, in a row": Form(
+    "fewer batches than a balanced step": KernelSpec([5], {"steps": "balanced", "step_width": 4}),
+    "steps of one patch": KernelSpec(MIXED, {"steps": "same_patch", "step_width": 3}),
+    "steps of one patch, in a row": KernelSpec(
         SMALL_ONLY, {"steps": "same_patch", "step_width": 2, "interleave": False}
     ),
-    "sizes by patch": Form(MIXED, {"batch_size": {0: 3, 1: 8, 2: 9, 3: 2}, "partial": "keep"}),
+    "sizes by patch": KernelSpec(
+        MIXED, {"batch_size": {0: 3, 1: 8, 2: 9, 3: 2}, "partial": "keep"}
+    ),
     # More slots than batches, and fewer.
-    "weights": Form(MIXED, {"weights": [9, 1, 1, 1], "epoch_batches": 40}, gathered=True),
-    "weights, in a row": Form(
+    "weights": KernelSpec(MIXED, {"weights": [9, 1, 1, 1], "epoch_batches": 40}, gathered=True),
+    "weights, in a row": KernelSpec(
         MIXED, {"weights": [1, 9, 1, 1], "epoch_batches": 30, "interleave": False}
     ),
-    "classes of cost": Form(MIXED, {"batch_size": of_classes(MIXED)}),
-    "classes of cost, in a row": Form(
+    "classes of cost": KernelSpec(MIXED, {"batch_size": of_classes(MIXED)}),
+    "classes of cost, in a row": KernelSpec(
         SMALL_ONLY, {"batch_size": of_classes(SMALL_ONLY), "interleave": False}
     ),
-    "weights, steps of one patch": Form(
+    "weights, steps of one patch": KernelSpec(
         SMALL_ONLY, {"weights": [1, 9, 1, 1], "steps": "same_patch", "step_width": 2}
     ),
 }

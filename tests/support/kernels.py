@@ -28,7 +28,7 @@ from gpusampler import EpochPlan
 from gpusampler.core import arrays, devices
 from gpusampler.core.devices import HOST, Device
 from gpusampler.plan.evaluators.array import Reference
-from gpusampler.plan.evaluators.base import Located, Shuffles
+from gpusampler.plan.evaluators.base import BatchLocations, Shuffles
 from gpusampler.plan.evaluators.kernels import fused
 from gpusampler.plan.evaluators.kernels.kernel_spec import THREADS, cuda_geometry, triton_geometry
 from support.libraries import cupy_cuda, torch_cuda
@@ -223,7 +223,7 @@ class Kernel(NamedTuple):
                 found = self.fused.located_block(plan._streams, epoch, *there, dtype)
             return [*map(host, found)]
 
-    def ragged(self, plan: EpochPlan, epoch: int, at: Located) -> np.ndarray:
+    def ragged(self, plan: EpochPlan, epoch: int, at: BatchLocations) -> np.ndarray:
         """The samples of located batches, end to end, on the host."""
         with devices.on(self.device):
             return host(self.fused.ragged(plan._streams, epoch, at, located=not self.locates))

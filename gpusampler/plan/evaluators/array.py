@@ -17,7 +17,7 @@ from gpusampler.batching.tables import PatchOrder, PatchTables
 from gpusampler.core import arrays, devices, torch_compile
 from gpusampler.core.devices import Device
 from gpusampler.permutation.reference import Grid, Streams, grid_of, key_of, permute
-from gpusampler.plan.evaluators.base import Located, Shuffles
+from gpusampler.plan.evaluators.base import BatchLocations, Shuffles
 
 
 class Reference:
@@ -78,7 +78,7 @@ class Reference:
         for array in (*tables.members(), *self._numbers_kept.values()):
             torch_compile.keep_in_place(array)
 
-    def ragged(self, streams: Streams, epoch: int, at: Located) -> Any:
+    def ragged(self, streams: Streams, epoch: int, at: BatchLocations) -> Any:
         """Return the samples of located batches end to end, ``at.size`` of each."""
         total = int(at.size.sum())
         parts = [at.group, at.j, at.size, *([] if at.passes is None else [at.passes])]

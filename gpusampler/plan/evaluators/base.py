@@ -21,7 +21,7 @@ class Shuffles(NamedTuple):
     pad: bool
 
 
-class Located(NamedTuple):
+class BatchLocations(NamedTuple):
     """Where slots lead: int64 NumPy arrays of shape (K,).
 
     ``slot`` leads to batch ``j`` of patch ``group``, of which ``length`` samples count and ``size``
@@ -36,11 +36,11 @@ class Located(NamedTuple):
     size: Int64
     passes: Int64 | None
 
-    def rows(self, rows: slice) -> Located:
+    def rows(self, rows: slice) -> BatchLocations:
         """Return some of the rows."""
         passes = None if self.passes is None else self.passes[rows]
         slot, group, j, length, size = (part[rows] for part in self[:5])
-        return Located(slot, group, j, length, size, passes)
+        return BatchLocations(slot, group, j, length, size, passes)
 
 
 class BatchBlock(NamedTuple):

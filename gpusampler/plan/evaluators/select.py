@@ -12,7 +12,7 @@ from gpusampler.core.devices import Device
 from gpusampler.core.transfer import Ready
 from gpusampler.permutation.reference import Streams
 from gpusampler.plan.evaluators.array import Reference
-from gpusampler.plan.evaluators.base import Located, Shuffles
+from gpusampler.plan.evaluators.base import BatchLocations, Shuffles
 from gpusampler.plan.evaluators.kernels.fused import Fused, fused_on
 
 T = TypeVar("T")
@@ -128,7 +128,7 @@ class Evaluator:
         there = self.uploaded(patch_order)
         return self._of_patches(self.reference.block(streams, epoch, slots, there))
 
-    def ragged(self, streams: Streams, epoch: int, at: Located) -> Any:
+    def ragged(self, streams: Streams, epoch: int, at: BatchLocations) -> Any:
         """Return the samples of located batches end to end, ``at.size`` of each."""
         self._ready.wait()
         return self._by_kernel(

@@ -12,13 +12,13 @@ from typing import Any
 import cupy
 import numpy as np
 
-from gpusampler.plan.evaluators.kernels.kernel_spec import THREADS, Form, Geometry
+from gpusampler.plan.evaluators.kernels.kernel_spec import THREADS, Geometry, KernelSpec
 
 SOURCE = Path(__file__).with_name("batches.cu")
 TYPES = {"int64": "long long", "int32": "int"}
 
 
-def defines(form: Form, order: str, out: str) -> tuple[str, ...]:
+def defines(form: KernelSpec, order: str, out: str) -> tuple[str, ...]:
     """Return the options that make a kernel of a form from the source."""
     flags = {name: str(value) for name, value in form.flags().items()}
     flags |= {"ORDER_T": TYPES[order], "OUT_T": TYPES[out]}
@@ -26,7 +26,7 @@ def defines(form: Form, order: str, out: str) -> tuple[str, ...]:
 
 
 @cache
-def _kernel(form: Form, order: str, out: str) -> Any:
+def _kernel(form: KernelSpec, order: str, out: str) -> Any:
     return cupy.RawKernel(
         SOURCE.read_text(),
         "gpusampler_batches",
@@ -34,7 +34,7 @@ def _kernel(form: Form, order: str, out: str) -> Any:
     )
 
 
-def launch(form: Form, geometry: Geometry, args: tuple[Any, ...]) -> None:
+def launch(form: KernelSpec, geometry: Geometry, args: tuple[Any, ...]) -> None:
     """Run the kernel over arrays of CuPy, on its current device and stream."""
     slots, starts, _, out, *rest = args
     order = rest[11]

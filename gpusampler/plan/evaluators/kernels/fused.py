@@ -11,15 +11,15 @@ from gpusampler.batching.tables import PatchTables
 from gpusampler.core import arrays, devices
 from gpusampler.core.devices import Device
 from gpusampler.permutation.reference import Streams, absorb_pair, grid_of, key_of, rounds_for
-from gpusampler.plan.evaluators.base import Located, Shuffles
+from gpusampler.plan.evaluators.base import BatchLocations, Shuffles
 from gpusampler.plan.evaluators.kernels.kernel_spec import (
-    Form,
     Geometry,
+    KernelSpec,
     cuda_geometry,
     triton_geometry,
 )
 
-Launch = Callable[[Form, Geometry, tuple[Any, ...]], None]
+Launch = Callable[[KernelSpec, Geometry, tuple[Any, ...]], None]
 
 
 class Fused:
@@ -43,7 +43,7 @@ class Fused:
         device: Device,
         shuffles: Shuffles,
         launch: Launch,
-        geometry: Callable[[Form, int, int], Geometry],
+        geometry: Callable[[KernelSpec, int, int], Geometry],
     ) -> None:
         self._tables = tables
         self._device = device
@@ -98,7 +98,7 @@ class Fused:
         with devices.on(self._device):
             out = self._empty((1, width))
             lengths, groups = self._empty((1,)), self._empty((1,))
-            form = Form.of(self._tables, self._shuffles, ragged=False, epoch_there=True)
+            form = KernelSpec.of(self._tables, self._shuffles, ragged=False, epoch_there=True)
             slots = self._xp.reshape(slot, (1,))
             self._run(
                 form,
@@ -109,7 +109,7 @@ class Fused:
             )
         return out[0], lengths[0], groups[0]
 
-    def ragged(self, streams: Streams, epoch: int, at: Located, *, located: bool) -> Any:
+    def ragged(self, streams: Streams, epoch: int, at: BatchLocations, *, located: bool) -> Any:
         """Return the samples of located batches end to end, ``at.size`` of each.
 
         Where they are is found out again by the kernel, unless it must be told: ``located``.
@@ -136,9 +136,9 @@ class Fused:
             self._run(form, row_arrays, rows, int(at.size.max()), keys)
         return out
 
-    def _form(self, rows: tuple[Any, Any], *, ragged: bool) -> Form:
+    def _form(self, rows: tuple[Any, Any], *, ragged: bool) -> KernelSpec:
         group, passes = rows
-        return Form.of(
+        return KernelSpec.of(
             self._tables,
             self._shuffles,
             ragged=ragged,
@@ -150,14 +150,14 @@ class Fused:
         handle = devices.device_handle(self._device)
         return self._xp.empty(shape, dtype=getattr(self._xp, dtype), device=handle)
 
-    def _keys(self, streams: Streams, epoch: int, form: Form) -> tuple[int, int, int, int]:
+    def _keys(self, streams: Streams, epoch: int, form: KernelSpec) -> tuple[int, int, int, int]:
         # Where each row has a pass of its own, the kernel absorbs it.
         samples = streams.samples if form.passes else absorb_pair(streams.samples, epoch)
         return *key_of(streams.batches, epoch, 0), *samples
 
     def _run(
         self,
-        form: Form,
+        form: KernelSpec,
         arrays_of_rows: tuple[Any, ...],
         rows: tuple[Any, Any],
         widest: int,
@@ -220,7 +220,7 @@ def fused_on(tables: PatchTables, device: Device, shuffles: Shuffles) -> Fused |
 
         from gpusampler.plan.evaluators.kernels.triton_batches import launch as launch_triton
 
-        def launch(form: Form, geometry: Geometry, args: tuple[Any, ...]) -> None:
+        def launch(form: KernelSpec, geometry: Geometry, args: tuple[Any, ...]) -> None:
             # Triton launches on the current device, which need not be the plan's.
             with torch.cuda.device(device.name):
                 launch_triton(form, geometry, args)

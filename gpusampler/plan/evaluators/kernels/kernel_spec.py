@@ -11,7 +11,7 @@ from gpusampler.plan.evaluators.base import Shuffles
 SLOTS_AS_THEY_ARE, SLOTS_FISHER_YATES, SLOTS_32_BIT, SLOTS_64_BIT = range(4)
 
 
-class Form(NamedTuple):
+class KernelSpec(NamedTuple):
     """What a kernel is compiled for; the same names as macros of CUDA C and arguments of Triton.
 
     Attributes
@@ -60,7 +60,7 @@ class Form(NamedTuple):
         located: bool = False,
         passes: bool = False,
         epoch_there: bool = False,
-    ) -> Form:
+    ) -> KernelSpec:
         """Return the form for a plan's tables; what no patch of it needs is left out."""
         slots = SLOTS_AS_THEY_ARE
         if not located and shuffles.batches and tables.num_batches > 1:
@@ -109,7 +109,7 @@ MOST_BLOCKS = (1 << 16) - 1
 """Blocks side by side, as CUDA has it."""
 
 
-def triton_geometry(form: Form, num_rows: int, width: int) -> Geometry:
+def triton_geometry(form: KernelSpec, num_rows: int, width: int) -> Geometry:
     """Return tiles of 1,024 or 2,048 lanes; their shape depends on form and width alone.
 
     Each shape is a kernel to compile, so there are few; a training step's single row has its own.
@@ -132,7 +132,7 @@ MOST_ROWS = 64
 LANES = 4096
 
 
-def cuda_geometry(form: Form, num_rows: int, width: int) -> Geometry:
+def cuda_geometry(form: KernelSpec, num_rows: int, width: int) -> Geometry:
     """Return blocks of 256 threads and about 4,096 lanes (constants of ``batches.cu``)."""
     rows = max(1, min(MOST_ROWS, LANES // width, num_rows))
     columns = min(power_of_two(width), max(32, THREADS // power_of_two(rows)))

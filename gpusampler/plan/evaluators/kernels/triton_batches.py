@@ -17,7 +17,7 @@ from typing import Any
 import triton
 import triton.language as tl
 
-from gpusampler.plan.evaluators.kernels.kernel_spec import Form, Geometry
+from gpusampler.plan.evaluators.kernels.kernel_spec import Geometry, KernelSpec
 
 WARPS = 4
 
@@ -287,7 +287,7 @@ def batches_kernel(
         tl.store(out + row_begin + lane.to(tl.int64), sample.to(out.dtype.element_ty), mask=mask)
 
 
-def launch(form: Form, geometry: Geometry, args: tuple[Any, ...]) -> None:
+def launch(form: KernelSpec, geometry: Geometry, args: tuple[Any, ...]) -> None:
     """Run the kernel over arrays of torch, on their device's current stream."""
     batches_kernel[geometry.blocks](
         *args,
