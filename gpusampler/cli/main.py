@@ -1,4 +1,4 @@
-"""The command line: try the job, look at patch ids, simulate an aquifer."""
+"""The command line: try the job, look at patch ids."""
 
 from __future__ import annotations
 
@@ -236,33 +236,3 @@ def _patch_ids(source: Path, column: str | None, inputs: int, outputs: int, spli
         if source.is_dir():
             raise ValueError(f"{error}; nor does it hold folders patch_<id>") from None
         raise
-
-
-@cli.command()
-@click.option("--preset", default="small", show_default=True, help="Size: small, medium or large.")
-@click.option("--out", type=_DIRECTORY, required=True, help="Folder for the patches.")
-@click.option("--seed", type=click.IntRange(0, 2**63 - 1), help="Of the aquifer.")
-@click.option("--mf6", type=click.Path(path_type=Path), help="The MODFLOW 6 program.")
-@click.option("--fetch-mf6", is_flag=True, help="Download MODFLOW 6 if it is not found.")
-@click.option("--overwrite", is_flag=True, help="Replace an earlier simulation in --out.")
-def simulate(
-    preset: str, out: Path, seed: int | None, mf6: Path | None, fetch_mf6: bool, overwrite: bool
-) -> None:
-    """Simulate an aquifer with MODFLOW 6 and cut it into patches."""
-    _need("the simulation", "flopy", "gstools")
-    from gpusampler.demo.simulate import DEFAULT_SEED, SimulationError
-    from gpusampler.demo.simulate import simulate as run
-
-    try:
-        with _refusing():
-            folder = run(
-                out,
-                preset,
-                seed=DEFAULT_SEED if seed is None else seed,
-                mf6=mf6,
-                fetch=fetch_mf6,
-                overwrite=overwrite,
-            )
-    except (SimulationError, ImportError) as error:
-        raise Refusal(str(error)) from error
-    click.echo(f"written: {folder}")

@@ -1,1 +1,1 @@
-"""The main job: simulate groundwater with MODFLOW 6, train a GINO on its patches."""
+"""The main job: train a GINO on groundwater patches, simulated with MODFLOW 6."""

@@ -9,17 +9,6 @@ from pathlib import Path
 def small_data() -> Path:
     """Return the folder of the small aquifer: 9 patches of MODFLOW 6 output, 60 steps.
 
-    Returns
-    -------
-    pathlib.Path
-        A patch folder for `gpusampler.groundwater.GWPatchDataset`, with its provenance beside
-        the patches.
-
-    Raises
-    ------
-    FileNotFoundError
-        If the package was installed without its data, or from inside an archive.
-
     Examples
     --------
     >>> small_data().name

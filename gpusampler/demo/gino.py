@@ -134,18 +134,7 @@ class PatchGino:
         return sum(p.numel() * (2 if p.is_complex() else 1) for p in self.net.parameters())
 
     def __call__(self, batch: Mapping[str, Any]) -> torch.Tensor:
-        """Forecast a batch.
-
-        Parameters
-        ----------
-        batch : dict
-            What `gpusampler.groundwater.collate_fn` made, scaled by `Normalize`.
-
-        Returns
-        -------
-        torch.Tensor of float32, shape (B, Tout, Nc, Ct)
-            Scaled target columns at the core points.
-        """
+        """Forecast a batch."""
         import torch
 
         past = torch.cat([batch["core_in"], batch["ghost_in"]], dim=2)
@@ -221,11 +210,6 @@ def fast_segment_csr() -> Iterator[None]:
     to 1e-6).
     The original is put back however the block ends. Not for several threads at once: the
     function is replaced for the whole process.
-
-    Yields
-    ------
-    None
-        Nothing.
 
     Examples
     --------

@@ -5,16 +5,16 @@ from __future__ import annotations
 import os
 import platform
 from pathlib import Path
-from time import perf_counter
 
 import numpy as np
 
 from gpusampler.demo.gino import PatchGino, fast_segment_csr
-from gpusampler.demo.headmap import head_map
+from gpusampler.demo.head_map import head_map
 from gpusampler.demo.loading import INPUTS, OUTPUTS, DemoData, load
 from gpusampler.demo.picture import draw
-from gpusampler.demo.report import DemoReport, Loaded
+from gpusampler.demo.report import DataSummary, DemoReport
 from gpusampler.demo.speed import compare_speed
+from gpusampler.demo.stopwatch import Stopwatch
 from gpusampler.demo.train import one_thread, train
 
 PICTURE, REPORT = "demo.png", "report.json"
@@ -66,12 +66,12 @@ def run_demo(
 
     import gpusampler
 
-    start = perf_counter()
-    loaded = data if isinstance(data, DemoData) else load(data)
+    watch = Stopwatch()
     folder = None if out is None else Path(out)
-    if folder is not None:
-        folder.mkdir(parents=True, exist_ok=True)  # before the work, not after it
-    with one_thread(), fast_segment_csr():
+    with watch.phase("job"), one_thread(), fast_segment_csr():
+        loaded = data if isinstance(data, DemoData) else load(data)
+        if folder is not None:
+            folder.mkdir(parents=True, exist_ok=True)  # before the work, not after it
         normalize = loaded.normalize
         model = PatchGino(
             INPUTS, OUTPUTS, len(normalize.columns), len(normalize.target_columns), seed=seed
@@ -86,7 +86,7 @@ def run_demo(
         loaded=_summary(loaded),
         training=training,
         speed=speed,
-        seconds=perf_counter() - start,
+        seconds=watch.seconds["job"],
         versions={
             "gpusampler": gpusampler.__version__,
             "torch": torch.__version__,
@@ -102,8 +102,8 @@ def run_demo(
     return report
 
 
-def _summary(data: DemoData) -> Loaded:
-    return Loaded(
+def _summary(data: DemoData) -> DataSummary:
+    return DataSummary(
         folder=str(data.train.root),
         patches=len(data.train.patches),
         points=data.train.num_points,

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from gpusampler.demo.embedded import small_data
-from gpusampler.demo.timing import Stopwatch, TimedIterable
+from gpusampler.demo.stopwatch import Stopwatch, TimedIterable
 from gpusampler.groundwater import GWPatchDataset, Normalize, collate_fn
 from gpusampler.sampler.batch_sampler import PatchBatchSampler
 
@@ -80,18 +80,7 @@ def load(root: str | os.PathLike[str] | None = None) -> DemoData:
 
 
 def as_torch(dataset: GWPatchDataset) -> Dataset[dict[str, Any]]:
-    """Name a patch dataset by torch's type, which it has the interface of.
-
-    Parameters
-    ----------
-    dataset : GWPatchDataset
-        The dataset.
-
-    Returns
-    -------
-    torch.utils.data.Dataset
-        The same object.
-    """
+    """Name a patch dataset by torch's type, which it has the interface of."""
     from typing import cast
 
     return cast("Dataset[dict[str, Any]]", dataset)
@@ -100,23 +89,7 @@ def as_torch(dataset: GWPatchDataset) -> Dataset[dict[str, Any]]:
 def loader(
     dataset: Dataset[dict[str, Any]], batches: Any, watch: Stopwatch | None = None
 ) -> DataLoader[dict[str, Any]]:
-    """Return a DataLoader over batches of one patch each, timed if asked.
-
-    Parameters
-    ----------
-    dataset : torch.utils.data.Dataset
-        Samples.
-    batches : PatchBatchSampler or list of list of int
-        Which samples make up each batch.
-    watch : Stopwatch, optional
-        Gets the phases "sampler" and "collate"; the caller times the rest as reading.
-
-    Returns
-    -------
-    torch.utils.data.DataLoader
-        In this process, without workers: the data are in the page cache and the phases in
-        one clock.
-    """
+    """Return a DataLoader over batches of one patch each, timed if asked."""
     import torch
     from torch.utils.data import DataLoader
 
@@ -138,20 +111,7 @@ def loader(
 
 
 def probe_loader(data: DemoData, batch_size: int) -> DataLoader[dict[str, Any]]:
-    """Return the probe's batches, the same every time.
-
-    Parameters
-    ----------
-    data : DemoData
-        What `load` returned.
-    batch_size : int
-        Samples in a batch at most.
-
-    Returns
-    -------
-    torch.utils.data.DataLoader
-        Each probe sample once, in order.
-    """
+    """Return the probe's batches, the same every time."""
     sampler = PatchBatchSampler(
         data.probe, batch_size, shuffle_within_batches=False, shuffle_patches=False, seed=0
     )

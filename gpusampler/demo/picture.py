@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from gpusampler.demo.headmap import HeadMap
+from gpusampler.demo.head_map import HeadMap
 from gpusampler.demo.report import DemoReport, Training
 
 if TYPE_CHECKING:
@@ -19,22 +19,7 @@ _NAMED_PATCHES = 20
 
 
 def draw(report: DemoReport, heads: HeadMap, path: Path) -> None:
-    """Draw the report and one patch's heads into a PNG.
-
-    Parameters
-    ----------
-    report : DemoReport
-        What was measured.
-    heads : HeadMap
-        Observed and forecast head of one patch.
-    path : pathlib.Path
-        The file; replaced if it exists.
-
-    Raises
-    ------
-    OSError
-        If it cannot be written.
-    """
+    """Draw the report and one patch's heads into a PNG."""
     # Figure without pyplot: no global state, no display, nothing to close.
     from matplotlib.figure import Figure
     from matplotlib.layout_engine import ConstrainedLayoutEngine
@@ -55,7 +40,7 @@ def _draw_heads(figure: Any, heads: HeadMap) -> None:
     low = float(min(heads.observed.min(), heads.forecast.min()))
     high = float(max(heads.observed.max(), heads.forecast.max()))
     difference = heads.forecast - heads.observed
-    most = float(np.abs(difference).max()) or 1.0
+    max_error = float(np.abs(difference).max()) or 1.0
     shared: dict[str, Any] = {"vmin": low, "vmax": high, "cmap": "viridis"}
     for axes, values, title, scale in (
         (observed, heads.observed, "observed", shared),
@@ -64,7 +49,7 @@ def _draw_heads(figure: Any, heads: HeadMap) -> None:
             error,
             difference,
             "forecast minus observed",
-            {"vmin": -most, "vmax": most, "cmap": "RdBu_r"},
+            {"vmin": -max_error, "vmax": max_error, "cmap": "RdBu_r"},
         ),
     ):
         points = _draw_cells(axes, heads, values, scale)
@@ -89,17 +74,16 @@ def _draw_heads(figure: Any, heads: HeadMap) -> None:
 def _draw_cells(
     axes: Axes, heads: HeadMap, values: NDArray[np.float64], scale: dict[str, Any]
 ) -> Any:
-    across, column = np.unique(heads.x, return_inverse=True)
-    along, row = np.unique(heads.y, return_inverse=True)
-    if min(len(across), len(along)) > 1 and len(across) * len(along) <= 4 * len(values):
-        table = np.full((len(along), len(across)), np.nan)
-        table[row, column] = values
-        return axes.pcolormesh(across, along, table, shading="nearest", **scale)
+    columns, column_index = np.unique(heads.x, return_inverse=True)
+    rows, row_index = np.unique(heads.y, return_inverse=True)
+    if min(len(columns), len(rows)) > 1 and len(columns) * len(rows) <= 4 * len(values):
+        grid = np.full((len(rows), len(columns)), np.nan)
+        grid[row_index, column_index] = values
+        return axes.pcolormesh(columns, rows, grid, shading="nearest", **scale)
     # No rectangular grid: squares as large as cells stand apart, in a panel 150 points across.
-    spots = np.column_stack([heads.x, heads.y])
     extent = max(float(np.ptp(heads.x)), float(np.ptp(heads.y))) or 1.0
-    apart = extent / np.sqrt(len(spots))
-    size = float(np.clip(150.0 * apart / extent, 2.0, 14.0)) ** 2
+    spacing = extent / np.sqrt(len(values))
+    size = float(np.clip(150.0 * spacing / extent, 2.0, 14.0)) ** 2
     return axes.scatter(heads.x, heads.y, c=values, s=size, marker="s", linewidths=0, **scale)
 
 
@@ -145,36 +129,32 @@ def _draw_batches(figure: Any, axes: Axes, training: Training) -> None:
     from matplotlib import colormaps
     from matplotlib.colors import BoundaryNorm, ListedColormap
 
-    shown = training.batch_patches[:EPOCHS_SHOWN]
-    patches = np.unique(np.concatenate([np.asarray(epoch) for epoch in shown]))
-    table = np.stack([np.searchsorted(patches, np.asarray(epoch)) for epoch in shown])
-    named = len(patches) <= _NAMED_PATCHES
-    if named:
+    epochs = training.batch_patches[:EPOCHS_SHOWN]
+    patches = np.unique(np.concatenate([np.asarray(epoch) for epoch in epochs]))
+    patch_rows = np.stack([np.searchsorted(patches, np.asarray(epoch)) for epoch in epochs])
+    is_named = len(patches) <= _NAMED_PATCHES
+    if is_named:
         base = colormaps["tab10" if len(patches) <= 10 else "tab20"]
         colours = [base(index) for index in range(len(patches))]
     else:
         colours = list(colormaps["turbo"](np.linspace(0, 1, len(patches))))
     grid = axes.pcolormesh(
-        np.arange(table.shape[1] + 1),
-        np.arange(len(shown) + 1) + 0.5,
-        table,
+        np.arange(patch_rows.shape[1] + 1),
+        np.arange(len(epochs) + 1) + 0.5,
+        patch_rows,
         cmap=ListedColormap(colours),
         norm=BoundaryNorm(np.arange(len(patches) + 1) - 0.5, len(patches)),
         edgecolors="white",
-        linewidth=_edge(table),
+        linewidth=0.8 if patch_rows.shape[1] <= 100 else 0.0,
     )
-    axes.set_ylim(len(shown) + 0.5, 0.5)
-    axes.set_yticks(range(1, len(shown) + 1))
+    axes.set_ylim(len(epochs) + 0.5, 0.5)
+    axes.set_yticks(range(1, len(epochs) + 1))
     axes.set_ylabel("epoch")
     axes.set_xlabel("batch")
     axes.set_title("Every batch holds one patch; every epoch its own order", fontsize=10)
-    if named:
+    if is_named:
         bar = figure.colorbar(grid, ax=axes, ticks=range(len(patches)), label="patch")
         bar.minorticks_off()
         bar.ax.set_yticklabels([str(patch) for patch in patches])
     else:
         bar = figure.colorbar(grid, ax=axes, ticks=[], label=f"{len(patches)} patches")
-
-
-def _edge(table: NDArray[np.intp]) -> float:
-    return 0.8 if table.shape[1] <= 100 else 0.0

@@ -6,9 +6,11 @@ import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from gpusampler.core.text import format_table
+
 
 @dataclass(frozen=True)
-class Loaded:
+class DataSummary:
     """What the job read.
 
     Attributes
@@ -103,7 +105,7 @@ class DemoReport:
 
     Attributes
     ----------
-    loaded : Loaded
+    loaded : DataSummary
         What was read.
     training : Training
         How training went.
@@ -117,7 +119,7 @@ class DemoReport:
         Threads torch used.
     """
 
-    loaded: Loaded
+    loaded: DataSummary
     training: Training
     speed: Speed
     seconds: float
@@ -125,54 +127,37 @@ class DemoReport:
     threads: int
 
     def write_json(self, path: Path) -> None:
-        """Write the report as JSON.
-
-        Parameters
-        ----------
-        path : pathlib.Path
-            The file; replaced if it exists.
-
-        Raises
-        ------
-        OSError
-            If it cannot be written.
-        """
+        """Write the report as JSON."""
         path.write_text(json.dumps(asdict(self), indent=1) + "\n", encoding="utf-8")
 
     def text(self) -> str:
-        """Return the report as a page of text.
-
-        Returns
-        -------
-        str
-            Several lines, without a newline at the end.
-        """
+        """Return the report as a page of text."""
         loaded, training, speed = self.loaded, self.training, self.speed
         before, after = training.probe_loss[0], training.probe_loss[-1]
         lines = [
-            f"loaded      {loaded.patches} patches, {loaded.points:,} points "
+            f"loaded\t{loaded.patches} patches, {loaded.points:,} points "
             f"(core and ghost), {loaded.steps} time steps, {loaded.nbytes / 1e6:.1f} MB",
-            f"            from {loaded.folder}",
-            f"samples     {loaded.train_samples:,} to train on, {loaded.probe_samples} later ones "
+            f"\tfrom {loaded.folder}",
+            f"samples\t{loaded.train_samples:,} to train on, {loaded.probe_samples} later ones "
             "held out as the probe",
-            f"model       neuralop GINO, {training.parameters:,} parameters, "
+            f"model\tneuralop GINO, {training.parameters:,} parameters, "
             f"weights from seed {training.seed}, {self.threads} thread",
-            f"trained     {training.epochs} epochs, {len(training.batch_loss)} batches of up to "
+            f"trained\t{training.epochs} epochs, {len(training.batch_loss)} batches of up to "
             f"{training.batch_size}, {training.seconds:.1f} s",
-            f"probe loss  {before:.3f} before (it forecasts the training mean), {after:.3f} after",
-            "            (mean squared error of scaled values, all columns)",
-            f"            for comparison: {training.persistence_loss:.3f} if nothing changed "
+            f"probe loss\t{before:.3f} before (it forecasts the training mean), {after:.3f} after",
+            "\t(mean squared error of scaled values, all columns)",
+            f"\tfor comparison: {training.persistence_loss:.3f} if nothing changed "
             "from the last step (persistence)",
-            f"            head: off by {training.head_rmse:.3f} m (root mean square), "
+            f"\thead: off by {training.head_rmse:.3f} m (root mean square), "
             f"persistence by {training.head_rmse_persistence:.3f} m",
-            f"speed       {speed.grouped:.0f} samples/s in batches of one patch, "
+            f"speed\t{speed.grouped:.0f} samples/s in batches of one patch, "
             f"{speed.single:.0f} one at a time: {speed.ratio:.1f} times as fast",
-            f"            (same model, same {speed.samples} samples, reading and training steps, "
+            f"\t(same model, same {speed.samples} samples, reading and training steps, "
             f"best of {speed.repeats})",
-            "time        "
+            "time\t"
             + ", ".join(f"{name} {share:.1f} %" for name, share in training.shares.items()),
-            "note        the demo replaces neuralop's segment_csr, a Python loop over points, by",
-            "            an index_add of the same result. It claims that the loss falls, not that",
-            "            a minute of training forecasts well.",
+            "note\tthe demo replaces neuralop's segment_csr, a Python loop over points, by",
+            "\tan index_add of the same result. It claims that the loss falls, not that",
+            "\ta minute of training forecasts well.",
         ]
-        return "\n".join(lines)
+        return format_table([line.split("\t", 1) for line in lines], "<")

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
-from time import perf_counter
 
 from tqdm import tqdm
 
 from gpusampler.demo.gino import PatchGino
 from gpusampler.demo.loading import DemoData, as_torch, loader
 from gpusampler.demo.report import Speed
+from gpusampler.demo.stopwatch import Stopwatch
 from gpusampler.demo.train import LEARNING_RATE, batch_loss
 from gpusampler.sampler.batch_sampler import PatchBatchSampler
 
@@ -31,31 +31,6 @@ def compare_speed(
 
     Both ways read the same samples and do every part of a training step. They take turns, so
     that a slow moment of the machine hits both; the best of each counts.
-
-    Parameters
-    ----------
-    model : PatchGino
-        Copied; left as it is.
-    data : DemoData
-        Where the samples come from.
-    batch_size : int, default 8
-        Samples in a grouped batch at most.
-    seed : int, default 0
-        Of the batches.
-    repeats : int, default 3
-        Turns of each.
-    progress : bool, default True
-        A bar on stderr, where that is a terminal.
-
-    Returns
-    -------
-    Speed
-        Samples a second of both.
-
-    Raises
-    ------
-    TypeError, ValueError
-        If `batch_size` or `seed` is invalid; see `PatchBatchSampler`.
     """
     grouped: list[list[int]] = []
     for rows in PatchBatchSampler(data.train, batch_size, seed=seed):
@@ -86,9 +61,10 @@ def _train_once(model: PatchGino, data: DemoData, batches: Sequence[Sequence[int
     import torch
 
     optimizer = torch.optim.Adam(model.net.parameters(), lr=LEARNING_RATE)
-    start = perf_counter()
-    for batch in loader(as_torch(data.train), batches):
-        optimizer.zero_grad()
-        batch_loss(model, batch).backward()  # type: ignore[no-untyped-call]
-        optimizer.step()
-    return perf_counter() - start
+    watch = Stopwatch()
+    with watch.phase("train"):
+        for batch in loader(as_torch(data.train), batches):
+            optimizer.zero_grad()
+            batch_loss(model, batch).backward()  # type: ignore[no-untyped-call]
+            optimizer.step()
+    return watch.seconds["train"]

@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING, Any
 
 from tqdm import tqdm
 
-from gpusampler.core.validation import checked_int
+from gpusampler.core.validation import check_int
 from gpusampler.demo.gino import PatchGino
 from gpusampler.demo.loading import DemoData, as_torch, loader, probe_loader
 from gpusampler.demo.report import Training
-from gpusampler.demo.timing import Stopwatch
+from gpusampler.demo.stopwatch import Stopwatch
 from gpusampler.sampler.batch_sampler import PatchBatchSampler
 
 if TYPE_CHECKING:
@@ -25,7 +25,7 @@ _HEAD = "head"
 
 
 @dataclass(frozen=True)
-class Probe:
+class ProbeErrors:
     """Mean squared errors on the probe set: of scaled values, and of the head in m²."""
 
     loss: float
@@ -37,11 +37,6 @@ class Probe:
 @contextmanager
 def one_thread() -> Iterator[None]:
     """Run torch on one thread: these tensors are too small to share out.
-
-    Yields
-    ------
-    None
-        Nothing; the number of threads is put back afterwards.
 
     Examples
     --------
@@ -59,41 +54,13 @@ def one_thread() -> Iterator[None]:
 
 
 def batch_loss(model: PatchGino, batch: dict[str, Any]) -> torch.Tensor:
-    """Return the mean squared error of a batch at the core points.
-
-    Parameters
-    ----------
-    model : PatchGino
-        The model.
-    batch : dict
-        A collated batch.
-
-    Returns
-    -------
-    torch.Tensor of float32, 0-d
-        Of scaled values, over samples, steps, points and target columns.
-    """
+    """Return the mean squared error of a batch at the core points."""
     truth: torch.Tensor = batch["core_out"]
     return (model(batch) - truth).square().mean()
 
 
-def probe(model: PatchGino, data: DemoData, batch_size: int) -> Probe:
-    """Measure the errors on the probe set.
-
-    Parameters
-    ----------
-    model : PatchGino
-        The model; unchanged.
-    data : DemoData
-        Its probe is read in a fixed order.
-    batch_size : int
-        Samples at a time at most.
-
-    Returns
-    -------
-    Probe
-        Means over the samples, each sample with the same weight whatever its patch's size.
-    """
+def measure_probe(model: PatchGino, data: DemoData, batch_size: int) -> ProbeErrors:
+    """Measure the errors on the probe set."""
     import torch
 
     columns, targets = data.normalize.columns, data.normalize.target_columns
@@ -105,17 +72,17 @@ def probe(model: PatchGino, data: DemoData, batch_size: int) -> Probe:
         for batch in probe_loader(data, batch_size):
             truth = batch["core_out"]
             still = batch["core_in"][:, -1:, :, last_step]
-            for place, forecast in enumerate((model(batch), still)):
+            for i, forecast in enumerate((model(batch), still)):
                 error = (forecast - truth).square()
-                sums[place] += error.mean() * len(truth)
-                sums[place + 2] += error[..., head].mean() * unit**2 * len(truth)
+                sums[i] += error.mean() * len(truth)
+                sums[i + 2] += error[..., head].mean() * unit**2 * len(truth)
             count += len(truth)
     if not bool(torch.isfinite(sums).all()):
         raise FloatingPointError(
             "the probe's errors must be finite: the held-out steps hold NaN or infinity, or "
             "training diverged"
         )
-    return Probe(*(sums / count).tolist())
+    return ProbeErrors(*(sums / count).tolist())
 
 
 def train(
@@ -158,12 +125,12 @@ def train(
     """
     import torch
 
-    epochs = checked_int(epochs, "epochs", least=1)
+    epochs = check_int(epochs, "epochs", low=1)
     watch = Stopwatch()
     sampler = PatchBatchSampler(data.train, batch_size, seed=seed)
     batches = loader(as_torch(data.train), sampler, watch)
     optimizer = torch.optim.Adam(model.net.parameters(), lr=LEARNING_RATE)
-    probes = [probe(model, data, batch_size)]
+    probes = [measure_probe(model, data, batch_size)]
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs * len(sampler))
     losses: list[float] = []
     patches: list[tuple[int, ...]] = []
@@ -172,7 +139,7 @@ def train(
     ) as bar:
         for epoch in range(epochs):
             sampler.set_epoch(epoch)
-            seen: list[int] = []
+            epoch_patches: list[int] = []
             with watch.phase("other"):
                 reader = iter(batches)
                 while True:
@@ -193,17 +160,17 @@ def train(
                         raise FloatingPointError(
                             f"the loss must stay finite, got {losses[-1]} in batch {len(losses)}"
                         )
-                    seen.append(batch["patch_id"])
+                    epoch_patches.append(batch["patch_id"])
                     bar.update()
-            patches.append(tuple(seen))
-            probes.append(probe(model, data, batch_size))
+            patches.append(tuple(epoch_patches))
+            probes.append(measure_probe(model, data, batch_size))
             bar.set_postfix(probe_loss=f"{probes[-1].loss:.3f}")
     return Training(
         epochs=epochs,
         batch_size=batch_size,
         seed=seed,
         parameters=model.num_parameters,
-        probe_loss=tuple(found.loss for found in probes),
+        probe_loss=tuple(probe.loss for probe in probes),
         batch_loss=tuple(losses),
         persistence_loss=probes[-1].persistence,
         head_rmse=math.sqrt(probes[-1].head),

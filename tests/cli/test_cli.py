@@ -20,6 +20,7 @@ from gpusampler.cli import main as cli_module
 from gpusampler.cli.inspect import draw, inspect_source
 from gpusampler.cli.main import cli
 from gpusampler.demo.embedded import small_data
+from support.processes import environment, run_python
 
 
 @pytest.fixture
@@ -40,9 +41,8 @@ def ids(tmp_path) -> Path:
     return path
 
 
-def module(*args: object, **kwargs) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "gpusampler", *map(str, args)]
-    return subprocess.run(command, capture_output=True, text=True, **kwargs)
+def run_module(*arguments: object) -> subprocess.CompletedProcess[str]:
+    return run_python("-m", "gpusampler", *arguments, check=False)
 
 
 def refused(result, text: str) -> None:
@@ -61,26 +61,26 @@ def is_png(path: Path) -> bool:
 
 
 def test_version():
-    done = module("--version")
-    assert done.returncode == 0
-    assert done.stdout == f"gpusampler, version {gpusampler.__version__}\n"
+    process = run_module("--version")
+    assert process.returncode == 0
+    assert process.stdout == f"gpusampler, version {gpusampler.__version__}\n"
 
 
 def test_a_real_refusal(tmp_path):
-    done = module("inspect", tmp_path / "no.npy", "--batch-size", 2)
-    assert done.returncode == 2
-    assert done.stdout == ""
+    process = run_module("inspect", tmp_path / "no.npy", "--batch-size", 2)
+    assert process.returncode == 2
+    assert process.stdout == ""
     assert (
-        done.stderr
+        process.stderr
         == f"gpusampler: source must be there: no such file or folder: {tmp_path / 'no.npy'}\n"
     )
 
 
 def test_without_click():
     code = "import sys; sys.modules['click'] = None\nfrom gpusampler.__main__ import main\nmain()"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert done.returncode == 2
-    assert done.stderr == "the command line needs click: pip install 'gpusampler[demo]'\n"
+    process = run_python("-c", code, check=False)
+    assert process.returncode == 2
+    assert process.stderr == "the command line needs click: pip install 'gpusampler[demo]'\n"
 
 
 def test_inspect_does_not_import_torch(ids):
@@ -90,7 +90,7 @@ def test_inspect_does_not_import_torch(ids):
         " standalone_mode=False)\n"
         "assert 'torch' not in sys.modules"
     )
-    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
+    run_python("-c", code)
 
 
 @pytest.mark.skipif(os.name != "posix", reason="signals as on POSIX")
@@ -99,6 +99,7 @@ def test_ctrl_c(tmp_path):
     process = subprocess.Popen(
         command,
         cwd=tmp_path,
+        env=environment(),
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -133,12 +134,11 @@ def test_ctrl_c_wherever_it_strikes(source, tmp_path):
         "from gpusampler.__main__ import main\n"
         "main()\n"
     )
-    (tmp_path / "probe.py").write_text(code)
-    done = subprocess.run(
-        [sys.executable, "-m", "probe"], cwd=tmp_path, capture_output=True, text=True
-    )
-    assert done.returncode == 130
-    assert done.stdout == done.stderr.strip() == ""
+    script = tmp_path / "probe.py"
+    script.write_text(code)
+    process = run_python(script, check=False)
+    assert process.returncode == 130
+    assert process.stdout == process.stderr.strip() == ""
 
 
 @pytest.mark.skipif(os.name != "posix", reason="pipes as on POSIX")
@@ -147,9 +147,11 @@ def test_a_closed_pipe_is_quiet(tmp_path):
     folder.mkdir()
     np.save(folder / "ids.npy", np.arange(20))
     command = f"{sys.executable} -m gpusampler inspect ids.npy --batch-size 2 | true"
-    done = subprocess.run(["bash", "-c", command], cwd=folder, capture_output=True, text=True)
-    assert "Traceback" not in done.stderr
-    assert "BrokenPipe" not in done.stderr
+    process = subprocess.run(
+        ["bash", "-c", command], cwd=folder, env=environment(), capture_output=True, text=True
+    )
+    assert "Traceback" not in process.stderr
+    assert "BrokenPipe" not in process.stderr
 
 
 # inspect
@@ -187,15 +189,15 @@ def test_inspect_a_patch_folder(run, tmp_path):
 def test_inspect_a_column_and_an_index(run, tmp_path):
     pandas = pytest.importorskip("pandas")
     pytest.importorskip("pyarrow")
-    table = pandas.DataFrame({"well": ["b", "a", "b"], "other": [1, 2, 3]})
-    table.to_parquet(tmp_path / "ids.parquet")
+    frame = pandas.DataFrame({"well": ["b", "a", "b"], "other": [1, 2, 3]})
+    frame.to_parquet(tmp_path / "ids.parquet")
     result = run("inspect", "ids.parquet", "--batch-size", 2, "--column", "well")
     assert "3 samples in 2 patches" in result.stdout
     assert re.search(r"^ *b +2", result.stdout, re.M)
     refused(run("inspect", "ids.parquet", "--batch-size", 2), "it has 'well', 'other'")
-    PatchGroups.from_ids(table["well"]).save(tmp_path / "ids.index")
-    again = run("inspect", "ids.index", "--batch-size", 2)
-    assert again.stdout.partition("\n")[2] == result.stdout.partition("\n")[2]
+    PatchGroups.from_ids(frame["well"]).save(tmp_path / "ids.index")
+    second = run("inspect", "ids.index", "--batch-size", 2)
+    assert second.stdout.partition("\n")[2] == result.stdout.partition("\n")[2]
 
 
 def test_inspect_sums_up_many_patches(run, tmp_path):
@@ -211,20 +213,20 @@ def test_inspect_agrees_with_the_batches():
     from gpusampler import PatchBatchSampler
 
     ids = np.repeat([3, 1, 2], [7, 2, 9])
-    found = inspect_source(ids, 4, "x")
-    for row in found.outcomes:
+    inspection = inspect_source(ids, 4, "x")
+    for row in inspection.outcomes:
         if row.partial == "drop":
             with pytest.warns(UserWarning, match="drop"):
                 sampler = PatchBatchSampler(ids, 4, seed=9, partial=row.partial)
         else:
             sampler = PatchBatchSampler(ids, 4, seed=9, partial=row.partial)
         batches = list(sampler)
-        seen = np.bincount(np.concatenate(batches), minlength=len(ids))
+        times_seen = np.bincount(np.concatenate(batches), minlength=len(ids))
         assert row.batches == len(batches)
-        assert row.missed == (seen == 0).sum()
-        assert row.repeated == (seen > 1).sum()
-    assert found.full_batches == 3
-    assert sorted(found.short_batches) == [1, 2, 3]
+        assert row.missed == (times_seen == 0).sum()
+        assert row.repeated == (times_seen > 1).sum()
+    assert inspection.full_batches == 3
+    assert sorted(inspection.short_batches) == [1, 2, 3]
 
 
 def test_inspect_when_no_patch_fills_a_batch(run, ids):
@@ -251,8 +253,10 @@ def test_pictures_of_every_kind(tmp_path, batch_size):
         "equal": np.full(200, 42),
         "wide": wide,
     }.items():
-        found = inspect_source(np.repeat(np.arange(len(counts)) - 10**12, counts), batch_size, name)
-        draw(found, tmp_path / f"{name}.png")
+        inspection = inspect_source(
+            np.repeat(np.arange(len(counts)) - 10**12, counts), batch_size, name
+        )
+        draw(inspection, tmp_path / f"{name}.png")
         assert is_png(tmp_path / f"{name}.png")
 
 
@@ -302,7 +306,6 @@ def test_bad_usage(run, ids):
     refused(run("frobnicate"), "No such command 'frobnicate'")
     refused(run("demo", "--epochs", 0), "0 is not in the range x>=1")
     refused(run("demo", "--seed", -1), "'--seed'")
-    refused(run("simulate"), "Missing option '--out'")
 
 
 def test_help_without_a_command(run):
@@ -345,7 +348,7 @@ def test_a_bug_keeps_its_traceback(run, monkeypatch):
     assert isinstance(result.exception, ZeroDivisionError)
 
 
-# demo and simulate
+# demo
 
 
 @pytest.mark.slow("trains once more; test_demo.py shares one training")
@@ -356,45 +359,3 @@ def test_demo(run, tmp_path):
     assert "gpusampler-demo/demo.png and gpusampler-demo/report.json" in result.stdout
     assert is_png(tmp_path / "gpusampler-demo" / "demo.png")
     assert (tmp_path / "gpusampler-demo" / "report.json").stat().st_size > 1000
-
-
-def test_simulate_passes_its_options_on(run, monkeypatch, tmp_path):
-    import gpusampler.demo.simulate as simulation
-
-    seen: list[tuple] = []
-
-    def record(*args, **kwargs):
-        seen.append((args, kwargs))
-        return tmp_path / "made"
-
-    monkeypatch.setattr(simulation, "simulate", record)
-    result = run(
-        "simulate",
-        "--preset",
-        "medium",
-        "--out",
-        "x",
-        "--seed",
-        5,
-        "--mf6",
-        "m",
-        "--fetch-mf6",
-        "--overwrite",
-    )
-    assert result.exit_code == 0, result.stderr
-    assert result.stdout == f"written: {tmp_path / 'made'}\n"
-    assert seen == [
-        ((Path("x"), "medium"), {"seed": 5, "mf6": Path("m"), "fetch": True, "overwrite": True}),
-    ]
-    run("simulate", "--out", "x")
-    assert seen[1] == (
-        (Path("x"), "small"),
-        {"seed": simulation.DEFAULT_SEED, "mf6": None, "fetch": False, "overwrite": False},
-    )
-
-
-def test_simulate_refuses(run, monkeypatch):
-    refused(run("simulate", "--preset", "huge", "--out", "x"), "preset must be one of")
-    refused(run("simulate", "--out", "x", "--mf6", "nowhere/mf6"), "nowhere/mf6")
-    monkeypatch.setattr(cli_module, "find_spec", lambda name: None if name == "flopy" else object())
-    refused(run("simulate", "--out", "x"), "the simulation needs flopy: pip install")

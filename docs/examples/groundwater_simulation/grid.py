@@ -5,10 +5,9 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["connected_pieces", "shift_mask", "stretched_edges"]
-
 Floats = NDArray[np.float64]
 Bools = NDArray[np.bool_]
+Ints = NDArray[np.int64]
 
 
 def stretched_edges(
@@ -43,10 +42,10 @@ def stretched_edges(
         If cells are so narrow that two edges round to the same centimetre.
     """
     s = np.linspace(0.0, 1.0, 4097)
-    near = np.zeros_like(s)
+    closeness = np.zeros_like(s)
     for centre in centres:
-        near = np.maximum(near, np.exp(-0.5 * ((s - centre) / width) ** 2))
-    density = 1.0 + (refinement - 1.0) * near
+        closeness = np.maximum(closeness, np.exp(-0.5 * ((s - centre) / width) ** 2))
+    density = 1.0 + (refinement - 1.0) * closeness
     mass = np.concatenate([[0.0], np.cumsum(0.5 * (density[1:] + density[:-1]))])
     edges = np.round(length * np.interp(np.linspace(0.0, mass[-1], cells + 1), mass, s), 2)
     if np.any(np.diff(edges) <= 0):
@@ -87,19 +86,19 @@ def connected_pieces(mask: Bools) -> list[Bools]:
     list of ndarray of bool, (R, K)
         The pieces, largest first; equal ones in the order of their first cell.
     """
-    left = mask.copy()
+    unassigned = mask.copy()
     pieces = []
-    while left.any():
+    while unassigned.any():
         piece = np.zeros_like(mask)
-        piece.flat[int(np.argmax(left))] = True
+        piece.flat[int(np.argmax(unassigned))] = True
         while True:
             grown = piece.copy()
             for d_row, d_col in ((0, 1), (0, -1), (1, 0), (-1, 0)):
                 grown |= shift_mask(piece, d_row, d_col)
-            grown &= left
+            grown &= unassigned
             if np.array_equal(grown, piece):
                 break
             piece = grown
         pieces.append(piece)
-        left &= ~piece
-    return sorted(pieces, key=lambda p: -int(p.sum()))
+        unassigned &= ~piece
+    return sorted(pieces, key=lambda piece: -int(piece.sum()))

@@ -6,22 +6,17 @@ import dataclasses
 from collections.abc import Sequence
 
 import numpy as np
-from numpy.typing import NDArray
 
-from .grid import connected_pieces, shift_mask
-
-__all__ = ["Patch", "cut_patches", "ghost_ring", "power_diagram", "scale_sizes"]
-
-Floats = NDArray[np.float64]
-Bools = NDArray[np.bool_]
-Ints = NDArray[np.int64]
+from .aquifer import Aquifer
+from .grid import Bools, Floats, Ints, connected_pieces, shift_mask
+from .settings import SimulationSettings
 
 _FACES = ((0, 1), (0, -1), (1, 0), (-1, 0))
 _CORNERS = ((1, 1), (1, -1), (-1, 1), (-1, -1))
 
 
 @dataclasses.dataclass(frozen=True)
-class Patch:
+class PatchMasks:
     """The columns of one patch.
 
     Attributes
@@ -36,6 +31,19 @@ class Patch:
     ghost: Bools
 
 
+def cut_aquifer(aquifer: Aquifer, settings: SimulationSettings, seed: int) -> list[PatchMasks]:
+    """Cut an aquifer into the patches that its settings ask for; see `cut_patches`."""
+    return cut_patches(
+        aquifer.active,
+        aquifer.x,
+        aquifer.y,
+        settings.patch_sizes,
+        seed=seed,
+        rings=settings.ghost_rings,
+        neighbours=settings.ghost_neighbours,
+    )
+
+
 def cut_patches(
     active: Bools,
     x: Floats,
@@ -45,7 +53,7 @@ def cut_patches(
     seed: int,
     rings: int = 1,
     neighbours: str = "face",
-) -> list[Patch]:
+) -> list[PatchMasks]:
     """Cut the active columns of a map into patches, each with its ring of ghosts.
 
     The cut is a power diagram (`power_diagram`); a piece that the outline has severed from its
@@ -71,7 +79,7 @@ def cut_patches(
 
     Returns
     -------
-    list of Patch
+    list of PatchMasks
         As many as ``sizes`` has, in its order. Cores are disjoint and cover ``active``.
 
     Raises
@@ -88,7 +96,7 @@ def cut_patches(
     labels[active] = power_diagram(points, targets, rng)
     _join_severed(labels, len(targets))
     return [
-        Patch(core, ghost_ring(core, active, rings, neighbours))
+        PatchMasks(core, ghost_ring(core, active, rings, neighbours))
         for core in (labels == p for p in range(len(targets)))
     ]
 
@@ -120,11 +128,11 @@ def scale_sizes(sizes: Sequence[float], total: int) -> Ints:
         raise ValueError(f"sizes must have at most {total} entries, got {len(shares)}")
     # One each is set aside first, so that none can round to nothing.
     exact = (total - len(shares)) * shares / shares.sum()
-    whole: Ints = np.floor(exact).astype(np.int64)
-    short = total - len(shares) - int(whole.sum())
-    whole[np.argsort(whole - exact, kind="stable")[:short]] += 1
-    whole += 1
-    return whole
+    counts: Ints = np.floor(exact).astype(np.int64)
+    remainder = total - len(shares) - int(counts.sum())
+    counts[np.argsort(counts - exact, kind="stable")[:remainder]] += 1
+    counts += 1
+    return counts
 
 
 def power_diagram(points: Floats, targets: Ints, rng: np.random.Generator) -> Ints:
@@ -161,9 +169,9 @@ def power_diagram(points: Floats, targets: Ints, rng: np.random.Generator) -> In
     labels = _fit_weights(points, sites, weights, targets, rounds=1500)[0]
     for cell in np.flatnonzero(np.bincount(labels, minlength=len(targets)) == 0):
         # Sites that share a point can leave one of them empty-handed at any weights.
-        spare = np.bincount(labels, minlength=len(targets))[labels] > 1
-        gap = ((points - sites[cell]) ** 2).sum(-1)
-        labels[int(np.argmin(np.where(spare, gap, np.inf)))] = cell
+        is_spare = np.bincount(labels, minlength=len(targets))[labels] > 1
+        squares = ((points - sites[cell]) ** 2).sum(-1)
+        labels[int(np.argmin(np.where(is_spare, squares, np.inf)))] = cell
     return labels
 
 
@@ -196,22 +204,22 @@ def ghost_ring(core: Bools, active: Bools, rings: int, neighbours: str = "face")
     if neighbours not in ("face", "corner"):
         raise ValueError(f"neighbours must be one of face, corner, got {neighbours!r}")
     steps = _FACES if neighbours == "face" else _FACES + _CORNERS
-    reached = core
+    area = core
     for _ in range(rings):
-        grown = reached.copy()
+        grown = area.copy()
         for d_row, d_col in steps:
-            grown |= shift_mask(reached, d_row, d_col)
-        reached = grown & active
-    return reached & ~core
+            grown |= shift_mask(area, d_row, d_col)
+        area = grown & active
+    return area & ~core
 
 
 def _first_sites(points: Floats, count: int, rng: np.random.Generator) -> Floats:
     """Draw points that are far from each other: best of ten candidates each."""
     sites = [points[rng.integers(len(points))]]
     while len(sites) < count:
-        tries = points[rng.integers(len(points), size=10)]
-        gap = ((tries[:, None] - np.array(sites)[None]) ** 2).sum(-1).min(1)
-        sites.append(tries[int(np.argmax(gap))])
+        candidates = points[rng.integers(len(points), size=10)]
+        squares = ((candidates[:, None] - np.array(sites)[None]) ** 2).sum(-1).min(1)
+        sites.append(candidates[int(np.argmax(squares))])
     return np.array(sites)
 
 
@@ -227,10 +235,10 @@ def _fit_weights(
     for i in range(rounds):
         labels = np.argmin(squares - weights, axis=1)
         missing = targets - np.bincount(labels, minlength=len(targets))
-        worst = float(np.abs(missing).sum())
-        if best is None or worst < best[0]:
-            best = (worst, labels, weights.copy())
-        if worst == 0:
+        error = float(np.abs(missing).sum())
+        if best is None or error < best[0]:
+            best = (error, labels, weights.copy())
+        if error == 0:
             break
         weights += area * missing / (1 + 4 * i / rounds)
     assert best is not None
@@ -246,8 +254,8 @@ def _join_severed(labels: Ints, count: int) -> None:
             for piece in connected_pieces(labels == patch)[1:]:
                 faces = np.zeros(count, dtype=np.int64)
                 for d_row, d_col in _FACES:
-                    beside = labels[shift_mask(piece, d_row, d_col)]
-                    faces += np.bincount(beside[beside >= 0], minlength=count)
+                    neighbours = labels[shift_mask(piece, d_row, d_col)]
+                    faces += np.bincount(neighbours[neighbours >= 0], minlength=count)
                 faces[patch] = 0
                 if faces.max() > 0:
                     labels[piece] = int(np.argmax(faces))

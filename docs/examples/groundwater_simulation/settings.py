@@ -1,12 +1,10 @@
-"""What the groundwater simulation is told: one frozen record of settings, and three presets."""
+"""Settings of the groundwater simulation: a frozen, checked record and three presets."""
 
 from __future__ import annotations
 
 import dataclasses
 import math
 from typing import Any
-
-__all__ = ["PRESETS", "SimulationSettings", "preset_settings"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -132,28 +130,28 @@ class SimulationSettings:
     ghost_neighbours: str = "face"
 
     def __post_init__(self) -> None:
-        least_int = {"n_rows": 5, "n_cols": 5, "n_layers": 1, "n_pumping": 0, "n_injection": 0}
-        least_int |= {"n_steps": 1, "warmup_steps": 0, "substeps": 1, "ghost_rings": 0}
-        for name, least in least_int.items():
+        min_counts = {"n_rows": 5, "n_cols": 5, "n_layers": 1, "n_pumping": 0, "n_injection": 0}
+        min_counts |= {"n_steps": 1, "warmup_steps": 0, "substeps": 1, "ghost_rings": 0}
+        for name, minimum in min_counts.items():
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool):
                 raise TypeError(f"{name} must be an int, got {value!r}")
-            if value < least:
-                raise ValueError(f"{name} must be >= {least}, got {value}")
-        for name in _POSITIVE:
+            if value < minimum:
+                raise ValueError(f"{name} must be >= {minimum}, got {value}")
+        for name in _POSITIVE.split():
             _check_number(name, getattr(self, name), above=0.0)
-        for name in _NOT_NEGATIVE:
-            _check_number(name, getattr(self, name), least=0.0)
-        for name in _FRACTIONS:
-            _check_number(name, getattr(self, name), above=0.0, most=1.0)
+        for name in _NOT_NEGATIVE.split():
+            _check_number(name, getattr(self, name), minimum=0.0)
+        for name in _FRACTIONS.split():
+            _check_number(name, getattr(self, name), above=0.0, maximum=1.0)
         _check_number("datum", self.datum)
         _check_number("correlation_angle", self.correlation_angle)
-        _check_number("refinement", self.refinement, least=1.0)
-        _check_number("recharge_swing", self.recharge_swing, least=0.0, most=1.0)
+        _check_number("refinement", self.refinement, minimum=1.0)
+        _check_number("recharge_swing", self.recharge_swing, minimum=0.0, maximum=1.0)
         _check_tuple("correlation_lengths", self.correlation_lengths)
         if len(self.correlation_lengths) != 3:
-            got = len(self.correlation_lengths)
-            raise ValueError(f"correlation_lengths must have 3 values, got {got}")
+            count = len(self.correlation_lengths)
+            raise ValueError(f"correlation_lengths must have 3 values, got {count}")
         _check_tuple("patch_sizes", self.patch_sizes)
         _check_choice("covariance", self.covariance, ("exponential", "gaussian"))
         _check_choice("ghost_neighbours", self.ghost_neighbours, ("face", "corner"))
@@ -208,8 +206,8 @@ class SimulationSettings:
         TypeError
             If a value has the wrong type.
         """
-        known = {f.name for f in dataclasses.fields(cls)}
-        if unknown := sorted(set(values) - known):
+        field_names = {field.name for field in dataclasses.fields(cls)}
+        if unknown := sorted(set(values) - field_names):
             raise ValueError(f"settings must name fields of {cls.__name__}, got {unknown}")
         fields: dict[str, Any] = {
             k: tuple(v) if isinstance(v, list) else v for k, v in values.items()
@@ -217,30 +215,16 @@ class SimulationSettings:
         return cls(**fields)
 
 
-_POSITIVE = (
-    "length_x",
-    "length_y",
-    "layer_thickness",
-    "gradient",
-    "mean_conductivity",
-    "specific_storage",
-    "step_days",
-)
-_NOT_NEGATIVE = (
-    "undulation",
-    "freeboard",
-    "log_variance",
-    "longitudinal_dispersivity",
-    "transverse_dispersivity",
-    "vertical_dispersivity",
-    "recharge",
-    "recharge_concentration",
-    "stage_swing",
-    "pumping_rate",
-    "injection_rate",
-    "injection_concentration",
-)
-_FRACTIONS = ("active_fraction", "vertical_anisotropy", "specific_yield", "porosity")
+_POSITIVE = """
+    length_x length_y layer_thickness gradient mean_conductivity specific_storage step_days
+"""
+_NOT_NEGATIVE = """
+    undulation freeboard log_variance
+    longitudinal_dispersivity transverse_dispersivity vertical_dispersivity
+    recharge recharge_concentration stage_swing
+    pumping_rate injection_rate injection_concentration
+"""
+_FRACTIONS = "active_fraction vertical_anisotropy specific_yield porosity"
 
 
 def _check_number(
@@ -248,8 +232,8 @@ def _check_number(
     value: object,
     *,
     above: float | None = None,
-    least: float | None = None,
-    most: float | None = None,
+    minimum: float | None = None,
+    maximum: float | None = None,
 ) -> None:
     if not isinstance(value, (int, float)) or isinstance(value, bool):
         raise TypeError(f"{name} must be a number, got {value!r}")
@@ -257,10 +241,10 @@ def _check_number(
         raise ValueError(f"{name} must be finite, got {value}")
     if above is not None and value <= above:
         raise ValueError(f"{name} must be > {above:g}, got {value}")
-    if least is not None and value < least:
-        raise ValueError(f"{name} must be >= {least:g}, got {value}")
-    if most is not None and value > most:
-        raise ValueError(f"{name} must be <= {most:g}, got {value}")
+    if minimum is not None and value < minimum:
+        raise ValueError(f"{name} must be >= {minimum:g}, got {value}")
+    if maximum is not None and value > maximum:
+        raise ValueError(f"{name} must be <= {maximum:g}, got {value}")
 
 
 def _check_tuple(name: str, values: object) -> None:

@@ -9,9 +9,7 @@ import numpy as np
 
 from .aquifer import Aquifer
 from .forcing import Forcing
-from .simulation_settings import SimulationSettings
-
-__all__ = ["write_model"]
+from .settings import SimulationSettings
 
 # Conductance of the boundaries: one cell of aquifer over this length of bed, metres.
 _BED_LENGTH = 40.0
@@ -43,10 +41,7 @@ def write_model(
     ImportError
         If flopy is not installed.
     """
-    try:
-        from flopy import mf6
-    except ImportError as error:
-        raise ImportError("the simulation needs flopy: pip install 'gpusampler[demo]'") from error
+    from flopy import mf6
 
     sim = mf6.MFSimulation(sim_name="aquifer", sim_ws=str(folder), verbosity_level=0)
     sim.simulation_data.float_precision = 9
@@ -91,10 +86,10 @@ def _write_grid(mf6: Any, model: Any, aquifer: Aquifer) -> None:
         botm=aquifer.bottoms,
         idomain=np.broadcast_to(aquifer.active, aquifer.bottoms.shape).astype(np.int32),
     )
-    kind = "HEAD" if model.name == "gwf" else "CONCENTRATION"
+    variable = "HEAD" if model.name == "gwf" else "CONCENTRATION"
     control = mf6.ModflowGwfoc if model.name == "gwf" else mf6.ModflowGwtoc
-    records = {f"{kind.lower()}_filerecord": f"{model.name}.bin"}
-    control(model, saverecord=[(kind, "LAST")], printrecord=[("BUDGET", "LAST")], **records)
+    records = {f"{variable.lower()}_filerecord": f"{model.name}.bin"}
+    control(model, saverecord=[(variable, "LAST")], printrecord=[("BUDGET", "LAST")], **records)
 
 
 def _write_flow(
@@ -115,7 +110,7 @@ def _write_flow(
         steady_state={0: True},
         transient={1: True},
     )
-    series = _series(forcing, settings)
+    series = _recharge_series(forcing, settings)
     rows, cols = np.nonzero(aquifer.active)
     recharge = [
         [(0, int(i), int(j)), "recharge", float(aquifer.recharge_factor[i, j]), "load"]
@@ -130,7 +125,7 @@ def _write_flow(
         timeseries=series,
         pname="rch",
     )
-    _write_margins(mf6, gwf, aquifer, forcing)
+    _write_boundaries(mf6, gwf, aquifer, forcing)
     if not aquifer.wells:
         return
     rates = {
@@ -149,7 +144,7 @@ def _write_flow(
     )
 
 
-def _series(forcing: Forcing, settings: SimulationSettings) -> dict[str, Any]:
+def _recharge_series(forcing: Forcing, settings: SimulationSettings) -> dict[str, Any]:
     ends = 1.0 + settings.step_days * np.arange(len(forcing.recharge))
     starts = np.concatenate([[0.0], ends[:-1], [ends[-1] + 1.0]])
     values = np.column_stack([forcing.recharge, forcing.recharge_concentration])
@@ -165,9 +160,8 @@ def _series(forcing: Forcing, settings: SimulationSettings) -> dict[str, Any]:
     }
 
 
-def _write_margins(mf6: Any, gwf: Any, aquifer: Aquifer, forcing: Forcing) -> None:
-    tops = np.concatenate([aquifer.top[None], aquifer.bottoms[:-1]])
-    face = -np.diff(aquifer.y_edges)[:, None] * (tops - aquifer.bottoms)
+def _write_boundaries(mf6: Any, gwf: Any, aquifer: Aquifer, forcing: Forcing) -> None:
+    face = -np.diff(aquifer.y_edges)[:, None] * (aquifer.tops - aquifer.bottoms)
     conductance = aquifer.conductivity * face / _BED_LENGTH
     inflow: dict[int, list[Any]] = {}
     river: dict[int, list[Any]] = {}
@@ -178,15 +172,15 @@ def _write_margins(mf6: Any, gwf: Any, aquifer: Aquifer, forcing: Forcing) -> No
                 round(float(aquifer.base_head[i, j] + forcing.inflow_shift[period]), 4),
                 float(f"{conductance[layer, i, j]:.5e}"),
             ]
-            for layer in range(len(tops))
+            for layer in range(len(conductance))
             for i, j in aquifer.inflow
         ]
         river[period] = []
         for i, j in aquifer.river:
             stage = float(aquifer.base_head[i, j] + forcing.river_shift[period])
             bed = max(float(aquifer.bottoms[0, i, j]), float(aquifer.base_head[i, j]) - 4.0)
-            leak = float(f"{conductance[:, i, j].sum():.5e}")
-            river[period].append([(0, int(i), int(j)), round(stage, 4), leak, round(bed, 4)])
+            leakage = float(f"{conductance[:, i, j].sum():.5e}")
+            river[period].append([(0, int(i), int(j)), round(stage, 4), leakage, round(bed, 4)])
     mf6.ModflowGwfghb(gwf, maxbound=len(inflow[0]), stress_period_data=inflow, pname="ghb")
     mf6.ModflowGwfriv(gwf, maxbound=len(river[0]), stress_period_data=river, pname="riv")
 

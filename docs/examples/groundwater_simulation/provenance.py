@@ -1,8 +1,9 @@
-"""Say, in a file that a machine can read, what made a patch folder and from what."""
+"""Write provenance.json: what made a patch folder, and from which inputs."""
 
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 import os
 import platform
@@ -11,20 +12,18 @@ from importlib.metadata import version
 from pathlib import Path
 
 from gpusampler import __version__
+from gpusampler.groundwater import COLUMNS
 
-from .mf6 import sha256_of
 from .modflow_run import RunReport
-from .patch_folder import COLUMNS, DENSITY, GRAVITY
-from .patches import Patch
-from .simulation_settings import SimulationSettings
-
-__all__ = ["PROVENANCE", "Maker", "write_provenance"]
+from .patch_folder import DENSITY, GRAVITY
+from .patches import PatchMasks
+from .settings import SimulationSettings
 
 PROVENANCE = "provenance.json"
 
 
 @dataclasses.dataclass(frozen=True)
-class Maker:
+class RunInputs:
     """What a patch folder is made from.
 
     Attributes
@@ -46,18 +45,25 @@ class Maker:
     mf6_sha256: str
 
 
-def write_provenance(folder: Path, maker: Maker, report: RunReport, patches: list[Patch]) -> Path:
+def sha256_of(path: Path) -> str:
+    """Return the SHA-256 of a file, as 64 lower-case hexadecimal digits."""
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def write_provenance(
+    folder: Path, inputs: RunInputs, report: RunReport, patches: list[PatchMasks]
+) -> Path:
     """Write ``provenance.json`` into a patch folder whose other files are complete.
 
     Parameters
     ----------
     folder : Path
         The patch folder.
-    maker : Maker
+    inputs : RunInputs
         Seed, settings and program.
     report : RunReport
         Budget discrepancies of the run.
-    patches : list of Patch
+    patches : list of PatchMasks
         The patches, in the order of their ids.
 
     Returns
@@ -71,18 +77,18 @@ def write_provenance(folder: Path, maker: Maker, report: RunReport, patches: lis
     OSError
         If a file cannot be read or written.
     """
-    s = maker.settings
+    s = inputs.settings
     files = sorted(p for p in folder.rglob("*") if p.is_file())
     record = {
         "format": 1,
-        "made_by": "gpusampler.demo.simulate.simulate",
+        "made_by": "groundwater_simulation.simulate.simulate",
         "date": _date(),
-        "preset": maker.preset,
-        "seed": int(maker.seed),
+        "preset": inputs.preset,
+        "seed": int(inputs.seed),
         "versions": {
             "gpusampler": __version__,
-            "modflow6": maker.mf6_version,
-            "modflow6_sha256": maker.mf6_sha256,
+            "modflow6": inputs.mf6_version,
+            "modflow6_sha256": inputs.mf6_sha256,
             "flopy": version("flopy"),
             "gstools": version("gstools"),
             "numpy": version("numpy"),
@@ -122,5 +128,5 @@ def write_provenance(folder: Path, maker: Maker, report: RunReport, patches: lis
 
 def _date() -> str:
     epoch = os.environ.get("SOURCE_DATE_EPOCH")
-    now = datetime.fromtimestamp(int(epoch), timezone.utc) if epoch else datetime.now(timezone.utc)
-    return now.strftime("%Y-%m-%dT%H:%M:%SZ")
+    date = datetime.fromtimestamp(int(epoch), timezone.utc) if epoch else datetime.now(timezone.utc)
+    return date.strftime("%Y-%m-%dT%H:%M:%SZ")

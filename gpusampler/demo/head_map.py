@@ -35,20 +35,7 @@ class HeadMap:
 
 
 def head_map(model: PatchGino, data: DemoData) -> HeadMap:
-    """Forecast the last held-out window of the largest patch.
-
-    Parameters
-    ----------
-    model : PatchGino
-        The model; unchanged.
-    data : DemoData
-        Where the window comes from.
-
-    Returns
-    -------
-    HeadMap
-        The uppermost cell of each column; cells below would be hidden in a map.
-    """
+    """Forecast the last held-out window of the largest patch, at the top cell of each column."""
     import torch
 
     held_out = data.held_out
@@ -73,7 +60,7 @@ def head_map(model: PatchGino, data: DemoData) -> HeadMap:
 
 def _uppermost(points: NDArray[np.float64]) -> NDArray[np.intp]:
     order = np.lexsort((-points[:, 2], points[:, 1], points[:, 0]))
-    places = points[order, :2]
-    first = np.ones(len(order), dtype=bool)
-    first[1:] = (places[1:] != places[:-1]).any(axis=1)
-    return order[first]
+    xy = points[order, :2]
+    is_top = np.ones(len(order), dtype=bool)
+    is_top[1:] = (xy[1:] != xy[:-1]).any(axis=1)
+    return order[is_top]

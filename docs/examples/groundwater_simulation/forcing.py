@@ -5,13 +5,9 @@ from __future__ import annotations
 import dataclasses
 
 import numpy as np
-from numpy.typing import NDArray
 
-from .simulation_settings import SimulationSettings
-
-__all__ = ["PEAK_LOAD", "YEAR_DAYS", "Forcing", "build_forcing"]
-
-Floats = NDArray[np.float64]
+from .grid import Floats
+from .settings import SimulationSettings
 
 YEAR_DAYS = 365.25
 # Largest over mean concentration of the recharge.
@@ -89,24 +85,24 @@ def _with_steady(values: Floats, mean: float, digits: int) -> Floats:
 
 def _noise(rng: np.random.Generator, periods: int) -> Floats:
     shocks = 0.12 * rng.standard_normal(periods)
-    out = np.empty(periods)
+    noise = np.empty(periods)
     state = 0.0
     for i, shock in enumerate(shocks):
         state = 0.7 * state + shock
-        out[i] = state
-    return out
+        noise[i] = state
+    return noise
 
 
 def _well_rates(
     rng: np.random.Generator, periods: int, rate: float, *, starts_on: bool = False
 ) -> Floats:
-    out = np.zeros(periods)
-    on = starts_on or bool(rng.integers(2))
-    at = 0
-    while at < periods:
-        run = int(rng.integers(3, 9))
-        if on:
-            out[at : at + run] = rate * rng.uniform(0.6, 1.4)
-        at += run
-        on = not on
-    return out
+    rates = np.zeros(periods)
+    is_on = starts_on or bool(rng.integers(2))
+    start = 0
+    while start < periods:
+        stop = start + int(rng.integers(3, 9))
+        if is_on:
+            rates[start:stop] = rate * rng.uniform(0.6, 1.4)
+        start = stop
+        is_on = not is_on
+    return rates

@@ -9,32 +9,21 @@ import subprocess
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
-from numpy.typing import NDArray
 
 from .aquifer import Aquifer, build_aquifer
 from .forcing import PEAK_LOAD, build_forcing
-from .mf6 import find_mf6, sha256_of
+from .grid import Floats
+from .mf6 import find_mf6
 from .modflow import write_model
 from .modflow_run import RunReport, SimulationError, read_steps, run_model
-from .patch_folder import COLUMNS, DENSITY, GRAVITY, pressure_from_head, write_patches
-from .patches import Patch, cut_patches
-from .provenance import Maker, write_provenance
-from .simulation_settings import PRESETS, SimulationSettings, preset_settings
-
-__all__ = [
-    "COLUMNS",
-    "DEFAULT_SEED",
-    "DENSITY",
-    "GRAVITY",
-    "PRESETS",
-    "SimulationError",
-    "SimulationSettings",
-    "pressure_from_head",
-    "simulate",
-]
+from .patch_folder import write_patches
+from .patches import PatchMasks, cut_aquifer
+from .provenance import PROVENANCE, RunInputs, sha256_of, write_provenance
+from .settings import SimulationSettings, preset_settings
 
 DEFAULT_SEED = 2
 
@@ -46,7 +35,6 @@ def simulate(
     settings: SimulationSettings | None = None,
     seed: int = DEFAULT_SEED,
     mf6: str | os.PathLike[str] | None = None,
-    fetch: bool = False,
     overwrite: bool = False,
     progress: bool = True,
 ) -> Path:
@@ -79,8 +67,6 @@ def simulate(
         0 to 2^63 - 1. The committed data set is preset small with the default seed.
     mf6 : str or path-like, optional
         The MODFLOW 6 program; found by `find_mf6` when left out.
-    fetch : bool, default False
-        Whether to download the program when it is found nowhere (x86-64 Linux).
     overwrite : bool, default False
         Whether to replace ``out``. Only a folder with a ``provenance.json`` is ever replaced.
     progress : bool, default True
@@ -109,42 +95,35 @@ def simulate(
 
     Examples
     --------
-    >>> from gpusampler.demo.simulate import simulate
+    >>> from groundwater_simulation.simulate import simulate
     >>> folder = simulate("aquifer", "small")  # doctest: +SKIP
     >>> sorted(p.name for p in folder.iterdir())[0]  # doctest: +SKIP
     'patch_0'
     """
     if settings is not None and not isinstance(settings, SimulationSettings):
         raise TypeError(f"settings must be a SimulationSettings, got {settings!r}")
-    chosen = preset_settings(preset) if settings is None else settings
+    run_settings = preset_settings(preset) if settings is None else settings
     _check_seed(seed)
     target = Path(out).expanduser().absolute()
     _check_target(target, overwrite)
-    program = find_mf6(mf6, fetch=fetch)
-    maker = Maker(
+    _check_libraries()
+    program = find_mf6(mf6)
+    inputs = RunInputs(
         preset=preset if settings is None else None,
         seed=seed,
-        settings=chosen,
+        settings=run_settings,
         mf6_version=_version_of(program),
         mf6_sha256=sha256_of(program),
     )
-    aquifer = build_aquifer(chosen, seed)
-    patches = cut_patches(
-        aquifer.active,
-        aquifer.x,
-        aquifer.y,
-        chosen.patch_sizes,
-        seed=seed,
-        rings=chosen.ghost_rings,
-        neighbours=chosen.ghost_neighbours,
-    )
+    aquifer = build_aquifer(run_settings, seed)
+    patches = cut_aquifer(aquifer, run_settings, seed)
     with tempfile.TemporaryDirectory(prefix="gpusampler-mf6-") as tmp:
         workspace = Path(tmp)
-        forcing = build_forcing(chosen, seed)
-        write_model(aquifer, forcing, chosen, workspace)
+        forcing = build_forcing(run_settings, seed)
+        write_model(aquifer, forcing, run_settings, workspace)
         report = run_model(program, workspace, len(forcing.recharge), progress=progress)
         with _staged(target, overwrite) as stage:
-            _write_results(stage, workspace, aquifer, patches, maker, report, progress)
+            _write_results(stage, workspace, aquifer, patches, inputs, report, progress)
     return target
 
 
@@ -152,46 +131,43 @@ def _write_results(
     stage: Path,
     workspace: Path,
     aquifer: Aquifer,
-    patches: list[Patch],
-    maker: Maker,
+    patches: list[PatchMasks],
+    inputs: RunInputs,
     report: RunReport,
     progress: bool,
 ) -> None:
     # The mapped files die with this frame: Windows deletes no file that is still mapped.
-    settings = maker.settings
+    settings = inputs.settings
     skip, steps = 1 + settings.warmup_steps, settings.n_steps
     shape = (settings.n_layers, settings.n_rows, settings.n_cols)
     head = read_steps(workspace / "gwf.bin", shape, skip, steps)
     mass = read_steps(workspace / "gwt.bin", shape, skip, steps)
     _check_fields(head, mass, aquifer, settings)
     write_patches(stage, aquifer, patches, mass, head, progress=progress)
-    write_provenance(stage, maker, report, patches)
+    write_provenance(stage, inputs, report, patches)
 
 
 def _check_fields(
-    head: NDArray[np.float64],
-    mass: NDArray[np.float64],
-    aquifer: Aquifer,
-    settings: SimulationSettings,
+    head: Floats, mass: Floats, aquifer: Aquifer, settings: SimulationSettings
 ) -> None:
-    loads = PEAK_LOAD * settings.recharge_concentration
-    strongest = max(settings.injection_concentration, loads, 1e-12)
-    floor = aquifer.bottoms[:, aquifer.active]
+    peak_load = PEAK_LOAD * settings.recharge_concentration
+    max_source = max(settings.injection_concentration, peak_load, 1e-12)
+    bottoms = aquifer.bottoms[:, aquifer.active]
     for step in range(settings.n_steps):
         h, c = head[step][:, aquifer.active], mass[step][:, aquifer.active]
         for name, values in (("head", h), ("concentration", c)):
             # MODFLOW marks dry and inactive cells by +-1e30.
             if not np.all(np.isfinite(values)) or np.abs(values).max() > 1e20:
                 raise SimulationError(f"{name} must be finite in every active cell, step {step}")
-        if dry := int(np.count_nonzero(h <= floor)):
+        if dry := int(np.count_nonzero(h <= bottoms)):
             raise SimulationError(
                 f"head must stay above the cell bottoms, got {dry} dry cells in step {step}; "
                 "lower pumping_rate or raise layer_thickness"
             )
         # The TVD scheme is not strictly monotone on a grid of unequal cells; 1% is its due.
-        if c.min() < -0.01 * strongest or c.max() > 1.01 * strongest:
+        if c.min() < -0.01 * max_source or c.max() > 1.01 * max_source:
             raise SimulationError(
-                f"concentration must stay within 0 and its sources ({strongest:g}), got "
+                f"concentration must stay within 0 and its sources ({max_source:g}), got "
                 f"{c.min():g} to {c.max():g} in step {step}; raise substeps"
             )
 
@@ -203,17 +179,23 @@ def _check_seed(seed: object) -> None:
         raise ValueError(f"seed must be 0 to 2^63 - 1, got {seed}")
 
 
+def _check_libraries() -> None:
+    missing = [name for name in ("flopy", "gstools") if find_spec(name) is None]
+    if missing:
+        raise ImportError(f"the simulation needs {', '.join(missing)}: pip install flopy gstools")
+
+
 def _version_of(program: Path) -> str:
     try:
-        done = subprocess.run(
+        process = subprocess.run(
             [str(program), "--version"], capture_output=True, text=True, timeout=60, check=False
         )
     except (OSError, subprocess.TimeoutExpired) as error:
         raise SimulationError(f"mf6 could not be started: {program}: {error}") from error
-    match = re.search(r"mf6:\s*(\d[\w.]*)", done.stdout)
+    match = re.search(r"mf6:\s*(\d[\w.]*)", process.stdout)
     if match is None:
         raise SimulationError(
-            f"mf6 --version must name a MODFLOW 6 release, got {done.stdout.strip()[:200]!r} "
+            f"mf6 --version must name a MODFLOW 6 release, got {process.stdout.strip()[:200]!r} "
             f"from {program}"
         )
     return match[1]
@@ -230,9 +212,9 @@ def _check_target(target: Path, overwrite: bool) -> None:
         raise FileExistsError(
             f"out must not exist or be empty, got {target}; overwrite=True replaces it"
         )
-    if not (target / "provenance.json").is_file():
+    if not (target / PROVENANCE).is_file():
         raise FileExistsError(
-            f"out must hold a provenance.json to be replaced, got {target}; remove it yourself"
+            f"out must hold a {PROVENANCE} to be replaced, got {target}; remove it yourself"
         )
 
 
@@ -241,17 +223,17 @@ def _staged(target: Path, overwrite: bool) -> Iterator[Path]:
     """Give a folder beside the target, that takes its place if all goes well and goes if not."""
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{target.name}-", dir=target.parent) as tmp:
-        fresh = Path(tmp) / "new"
-        fresh.mkdir()
-        yield fresh
+        stage = Path(tmp) / "new"
+        stage.mkdir()
+        yield stage
         # Minutes have passed since the first look.
         _check_target(target, overwrite)
-        old = Path(tmp) / "old"
+        backup = Path(tmp) / "old"
         if target.exists():
-            shutil.move(target, old)
+            shutil.move(target, backup)
         try:
-            fresh.rename(target)
+            stage.rename(target)
         except BaseException:
-            if old.exists():
-                old.rename(target)
+            if backup.exists():
+                backup.rename(target)
             raise

@@ -3,19 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
-from .grid import connected_pieces, shift_mask, stretched_edges
-from .simulation_settings import SimulationSettings
-
-__all__ = ["Aquifer", "Well", "build_aquifer"]
-
-Floats = NDArray[np.float64]
-Bools = NDArray[np.bool_]
-Ints = NDArray[np.int64]
+from .grid import Bools, Floats, Ints, connected_pieces, shift_mask, stretched_edges
+from .settings import SimulationSettings
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,10 +82,14 @@ class Aquifer:
         return 0.5 * (self.y_edges[1:] + self.y_edges[:-1])
 
     @property
+    def tops(self) -> Floats:
+        """Layer tops, (L, R, K)."""
+        return np.concatenate([self.top[None], self.bottoms[:-1]])
+
+    @property
     def centres(self) -> Floats:
         """Elevation of the cell centres, (L, R, K): half way from a layer's top to its bottom."""
-        tops = np.concatenate([self.top[None], self.bottoms[:-1]])
-        return 0.5 * (tops + self.bottoms)
+        return 0.5 * (self.tops + self.bottoms)
 
 
 def build_aquifer(settings: SimulationSettings, seed: int) -> Aquifer:
@@ -126,13 +122,13 @@ def build_aquifer(settings: SimulationSettings, seed: int) -> Aquifer:
     """
     streams = np.random.SeedSequence(seed).spawn(4)
     outline_rng, wells_rng, fields_rng = (np.random.default_rng(s) for s in streams[:3])
-    spots = _well_spots(settings, wells_rng)
+    well_locations = _well_locations(settings, wells_rng)
     width = 0.09
     x_edges = stretched_edges(
-        settings.length_x, settings.n_cols, spots[:, 0], settings.refinement, width
+        settings.length_x, settings.n_cols, well_locations[:, 0], settings.refinement, width
     )
     y_edges = stretched_edges(
-        settings.length_y, settings.n_rows, spots[:, 1], settings.refinement, width
+        settings.length_y, settings.n_rows, well_locations[:, 1], settings.refinement, width
     )[::-1]
     x = 0.5 * (x_edges[1:] + x_edges[:-1])
     y = 0.5 * (y_edges[1:] + y_edges[:-1])
@@ -145,7 +141,7 @@ def build_aquifer(settings: SimulationSettings, seed: int) -> Aquifer:
     conductivity = np.array([float(f"{v:.5e}") for v in np.exp(log_k).ravel()])
     pattern = np.exp(0.35 * _surface(settings, grid_x, grid_y, fields_rng))
     pattern = np.round(pattern / pattern[active].mean(), 4)
-    inflow, river = _margins(active)
+    inflow, river = _boundary_columns(active)
     return Aquifer(
         x_edges=x_edges,
         y_edges=y_edges,
@@ -157,21 +153,21 @@ def build_aquifer(settings: SimulationSettings, seed: int) -> Aquifer:
         base_head=np.round(base, 3),
         inflow=inflow,
         river=river,
-        wells=_place_wells(settings, spots, x, y, active),
+        wells=_place_wells(settings, well_locations, x, y, active),
     )
 
 
-def _well_spots(settings: SimulationSettings, rng: np.random.Generator) -> Floats:
-    """Places as fractions of the extent, spread by best-candidate sampling, injection upstream."""
-    spots: list[Floats] = []
+def _well_locations(settings: SimulationSettings, rng: np.random.Generator) -> Floats:
+    """Draw fractions of the extent, spread by best-candidate sampling, injection upstream."""
+    locations: list[Floats] = []
     pumping = [(0.42, 0.78)] * settings.n_pumping
     for low, high in pumping + [(0.2, 0.42)] * settings.n_injection:
-        tries = np.column_stack([rng.uniform(low, high, 30), rng.uniform(0.28, 0.72, 30)])
-        gap = np.full(30, np.inf)
-        for spot in spots:
-            gap = np.minimum(gap, np.hypot(*(tries - spot).T))
-        spots.append(tries[int(np.argmax(gap))])
-    return np.array(spots).reshape(-1, 2)
+        candidates = np.column_stack([rng.uniform(low, high, 30), rng.uniform(0.28, 0.72, 30)])
+        distance = np.full(30, np.inf)
+        for location in locations:
+            distance = np.minimum(distance, np.hypot(*(candidates - location).T))
+        locations.append(candidates[int(np.argmax(distance))])
+    return np.array(locations).reshape(-1, 2)
 
 
 def _outline(settings: SimulationSettings, rng: np.random.Generator) -> Bools:
@@ -185,17 +181,9 @@ def _outline(settings: SimulationSettings, rng: np.random.Generator) -> Bools:
     for order in range(2, 6):
         bumps += rng.uniform(0.03, 0.09) * np.cos(order * theta + rng.uniform(0, 2 * np.pi))
     level = (np.abs(u) ** 3 + np.abs(v) ** 3) ** (1 / 3) / bumps
-    inside = np.zeros(level.size, dtype=np.bool_)
-    inside[np.argsort(level, axis=None, kind="stable")[: settings.n_active]] = True
-    return connected_pieces(inside.reshape(level.shape))[0]
-
-
-def _gstools() -> Any:
-    try:
-        import gstools
-    except ImportError as error:
-        raise ImportError("the simulation needs gstools: pip install 'gpusampler[demo]'") from error
-    return gstools
+    is_active = np.zeros(level.size, dtype=np.bool_)
+    is_active[np.argsort(level, axis=None, kind="stable")[: settings.n_active]] = True
+    return connected_pieces(is_active.reshape(level.shape))[0]
 
 
 def _draw_seed(rng: np.random.Generator) -> int:
@@ -206,7 +194,8 @@ def _surface(
     settings: SimulationSettings, x: Floats, y: Floats, rng: np.random.Generator
 ) -> Floats:
     """Draw a smooth map of mean 0 and variance 1."""
-    gs = _gstools()
+    import gstools as gs
+
     scale = 0.18 * min(settings.length_x, settings.length_y)
     field = gs.SRF(gs.Gaussian(dim=2, var=1.0, len_scale=scale), seed=_draw_seed(rng))
     values = np.asarray(field((x.ravel(), y.ravel())), dtype=np.float64)
@@ -224,9 +213,9 @@ def _layers(
     ]
     rounded = np.round(np.stack(surfaces), 3)
     # At the bound of the undulation two surfaces may touch; a cell needs a volume.
-    least = round(0.1 * settings.layer_thickness, 3)
+    min_thickness = round(0.1 * settings.layer_thickness, 3)
     for k in range(1, len(rounded)):
-        rounded[k] = np.round(np.minimum(rounded[k], rounded[k - 1] - least), 3)
+        rounded[k] = np.round(np.minimum(rounded[k], rounded[k - 1] - min_thickness), 3)
     return rounded[0], rounded[1:]
 
 
@@ -237,7 +226,8 @@ def _log_conductivity(
     surfaces: Floats,
     rng: np.random.Generator,
 ) -> Floats:
-    gs = _gstools()
+    import gstools as gs
+
     model = {"exponential": gs.Exponential, "gaussian": gs.Gaussian}[settings.covariance](
         dim=3,
         var=settings.log_variance,
@@ -250,7 +240,7 @@ def _log_conductivity(
     return np.asarray(field(xyz), dtype=np.float64).reshape(z.shape)
 
 
-def _margins(active: Bools) -> tuple[Ints, Ints]:
+def _boundary_columns(active: Bools) -> tuple[Ints, Ints]:
     """Columns at the western and eastern end of the rows, within a quarter of the extent."""
     rows = np.flatnonzero(active.any(axis=1))
     first = active[rows].argmax(axis=1)
@@ -264,24 +254,24 @@ def _margins(active: Bools) -> tuple[Ints, Ints]:
 
 
 def _place_wells(
-    settings: SimulationSettings, spots: Floats, x: Floats, y: Floats, active: Bools
+    settings: SimulationSettings, locations: Floats, x: Floats, y: Floats, active: Bools
 ) -> tuple[Well, ...]:
     interior = active.copy()
     for d_row, d_col in ((0, 1), (0, -1), (1, 0), (-1, 0)):
         interior &= shift_mask(active, d_row, d_col)
     rows, cols = np.nonzero(interior)
-    if len(rows) < len(spots):
+    if len(rows) < len(locations):
         raise ValueError(
             f"n_pumping + n_injection must be <= the columns inside the aquifer ({len(rows)}), "
-            f"got {len(spots)}"
+            f"got {len(locations)}"
         )
     free = np.ones(len(rows), dtype=np.bool_)
     wells = []
-    for i, (u, v) in enumerate(spots):
-        gap = np.hypot(x[cols] - u * settings.length_x, y[rows] - v * settings.length_y)
-        best = int(np.argmin(np.where(free, gap, np.inf)))
-        free[best] = False
+    for i, (u, v) in enumerate(locations):
+        distance = np.hypot(x[cols] - u * settings.length_x, y[rows] - v * settings.length_y)
+        nearest = int(np.argmin(np.where(free, distance, np.inf)))
+        free[nearest] = False
         injects = i >= settings.n_pumping
         layer = 0 if injects else settings.n_layers - 1
-        wells.append(Well(layer, int(rows[best]), int(cols[best]), injects))
+        wells.append(Well(layer, int(rows[nearest]), int(cols[nearest]), injects))
     return tuple(wells)

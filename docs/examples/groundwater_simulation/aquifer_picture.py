@@ -8,25 +8,22 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
-from numpy.typing import NDArray
+
+from gpusampler.demo.embedded import small_data
 
 from .aquifer import Aquifer, build_aquifer
-from .patch_folder import SMALL_DATA
-from .patches import Patch, cut_patches
+from .grid import Floats
+from .patches import PatchMasks, cut_aquifer
 from .provenance import PROVENANCE
-from .simulation_settings import SimulationSettings
+from .settings import SimulationSettings
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-__all__ = ["draw_aquifer"]
-
-Floats = NDArray[np.float64]
-
 
 def draw_aquifer(
     out: str | os.PathLike[str],
-    folder: str | os.PathLike[str] = SMALL_DATA,
+    folder: str | os.PathLike[str] | None = None,
     *,
     step: int = -1,
 ) -> Path:
@@ -39,8 +36,8 @@ def draw_aquifer(
     ----------
     out : str or path-like
         Picture to write; the ending chooses the format (``.png``, ``.svg``, ``.pdf``).
-    folder : str or path-like, default the committed data
-        A folder that `simulate` wrote.
+    folder : str or path-like, optional
+        A folder that `simulate` wrote. Default: the data committed in gpusampler.
     step : int, default -1
         Step shown; negative counts from the last.
 
@@ -58,26 +55,15 @@ def draw_aquifer(
     ImportError
         If matplotlib or gstools is not installed.
     """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ImportError("the picture needs matplotlib: pip install 'gpusampler[demo]'") from error
+    from matplotlib.figure import Figure
 
-    source = Path(folder)
+    source = small_data() if folder is None else Path(folder)
     record = json.loads((source / PROVENANCE).read_text(encoding="utf-8"))
     settings = SimulationSettings.from_dict(record["settings"])
     if not -settings.n_steps <= step < settings.n_steps:
         raise ValueError(f"step must be within {settings.n_steps} steps, got {step}")
     aquifer = build_aquifer(settings, record["seed"])
-    patches = cut_patches(
-        aquifer.active,
-        aquifer.x,
-        aquifer.y,
-        settings.patch_sizes,
-        seed=record["seed"],
-        rings=settings.ghost_rings,
-        neighbours=settings.ghost_neighbours,
-    )
+    patches = cut_aquifer(aquifer, settings, record["seed"])
     figure = Figure(figsize=(9.0, 7.2), layout="constrained")
     axes = figure.subplots(2, 2, sharex=True, sharey=True)
     log_k = np.where(aquifer.active, np.log10(aquifer.conductivity[0]), np.nan)
@@ -105,7 +91,7 @@ def draw_aquifer(
     return path
 
 
-def _top_layer(folder: Path, patches: list[Patch], column: int, step: int) -> Floats:
+def _top_layer(folder: Path, patches: list[PatchMasks], column: int, step: int) -> Floats:
     values = np.full(patches[0].core.shape, np.nan)
     for i, patch in enumerate(patches):
         obs = np.load(folder / f"patch_{i}" / "core_obs.npy", mmap_mode="r")
@@ -114,7 +100,7 @@ def _top_layer(folder: Path, patches: list[Patch], column: int, step: int) -> Fl
     return values
 
 
-def _draw_patches(ax: Axes, aquifer: Aquifer, patches: list[Patch], layers: int) -> None:
+def _draw_patches(ax: Axes, aquifer: Aquifer, patches: list[PatchMasks], layers: int) -> None:
     from matplotlib import colormaps
 
     colours = np.ones((*aquifer.active.shape, 4))

@@ -5,27 +5,16 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
-from numpy.typing import NDArray
 from tqdm import tqdm
 
+from gpusampler.groundwater import COLUMNS
+
 from .aquifer import Aquifer
-from .patches import Patch
+from .grid import Bools, Floats
+from .patches import PatchMasks
 
-__all__ = [
-    "COLUMNS",
-    "DENSITY",
-    "GRAVITY",
-    "SMALL_DATA",
-    "pressure_from_head",
-    "write_patches",
-]
-
-Floats = NDArray[np.float64]
-
-COLUMNS = ("mass_concentration", "head", "pressure")
 DENSITY = 1000.0  # kilograms per cubic metre
 GRAVITY = 9.80665  # metres per second squared
-SMALL_DATA = Path(__file__).parent / "data" / "small"  # preset small, committed
 
 
 def pressure_from_head(head: Floats, elevation: Floats) -> Floats:
@@ -53,7 +42,7 @@ def pressure_from_head(head: Floats, elevation: Floats) -> Floats:
 def write_patches(
     folder: Path,
     aquifer: Aquifer,
-    patches: list[Patch],
+    patches: list[PatchMasks],
     mass: Floats,
     head: Floats,
     *,
@@ -67,7 +56,7 @@ def write_patches(
         Existing folder.
     aquifer : Aquifer
         Coordinates.
-    patches : list of Patch
+    patches : list of PatchMasks
         Patch ``i`` is written to ``patch_<i>``.
     mass, head : ndarray of float64, (T, L, R, K)
         Concentration (grams per cubic metre) and head (metres); may be mapped files, of which one
@@ -84,23 +73,23 @@ def write_patches(
         patches, desc="patches", unit="patch", disable=None if progress else True, leave=False
     )
     for i, patch in enumerate(bar):
-        place = folder / f"patch_{i}"
-        place.mkdir()
-        for name, columns in (("core", patch.core), ("ghost", patch.ghost)):
-            coords = _coords(aquifer, columns)
-            np.save(place / f"{name}_coords.npy", coords.astype(np.float32))
+        patch_path = folder / f"patch_{i}"
+        patch_path.mkdir()
+        for name, mask in (("core", patch.core), ("ghost", patch.ghost)):
+            coords = _coords(aquifer, mask)
+            np.save(patch_path / f"{name}_coords.npy", coords.astype(np.float32))
             obs = np.empty((len(head), len(coords), len(COLUMNS)), dtype=np.float32)
             for step in range(len(head)):
-                h = head[step][:, columns].ravel()
-                obs[step, :, 0] = mass[step][:, columns].ravel()
+                h = head[step][:, mask].ravel()
+                obs[step, :, 0] = mass[step][:, mask].ravel()
                 obs[step, :, 1] = h
                 obs[step, :, 2] = pressure_from_head(h, coords[:, 2])
-            np.save(place / f"{name}_obs.npy", obs)
+            np.save(patch_path / f"{name}_obs.npy", obs)
 
 
-def _coords(aquifer: Aquifer, columns: NDArray[np.bool_]) -> Floats:
-    z = aquifer.centres[:, columns]
-    rows, cols = np.nonzero(columns)
+def _coords(aquifer: Aquifer, mask: Bools) -> Floats:
+    z = aquifer.centres[:, mask]
+    rows, cols = np.nonzero(mask)
     x = np.broadcast_to(aquifer.x[cols], z.shape)
     y = np.broadcast_to(aquifer.y[rows], z.shape)
     return np.stack([x, y, z], axis=-1).reshape(-1, 3)

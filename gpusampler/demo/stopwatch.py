@@ -29,50 +29,28 @@ class Stopwatch:
 
     def __init__(self) -> None:
         self.seconds: dict[str, float] = {}
-        self._inside: list[float] = []
+        self._inner_seconds: list[float] = []
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
-        """Add the time of the block to a phase.
-
-        Parameters
-        ----------
-        name : str
-            The phase.
-
-        Yields
-        ------
-        None
-            Nothing.
-        """
-        self._inside.append(0.0)
+        """Add the time of the block to a phase."""
+        self._inner_seconds.append(0.0)
         start = perf_counter()
         try:
             yield
         finally:
-            spent = perf_counter() - start
-            self.seconds[name] = self.seconds.get(name, 0.0) + spent - self._inside.pop()
-            if self._inside:
-                self._inside[-1] += spent
+            duration = perf_counter() - start
+            self.seconds[name] = self.seconds.get(name, 0.0) + duration - self._inner_seconds.pop()
+            if self._inner_seconds:
+                self._inner_seconds[-1] += duration
 
     def shares(self) -> dict[str, float]:
-        """Return each phase's percentage of the time of all phases.
-
-        Returns
-        -------
-        dict of str to float
-            Percent, largest first; they add up to 100.
-
-        Raises
-        ------
-        ValueError
-            If nothing was timed.
-        """
+        """Return each phase's percentage of the time of all phases."""
         total = sum(self.seconds.values())
         if total <= 0:
             raise ValueError("a phase must have been timed, got none")
         ordered = sorted(self.seconds.items(), key=lambda item: -item[1])
-        return {name: 100.0 * spent / total for name, spent in ordered}
+        return {name: 100.0 * seconds / total for name, seconds in ordered}
 
 
 class TimedIterable(Generic[T]):

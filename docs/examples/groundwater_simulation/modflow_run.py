@@ -9,14 +9,11 @@ from collections import deque
 from pathlib import Path
 
 import numpy as np
-from numpy.typing import NDArray
 from tqdm import tqdm
 
-__all__ = ["RunReport", "SimulationError", "read_steps", "run_model"]
+from .grid import Floats
 
-Floats = NDArray[np.float64]
-
-_WORST_DISCREPANCY = 0.1  # per cent
+MAX_DISCREPANCY = 0.1  # per cent
 
 
 class SimulationError(RuntimeError):
@@ -66,7 +63,7 @@ def run_model(mf6: Path, folder: Path, periods: int, *, progress: bool = True) -
     bar = tqdm(
         total=periods, desc="mf6", unit="period", disable=None if progress else True, leave=False
     )
-    said: deque[str] = deque(maxlen=15)
+    output_tail: deque[str] = deque(maxlen=15)
     try:
         process = subprocess.Popen(
             [str(mf6)],
@@ -84,7 +81,7 @@ def run_model(mf6: Path, folder: Path, periods: int, *, progress: bool = True) -
         try:
             assert process.stdout is not None
             for line in process.stdout:
-                said.append(line.rstrip())
+                output_tail.append(line.rstrip())
                 if match := re.search(r"Stress period:\s*(\d+)", line):
                     bar.update(int(match[1]) - 1 - bar.n)
             bar.update(periods - bar.n)
@@ -93,19 +90,19 @@ def run_model(mf6: Path, folder: Path, periods: int, *, progress: bool = True) -
             process.kill()
             raise
     listing = folder / "mfsim.lst"
-    text = listing.read_text(errors="replace") if listing.exists() else ""
-    if process.returncode != 0 or "Normal termination of simulation" not in text:
-        tail = "\n".join([*said, "--- mfsim.lst ---", *text.splitlines()[-25:]])
+    listing_text = listing.read_text(errors="replace") if listing.exists() else ""
+    if process.returncode != 0 or "Normal termination of simulation" not in listing_text:
+        tail = "\n".join([*output_tail, "--- mfsim.lst ---", *listing_text.splitlines()[-25:]])
         raise SimulationError(f"mf6 must end normally, got exit {process.returncode}:\n{tail}")
     report = RunReport(_discrepancy(folder / "gwf.lst"), _discrepancy(folder / "gwt.lst"))
     for name, value in (
         ("gwf.lst", report.flow_discrepancy),
         ("gwt.lst", report.transport_discrepancy),
     ):
-        if not value <= _WORST_DISCREPANCY:
+        if not value <= MAX_DISCREPANCY:
             tail = "\n".join((folder / name).read_text(errors="replace").splitlines()[-40:])
             raise SimulationError(
-                f"budget discrepancy in {name} must be <= {_WORST_DISCREPANCY} per cent, "
+                f"budget discrepancy in {name} must be <= {MAX_DISCREPANCY} per cent, "
                 f"got {value}:\n{tail}"
             )
     return report
@@ -113,10 +110,10 @@ def run_model(mf6: Path, folder: Path, periods: int, *, progress: bool = True) -
 
 def _discrepancy(listing: Path) -> float:
     pattern = r"PERCENT DISCREPANCY\s*=\s*(\S+)\s+PERCENT DISCREPANCY\s*=\s*(\S+)"
-    found = re.findall(pattern, listing.read_text(errors="replace"))
-    if not found:
+    budgets = re.findall(pattern, listing.read_text(errors="replace"))
+    if not budgets:
         raise SimulationError(f"{listing.name} must hold budgets, got none")
-    return max(abs(float(value)) for pair in found for value in pair)
+    return max(abs(float(value)) for budget in budgets for value in budget)
 
 
 def read_steps(path: Path, shape: tuple[int, int, int], skip: int, steps: int) -> Floats:
@@ -161,12 +158,12 @@ def read_steps(path: Path, shape: tuple[int, int, int], skip: int, steps: int) -
             ("values", "<f8", (rows, cols)),
         ]
     )
-    want = (skip + steps) * layers * record.itemsize
-    have = path.stat().st_size if path.exists() else 0
-    if have != want:
+    expected_bytes = (skip + steps) * layers * record.itemsize
+    file_bytes = path.stat().st_size if path.exists() else 0
+    if file_bytes != expected_bytes:
         raise SimulationError(
             f"{path.name} must hold {skip + steps} times of {layers} x {rows} x {cols} cells "
-            f"({want} bytes), got {have} bytes"
+            f"({expected_bytes} bytes), got {file_bytes} bytes"
         )
     records = np.memmap(path, dtype=record, mode="r").reshape(skip + steps, layers)
     if not np.array_equal(np.asarray(records["ilay"][0]), np.arange(1, layers + 1)):
