@@ -20,17 +20,18 @@ from numpy.typing import NDArray
 from gpusampler.core import arrays, devices, progress_bar
 from gpusampler.core.arrays import Int64
 from gpusampler.core.devices import HOST, Device
-from gpusampler.core.memory import check_room
-from gpusampler.core.validation import checked_ids
+from gpusampler.core.log import warn
+from gpusampler.core.memory import check_free_memory
+from gpusampler.core.validation import check_ids
 from gpusampler.groups import fingerprint
 from gpusampler.groups.census import (
     CHUNK,
-    DIGIT,
+    RADIX,
     Census,
-    Counted,
-    State,
+    CensusResult,
+    StateArrays,
     check_patch_sizes,
-    first_of_each,
+    first_occurrences,
 )
 from gpusampler.sources.base import BLOCK, PatchIds
 
@@ -46,7 +47,7 @@ class IdsChanged(RuntimeError):
         )
 
 
-class Grouped(NamedTuple):
+class GroupingResult(NamedTuple):
     """What grouping finds.
 
     ``patch_ids``, ``counts`` and ``starts`` are int64 NumPy arrays of shape (G,), by ascending
@@ -61,32 +62,32 @@ class Grouped(NamedTuple):
     fingerprint: int
 
 
-class Work(Protocol):
+class GroupingStorage(Protocol):
     """Where grouping keeps its result, and how far it has come."""
 
-    def resumed(self) -> Mapping[str, NDArray[Any]] | None:
-        """Return the state that was kept last, if this work was broken off."""
+    def saved_state(self) -> Mapping[str, NDArray[Any]] | None:
+        """Return the state that was kept last, if grouping was broken off."""
 
-    def checkpoint(self, state: Callable[[], State], now: bool) -> None:
-        """Keep the state, now or if it is time to, with all that was written to the order."""
+    def checkpoint(self, state: Callable[[], StateArrays], is_last: bool) -> None:
+        """Keep the state, if it is time to or the last one, with all written to the order."""
 
-    def order(self, counted: Counted, size: int, dtype: Any) -> NDArray[Any]:
+    def allocate_order(self, size: int, dtype: Any) -> NDArray[Any]:
         """Return room for the order: int32 or int64, shape (size,)."""
 
 
-class InMemory:
-    """Work whose result is in memory, and that is lost with the process."""
+class MemoryStorage:
+    """Keeps the result in memory; it is lost with the process."""
 
-    def resumed(self) -> None:
+    def saved_state(self) -> None:
         """Return None: there is nothing to go on with."""
 
-    def checkpoint(self, state: Callable[[], State], now: bool) -> None:
+    def checkpoint(self, state: Callable[[], StateArrays], is_last: bool) -> None:
         """Do nothing."""
 
-    def order(self, counted: Counted, size: int, dtype: Any) -> NDArray[Any]:
+    def allocate_order(self, size: int, dtype: Any) -> NDArray[Any]:
         """Return a new array."""
         needed = size * np.dtype(dtype).itemsize
-        check_room(
+        check_free_memory(
             needed,
             HOST,
             f"the order of {size} samples",
@@ -95,13 +96,15 @@ class InMemory:
         return np.empty(size, dtype)
 
 
-def group_on_host(ids: PatchIds, work: Work | None = None, *, progress: bool = False) -> Grouped:
+def group_on_host(
+    ids: PatchIds, storage: GroupingStorage | None = None, *, progress: bool = False
+) -> GroupingResult:
     """Group patch ids that NumPy can read, wherever they lie.
 
     Parameters
     ----------
     ids : PatchIds
-    work : Work, optional
+    storage : GroupingStorage, optional
         Default: in memory.
     progress : bool
         Show a bar if it takes more than a second.
@@ -114,105 +117,105 @@ def group_on_host(ids: PatchIds, work: Work | None = None, *, progress: bool = F
         If the ids changed between the two passes.
     """
     arrays.reuse_temporaries()
-    work = InMemory() if work is None else work
-    state = work.resumed()
+    storage = MemoryStorage() if storage is None else storage
+    state = storage.saved_state()
     census = Census(ids.size, state)
-    with progress_bar.Bar(ids.size, "counting patches", "samples", progress) as shown:
-        if census.seen < ids.size:
-            keep = partial(work.checkpoint, census.state)
-            _in_blocks(ids, census.seen, census.add, keep, shown)
-    found = census.result()
-    check_patch_sizes(found.patch_ids, found.counts, ids.names)
-    if found.starts is not None:
-        return Grouped(found.patch_ids, found.counts, found.starts, None, found.fingerprint)
+    if census.num_seen < ids.size:
+        checkpoint = partial(storage.checkpoint, census.state)
+        _add_blocks(ids, census.num_seen, census.add, checkpoint, "counting patches", progress)
+    patch_ids, counts, starts, id_fingerprint = result = census.result()
+    check_patch_sizes(patch_ids, counts, ids.names)
+    if starts is not None:
+        return GroupingResult(patch_ids, counts, starts, None, id_fingerprint)
     dtype = np.int32 if ids.size < INT32_SAMPLES else np.int64
-    order = work.order(found, ids.size, dtype)
-    scatter = Scatter(found, order, state, checked=not ids.in_memory)
-    with progress_bar.Bar(ids.size, "sorting samples", "samples", progress) as shown:
-        keep = partial(work.checkpoint, lambda: {**census.state(), **scatter.state()})
-        _in_blocks(ids, scatter.written, scatter.add, keep, shown)
-    starts = scatter.finish()
-    return Grouped(found.patch_ids, found.counts, starts, scatter.order, found.fingerprint)
+    order = storage.allocate_order(ids.size, dtype)
+    writer = OrderWriter(result, order, state, verify=not ids.in_memory)
+    checkpoint = partial(storage.checkpoint, lambda: {**census.state(), **writer.state()})
+    _add_blocks(ids, writer.num_written, writer.add, checkpoint, "sorting samples", progress)
+    return GroupingResult(patch_ids, counts, writer.finish(), order, id_fingerprint)
 
 
-def _in_blocks(
+def _add_blocks(
     ids: PatchIds,
     first: int,
     add: Callable[[NDArray[Any]], None],
-    kept: Callable[[bool], None],
-    shown: Any,
+    checkpoint: Callable[[bool], None],
+    label: str,
+    progress: bool,
 ) -> None:
     """Add all ids from ``first`` on, block by block, and keep the state between blocks."""
-    shown.update(first)
-    for _, block in ids.blocks(first):
-        add(block)
-        kept(False)
-        shown.update(block.size)
-    kept(True)
+    with progress_bar.ProgressBar(ids.size, label, "samples", progress) as bar:
+        bar.update(first)
+        for _, block in ids.blocks(first):
+            add(block)
+            checkpoint(False)
+            bar.update(block.size)
+        checkpoint(True)
 
 
-class Scatter:
+class OrderWriter:
     """Writes samples to their places, patch by patch, as their ids come.
 
     Parameters
     ----------
-    counted : Counted
+    census_result : CensusResult
     order : integer array, shape (N,)
         Where to.
     state : mapping of arrays, optional
         From `state`, to go on from there; what was written since is written again.
-    checked : bool
+    verify : bool
         Whether the ids may have changed since they were counted.
     """
 
     def __init__(
         self,
-        counted: Counted,
+        census_result: CensusResult,
         order: NDArray[Any],
         state: Mapping[str, NDArray[Any]] | None,
         *,
-        checked: bool = True,
+        verify: bool = True,
     ) -> None:
         self.order = order
-        self.written = 0
-        self._ends = np.cumsum(counted.counts)
-        self._cursor = self._ends - counted.counts
-        self._group = counted.numbering()
-        self._fingerprint = counted.fingerprint
+        self.num_written = 0
+        self._ends = np.cumsum(census_result.counts)
+        self._next_locations = self._ends - census_result.counts
+        self._group_lookup = census_result.group_lookup()
+        self._fingerprint = census_result.fingerprint
         # Samples that have changed places leave every count as it was.
-        self._sum = fingerprint.IdSum()
-        self._checked = checked
+        self._id_sum = fingerprint.IdSum()
+        self._verify = verify
         if state is not None and "written" in state:
-            self.written = int(state["written"])
-            self._cursor = state["cursor"].copy()
-            self._sum.total = int(state["written_sum"])
+            self.num_written = int(state["written"])
+            self._next_locations = state["cursor"].copy()
+            self._id_sum.total = int(state["written_sum"])
 
     def add(self, ids: NDArray[Any]) -> None:
         """Write the next block of samples."""
-        many = self._cursor.size > DIGIT
+        num_groups = self._next_locations.size
+        sort = self._sort_few if num_groups <= RADIX else self._sort_many
         # A chunk pays for a pass over all patches, or for two sorts: so it is larger where there
         # are many.
-        step = BLOCK if many else max(CHUNK, 2 * self._cursor.size)
-        for first in range(0, ids.size, step):
-            part = ids[first : first + step]
-            if self._checked:
-                self._sum.add(self.written, part.astype(np.int64, copy=False))
+        chunk_size = max(CHUNK, 2 * num_groups) if num_groups <= RADIX else BLOCK
+        for first in range(0, ids.size, chunk_size):
+            chunk = ids[first : first + chunk_size]
+            if self._verify:
+                self._id_sum.add(self.num_written, chunk.astype(np.int64, copy=False))
             try:
-                group = self._group(part)
-                target, ranked = self._among_many(group) if many else self._among_few(group)
-                ranked += self.written
-                self.order[target] = ranked
+                group = self._group_lookup(chunk)
+                locations, samples = sort(group)
+                samples += self.num_written
+                self.order[locations] = samples
             except (IndexError, ValueError) as error:
                 # No place was counted for an id: it was not there in the first pass.
                 raise IdsChanged from error
-            self.written += group.size
+            self.num_written += group.size
 
-    def state(self) -> State:
+    def state(self) -> StateArrays:
         """Return how far this is, in arrays."""
         return {
-            "written": np.array(self.written),
-            "written_sum": np.array(self._sum.total, np.uint64),
-            "cursor": self._cursor,
+            "written": np.array(self.num_written),
+            "written_sum": np.array(self._id_sum.total, np.uint64),
+            "cursor": self._next_locations,
         }
 
     def finish(self) -> Int64:
@@ -223,38 +226,53 @@ class Scatter:
         IdsChanged
             If there were other ids than were counted, or the same ones elsewhere.
         """
-        same = not self._checked or self._sum.value(self.order.size) == self._fingerprint
-        if not same or not np.array_equal(self._cursor, self._ends):
+        has_changed = self._verify and self._id_sum.value(self.order.size) != self._fingerprint
+        if has_changed or not np.array_equal(self._next_locations, self._ends):
             raise IdsChanged
         return np.append(0, self._ends[:-1])
 
-    def _among_few(self, group: NDArray[Any]) -> tuple[Int64, Int64]:
+    def _sort_few(self, group: NDArray[Any]) -> tuple[Int64, Int64]:
         """Return where the samples of a chunk go, and which they are, patch by patch."""
-        ranked = group.argsort(kind="stable")
-        found = np.bincount(group, minlength=self._cursor.size)
+        samples = group.argsort(kind="stable")
+        counts = np.bincount(group, minlength=self._next_locations.size)
         # Within the chunk a patch's samples end up side by side: their targets are consecutive.
-        target = np.repeat(self._cursor - (np.cumsum(found) - found), found)
-        target += np.arange(group.size)
-        self._cursor += found
-        return target, ranked
+        locations = np.repeat(self._next_locations - (np.cumsum(counts) - counts), counts)
+        locations += np.arange(group.size)
+        self._next_locations += counts
+        return locations, samples
 
-    def _among_many(self, group: NDArray[Any]) -> tuple[Int64, Int64]:
-        """`_among_few` for more patches than a radix sort of 16 bits can tell apart."""
+    def _sort_many(self, group: NDArray[Any]) -> tuple[Int64, Int64]:
+        """`_sort_few` for more patches than a radix sort of 16 bits can tell apart."""
         # The low digit first, then, stably, the high one.
-        ranked = (group & (DIGIT - 1)).astype(np.uint16).argsort(kind="stable")
-        high = (group >> 16).astype(np.uint16)[ranked]
-        ranked = ranked[high.argsort(kind="stable")]
-        ordered = group[ranked]
-        start = first_of_each(ordered)
-        found = np.diff(start, append=group.size)
-        here = ordered[start]
-        target = np.repeat(self._cursor[here] - start, found)
-        target += np.arange(group.size)
-        self._cursor[here] += found
-        return target, ranked
+        samples = (group & (RADIX - 1)).astype(np.uint16).argsort(kind="stable")
+        high_digits = (group >> 16).astype(np.uint16)[samples]
+        samples = samples[high_digits.argsort(kind="stable")]
+        sorted_groups = group[samples]
+        first = first_occurrences(sorted_groups)
+        counts = np.diff(first, append=group.size)
+        groups_in_chunk = sorted_groups[first]
+        locations = np.repeat(self._next_locations[groups_in_chunk] - first, counts)
+        locations += np.arange(group.size)
+        self._next_locations[groups_in_chunk] += counts
+        return locations, samples
 
 
-def group_on_device(ids: Any) -> Grouped:
+def group_ids(ids: PatchIds, *, progress: bool = False) -> GroupingResult:
+    """Group patch ids on their device or, where its memory does not suffice, on the host."""
+    if not ids.device.on_host:
+        try:
+            return group_on_device(ids.array)  # type: ignore[attr-defined]
+        except Exception as error:
+            if not devices.is_out_of_memory(error):
+                raise
+            warn(
+                f"the memory of {ids.device} does not suffice to sort {ids.size} ids, so the host "
+                f"does it, with the same result: {' '.join(str(error).split())[:200]}"
+            )
+    return group_on_host(ids, progress=progress)
+
+
+def group_on_device(ids: Any) -> GroupingResult:
     """Group an integer array, shape (N,) with N >= 1, of torch or CuPy, where it lies.
 
     Only tables as long as the number of patches come to the host.
@@ -266,15 +284,15 @@ def group_on_device(ids: Any) -> Grouped:
         not fit in int64.
     """
     device = arrays.device_of(ids)
-    with devices.on(device):
-        return _group_on(device, ids)
+    with devices.device_context(device):
+        return _group_array(device, ids)
 
 
-def _group_on(device: Device, ids: Any) -> Grouped:
+def _group_array(device: Device, ids: Any) -> GroupingResult:
     xp = arrays.namespace(device)
     size = int(ids.shape[0])
     # About what torch's and CuPy's radix sorts hold at once, with keys of up to four bytes.
-    check_room(
+    check_free_memory(
         40 * size,
         device,
         f"sorting {size} ids",
@@ -286,40 +304,35 @@ def _group_on(device: Device, ids: Any) -> Grouped:
         )
     # torch has no arithmetic on unsigned types beyond uint8. What does not fit would come out
     # negative.
-    ids = xp.astype(checked_ids(ids), xp.int64, copy=False)
-    mark = fingerprint.of_ids_on(xp, ids, devices.device_handle(device))
-    if _distinct_on(xp, arrays.unique_consecutive(ids[:CHUNK])[0]):
+    ids = xp.astype(check_ids(ids), xp.int64, copy=False)
+    id_fingerprint = fingerprint.of_device_ids(xp, ids, devices.device_handle(device))
+    if _are_distinct(xp, arrays.unique_consecutive(ids[:CHUNK])[0]):
         values, counts = arrays.unique_consecutive(ids)
-        if _distinct_on(xp, values):
+        if _are_distinct(xp, values):
             host_values, host_counts = arrays.to_numpy(values), arrays.to_numpy(counts)
             starts = np.cumsum(host_counts) - host_counts
-            by_id = np.argsort(host_values, kind="stable")
-            return Grouped(host_values[by_id], host_counts[by_id], starts[by_id], None, mark)
-    low, high = int(xp.min(ids)), int(xp.max(ids))
-    if high - low < DIGIT:
-        distinct, keys, span = None, ids - low, high - low + 1
+            id_order = np.argsort(host_values, kind="stable")
+            return GroupingResult(
+                host_values[id_order], host_counts[id_order], starts[id_order], None, id_fingerprint
+            )
+    min_id, max_id = int(xp.min(ids)), int(xp.max(ids))
+    if max_id - min_id < RADIX:
+        distinct_ids, keys, span = None, ids - min_id, max_id - min_id + 1
     else:
-        distinct = arrays.unique_consecutive(xp.sort(ids))[0]
-        keys, span = xp.searchsorted(distinct, ids), int(distinct.shape[0])
-    name, shift = arrays.narrowest(device.library, span)
+        distinct_ids = arrays.unique_consecutive(xp.sort(ids))[0]
+        keys, span = xp.searchsorted(distinct_ids, ids), int(distinct_ids.shape[0])
+    name, shift = arrays.narrowest_dtype(device.library, span)
     keys = xp.astype(keys + shift if shift else keys, getattr(xp, name))
     order = arrays.stable_argsort(keys)
     values, counts = arrays.unique_consecutive(keys[order])
     host_values = arrays.to_numpy(values).astype(np.int64) - shift
     host_counts = arrays.to_numpy(counts).astype(np.int64)
-    if distinct is None:
-        patch_ids = host_values + low
-    else:
-        patch_ids = arrays.to_numpy(distinct)
-    return Grouped(
-        patch_ids,
-        host_counts,
-        np.cumsum(host_counts) - host_counts,
-        xp.astype(order, xp.int32),
-        mark,
-    )
+    patch_ids = host_values + min_id if distinct_ids is None else arrays.to_numpy(distinct_ids)
+    starts = np.cumsum(host_counts) - host_counts
+    order = xp.astype(order, xp.int32)
+    return GroupingResult(patch_ids, host_counts, starts, order, id_fingerprint)
 
 
-def _distinct_on(xp: Any, values: Any) -> bool:
-    ordered = xp.sort(values)
-    return not bool(xp.any(ordered[1:] == ordered[:-1]))
+def _are_distinct(xp: Any, values: Any) -> bool:
+    sorted_values = xp.sort(values)
+    return not bool(xp.any(sorted_values[1:] == sorted_values[:-1]))

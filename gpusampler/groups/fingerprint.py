@@ -12,25 +12,25 @@ It tells apart configurations that differ by accident. It is no cryptographic ha
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import lru_cache
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from gpusampler.core.arrays import to_numpy
+from gpusampler.core.arrays import Int64, to_numpy
 from gpusampler.permutation.reference import MASK, derive_key
 
 LEVELS = 8
-_HALF = np.uint64(32)
+_HALF_BITS = np.uint64(32)
 _ODD = np.uint64(0x9E3779B97F4A7C15)  # the golden ratio's bits, odd
 BLOCK = 1 << 16
-_WRAP = (1 << 64) - 1
+WRAP = (1 << 64) - 1
 _PURPOSE = 0x46505250
 
 
-def _tables() -> NDArray[np.uint64]:
+def _odd_factors() -> NDArray[np.uint64]:
     """Odd factors, shape (8, 256): one for each level (byte of the index) and digit."""
     level, digit = np.divmod(np.arange(LEVELS * 256, dtype=np.int64), 256)
     low, high = derive_key(0, _PURPOSE, level, digit)
@@ -38,48 +38,44 @@ def _tables() -> NDArray[np.uint64]:
     return np.asarray(factors.reshape(LEVELS, 256))
 
 
-FACTORS = _tables()
-_BEFORE = np.cumsum(FACTORS, axis=1, dtype=np.uint64) - FACTORS
-_TOTAL = FACTORS.sum(axis=1, dtype=np.uint64)
+FACTORS = _odd_factors()
+_SUM_BEFORE = np.cumsum(FACTORS, axis=1, dtype=np.uint64) - FACTORS
+_LEVEL_SUMS = FACTORS.sum(axis=1, dtype=np.uint64)
 _BLOCK_WEIGHTS = np.multiply.outer(FACTORS[1], FACTORS[0]).ravel()
 
 
-def _digits(index: NDArray[np.int64]) -> list[NDArray[np.int64]]:
-    return [(index >> (8 * level)) & 0xFF for level in range(LEVELS)]
-
-
-def mix_ids(ids: NDArray[np.int64]) -> NDArray[np.uint64]:
+def mix_ids(ids: Int64) -> NDArray[np.uint64]:
     """Return m(id): a bijection of the 64-bit integers that takes high bits down to low ones.
 
     Without it the sum, which is taken modulo 2**64, would not see ids that differ in their highest
     bits only.
     """
     mixed = ids.view(np.uint64)
-    mixed = (mixed ^ (mixed >> _HALF)) * _ODD
-    mixed ^= mixed >> _HALF
+    mixed = (mixed ^ (mixed >> _HALF_BITS)) * _ODD
+    mixed ^= mixed >> _HALF_BITS
     return mixed
 
 
-def weights_before(index: NDArray[np.int64]) -> NDArray[np.uint64]:
+def weights_before(index: Int64) -> NDArray[np.uint64]:
     """Return the wrapping sum of w(i) over ``0 <= i < index``, for every index, in closed form."""
-    digits = _digits(index)
-    above = np.ones(index.shape, np.uint64)
-    below = np.multiply.accumulate(np.concatenate([np.ones(1, np.uint64), _TOTAL[:-1]]))
+    high_product = np.ones(index.shape, np.uint64)
+    low_totals = np.multiply.accumulate(np.concatenate([np.ones(1, np.uint64), _LEVEL_SUMS[:-1]]))
     total = np.zeros(index.shape, np.uint64)
     for level in range(LEVELS - 1, -1, -1):
-        total += above * _BEFORE[level][digits[level]] * below[level]
-        above *= FACTORS[level][digits[level]]
+        digit = (index >> (8 * level)) & 0xFF
+        total += high_product * _SUM_BEFORE[level][digit] * low_totals[level]
+        high_product *= FACTORS[level][digit]
     return total
 
 
 def weights_of(index: NDArray[Any]) -> NDArray[np.uint64]:
     """Return w(i) of arbitrary indices; an array of the same shape."""
     index = index.astype(np.int64, copy=False)
-    weight: NDArray[np.uint64] = _BLOCK_WEIGHTS[index & (BLOCK - 1)]
+    weights: NDArray[np.uint64] = _BLOCK_WEIGHTS[index & (BLOCK - 1)]
     for level in range(2, LEVELS):
         digit = (index >> (8 * level)) & 0xFF
-        weight *= FACTORS[level][digit] if digit.any() else FACTORS[level][0]
-    return weight
+        weights *= FACTORS[level][digit] if digit.any() else FACTORS[level][0]
+    return weights
 
 
 class IdSum:
@@ -94,31 +90,31 @@ class IdSum:
     def __init__(self) -> None:
         self.total = 0
 
-    def add(self, first: int, ids: NDArray[np.int64]) -> None:
+    def add(self, first: int, ids: Int64) -> None:
         """Add the ids of samples from ``first`` on."""
         start = 0
         while start < ids.size:
-            place = (first + start) & (BLOCK - 1)
-            part = mix_ids(ids[start : start + BLOCK - place])
+            offset = (first + start) & (BLOCK - 1)
+            mixed = mix_ids(ids[start : start + BLOCK - offset])
             scale = 1
             for level in range(2, LEVELS):
                 scale *= int(FACTORS[level][((first + start) >> (8 * level)) & 0xFF])
-            self.total += scale * int(np.dot(part, _BLOCK_WEIGHTS[place : place + part.size]))
-            start += part.size
-        self.total &= _WRAP
+            self.total += scale * int(np.dot(mixed, _BLOCK_WEIGHTS[offset : offset + mixed.size]))
+            start += mixed.size
+        self.total &= WRAP
 
     def value(self, size: int) -> int:
         """Return the fingerprint, when the ids of samples 0 .. size - 1 have been added."""
-        return (2 * self.total + _weight_of_all(size)) & _WRAP
+        return (2 * self.total + _total_weight(size)) & WRAP
 
 
 @lru_cache(maxsize=64)
-def _weight_of_all(size: int) -> int:
+def _total_weight(size: int) -> int:
     """Return the wrapping sum of w(i) over all of ``size`` samples."""
     return int(weights_before(np.array([size], np.int64))[0])
 
 
-def of_ids_on(xp: Any, ids: Any, device: Any) -> int:
+def of_device_ids(xp: Any, ids: Any, device: Any) -> int:
     """Return the fingerprint of an int64 array that lies on a device, computed there.
 
     Parameters
@@ -132,62 +128,61 @@ def of_ids_on(xp: Any, ids: Any, device: Any) -> int:
     size = int(ids.shape[0])
     weights = xp.asarray(_BLOCK_WEIGHTS.view(np.int64), device=device)
     # 64 blocks at a time keep the temporary at 32 MiB.
-    step = 64 * BLOCK
+    chunk_size = 64 * BLOCK
+    inverse_weight = np.uint64(pow(int(_BLOCK_WEIGHTS[0]), -1, 1 << 64))
     total = 0
-    for first in range(0, size, step):
-        part = _mix_ids_on(ids[first : first + step])
-        whole = int(part.shape[0]) // BLOCK * BLOCK
-        rows = [xp.reshape(part[:whole], (-1, BLOCK))] if whole else []
-        if whole < int(part.shape[0]):
-            rows.append(xp.reshape(part[whole:], (1, -1)))
-        for block, offset in zip(rows, (0, whole) if whole else (whole,), strict=False):
-            sums = to_numpy(xp.sum(block * weights[: block.shape[1]], axis=1)).view(np.uint64)
-            at = first + offset + np.arange(sums.size, dtype=np.int64) * BLOCK
-            scale = weights_of(at) * np.uint64(pow(int(_BLOCK_WEIGHTS[0]), -1, 1 << 64))
-            total += int((sums * scale).sum(dtype=np.uint64))
-    return (2 * total + _weight_of_all(size)) & _WRAP
+    for first in range(0, size, chunk_size):
+        mixed = _mix_device_ids(ids[first : first + chunk_size])
+        num_rows, tail_size = divmod(int(mixed.shape[0]), BLOCK)
+        tail = num_rows * BLOCK
+        blocks = xp.reshape(mixed[:tail], (num_rows, BLOCK))
+        for offset, rows in ((0, blocks), (tail, xp.reshape(mixed[tail:], (1, tail_size)))):
+            sums = to_numpy(xp.sum(rows * weights[: rows.shape[1]], axis=1)).view(np.uint64)
+            first_samples = first + offset + np.arange(sums.size, dtype=np.int64) * BLOCK
+            scales = weights_of(first_samples) * inverse_weight
+            total += int((sums * scales).sum(dtype=np.uint64))
+    return (2 * total + _total_weight(size)) & WRAP
 
 
-def _mix_ids_on(ids: Any) -> Any:
+def _mix_device_ids(ids: Any) -> Any:
     """`mix_ids` in int64 arithmetic of any library, whose shifts keep the sign: so mask it off."""
     mixed = (ids ^ ((ids >> 32) & MASK)) * int(_ODD.astype(np.int64))
     return mixed ^ ((mixed >> 32) & MASK)
 
 
-def of_runs(
-    patch_ids: NDArray[np.int64], starts: NDArray[np.int64], counts: NDArray[np.int64]
-) -> int:
+def of_runs(patch_ids: Int64, starts: Int64, counts: Int64) -> int:
     """Return the fingerprint of patches that are runs of consecutive samples, in closed form."""
-    span = weights_before(starts + counts) - weights_before(starts)
-    factor = mix_ids(patch_ids) * np.uint64(2) + np.uint64(1)
-    return int((factor * span).sum(dtype=np.uint64))
+    weights = weights_before(starts + counts) - weights_before(starts)
+    factors = mix_ids(patch_ids) * np.uint64(2) + np.uint64(1)
+    return int((factors * weights).sum(dtype=np.uint64))
 
 
-def of_order(patch_ids: NDArray[np.int64], counts: NDArray[np.int64], order: NDArray[Any]) -> int:
+def of_order(patch_ids: Int64, counts: Int64, order: NDArray[Any]) -> int:
     """Return the fingerprint of samples sorted by patch."""
+    blocks = blocks_of_order(counts, order)
+    return sum(of_samples(patch_ids, group, samples) for group, samples in blocks) & WRAP
+
+
+def blocks_of_order(counts: Int64, order: NDArray[Any]) -> Iterator[tuple[Int64, NDArray[Any]]]:
+    """Yield the samples sorted by patch in blocks: (group of each, samples)."""
     ends = np.cumsum(counts)
-    total = 0
     for first in range(0, order.shape[0], BLOCK):
-        chunk = order[first : first + BLOCK]
-        group = np.searchsorted(ends, np.arange(first, first + chunk.size), side="right")
-        total += of_samples(patch_ids, group, chunk)
-    return total & _WRAP
+        samples = order[first : first + BLOCK]
+        yield np.searchsorted(ends, np.arange(first, first + samples.size), side="right"), samples
 
 
-def of_samples(
-    patch_ids: NDArray[np.int64], group: NDArray[np.int64], samples: NDArray[Any]
-) -> int:
+def of_samples(patch_ids: Int64, group: Int64, samples: NDArray[Any]) -> int:
     """Return what samples of given groups, in any order, add to the fingerprint."""
     first, last = int(group.min()), int(group.max()) + 1
-    factor = mix_ids(patch_ids[first:last]) * np.uint64(2) + np.uint64(1)
-    return int((factor[group - first] * weights_of(samples)).sum(dtype=np.uint64))
+    factors = mix_ids(patch_ids[first:last]) * np.uint64(2) + np.uint64(1)
+    return int((factors[group - first] * weights_of(samples)).sum(dtype=np.uint64))
 
 
-def of_numbers(numbers: NDArray[np.int64]) -> int:
+def of_numbers(numbers: Int64) -> int:
     """Return a 64-bit number of integers and their order."""
-    found = IdSum()
-    found.add(0, np.ascontiguousarray(numbers, np.int64))
-    return found.value(int(numbers.size))
+    id_sum = IdSum()
+    id_sum.add(0, np.ascontiguousarray(numbers, np.int64))
+    return id_sum.value(int(numbers.size))
 
 
 def of_names(names: Sequence[str]) -> int:
@@ -203,10 +198,10 @@ def of_names(names: Sequence[str]) -> int:
     return int.from_bytes(digest.digest(), "little")
 
 
-def combine(*parts: int) -> int:
+def combine(*numbers: int) -> int:
     """Mix integers into one 64-bit number; their order matters."""
     state = 0
-    for part in parts:
-        low, high = derive_key(state, _PURPOSE, part & ((1 << 63) - 1), (part >> 63) & MASK)
+    for number in numbers:
+        low, high = derive_key(state, _PURPOSE, number & ((1 << 63) - 1), (number >> 63) & MASK)
         state = (high << 32) | low
     return state

@@ -38,8 +38,8 @@ def groups_of(source: Any, recorder: Recorder, *, progress: bool) -> tuple[Patch
     with recorder.range(LOAD_IDS):
         ids = read_patch_ids(source, progress=progress)
     with recorder.range(GROUP):
-        timed = TimedIds(ids, recorder) if ids.device.on_host else ids
-        groups = PatchGroups.from_ids(timed, progress=progress)
+        timed_ids = TimedIds(ids, recorder) if ids.device.on_host else ids
+        groups = PatchGroups.from_ids(timed_ids, progress=progress)
     return groups, arrays.library_of(source) is not None or not ids.device.on_host
 
 

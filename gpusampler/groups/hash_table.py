@@ -18,7 +18,7 @@ from gpusampler.permutation.reference import derive_key
 
 CHUNK = 1 << 15
 _PURPOSE = 0x49445442
-_TRIES = 4
+_MAX_ATTEMPTS = 4
 
 
 class IdTable:
@@ -34,35 +34,35 @@ class IdTable:
         bits = min(max(8, int(ids.size - 1).bit_length() + 2), 40)
         self.size = ids.size
         self._shift = np.uint64(64 - bits)
-        best: tuple[int, np.uint64, NDArray[np.int64]] | None = None
-        for attempt in range(_TRIES if ids.size <= CHUNK else 1):
+        best: tuple[int, np.uint64, Int64] | None = None
+        for attempt in range(_MAX_ATTEMPTS if ids.size <= CHUNK else 1):
             low, high = derive_key(0, _PURPOSE, attempt, 0)
             factor = np.uint64((high << 32) | low | 1)
-            bucket = ((ids.view(np.uint64) * factor) >> self._shift).astype(np.int64)
-            filled = np.bincount(bucket, minlength=1 << bits)
-            if best is None or int(filled.max()) < best[0]:
-                best = int(filled.max()), factor, filled
+            buckets = ((ids.view(np.uint64) * factor) >> self._shift).astype(np.int64)
+            bucket_sizes = np.bincount(buckets, minlength=1 << bits)
+            if best is None or int(bucket_sizes.max()) < best[0]:
+                best = int(bucket_sizes.max()), factor, bucket_sizes
         assert best is not None
-        self._fullest, self._factor, filled = best
+        self._max_bucket_size, self._factor, bucket_sizes = best
         hashed = ids.view(np.uint64) * self._factor
-        by_hash = np.argsort(hashed)
+        hash_order = np.argsort(hashed)
         # Sentinels keep a probe that runs past the last bucket inside the table.
-        pad = self._fullest
-        self._hashed = np.concatenate([hashed[by_hash], np.full(pad, ~np.uint64(0))])
-        self._group = np.concatenate([by_hash, np.full(pad, -1)]).astype(np.int32)
-        self._bucket = (np.cumsum(filled) - filled).astype(np.int32)
+        num_sentinels = self._max_bucket_size
+        self._hashed = np.concatenate([hashed[hash_order], np.full(num_sentinels, ~np.uint64(0))])
+        self._groups = np.concatenate([hash_order, np.full(num_sentinels, -1)]).astype(np.int32)
+        self._bucket_starts = (np.cumsum(bucket_sizes) - bucket_sizes).astype(np.int32)
 
     def lookup(self, ids: NDArray[Any]) -> NDArray[np.int32]:
         """Return each id's group number, -1 where it has none; int32, shape (N,)."""
         hashed = ids.astype(np.int64, copy=False).view(np.uint64) * self._factor
-        at = self._bucket[hashed >> self._shift]
-        for _ in range(self._fullest - 1):
-            at += self._hashed[at] < hashed
-        return np.where(self._hashed[at] == hashed, self._group[at], np.int32(-1))
+        slots = self._bucket_starts[hashed >> self._shift]
+        for _ in range(self._max_bucket_size - 1):
+            slots += self._hashed[slots] < hashed
+        return np.where(self._hashed[slots] == hashed, self._groups[slots], np.int32(-1))
 
     def lookup_all(self, ids: NDArray[Any]) -> NDArray[Any]:
         """Return the group number of ids that are all in the table, in the narrowest dtype."""
-        groups = np.empty(ids.size, arrays.narrowest("numpy", self.size)[0])
+        groups = np.empty(ids.size, arrays.narrowest_dtype("numpy", self.size)[0])
         for first in range(0, ids.size, CHUNK):
             groups[first : first + CHUNK] = self.lookup(ids[first : first + CHUNK])
         return groups

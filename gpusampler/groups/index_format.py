@@ -4,7 +4,7 @@ A file holds a head of JSON, the order as it is in memory, and the tables by pat
 
     0       b"gpusampler index"    16 bytes
     16      length and CRC-32 of the head, two little-endian uint32
-    24      the head, JSON; spaces up to ORDER_AT
+    24      the head, JSON; spaces up to ORDER_OFFSET
     16384   order: little-endian int32 or int64, shape (N,), or nothing
     ...     patch_ids, counts, starts: little-endian int64, shape (G,) each
     ...     names: JSON, or nothing
@@ -34,16 +34,16 @@ from gpusampler.core.arrays import Int64
 
 MAGIC = b"gpusampler index"
 VERSION = 1
-ORDER_AT = 1 << 14
-_PIECE = 1 << 24
-_NO_ROOM = (errno.ENOSPC, errno.EFBIG, errno.EDQUOT)
+ORDER_OFFSET = 1 << 14
+_CHUNK_BYTES = 1 << 24
+_DISK_FULL = (errno.ENOSPC, errno.EFBIG, errno.EDQUOT)
 # What filesystems say that cannot take room beforehand, where the C library does not step in.
-_NO_SUCH_CALL = (errno.EOPNOTSUPP, errno.ENOTSUP, errno.ENOSYS, errno.EINVAL)
-_TABLES = ("patch_ids", "counts", "starts")
+_NOT_SUPPORTED = (errno.EOPNOTSUPP, errno.ENOTSUP, errno.ENOSYS, errno.EINVAL)
+_TABLE_NAMES = ("patch_ids", "counts", "starts")
 
 
 @dataclass(frozen=True)
-class Contents:
+class IndexContents:
     """What a file holds.
 
     Attributes
@@ -64,30 +64,30 @@ class Contents:
     fingerprint: int
     signature: dict[str, Any] | None
 
-    def tables(self) -> bytes:
+    def pack_tables(self) -> bytes:
         """Return the bytes that stand after the order."""
-        parts = [getattr(self, name).astype("<i8").tobytes() for name in _TABLES]
+        tables = [getattr(self, name).astype("<i8").tobytes() for name in _TABLE_NAMES]
         names = b"" if self.names is None else json.dumps(self.names).encode()
-        return b"".join([*parts, names])
+        return b"".join([*tables, names])
 
-    def head(self, order_dtype: str | None, order_bytes: int, tables: bytes) -> bytes:
+    def pack_head(self, order_dtype: str | None, order_bytes: int, table_bytes: bytes) -> bytes:
         """Return the bytes that stand before the order."""
-        listed = {
+        fields = {
             "version": VERSION,
             "num_patches": self.patch_ids.size,
             "num_samples": int(self.counts.sum()),
             "source_size": self.source_size,
             "order": order_dtype,
             "order_bytes": order_bytes,
-            "tables_bytes": len(tables),
-            "tables_crc": zlib.crc32(tables),
+            "tables_bytes": len(table_bytes),
+            "tables_crc": zlib.crc32(table_bytes),
             "named": self.names is not None,
             "fingerprint": self.fingerprint,
             "signature": self.signature,
         }
-        text = json.dumps(listed).encode()
+        text = json.dumps(fields).encode()
         head = MAGIC + struct.pack("<II", len(text), zlib.crc32(text)) + text
-        return head.ljust(ORDER_AT)
+        return head.ljust(ORDER_OFFSET)
 
 
 class MappedFile:
@@ -101,13 +101,13 @@ class MappedFile:
     dtype : str
     size : int
         Samples.
-    known : tuple of int, optional
+    expected_status : tuple of int, optional
         Length and time that the file must have still, if it was opened before.
 
     Attributes
     ----------
     path : Path
-    unchecked : array, shape (N,)
+    unchecked_order : array, shape (N,)
         The order, for who asks how large it is: its values may end the process.
 
     Raises
@@ -122,17 +122,17 @@ class MappedFile:
         file: BinaryIO,
         dtype: str,
         size: int,
-        known: tuple[int, int] | None = None,
+        expected_status: tuple[int, int] | None = None,
     ) -> None:
         self.path = path
         # Another process may open it from another folder.
         self._absolute = path.absolute()
         # One descriptor of ours: it says what became of this very file, whatever its name is now.
         self._fd = os.dup(file.fileno())
-        self._known = self._status() if known is None else known
-        self._check()
+        self._expected_status = self._read_status() if expected_status is None else expected_status
+        self._check_unchanged()
         self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-        self.unchecked: NDArray[Any] = np.frombuffer(self._map, dtype, size, ORDER_AT)
+        self.unchecked_order: NDArray[Any] = np.frombuffer(self._map, dtype, size, ORDER_OFFSET)
 
     @property
     def order(self) -> NDArray[Any]:
@@ -144,21 +144,21 @@ class MappedFile:
             If the file was written to or cut off since it was opened: pages that are gone would
             end the process without a word.
         """
-        self._check()
-        return self.unchecked
+        self._check_unchanged()
+        return self.unchecked_order
 
-    def _check(self) -> None:
-        now = self._status()
-        if now != self._known:
-            what = f"one of {now[0]} bytes where it had {self._known[0]}"
-            if now[0] == self._known[0]:
-                what = "one that was written to since it was opened"
+    def _check_unchanged(self) -> None:
+        status = self._read_status()
+        if status != self._expected_status:
+            change = f"one of {status[0]} bytes where it had {self._expected_status[0]}"
+            if status[0] == self._expected_status[0]:
+                change = "one that was written to since it was opened"
             raise OSError(
-                f"{self.path} must stay as it is while it is in use, got {what}; write a new file "
-                "beside it and rename it"
+                f"{self.path} must stay as it is while it is in use, got {change}; write a new "
+                "file beside it and rename it"
             )
 
-    def _status(self) -> tuple[int, int]:
+    def _read_status(self) -> tuple[int, int]:
         status = os.fstat(self._fd)
         return status.st_size, status.st_mtime_ns
 
@@ -172,17 +172,17 @@ class MappedFile:
 
     def __reduce__(self) -> Any:
         """Travel as a path: another process opens the file itself."""
-        order = self.unchecked
-        return _mapped_again, (self._absolute, order.dtype.str, order.size, self._known)
+        order = self.unchecked_order
+        return _reopen, (self._absolute, order.dtype.str, order.size, self._expected_status)
 
     def __deepcopy__(self, memo: Any) -> MappedFile:
         """Return itself, which nothing changes: the file may have lost its name."""
         return self
 
 
-def _mapped_again(path: Path, dtype: str, size: int, known: tuple[int, int]) -> MappedFile:
+def _reopen(path: Path, dtype: str, size: int, expected_status: tuple[int, int]) -> MappedFile:
     with open(path, "rb") as file:
-        return MappedFile(path, file, dtype, size, known)
+        return MappedFile(path, file, dtype, size, expected_status)
 
 
 def is_index(path: str | os.PathLike[str]) -> bool:
@@ -194,7 +194,7 @@ def is_index(path: str | os.PathLike[str]) -> bool:
         return False
 
 
-def check_free(path: Path) -> None:
+def check_path_is_free(path: Path) -> None:
     """Raise ValueError if there is a file that is no index, and should stay what it is."""
     if path.exists() and not is_index(path):
         raise ValueError(f"path must be free or an index, got another file in {path}")
@@ -202,8 +202,8 @@ def check_free(path: Path) -> None:
 
 def read_index(
     path: Path, *, mapped: bool, progress: bool
-) -> tuple[Contents, MappedFile | NDArray[Any] | None]:
-    """Read a file that `write_index` or a `gpusampler.groups.index_build.Build` has made.
+) -> tuple[IndexContents, MappedFile | NDArray[Any] | None]:
+    """Read a file that `write_index` or a `gpusampler.groups.index_build.IndexBuild` has made.
 
     Parameters
     ----------
@@ -214,7 +214,7 @@ def read_index(
 
     Returns
     -------
-    contents : Contents
+    contents : IndexContents
     order : MappedFile, array, or None
         None where the samples of every patch are a run.
 
@@ -226,52 +226,54 @@ def read_index(
         If it is no index, of another version, cut off or damaged.
     """
     with open(path, "rb") as file:
-        head = _head_of(path, file)
-        there = os.fstat(file.fileno()).st_size
-        whole = ORDER_AT + head["order_bytes"] + head["tables_bytes"]
-        if there != whole:
-            raise ValueError(f"{path} must be a whole index of {whole} bytes, got {there}")
-        file.seek(ORDER_AT + head["order_bytes"])
-        tables = file.read(head["tables_bytes"])
-        if zlib.crc32(tables) != head["tables_crc"]:
+        head = _parse_head(path, file)
+        file_size = os.fstat(file.fileno()).st_size
+        expected_size = ORDER_OFFSET + head["order_bytes"] + head["tables_bytes"]
+        if file_size != expected_size:
+            raise ValueError(
+                f"{path} must be a whole index of {expected_size} bytes, got {file_size}"
+            )
+        file.seek(ORDER_OFFSET + head["order_bytes"])
+        table_bytes = file.read(head["tables_bytes"])
+        if zlib.crc32(table_bytes) != head["tables_crc"]:
             raise ValueError(f"{path} must hold the tables it was saved with, got damaged ones")
-        contents = _contents(head, tables)
+        contents = _parse_contents(head, table_bytes)
         if head["order"] is None:
             return contents, None
         dtype, size = head["order"], head["num_samples"]
         if mapped:
             return contents, MappedFile(path, file, dtype, size)
-        file.seek(ORDER_AT)
+        file.seek(ORDER_OFFSET)
         order = np.empty(size, dtype)
-        _in_pieces(order, file.readinto, f"reading {path.name}", progress)
+        _transfer(order, file.readinto, f"reading {path.name}", progress)
         return contents, order
 
 
 def read_head(path: Path) -> dict[str, Any]:
-    """Return what the head of a file says: "signature" and "fingerprint" as in `Contents`.
+    """Return what the head of a file says: "signature" and "fingerprint" as in `IndexContents`.
 
     Raises
     ------
     ValueError
         If there is another file, or a head that is damaged or of another version.
     """
-    check_free(path)
+    check_path_is_free(path)
     with open(path, "rb") as file:
-        return _head_of(path, file)
+        return _parse_head(path, file)
 
 
-def _head_of(path: Path, file: BinaryIO) -> dict[str, Any]:
-    start = file.read(ORDER_AT)
-    if start[: len(MAGIC)] != MAGIC:
+def _parse_head(path: Path, file: BinaryIO) -> dict[str, Any]:
+    first_bytes = file.read(ORDER_OFFSET)
+    if first_bytes[: len(MAGIC)] != MAGIC:
         raise ValueError(
             f"{path} must be an index that PatchGroups.save or from_ids(path=...) made, "
             "got another file"
         )
     damaged = f"{path} must be a whole index, got a damaged head"
-    if len(start) < ORDER_AT:
-        raise ValueError(f"{damaged}: {len(start)} bytes in all")
-    size, crc = struct.unpack_from("<II", start, len(MAGIC))
-    text = start[len(MAGIC) + 8 :][:size]
+    if len(first_bytes) < ORDER_OFFSET:
+        raise ValueError(f"{damaged}: {len(first_bytes)} bytes in all")
+    size, crc = struct.unpack_from("<II", first_bytes, len(MAGIC))
+    text = first_bytes[len(MAGIC) + 8 :][:size]
     if zlib.crc32(text) != crc:
         raise ValueError(damaged)
     head: dict[str, Any] = json.loads(text)
@@ -283,16 +285,16 @@ def _head_of(path: Path, file: BinaryIO) -> dict[str, Any]:
     return head
 
 
-def _contents(head: dict[str, Any], tables: bytes) -> Contents:
+def _parse_contents(head: dict[str, Any], table_bytes: bytes) -> IndexContents:
     size = head["num_patches"]
-    named = json.loads(tables[3 * 8 * size :]) if head["named"] else None
-    by_name = {
-        name: np.frombuffer(tables, "<i8", size, 8 * size * place).astype(np.int64)
-        for place, name in enumerate(_TABLES)
+    names = json.loads(table_bytes[3 * 8 * size :]) if head["named"] else None
+    tables = {
+        name: np.frombuffer(table_bytes, "<i8", size, 8 * size * i).astype(np.int64)
+        for i, name in enumerate(_TABLE_NAMES)
     }
-    return Contents(
-        **by_name,
-        names=None if named is None else tuple(named),
+    return IndexContents(
+        **tables,
+        names=None if names is None else tuple(names),
         source_size=head["source_size"],
         fingerprint=head["fingerprint"],
         signature=head["signature"],
@@ -300,7 +302,7 @@ def _contents(head: dict[str, Any], tables: bytes) -> Contents:
 
 
 def write_index(
-    path: Path, contents: Contents, order: NDArray[Any] | None, *, progress: bool
+    path: Path, contents: IndexContents, order: NDArray[Any] | None, *, progress: bool
 ) -> None:
     """Write a file in place of what is there, which stays as it is until the new one is whole.
 
@@ -310,42 +312,46 @@ def write_index(
         If there is no room, or no permission; nothing is left behind then.
     """
     # Processes of the same number, in containers, may share a disk.
-    aside = path.with_name(f"{path.name}.{os.getpid()}-{os.urandom(4).hex()}.saving")
+    temporary = path.with_name(f"{path.name}.{os.getpid()}-{os.urandom(4).hex()}.saving")
     try:
-        with told_of_room(path):
-            with open(aside, "x+b") as file:
+        with explain_full_disk(path):
+            with open(temporary, "x+b") as file:
                 if order is not None:
                     order = np.ascontiguousarray(order, dtype=order.dtype.newbyteorder("<"))
-                    reserve(file, ORDER_AT + order.nbytes, path)
-                    file.seek(ORDER_AT)
-                    _in_pieces(order, file.write, f"writing {path.name}", progress)
-                complete(file, contents, None if order is None else order.dtype.str, path)
-            rename(aside, path)
+                    reserve(file, ORDER_OFFSET + order.nbytes, path)
+                    file.seek(ORDER_OFFSET)
+                    _transfer(order, file.write, f"writing {path.name}", progress)
+                write_tables_and_head(
+                    file, contents, None if order is None else order.dtype.str, path
+                )
+            rename(temporary, path)
     except BaseException:
-        aside.unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
         raise
 
 
-def complete(file: BinaryIO, contents: Contents, order_dtype: str | None, path: Path) -> None:
+def write_tables_and_head(
+    file: BinaryIO, contents: IndexContents, order_dtype: str | None, path: Path
+) -> None:
     """Write all but the order to a file that is written aside, and bring it to the disk."""
     width = 0 if order_dtype is None else np.dtype(order_dtype).itemsize
     order_bytes = width * int(contents.counts.sum())
-    tables = contents.tables()
-    reserve(file, ORDER_AT + order_bytes + len(tables), path)
-    file.seek(ORDER_AT + order_bytes)
-    file.write(tables)
+    table_bytes = contents.pack_tables()
+    reserve(file, ORDER_OFFSET + order_bytes + len(table_bytes), path)
+    file.seek(ORDER_OFFSET + order_bytes)
+    file.write(table_bytes)
     file.truncate()
-    to_disk(file)
+    sync_file(file)
     # Only now may anybody take it for an index.
     file.seek(0)
-    file.write(contents.head(order_dtype, order_bytes, tables))
-    to_disk(file)
+    file.write(contents.pack_head(order_dtype, order_bytes, table_bytes))
+    sync_file(file)
 
 
-def rename(aside: Path, path: Path) -> None:
+def rename(temporary: Path, path: Path) -> None:
     """Give a file that was written aside its name; on Windows it must be closed."""
-    os.replace(aside, path)
-    folder_to_disk(path.parent)
+    os.replace(temporary, path)
+    sync_folder(path.parent)
 
 
 def reserve(file: BinaryIO, size: int, path: Path) -> None:
@@ -356,24 +362,24 @@ def reserve(file: BinaryIO, size: int, path: Path) -> None:
     OSError
         If there is none; the file is as long as before then.
     """
-    before = os.fstat(file.fileno()).st_size
-    if size <= before:
+    current_size = os.fstat(file.fileno()).st_size
+    if size <= current_size:
         return
-    with told_of_room(path, size):
+    with explain_full_disk(path, size):
         try:
-            _take_room(file, size)
+            _allocate(file, size)
         except OSError:
-            os.ftruncate(file.fileno(), before)
+            os.ftruncate(file.fileno(), current_size)
             raise
 
 
 @contextmanager
-def told_of_room(path: Path, size: int | None = None) -> Iterator[None]:
+def explain_full_disk(path: Path, size: int | None = None) -> Iterator[None]:
     """Name the file, and what there is, where the system only says that a disk is full."""
     try:
         yield
     except OSError as error:
-        if error.errno not in _NO_ROOM or "must have room" in str(error):
+        if error.errno not in _DISK_FULL or "must have room" in str(error):
             raise
         needed = "" if size is None else f" for {size} bytes"
         free = ""
@@ -386,31 +392,31 @@ def told_of_room(path: Path, size: int | None = None) -> Iterator[None]:
         ) from error
 
 
-def _take_room(file: BinaryIO, size: int) -> None:
+def _allocate(file: BinaryIO, size: int) -> None:
     if hasattr(os, "posix_fallocate"):
         try:
             os.posix_fallocate(file.fileno(), 0, size)
         except OSError as error:
-            if error.errno not in _NO_SUCH_CALL:
+            if error.errno not in _NOT_SUPPORTED:
                 raise
         else:
             return
     # Not through its buffer, which would try again when the file is closed.
     file.flush()
-    fd, there = file.fileno(), file.tell()
+    fd, position = file.fileno(), file.tell()
     end = os.lseek(fd, 0, os.SEEK_END)
     while end < size:
-        end += os.write(fd, bytes(min(_PIECE, size - end)))
-    os.lseek(fd, there, os.SEEK_SET)
+        end += os.write(fd, bytes(min(_CHUNK_BYTES, size - end)))
+    os.lseek(fd, position, os.SEEK_SET)
 
 
-def to_disk(file: BinaryIO) -> None:
+def sync_file(file: BinaryIO) -> None:
     """Bring what was written to the disk."""
     file.flush()
     os.fsync(file.fileno())
 
 
-def folder_to_disk(folder: Path) -> None:
+def sync_folder(folder: Path) -> None:
     """Bring the names in a folder to the disk, where folders can be opened."""
     if os.name == "nt":
         return
@@ -421,14 +427,16 @@ def folder_to_disk(folder: Path) -> None:
         os.close(fd)
 
 
-def _in_pieces(order: NDArray[Any], move: Any, what: str, progress: bool) -> None:
+def _transfer(order: NDArray[Any], transfer: Any, label: str, progress: bool) -> None:
     """Read or write an array piece by piece."""
     view = order.view(np.uint8).data
-    with progress_bar.Bar(len(view), what, "B", progress) as shown:
-        done = 0
-        while done < len(view):
-            moved = move(view[done : done + _PIECE])
-            if not moved:
-                raise OSError(f"the file ended {len(view) - done} bytes early while it was read")
-            done += moved
-            shown.update(moved)
+    with progress_bar.ProgressBar(len(view), label, "B", progress) as bar:
+        num_done = 0
+        while num_done < len(view):
+            num_moved = transfer(view[num_done : num_done + _CHUNK_BYTES])
+            if not num_moved:
+                raise OSError(
+                    f"the file ended {len(view) - num_done} bytes early while it was read"
+                )
+            num_done += num_moved
+            bar.update(num_moved)

@@ -16,34 +16,15 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from gpusampler.core import arrays, devices, log
+from gpusampler.core import arrays, validation
 from gpusampler.core.arrays import Int64
 from gpusampler.core.devices import HOST, Device
-from gpusampler.core.text import shown
-from gpusampler.core.validation import (
-    as_int64,
-    checked_bool,
-    checked_choice,
-    checked_int,
-    checked_path,
-    checked_seed,
-)
-from gpusampler.groups import fingerprint
+from gpusampler.core.text import short_repr
+from gpusampler.groups import fingerprint, index_format, subsets, verification
 from gpusampler.groups.census import check_patch_sizes, label_of
-from gpusampler.groups.counting_sort import INT32_SAMPLES, Grouped, group_on_device, group_on_host
+from gpusampler.groups.counting_sort import INT32_SAMPLES, group_ids
 from gpusampler.groups.index_build import build
-from gpusampler.groups.index_format import Contents, MappedFile, check_free, read_index, write_index
-from gpusampler.groups.subsets import (
-    by_group,
-    checked_fractions,
-    checked_indices,
-    group_of,
-    places_of,
-    split_patches,
-    split_samples,
-)
-from gpusampler.groups.verification import difference, mark_of, mark_of_order, signature_of
-from gpusampler.sources.base import PatchIds
+from gpusampler.groups.index_format import MappedFile
 from gpusampler.sources.dispatch import read_patch_ids
 
 
@@ -165,36 +146,28 @@ class PatchGroups:
             If this takes more than half of the free memory, or a GPU's does not suffice, so that
             the host groups instead.
         """
-        progress = checked_bool(progress, "progress")
+        progress = validation.check_bool(progress, "progress")
         # Before ids are read, which may take minutes.
-        target = None if path is None else checked_path(path)
-        found = read_patch_ids(ids, column, progress=progress)
-        if target is None:
-            return cls._of(found, progress)
-        build(found, target, progress=progress)
-        return cls._loaded(target, True, progress)
-
-    @classmethod
-    def _of(cls, ids: PatchIds, progress: bool) -> PatchGroups:
-        device = ids.device
-        if device.on_host:
-            found = group_on_host(ids, progress=progress)
-        else:
-            found = _grouped_there(ids, progress)
-        order = found.order
+        target = None if path is None else validation.check_path(path)
+        source_ids = read_patch_ids(ids, column, progress=progress)
+        if target is not None:
+            build(source_ids, target, progress=progress)
+            return cls._from_index(target, True, progress)
+        patch_ids, counts, starts, order, id_fingerprint = group_ids(source_ids, progress=progress)
+        device = source_ids.device
         if order is not None and device.on_host:
             order = arrays.to_device(order, device)
         groups = cls(
-            found.patch_ids,
-            found.counts,
-            found.starts,
+            patch_ids,
+            counts,
+            starts,
             order,
-            source_size=ids.size,
+            source_size=source_ids.size,
             device=device,
-            fingerprint=found.fingerprint,
-            names=ids.names,
+            fingerprint=id_fingerprint,
+            names=source_ids.names,
         )
-        groups._signature = signature_of(ids)
+        groups._signature = verification.signature_of(source_ids)
         return groups
 
     def save(self, path: str | os.PathLike[str], *, progress: bool = True) -> None:
@@ -215,20 +188,19 @@ class PatchGroups:
         OSError
             If there is no room or no permission; what was there is there still.
         """
-        checked_bool(progress, "progress")
-        target = checked_path(path)
-        check_free(target)
-        contents = Contents(
+        validation.check_bool(progress, "progress")
+        target = validation.check_path(path)
+        index_format.check_path_is_free(target)
+        contents = index_format.IndexContents(
             self.patch_ids,
             self.counts,
             self.starts,
             self.names,
             source_size=self.source_size,
-            fingerprint=self._mark(),
+            fingerprint=self._id_fingerprint(),
             signature=self._signature,
         )
-        order = None if self.order is None else arrays.to_numpy(self.order)
-        write_index(target, contents, order, progress=progress)
+        index_format.write_index(target, contents, self._host_order, progress=progress)
 
     @classmethod
     def load(
@@ -282,19 +254,19 @@ class PatchGroups:
         >>> PatchGroups.load(path, source=[7, -1, 7, 7, -1]).order.tolist()
         [1, 4, 0, 2, 3]
         """
-        checked_bool(mmap, "mmap"), checked_bool(progress, "progress")
-        checked_bool(verify, "verify")
+        validation.check_bool(mmap, "mmap"), validation.check_bool(progress, "progress")
+        validation.check_bool(verify, "verify")
         if source is None and column is not None:
-            raise ValueError(f"column must be None without a source, got {shown(column)}")
-        groups = cls._loaded(checked_path(path), mmap, progress)
+            raise ValueError(f"column must be None without a source, got {short_repr(column)}")
+        groups = cls._from_index(validation.check_path(path), mmap, progress)
         if verify:
-            groups._verify(path, progress)
+            groups._verify_order(path, progress)
         if source is None:
             return groups
         ids = read_patch_ids(source, column, progress=progress)
         differs = None
         if groups._signature is not None:
-            differs = difference(groups._signature, ids, whole=verify)
+            differs = verification.difference(groups._signature, ids, all_compared=verify)
         elif not verify:
             differs = "ids that it knows nothing of (verify=True compares all of them)"
         elif groups.source_size != ids.size:
@@ -302,18 +274,18 @@ class PatchGroups:
         elif groups.names != ids.names:
             differs = "patches of other names"
         if differs is None and verify:
-            found = mark_of(ids, groups._held(), progress=progress)
-            differs = None if found == groups._mark() else "other ids"
+            current = verification.fingerprint_ids(ids, groups._sample_mask(), progress=progress)
+            differs = None if current == groups._id_fingerprint() else "other ids"
         if differs is not None:
             raise ValueError(f"source must be the ids that {path} was made of, which are {differs}")
         if verify and groups._signature is not None and ids.modified is not None:
             # All ids were compared: what is saved from here on is of the file as it is now.
-            groups._signature = signature_of(ids)
+            groups._signature = verification.signature_of(ids)
         return groups
 
     @classmethod
-    def _loaded(cls, path: Path, mapped: bool, progress: bool) -> PatchGroups:
-        contents, order = read_index(path, mapped=mapped, progress=progress)
+    def _from_index(cls, path: Path, mapped: bool, progress: bool) -> PatchGroups:
+        contents, order = index_format.read_index(path, mapped=mapped, progress=progress)
         groups = cls(
             contents.patch_ids,
             contents.counts,
@@ -326,22 +298,21 @@ class PatchGroups:
         groups._signature = contents.signature
         return groups
 
-    def _held(self) -> NDArray[np.bool_] | None:
+    def _sample_mask(self) -> NDArray[np.bool_] | None:
         """Return which samples of the dataset these are, None if all."""
         if self.num_samples == self.source_size:
             return None
-        held = np.zeros(self.source_size, np.bool_)
-        order = None if self.order is None else arrays.to_numpy(self.order)
-        held[places_of(self.starts, self.counts) if order is None else order] = True
-        return held
+        mask = np.zeros(self.source_size, np.bool_)
+        order = self._host_order
+        mask[subsets.expand_runs(self.starts, self.counts) if order is None else order] = True
+        return mask
 
-    def _verify(self, path: Any, progress: bool) -> None:
+    def _verify_order(self, path: Any, progress: bool) -> None:
         """Raise ValueError unless an index is what it was saved as."""
-        if self.order is None:
-            found: int | None = fingerprint.of_runs(self.patch_ids, self.starts, self.counts)
-        else:
-            found = mark_of_order(self.patch_ids, self.counts, self.order, progress=progress)
-        if found != self._fingerprint:
+        current = verification.fingerprint_order(
+            self.patch_ids, self.counts, self.starts, self._host_order, progress=progress
+        )
+        if current != self._fingerprint:
             raise ValueError(f"{path} must hold what it was saved with, got a damaged order")
 
     @classmethod
@@ -371,26 +342,26 @@ class PatchGroups:
             If they are not 1-D or differ in length, a count is negative or 2**31 or more, all are
             0, ids repeat, or there are 2**62 samples or more.
         """
-        sizes = as_int64(counts, "counts")
+        sizes = validation.as_int64(counts, "counts")
         ids, names = _ids_and_names(patch_ids, sizes.size)
         if ids.size != sizes.size:
             raise ValueError(f"patch_ids must be as many as counts ({sizes.size}), got {ids.size}")
         if sizes.size and int(sizes.min()) < 0:
             raise ValueError(f"counts must be >= 0, got {int(sizes.min())}")
-        by_id = np.argsort(ids, kind="stable")
-        same = np.flatnonzero(np.diff(ids[by_id]) == 0)
-        if same.size:
-            twice = label_of(ids[by_id][same[0]], names)
-            raise ValueError(f"patch_ids must be distinct, got {twice!r} twice")
+        id_order = np.argsort(ids, kind="stable")
+        repeats = np.flatnonzero(np.diff(ids[id_order]) == 0)
+        if repeats.size:
+            label = label_of(ids[id_order][repeats[0]], names)
+            raise ValueError(f"patch_ids must be distinct, got {label!r} twice")
         total = float(sizes.astype(np.float64).sum())
         if total >= 2.0**62:
             raise ValueError(f"counts must add up to less than 2**62 samples, got {total:g}")
         starts = np.cumsum(sizes) - sizes
-        kept = by_id[sizes[by_id] > 0]
-        if kept.size == 0:
+        groups = id_order[sizes[id_order] > 0]
+        if groups.size == 0:
             raise ValueError("counts must add up to at least one sample, got none")
         size = int(sizes.sum())
-        return cls(ids[kept], sizes[kept], starts[kept], None, source_size=size, names=names)
+        return cls(ids[groups], sizes[groups], starts[groups], None, source_size=size, names=names)
 
     @property
     def order(self) -> Any:
@@ -406,9 +377,15 @@ class PatchGroups:
         return self._order.order if isinstance(self._order, MappedFile) else self._order
 
     @property
-    def _order_unchecked(self) -> Any:
+    def _host_order(self) -> NDArray[Any] | None:
+        """`order` as NumPy."""
+        order = self.order
+        return None if order is None else arrays.to_numpy(order)
+
+    @property
+    def _unchecked_order(self) -> Any:
         """`order`, for who asks of which type and how large it is, without a look at its file."""
-        return self._order.unchecked if isinstance(self._order, MappedFile) else self._order
+        return self._order.unchecked_order if isinstance(self._order, MappedFile) else self._order
 
     @property
     def labels(self) -> NDArray[Any]:
@@ -417,7 +394,7 @@ class PatchGroups:
             return self.patch_ids
         # Python's own strings: handed out batch by batch, they are not made anew.
         labels = np.empty(self.num_patches, object)
-        labels[:] = [self.names[place] for place in self.patch_ids.tolist()]
+        labels[:] = [self.names[i] for i in self.patch_ids.tolist()]
         return labels
 
     @property
@@ -433,9 +410,7 @@ class PatchGroups:
     @property
     def offsets(self) -> Int64:
         """Where each group starts among the samples sorted by patch: int64, shape (G + 1,)."""
-        offsets = np.zeros(self.num_patches + 1, np.int64)
-        np.cumsum(self.counts, out=offsets[1:])
-        return offsets
+        return np.append(0, np.cumsum(self.counts))
 
     @property
     def is_contiguous(self) -> bool:
@@ -445,24 +420,24 @@ class PatchGroups:
     @property
     def nbytes(self) -> int:
         """Bytes kept, on host and device."""
-        tables = self.patch_ids.nbytes + self.counts.nbytes + self.starts.nbytes
-        order = self._order_unchecked
-        return tables + (0 if order is None else int(order.nbytes))
+        order_bytes = int(getattr(self._unchecked_order, "nbytes", 0))
+        return self.patch_ids.nbytes + self.counts.nbytes + self.starts.nbytes + order_bytes
 
     @property
     def fingerprint(self) -> int:
         """64-bit number that depends on which sample has which patch id, and on nothing else."""
         if self.names is None:
-            return self._mark()
-        return fingerprint.combine(self._mark(), fingerprint.of_names(self.labels.tolist()))
+            return self._id_fingerprint()
+        names_fingerprint = fingerprint.of_names(self.labels.tolist())
+        return fingerprint.combine(self._id_fingerprint(), names_fingerprint)
 
-    def _mark(self) -> int:
+    def _id_fingerprint(self) -> int:
         """Return the fingerprint of the ids alone, whatever their names."""
         if self._fingerprint is None:
-            if self.order is None:
+            order = self._host_order
+            if order is None:
                 self._fingerprint = fingerprint.of_runs(self.patch_ids, self.starts, self.counts)
             else:
-                order = arrays.to_numpy(self.order)
                 self._fingerprint = fingerprint.of_order(self.patch_ids, self.counts, order)
         return self._fingerprint
 
@@ -476,7 +451,7 @@ class PatchGroups:
         TypeError, ValueError
             If ``patch_id`` is no int64 integer, or no str where patches have names.
         """
-        group = self._group(patch_id)
+        group = self._find_group(patch_id)
         if group is None:
             raise KeyError(
                 f"patch_id must be one of the {self.num_patches} patches, got {patch_id!r}"
@@ -486,19 +461,19 @@ class PatchGroups:
             return np.arange(start, start + count, dtype=np.int64)
         return arrays.to_numpy(self.order[start : start + count]).astype(np.int64)
 
-    def _group(self, patch_id: int | str) -> int | None:
+    def _find_group(self, patch_id: int | str) -> int | None:
         """Return the place of a patch among the sorted ones, or None."""
         if self.names is not None:
             if not isinstance(patch_id, str):
                 raise TypeError(f"patch_id must be a str, got {patch_id!r}")
-            place = bisect_left(self.names, patch_id)
-            if place == len(self.names) or self.names[place] != patch_id:
+            position = bisect_left(self.names, patch_id)
+            if position == len(self.names) or self.names[position] != patch_id:
                 return None
-            patch_id = place
-        number = checked_int(patch_id, "patch_id", least=-(1 << 63), below=1 << 63)
+            patch_id = position
+        number = validation.check_int(patch_id, "patch_id", low=-(1 << 63), high=1 << 63)
         group = int(np.searchsorted(self.patch_ids, number))
-        there = group < self.num_patches and int(self.patch_ids[group]) == number
-        return group if there else None
+        is_present = group < self.num_patches and int(self.patch_ids[group]) == number
+        return group if is_present else None
 
     def select(self, indices: Any) -> PatchGroups:
         """Keep some samples only; their indices and patch ids stay what they were.
@@ -520,11 +495,10 @@ class PatchGroups:
         ValueError
             If they are empty, repeat, or name a sample that these groups do not hold.
         """
-        chosen = checked_indices(indices, self.source_size)
-        order = None if self.order is None else arrays.to_numpy(self.order)
-        group = group_of(chosen, self.counts, self.starts, order, self.source_size)
-        part = by_group(chosen, group)
-        return self._like(self.patch_ids[part.groups], part.counts, part.starts, part.order)
+        samples = subsets.check_indices(indices, self.source_size)
+        order = self._host_order
+        group = subsets.find_groups(samples, self.counts, self.starts, order, self.source_size)
+        return self._make_subset(*subsets.sort_by_group(samples, group))
 
     def split(
         self,
@@ -556,36 +530,34 @@ class PatchGroups:
             If the fractions are not positive or do not add up to 1, ``by`` is unknown, or a part
             would be empty.
         """
-        shares = checked_fractions(fractions)
-        seed = checked_seed(seed)
-        checked_choice(by, "by", ("patch", "sample"))
+        shares = subsets.check_fractions(fractions)
+        seed = validation.check_seed(seed)
+        validation.check_choice(by, "by", ("patch", "sample"))
         if by == "patch":
-            parts = split_patches(self.num_patches, shares, seed)
+            parts = subsets.split_patches(self.num_patches, shares, seed)
         else:
-            order = None if self.order is None else arrays.to_numpy(self.order)
-            parts = split_samples(self.counts, self.starts, order, shares, seed)
+            parts = subsets.split_samples(self.counts, self.starts, self._host_order, shares, seed)
         for part, share in zip(parts, shares.tolist(), strict=True):
             if part.size == 0:
                 raise ValueError(
                     f"fractions must leave no part empty, got {share:g} of "
                     f"{self.num_patches} patches and {self.num_samples} samples by {by}"
                 )
-        return [self._take(part) if by == "patch" else self.select(part) for part in parts]
+        return [self._take_patches(part) if by == "patch" else self.select(part) for part in parts]
 
-    def _take(self, groups: Int64) -> PatchGroups:
+    def _take_patches(self, groups: Int64) -> PatchGroups:
         """Keep whole patches."""
-        counts, starts = self.counts[groups], self.starts[groups]
-        if self.order is None:
-            return self._like(self.patch_ids[groups], counts, starts, None)
-        taken = arrays.to_numpy(self.order)[places_of(starts, counts)]
-        return self._like(self.patch_ids[groups], counts, np.cumsum(counts) - counts, taken)
+        counts, starts, order = self.counts[groups], self.starts[groups], self._host_order
+        if order is not None:
+            starts, order = np.cumsum(counts) - counts, order[subsets.expand_runs(starts, counts)]
+        return self._make_subset(groups, counts, starts, order)
 
-    def _like(self, patch_ids: Int64, counts: Int64, starts: Int64, order: Any) -> PatchGroups:
+    def _make_subset(self, groups: Int64, counts: Int64, starts: Int64, order: Any) -> PatchGroups:
         if order is not None:
             narrow = np.int32 if self.source_size < INT32_SAMPLES else np.int64
             order = arrays.to_device(order.astype(narrow, copy=False), self.device)
         return PatchGroups(
-            patch_ids,
+            self.patch_ids[groups],
             counts,
             starts,
             order,
@@ -596,7 +568,7 @@ class PatchGroups:
 
     def __repr__(self) -> str:
         """Return sizes, form and device."""
-        form = "contiguous" if self.is_contiguous else arrays.dtype_name(self._order_unchecked)
+        form = "contiguous" if self.is_contiguous else arrays.dtype_name(self._unchecked_order)
         return (
             f"PatchGroups({self.num_patches} patches, {self.num_samples} samples, "
             f"order={form}, device={str(self.device)!r})"
@@ -611,20 +583,6 @@ class PatchGroups:
         return state
 
 
-def _grouped_there(ids: PatchIds, progress: bool) -> Grouped:
-    """Group ids on their device or, where its memory does not suffice, on the host."""
-    try:
-        return group_on_device(ids.array)  # type: ignore[attr-defined]
-    except Exception as error:
-        if not devices.is_out_of_memory(error):
-            raise
-        log.warn(
-            f"the memory of {ids.device} does not suffice to sort {ids.size} ids, so the host does "
-            f"it, with the same result: {' '.join(str(error).split())[:200]}"
-        )
-    return group_on_host(ids, progress=progress)
-
-
 def _ids_and_names(patch_ids: Any, size: int) -> tuple[Int64, tuple[str, ...] | None]:
     """Return ids that were given as integers, as names or not at all."""
     if patch_ids is None:
@@ -632,7 +590,7 @@ def _ids_and_names(patch_ids: Any, size: int) -> tuple[Int64, tuple[str, ...] | 
     if isinstance(patch_ids, (list, tuple)) and any(isinstance(p, str) for p in patch_ids):
         ids = read_patch_ids(patch_ids)
         return ids.read(0, ids.size).astype(np.int64), ids.names
-    return as_int64(patch_ids, "patch_ids"), None
+    return validation.as_int64(patch_ids, "patch_ids"), None
 
 
 def _read_only(table: Int64) -> Int64:

@@ -12,10 +12,10 @@ from numpy.typing import NDArray
 from gpusampler.core import arrays
 from gpusampler.core.arrays import Int64
 from gpusampler.core.devices import HOST
-from gpusampler.core.validation import as_array, as_int64
+from gpusampler.core.validation import as_array, as_int64, check_real
 from gpusampler.groups.counting_sort import group_on_host
 from gpusampler.permutation import numpy_impl
-from gpusampler.permutation.ranges import permute_runs
+from gpusampler.permutation.position_ranges import permute_ranges
 from gpusampler.permutation.reference import (
     PURPOSE_SPLIT_PATCHES,
     PURPOSE_SPLIT_SAMPLES,
@@ -25,8 +25,10 @@ from gpusampler.permutation.reference import (
 )
 from gpusampler.sources.base import HostIds
 
+_GOLDEN = 0.6180339887498949
 
-class Selected(NamedTuple):
+
+class Selection(NamedTuple):
     """Samples that are kept, by group: int64 arrays of shape (G',).
 
     ``groups`` are those of which something is kept; ``counts`` and ``starts`` as in `PatchGroups`;
@@ -39,7 +41,7 @@ class Selected(NamedTuple):
     order: Int64 | None
 
 
-def checked_indices(indices: Any, source_size: int) -> Int64:
+def check_indices(indices: Any, source_size: int) -> Int64:
     """Return the samples that a list or a mask names, ascending.
 
     Raises
@@ -49,26 +51,26 @@ def checked_indices(indices: Any, source_size: int) -> Int64:
     ValueError
         If it is empty, repeats, or names a sample that is not there.
     """
-    chosen = arrays.to_numpy(as_array(indices, "indices"))
-    if chosen.dtype == np.bool_:
-        if chosen.shape != (source_size,):
+    samples = arrays.to_numpy(as_array(indices, "indices"))
+    if samples.dtype == np.bool_:
+        if samples.shape != (source_size,):
             raise ValueError(
-                f"indices must be a mask of shape ({source_size},), got {chosen.shape}"
+                f"indices must be a mask of shape ({source_size},), got {samples.shape}"
             )
-        chosen = np.flatnonzero(chosen)
-    chosen = np.sort(as_int64(chosen, "indices"))
-    if chosen.size == 0:
+        samples = np.flatnonzero(samples)
+    samples = np.sort(as_int64(samples, "indices"))
+    if samples.size == 0:
         raise ValueError("indices must name at least one sample, got none")
-    same = np.flatnonzero(chosen[1:] == chosen[:-1])
-    if same.size:
-        raise ValueError(f"indices must be distinct, got {int(chosen[same[0]])} twice")
-    for extreme in (int(chosen[0]), int(chosen[-1])):
+    repeats = np.flatnonzero(samples[1:] == samples[:-1])
+    if repeats.size:
+        raise ValueError(f"indices must be distinct, got {int(samples[repeats[0]])} twice")
+    for extreme in (int(samples[0]), int(samples[-1])):
         if not 0 <= extreme < source_size:
             raise ValueError(f"indices must be in 0 .. {source_size - 1}, got {extreme}")
-    return chosen
+    return samples
 
 
-def group_of(
+def find_groups(
     samples: Int64, counts: Int64, starts: Int64, order: NDArray[Any] | None, source_size: int
 ) -> Int64:
     """Return the group of each of some samples, ascending; int64, shape (K,).
@@ -85,62 +87,59 @@ def group_of(
         If a sample is of none.
     """
     if order is None:
-        by_start = np.argsort(starts)
-        at = np.searchsorted(starts[by_start], samples, side="right") - 1
-        group = by_start[np.maximum(at, 0)]
-        held = (at >= 0) & (samples < starts[group] + counts[group])
+        start_order = np.argsort(starts)
+        run_numbers = np.searchsorted(starts[start_order], samples, side="right") - 1
+        group = start_order[np.maximum(run_numbers, 0)]
+        is_member = (run_numbers >= 0) & (samples < starts[group] + counts[group])
     else:
-        of_sample = np.full(source_size, -1, np.int32)
-        of_sample[order] = np.repeat(np.arange(counts.size, dtype=np.int32), counts)
-        group = of_sample[samples].astype(np.int64)
-        held = group >= 0
-    if not held.all():
-        raise ValueError(f"indices must be samples of these groups, got {int(samples[~held][0])}")
+        group_of_sample = np.full(source_size, -1, np.int32)
+        group_of_sample[order] = np.repeat(np.arange(counts.size, dtype=np.int32), counts)
+        group = group_of_sample[samples].astype(np.int64)
+        is_member = group >= 0
+    if not is_member.all():
+        raise ValueError(
+            f"indices must be samples of these groups, got {int(samples[~is_member][0])}"
+        )
     return group.astype(np.int64)
 
 
-def by_group(samples: Int64, group: Int64) -> Selected:
+def sort_by_group(samples: Int64, group: Int64) -> Selection:
     """Return samples, ascending, by their groups."""
-    found = group_on_host(HostIds(group))
-    if found.order is None:
-        samples = samples[places_of(found.starts, found.counts)]
-    else:
-        samples = samples[found.order]
-    offsets = np.cumsum(found.counts) - found.counts
-    first, last = samples[offsets], samples[offsets + found.counts - 1]
-    if bool((last - first + 1 == found.counts).all()):
-        return Selected(found.patch_ids, found.counts, first, None)
-    return Selected(found.patch_ids, found.counts, offsets, samples)
+    groups, counts, starts, order, _ = group_on_host(HostIds(group))
+    samples = samples[expand_runs(starts, counts) if order is None else order]
+    offsets = np.cumsum(counts) - counts
+    first_samples, last_samples = samples[offsets], samples[offsets + counts - 1]
+    if bool((last_samples - first_samples + 1 == counts).all()):
+        return Selection(groups, counts, first_samples, None)
+    return Selection(groups, counts, offsets, samples)
 
 
-def places_of(starts: Int64, counts: Int64) -> Int64:
+def expand_runs(starts: Int64, counts: Int64) -> Int64:
     """Return the places of runs, end to end: int64, shape (sum of counts,)."""
     offsets = np.cumsum(counts) - counts
     return np.repeat(starts - offsets, counts) + np.arange(int(counts.sum()))
 
 
-_GOLDEN = 0.6180339887498949
-
-
-def checked_fractions(fractions: Iterable[float]) -> NDArray[np.float64]:
+def check_fractions(fractions: Iterable[float]) -> NDArray[np.float64]:
     """Return the parts' shares, shape (P,), or raise TypeError or ValueError."""
-    try:
-        parts = np.asarray(list(fractions), np.float64)
-    except (TypeError, ValueError):
-        raise TypeError(f"fractions must be a sequence of numbers, got {fractions!r}") from None
-    if parts.size == 0 or not (np.isfinite(parts).all() and (parts > 0).all()):
-        raise ValueError(f"fractions must each be > 0, got {parts.tolist()}")
-    if abs(float(parts.sum()) - 1.0) > 1e-6:
-        raise ValueError(f"fractions must add up to 1, got {float(parts.sum()):g}")
-    return parts
+    shares: NDArray[np.float64] = check_real(
+        fractions,
+        "fractions",
+        "each be > 0",
+        lambda x: x.size and np.isfinite(x) & (x > 0),
+        is_sequence=True,
+    )
+    if abs(float(shares.sum()) - 1.0) > 1e-6:
+        raise ValueError(f"fractions must add up to 1, got {float(shares.sum()):g}")
+    return shares
 
 
-def split_patches(patches: int, fractions: NDArray[np.float64], seed: int) -> list[Int64]:
-    """Return each part's patches, ascending: int64 arrays of numbers below ``patches``."""
+def split_patches(num_patches: int, fractions: NDArray[np.float64], seed: int) -> list[Int64]:
+    """Return each part's patches, ascending: int64 arrays of numbers below ``num_patches``."""
     key = derive_key(seed, PURPOSE_SPLIT_PATCHES, 0, 0)
-    every = np.arange(patches, dtype=np.int64)
-    shuffled = numpy_impl.permute_one(every, patches, key, grid_of(patches))
-    bounds = np.rint(np.cumsum(fractions)[:-1] * patches).astype(np.int64)
+    patches = np.arange(num_patches, dtype=np.int64)
+    shuffled = numpy_impl.permute_one(patches, num_patches, key, grid_of(num_patches))
+    bounds = np.rint(np.cumsum(fractions)[:-1] * num_patches).astype(np.int64)
     return [np.sort(part) for part in np.split(shuffled, bounds)]
 
 
@@ -162,17 +161,17 @@ def split_samples(
     list of P int64 arrays
         Samples, in no particular order.
     """
-    bounds = _bounds(counts, fractions)
+    bounds = _part_bounds(counts, fractions)
     group = np.arange(counts.size, dtype=np.int64)
     key = derive_key(seed, PURPOSE_SPLIT_SAMPLES, 0, group)
     grid = grids_of(arrays.namespace(HOST), counts)
     return [
-        permute_runs(low, high - low, counts, key, grid, starts, order)[0]
+        permute_ranges(low, high - low, counts, key, grid, starts, order)[0]
         for low, high in pairwise(bounds)
     ]
 
 
-def _bounds(counts: Int64, fractions: NDArray[np.float64]) -> Int64:
+def _part_bounds(counts: Int64, fractions: NDArray[np.float64]) -> Int64:
     """Return where each part begins and ends in each (shuffled) patch: int64, shape (P + 1, G).
 
     A patch's share of a part is rounded down, and the samples left over go to different parts.
@@ -180,15 +179,15 @@ def _bounds(counts: Int64, fractions: NDArray[np.float64]) -> Int64:
     totals stay true to the fractions too.
     """
     # Products such as 0.7 * 10 must not miss the integer that they stand for.
-    shares = np.round(np.multiply.outer(fractions, counts), 6)
-    whole = np.floor(shares).astype(np.int64)
-    left = counts - whole.sum(axis=0)
-    running = np.cumsum(shares - whole, axis=0)
-    running[-1] = left
-    offset = (np.arange(1, counts.size + 1) * _GOLDEN) % 1.0
-    steps = np.floor(running + offset).astype(np.int64)
-    extra = np.diff(steps, axis=0, prepend=np.zeros((1, counts.size), np.int64))
+    exact_sizes = np.round(np.multiply.outer(fractions, counts), 6)
+    sizes = np.floor(exact_sizes).astype(np.int64)
+    num_left = counts - sizes.sum(axis=0)
+    running_totals = np.cumsum(exact_sizes - sizes, axis=0)
+    running_totals[-1] = num_left
+    offsets = (np.arange(1, counts.size + 1) * _GOLDEN) % 1.0
+    rounded_totals = np.floor(running_totals + offsets).astype(np.int64)
+    extra_samples = np.diff(rounded_totals, axis=0, prepend=np.zeros((1, counts.size), np.int64))
     bounds = np.zeros((fractions.size + 1, counts.size), np.int64)
-    np.cumsum(whole + extra, axis=0, out=bounds[1:])
+    np.cumsum(sizes + extra_samples, axis=0, out=bounds[1:])
     bounds[-1] = counts
     return bounds

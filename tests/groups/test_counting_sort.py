@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 from gpusampler import PatchGroups
 from gpusampler.groups import census as census_module
 from gpusampler.groups import counting_sort, fingerprint
-from gpusampler.groups.census import CHUNK, Census, Counted
-from gpusampler.groups.counting_sort import IdsChanged, Scatter, group_on_host
+from gpusampler.groups.census import CHUNK, Census, CensusResult
+from gpusampler.groups.counting_sort import IdsChanged, OrderWriter, group_on_host
 from gpusampler.sources.base import HostIds, PatchIds
 from support.strategies import INT64
 
@@ -45,9 +45,9 @@ def shrink(monkeypatch: pytest.MonkeyPatch, sizes: tuple[int, int, int, int, int
     for module in (census_module, counting_sort):
         monkeypatch.setattr(module, "CHUNK", chunk)
         monkeypatch.setattr(module, "BLOCK", block)
-    monkeypatch.setattr(census_module, "DIGIT", digit)
-    monkeypatch.setattr(census_module, "WIDEST", widest)
-    monkeypatch.setattr(census_module, "TABLE_MOST", table)
+    monkeypatch.setattr(census_module, "RADIX", digit)
+    monkeypatch.setattr(census_module, "MAX_WINDOW", widest)
+    monkeypatch.setattr(census_module, "MAX_TABLE_IDS", table)
 
 
 @st.composite
@@ -85,7 +85,7 @@ def cuts(draw: st.DrawFn, size: int) -> list[int]:
     return sorted({0, size, *inner})
 
 
-def through_npz(state: census_module.State) -> census_module.State:
+def through_npz(state: census_module.StateArrays) -> census_module.StateArrays:
     """A state as it comes back from a file."""
     file = io.BytesIO()
     np.savez(file, **state)
@@ -94,7 +94,7 @@ def through_npz(state: census_module.State) -> census_module.State:
         return dict(kept)
 
 
-def check(found: Counted, ids: np.ndarray) -> None:
+def check(found: CensusResult, ids: np.ndarray) -> None:
     """Compare what a census found with NumPy's own ways."""
     patch_ids, first, counts = np.unique(ids, return_index=True, return_counts=True)
     assert found.patch_ids.dtype == found.counts.dtype == np.int64
@@ -107,14 +107,14 @@ def check(found: Counted, ids: np.ndarray) -> None:
         assert found.starts is None
 
 
-def census_of(ids: np.ndarray, borders: list[int], stopping: bool) -> Counted:
+def census_of(ids: np.ndarray, borders: list[int], stopping: bool) -> CensusResult:
     """Count block by block; ``stopping`` at every border, to go on from the state."""
     census = Census(ids.size)
     for start, stop in pairwise(borders):
         if stopping:
             state = through_npz(census.state())
             census = Census(ids.size, state)
-            assert census.seen == start
+            assert census.num_seen == start
         # Read into anew, as by a source that has one buffer.
         block = ids[start:stop].copy()
         census.add(block)
@@ -124,17 +124,19 @@ def census_of(ids: np.ndarray, borders: list[int], stopping: bool) -> Counted:
     return census.result()
 
 
-def order_of(ids: np.ndarray, counted: Counted, borders: list[int], stopping: bool) -> np.ndarray:
+def order_of(
+    ids: np.ndarray, counted: CensusResult, borders: list[int], stopping: bool
+) -> np.ndarray:
     """Sort block by block; ``stopping`` at every border, after more was written than was kept."""
     order = np.full(ids.size, -1, np.int32)
-    scatter = Scatter(counted, order, None)
+    scatter = OrderWriter(counted, order, None)
     for start, stop in pairwise(borders):
         if stopping:
             state = through_npz(scatter.state())
             # Work that is lost with the process, and that is done again.
             scatter.add(ids[start:stop])
-            scatter = Scatter(counted, order, state)
-            assert scatter.written == start
+            scatter = OrderWriter(counted, order, state)
+            assert scatter.num_written == start
         scatter.add(ids[start:stop])
     ends = np.cumsum(counted.counts)
     np.testing.assert_array_equal(scatter.finish(), ends - counted.counts)
@@ -312,9 +314,9 @@ def test_samples_beyond_two_to_the_thirty_first(patches):
     ids = np.random.default_rng(0).permutation(np.arange(300_000) % patches)
     counted = census_of(ids, [0, ids.size], stopping=False)
     order = np.zeros(ids.size, np.int64)
-    scatter = Scatter(counted, order, None)
+    scatter = OrderWriter(counted, order, None)
     # Where work goes on whose first samples are elsewhere.
-    first = scatter.written = (1 << 31) - 100_000
+    first = scatter.num_written = (1 << 31) - 100_000
     scatter.add(ids)
     np.testing.assert_array_equal(order, np.argsort(ids, kind="stable") + first)
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import json
 import logging
 import os
 import random
 import subprocess
-import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -15,20 +16,22 @@ from typing import Any
 
 import numpy as np
 import pytest
+from filelock import FileLock, SoftFileLock
 
 from gpusampler import PatchGroups, read_patch_ids
 from gpusampler.groups import index_build, index_format
-from gpusampler.groups.index_format import MAGIC, ORDER_AT
+from gpusampler.groups.index_format import MAGIC, ORDER_OFFSET
 from support.index_jobs import (
     BLOCK,
     SIZE,
-    Slow,
+    SlowIds,
     check_built,
     check_unfinished,
     ids_of,
     posix,
     run_job,
 )
+from support.processes import run_python
 
 KINDS = ["dense", "sparse", "many", "runs"]
 
@@ -49,7 +52,7 @@ def kept(monkeypatch: pytest.MonkeyPatch) -> None:
 def stopped(ids: np.ndarray, folder: Path, fail_at: int) -> None:
     """Build until reading fails at a block, the first pass's or the second's."""
     with pytest.raises(OSError, match="the disk is gone"):
-        PatchGroups.from_ids(Slow(ids, fail_at=fail_at), path=folder / "a")
+        PatchGroups.from_ids(SlowIds(ids, fail_at=fail_at), path=folder / "a")
 
 
 BLOCKS = SIZE // BLOCK
@@ -58,12 +61,12 @@ BLOCKS = SIZE // BLOCK
 @pytest.mark.parametrize("kind", KINDS)
 def test_an_index_that_is_built_is_the_one_that_is_saved(folder, tmp_path, kind):
     ids = ids_of(kind)
-    groups = PatchGroups.from_ids(Slow(ids), path=folder / "a")
+    groups = PatchGroups.from_ids(SlowIds(ids), path=folder / "a")
     check_built(folder, ids)
-    PatchGroups.from_ids(Slow(ids)).save(tmp_path / "b")
+    PatchGroups.from_ids(SlowIds(ids)).save(tmp_path / "b")
     assert (folder / "a").read_bytes() == (tmp_path / "b").read_bytes()
     # The second run reads blocks to compare, and no more.
-    again = Slow(ids)
+    again = SlowIds(ids)
     opened = PatchGroups.from_ids(again, path=folder / "a")
     assert again.blocks_read == []
     assert opened.fingerprint == groups.fingerprint
@@ -79,7 +82,7 @@ def test_what_was_done_is_not_done_again(folder, kept, caplog, kind, fail_at):
     stopped(ids, folder, fail_at)
     check_unfinished(folder, ids)
     assert os.listdir(folder) == [] or fail_at
-    slow = Slow(ids)
+    slow = SlowIds(ids)
     with caplog.at_level(logging.INFO, "gpusampler"):
         PatchGroups.from_ids(slow, path=folder / "a")
     at = fail_at % BLOCKS * BLOCK
@@ -99,7 +102,7 @@ def test_stopped_again_and_again(folder, kept, stops):
     for count in stops:
         stopped(ids, folder, min(count, BLOCKS))
         check_unfinished(folder, ids)
-    PatchGroups.from_ids(Slow(ids), path=folder / "a")
+    PatchGroups.from_ids(SlowIds(ids), path=folder / "a")
     check_built(folder, ids)
 
 
@@ -142,16 +145,54 @@ def test_processes_of_different_ids(tmp_path):
 
 def test_one_that_waits_for_a_file_that_is_then_taken_away(folder):
     ids = ids_of("dense")
+    lock = FileLock(folder / "a.lock")
     # Another process has it, fails before it has written anything, and leaves nothing behind.
-    with open(folder / "a.partial", "wb") as file, ThreadPoolExecutor() as pool:
-        index_build.fcntl.flock(file, index_build.fcntl.LOCK_EX)
-        waiting = pool.submit(PatchGroups.from_ids, Slow(ids), path=folder / "a")
+    with ThreadPoolExecutor() as pool:
+        lock.acquire()
+        waiting = pool.submit(PatchGroups.from_ids, SlowIds(ids), path=folder / "a")
         time.sleep(0.3)
         assert not waiting.done()
-        os.unlink(folder / "a.partial")
-        index_build.fcntl.flock(file, index_build.fcntl.LOCK_UN)
+        os.unlink(folder / "a.lock")
+        lock.release()
         waiting.result(60)
     check_built(folder, ids)
+
+
+def test_a_lock_file_that_is_removed_before_it_is_locked(folder, monkeypatch):
+    operations, flock = [], fcntl.flock
+
+    def remove_first(fd: int, operation: int) -> None:
+        if not operations:
+            os.unlink(folder / "a.lock")
+        operations.append(operation)
+        flock(fd, operation)
+
+    monkeypatch.setattr(fcntl, "flock", remove_first)
+    ids = ids_of("dense")
+    PatchGroups.from_ids(SlowIds(ids), path=folder / "a")
+    assert operations.count(fcntl.LOCK_EX | fcntl.LOCK_NB) == 2
+    check_built(folder, ids)
+
+
+def test_several_threads_build_one_index(folder):
+    ids = ids_of("dense")
+    sources = [SlowIds(ids, 0.002) for _ in range(4)]
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(lambda source: PatchGroups.from_ids(source, path=folder / "a"), sources))
+    assert sorted(len(source.blocks_read) for source in sources) == [0, 0, 0, 2 * BLOCKS]
+    check_built(folder, ids)
+
+
+@posix
+def test_a_child_of_a_killed_process_has_no_lock(tmp_path):
+    run_job(tmp_path, "killed_with_a_child")
+
+
+def test_a_link_in_place_of_the_lock_file_is_not_followed(folder):
+    os.symlink(folder / "cpu_as_device", folder / "a.lock")
+    with pytest.raises(OSError, match=r"a\.lock"):
+        PatchGroups.from_ids(ids_of("dense"), path=folder / "a")
+    assert os.listdir(folder) == ["a.lock"]
 
 
 # What others left
@@ -172,7 +213,7 @@ def test_progress_that_cannot_be_read(folder, kept, fail_at, damage):
             np.save(file, np.arange(3))
     else:
         progress.write_bytes({"empty": b"", "cut off": data[:-30], "text": b"hello"}[damage])
-    slow = Slow(ids)
+    slow = SlowIds(ids)
     with pytest.warns(UserWarning, match=r"a\.progress cannot be read, so grouping begins anew"):
         PatchGroups.from_ids(slow, path=folder / "a")
     assert len(slow.blocks_read) == 2 * BLOCKS
@@ -192,7 +233,7 @@ def test_a_damaged_byte_of_the_progress_does_no_harm(folder, kept, monkeypatch):
         (folder / "a.progress").write_bytes(
             data[:at] + bytes([data[at] ^ 1 << at % 8]) + data[at + 1 :]
         )
-        PatchGroups.from_ids(Slow(ids), path=folder / "a", progress=False)
+        PatchGroups.from_ids(SlowIds(ids), path=folder / "a", progress=False)
         order = PatchGroups.load(folder / "a").order
         np.testing.assert_array_equal(order, np.argsort(ids, kind="stable"))
         os.unlink(folder / "a")
@@ -203,7 +244,7 @@ def test_progress_of_other_ids(folder, kept, fail_at):
     stopped(ids_of("sparse"), folder, fail_at)
     ids = ids_of("dense")
     with pytest.warns(UserWarning, match=r"a\.progress is of other ids, so grouping begins anew"):
-        PatchGroups.from_ids(Slow(ids), path=folder / "a")
+        PatchGroups.from_ids(SlowIds(ids), path=folder / "a")
     check_built(folder, ids)
 
 
@@ -222,7 +263,7 @@ def test_an_order_that_is_gone_is_sorted_again(folder, kept, change):
         partial.write_bytes(bytes(size))
     else:
         os.truncate(partial, size - 1 if change == "cut off" else 0)
-    slow = Slow(ids)
+    slow = SlowIds(ids)
     with pytest.warns(UserWarning, match=ANEW):
         PatchGroups.from_ids(slow, path=folder / "a")
     # Counting is not.
@@ -245,7 +286,7 @@ def test_an_order_that_was_begun_anew_is_not_the_one_that_was_kept(folder, kept,
         stopped_before_it_was_kept(ids, folder, monkeypatch)
     # As long as the one that the progress is about, and empty where that was written.
     with pytest.warns(UserWarning, match=ANEW):
-        PatchGroups.from_ids(Slow(ids), path=folder / "a")
+        PatchGroups.from_ids(SlowIds(ids), path=folder / "a")
     check_built(folder, ids)
 
 
@@ -258,7 +299,7 @@ def test_an_order_of_other_ids_is_not_the_one_that_was_kept(folder, kept, monkey
     # As if the others' process had been killed before it kept anything.
     (folder / "a.progress").write_bytes(progress)
     with pytest.warns(UserWarning, match=ANEW):
-        PatchGroups.from_ids(Slow(ids), path=folder / "a")
+        PatchGroups.from_ids(SlowIds(ids), path=folder / "a")
     check_built(folder, ids)
 
 
@@ -271,7 +312,7 @@ def test_a_head_of_other_ids_does_not_stay_over_a_new_order(folder, kept):
     check_unfinished(folder, ids)
     with pytest.raises(ValueError, match="must be an index"):
         PatchGroups.load(folder / "a.partial")
-    PatchGroups.from_ids(Slow(ids), path=folder / "a")
+    PatchGroups.from_ids(SlowIds(ids), path=folder / "a")
     check_built(folder, ids)
 
 
@@ -280,8 +321,8 @@ def test_an_index_without_its_name_is_given_it(folder, kept):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(index_format, "rename", lambda *_: (_ for _ in ()).throw(OSError("no name")))
         with pytest.raises(OSError, match="no name"):
-            PatchGroups.from_ids(Slow(ids), path=folder / "a")
-    slow = Slow(ids)
+            PatchGroups.from_ids(SlowIds(ids), path=folder / "a")
+    slow = SlowIds(ids)
     PatchGroups.from_ids(slow, path=folder / "a")
     assert slow.blocks_read == []
     check_built(folder, ids)
@@ -299,7 +340,7 @@ def test_what_was_left_after_the_index_was_done_is_taken_away(folder):
 # Ids that change
 
 
-class Turning(Slow):
+class Turning(SlowIds):
     """Ids two of which change places after the first pass, between the blocks compared."""
 
     def blocks(self, start: int = 0, size: int = BLOCK) -> Any:
@@ -314,7 +355,7 @@ def test_ids_that_change_between_the_passes_leave_nothing_to_go_on_with(folder, 
     with pytest.raises(RuntimeError, match="ids must stay as they are while they are grouped"):
         PatchGroups.from_ids(Turning(ids), path=folder / "a")
     assert sorted(os.listdir(folder)) == ["a.partial"]
-    PatchGroups.from_ids(Slow(ids), path=folder / "a")
+    PatchGroups.from_ids(SlowIds(ids), path=folder / "a")
     check_built(folder, ids)
 
 
@@ -342,7 +383,7 @@ def test_ids_that_change_in_a_block_that_is_compared(folder, kept, monkeypatch):
 
     monkeypatch.setattr(index_build, "group_on_host", changing)
     with pytest.raises(RuntimeError, match="ids must stay as they are"):
-        PatchGroups.from_ids(Slow(ids), path=folder / "a")
+        PatchGroups.from_ids(SlowIds(ids), path=folder / "a")
     assert not (folder / "a").exists()
     assert not (folder / "a.progress").exists()
 
@@ -358,14 +399,15 @@ def test_ids_that_are_no_ids_leave_nothing_behind(folder):
 
 
 def test_without_locks_one_process_builds(folder, kept, monkeypatch):
-    # Windows has none, and renames no file that is open.
-    monkeypatch.setattr(index_build, "fcntl", None)
+    # As where the system has none; and Windows renames no file that is open.
+    monkeypatch.setattr("filelock.FileLock", SoftFileLock)
 
     def strict(call: Any) -> Any:
-        def checked(source: Any, *rest: Any) -> None:
+        def checked(source: Any, *rest: Any, **named: Any) -> None:
             fds = [f"/proc/self/fd/{fd}" for fd in os.listdir("/proc/self/fd")]
-            assert str(source) not in [os.readlink(fd) for fd in fds if os.path.islink(fd)]
-            call(source, *rest)
+            open_files = [os.readlink(fd) for fd in fds if os.path.islink(fd)]
+            assert str(source) not in open_files or ".lock" in str(source)
+            call(source, *rest, **named)
 
         return checked
 
@@ -376,31 +418,51 @@ def test_without_locks_one_process_builds(folder, kept, monkeypatch):
         stopped(ids, folder, 0)
         assert os.listdir(folder) == []
         stopped(ids, folder, BLOCKS + 5)
-        PatchGroups.from_ids(Slow(ids), path=folder / "a")
+        PatchGroups.from_ids(SlowIds(ids), path=folder / "a")
         check_built(folder, ids)
         # Another process makes it between the two looks.
         there = iter([False, True])
-        patch.setattr(index_build, "_is_there", lambda *_: next(there))
-        PatchGroups.from_ids(Slow(ids), path=folder / "a")
+        patch.setattr(index_build, "_is_built", lambda *_: next(there))
+        PatchGroups.from_ids(SlowIds(ids), path=folder / "a")
         check_built(folder, ids)
 
 
-def test_the_module_is_imported_where_there_are_no_locks():
+def test_the_module_is_imported_where_there_are_no_locks(folder):
     program = (
         "import sys; sys.modules['fcntl'] = None\n"
-        "from gpusampler import building\n"
-        "assert building.fcntl is None"
+        "from gpusampler import PatchGroups\n"
+        "assert 'filelock' not in sys.modules\n"
+        "PatchGroups.from_ids([1, 0, 1], path=sys.argv[1])\n"
+        "assert 'filelock' in sys.modules"
     )
-    subprocess.run([sys.executable, "-c", program], check=True, timeout=60)
+    run_python("-c", program, folder / "a", timeout=60)
+    check_built(folder, np.array([1, 0, 1]))
+
+
+def test_an_index_that_is_there_is_opened_without_a_lock(folder):
+    ids = folder.with_name("ids.npy")
+    np.save(ids, ids_of("dense"))
+    PatchGroups.from_ids(ids, path=folder / "a")
+    program = (
+        "import sys; sys.modules['filelock'] = None\n"
+        "from gpusampler import PatchGroups\n"
+        "PatchGroups.from_ids(sys.argv[1], path=sys.argv[2])"
+    )
+    run_python("-c", program, ids, folder / "a", timeout=60)
+    check_built(folder, ids_of("dense"))
 
 
 def test_a_filesystem_without_locks(folder, monkeypatch):
-    def refuses(*_: Any) -> None:
-        raise OSError(38, "Function not implemented")
+    for number in (errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK):
 
-    monkeypatch.setattr(index_build.fcntl, "flock", refuses)
-    with pytest.raises(OSError, match=r"path must be on a filesystem that has locks, got .*a: "):
-        PatchGroups.from_ids(ids_of("dense"), path=folder / "a")
+        def refuses(*_: Any, number: int = number) -> None:
+            raise OSError(number, os.strerror(number))
+
+        monkeypatch.setattr(fcntl, "flock", refuses)
+        with pytest.raises(
+            OSError, match=r"path must be on a filesystem that has locks, got .*a: "
+        ):
+            PatchGroups.from_ids(ids_of("dense"), path=folder / "a")
 
 
 # What comes to the disk before what
@@ -435,7 +497,7 @@ LAST = ["fsync .partial", "fsync whole .partial", "rename to a", "fsync folder"]
 
 def test_the_order_of_what_comes_to_the_disk(folder, kept, monkeypatch):
     noted = calls_of(monkeypatch, folder)
-    PatchGroups.from_ids(Slow(ids_of("dense")), path=folder / "a")
+    PatchGroups.from_ids(SlowIds(ids_of("dense")), path=folder / "a")
     assert noted[-4:] == LAST
     keeping = ["fsync .progress", "rename to a.progress"]
     assert noted[: 2 * (BLOCKS + 1)] == keeping * (BLOCKS + 1)
@@ -465,9 +527,7 @@ def test_the_system_sees_them_in_this_order(tmp_path):
     )
     log = tmp_path / "log"
     command = ["strace", "-f", "-y", "-o", str(log), "-e", "trace=msync,fsync,rename,unlink"]
-    subprocess.run(
-        [*command, sys.executable, "-c", program, str(tmp_path / "a")], check=True, timeout=120
-    )
+    run_python("-c", program, tmp_path / "a", launcher=command, timeout=120)
     calls = []
     for line in log.read_text().splitlines():
         call = line.split(maxsplit=1)[1].split("(")[0]
@@ -495,11 +555,11 @@ def test_the_progress_is_small_and_plain(folder, kept):
     assert int(state["written"]) == 3 * BLOCK
     assert json.loads(str(state["signature"]))["size"] == SIZE
     assert (folder / "a.progress").stat().st_size < 20_000
-    assert (folder / "a.partial").stat().st_size == ORDER_AT + 4 * SIZE
+    assert (folder / "a.partial").stat().st_size == ORDER_OFFSET + 4 * SIZE
 
 
 def test_a_patch_that_is_too_large_is_refused_before_any_order_is_written(monkeypatch, tmp_path):
-    monkeypatch.setattr("gpusampler.groups.census.MAX_PATCH", 1000)
+    monkeypatch.setattr("gpusampler.groups.census.MAX_PATCH_SAMPLES", 1000)
     path = tmp_path / "ids.index"
     with pytest.raises(ValueError, match=r"fewer than 2\*\*31 samples, got 1001 in patch 'b'"):
         PatchGroups.from_ids(["a", "b", "a", *["b"] * 1000], path=path)
@@ -544,12 +604,12 @@ def test_a_selection_is_compared_with_its_ids_in_every_block(folder):
     chosen = np.arange(0, SIZE, 3)
     PatchGroups.from_ids(ids).select(chosen).save(folder / "a")
     assert SIZE > 2 * BLOCK
-    groups = PatchGroups.load(folder / "a", source=Slow(ids), verify=True)
+    groups = PatchGroups.load(folder / "a", source=SlowIds(ids), verify=True)
     assert groups.num_samples == chosen.size
     changed = ids.copy()
     # Of what was not chosen nothing is known; of what was, in the last block too, everything.
     changed[SIZE - 1 - (SIZE - 1) % 3 - 1] += 1
-    PatchGroups.load(folder / "a", source=Slow(changed), verify=True)
+    PatchGroups.load(folder / "a", source=SlowIds(changed), verify=True)
     changed[SIZE - 1 - (SIZE - 1) % 3] += 1
     with pytest.raises(ValueError, match="which are other ids"):
-        PatchGroups.load(folder / "a", source=Slow(changed), verify=True)
+        PatchGroups.load(folder / "a", source=SlowIds(changed), verify=True)

@@ -30,7 +30,7 @@ root = pytest.mark.skipif(
 @own_mounts
 @pytest.mark.parametrize("place", ["saving", "building", "keeping", "finishing"])
 def test_a_full_disk(tmp_path, place):
-    run_job(tmp_path, f"full_while_{place}", before=UNSHARE)
+    run_job(tmp_path, f"full_while_{place}", launcher=UNSHARE)
 
 
 @posix

@@ -9,8 +9,6 @@ import os
 import pickle
 import re
 import struct
-import subprocess
-import sys
 import zlib
 from pathlib import Path
 from typing import Any
@@ -20,10 +18,11 @@ import pytest
 
 from gpusampler import EpochPlan, PatchBatchSampler, PatchGroups, PatchTensorLoader
 from gpusampler.groups import index_format
-from gpusampler.groups.index_format import MAGIC, ORDER_AT
-from gpusampler.groups.verification import BLOCKS, LENGTH
+from gpusampler.groups.index_format import MAGIC, ORDER_OFFSET
+from gpusampler.groups.verification import BLOCK_IDS, NUM_BLOCKS
 from gpusampler.sources.base import HostIds
 from support.dataloaders import IDS, LOADERS, Rows, loader_of, rows_of
+from support.processes import run_python
 from support.strategies import draw, epoch_of, samples_by_patch, through_json
 
 LONG = np.random.default_rng(0).permutation(np.repeat(np.arange(50), 2_000))
@@ -88,7 +87,7 @@ def test_what_is_loaded_is_what_was_saved(tmp_path, kind, mmap):
                 check_same(part, other)
 
 
-def test_groups_on_a_device_are_saved_and_loaded_on_the_host(tmp_path, library, elsewhere):
+def test_groups_on_a_device_are_saved_and_loaded_on_the_host(tmp_path, library, cpu_as_device):
     groups = PatchGroups.from_ids(library.array(IDS))
     groups.save(tmp_path / "a")
     loaded = PatchGroups.load(tmp_path / "a", source=library.array(IDS), verify=True)
@@ -217,10 +216,10 @@ def test_a_pickle_of_a_file_that_is_another_by_now(index, change):
 
 def change_file(path: Path, change: str) -> None:
     if change in ("shorter", "empty"):
-        os.truncate(path, 0 if change == "empty" else ORDER_AT)
+        os.truncate(path, 0 if change == "empty" else ORDER_OFFSET)
     elif change == "written":
         with open(path, "r+b") as file:
-            file.seek(ORDER_AT)
+            file.seek(ORDER_OFFSET)
             file.write(bytes(8))
         os.utime(path, ns=(0, 1))
     else:
@@ -259,8 +258,8 @@ def changed(at: int) -> np.ndarray:
     return ids
 
 
-BETWEEN = (LONG.size - LENGTH) // (BLOCKS - 1) + LENGTH + 5
-assert LONG.size > 2 * BLOCKS * LENGTH
+BETWEEN = (LONG.size - BLOCK_IDS) // (NUM_BLOCKS - 1) + BLOCK_IDS + 5
+assert LONG.size > 2 * NUM_BLOCKS * BLOCK_IDS
 
 
 @pytest.mark.parametrize("verify", [False, True])
@@ -295,8 +294,10 @@ def test_every_block_is_compared(tmp_path, size):
     ids = np.arange(size) % 7
     PatchGroups.from_ids(ids).save(tmp_path / "a")
     PatchGroups.load(tmp_path / "a", source=ids)
-    last = size - LENGTH
-    starts = [last * k // (BLOCKS - 1) for k in range(BLOCKS)] if size > 16_384 else range(size)
+    last = size - BLOCK_IDS
+    starts = (
+        [last * k // (NUM_BLOCKS - 1) for k in range(NUM_BLOCKS)] if size > 16_384 else range(size)
+    )
     for at in [*list(starts)[::20], size - 1]:
         other = ids.copy()
         other[at] = 99
@@ -382,10 +383,10 @@ def test_a_damaged_byte_anywhere_is_found(tmp_path):
     groups.save(path)
     whole = path.read_bytes()
     used = 24 + struct.unpack_from("<I", whole, 16)[0]
-    order_ends = ORDER_AT + 4 * len(NAMES)
-    for at in [*range(used), *range(ORDER_AT, len(whole))]:
+    order_ends = ORDER_OFFSET + 4 * len(NAMES)
+    for at in [*range(used), *range(ORDER_OFFSET, len(whole))]:
         path.write_bytes(whole[:at] + bytes([whole[at] ^ 1 << at % 8]) + whole[at + 1 :])
-        verify = ORDER_AT <= at < order_ends
+        verify = ORDER_OFFSET <= at < order_ends
         text = "damaged order" if verify else "got (another file|a damaged head|damaged ones)"
         with pytest.raises(ValueError, match=f"a must .*{text}"):
             PatchGroups.load(path, verify=verify)
@@ -396,7 +397,7 @@ def test_a_damaged_byte_anywhere_is_found(tmp_path):
 @pytest.mark.parametrize("seed", range(8))
 def test_samples_that_changed_places_in_the_order_are_found(index, seed):
     rng = np.random.default_rng(seed)
-    order = np.memmap(index, "<i4", "r+", ORDER_AT, LONG.shape)
+    order = np.memmap(index, "<i4", "r+", ORDER_OFFSET, LONG.shape)
     at = rng.choice(LONG.size, 2, replace=False)
     # Within a patch, across patches, and around the blocks in which it is read.
     first = [at[0], 65_535, 0, LONG.size - 2][seed % 4]
@@ -407,7 +408,9 @@ def test_samples_that_changed_places_in_the_order_are_found(index, seed):
         PatchGroups.load(index, verify=True)
 
 
-@pytest.mark.parametrize("size", [0, 5, 16, 24, 100, ORDER_AT - 1, ORDER_AT, ORDER_AT + 1, -1, -9])
+@pytest.mark.parametrize(
+    "size", [0, 5, 16, 24, 100, ORDER_OFFSET - 1, ORDER_OFFSET, ORDER_OFFSET + 1, -1, -9]
+)
 def test_a_file_that_is_cut_off(index, size):
     whole = index.stat().st_size
     os.truncate(index, size % whole if size < 0 else size)
@@ -587,7 +590,7 @@ def test_what_looks_at_no_sample_needs_no_file(index):
     sampler = PatchBatchSampler(PatchGroups.load(index), 8, seed=0)
     groups, before = sampler.plan.groups, sampler.stats().table_bytes
     size, text = groups.nbytes, repr(groups)
-    os.truncate(index, ORDER_AT + 8)
+    os.truncate(index, ORDER_OFFSET + 8)
     with pytest.raises(OSError, match="stay as it is"):
         list(sampler)
     assert (groups.nbytes, repr(groups)) == (size, text)
@@ -602,5 +605,4 @@ def test_nothing_is_said_when_the_program_ends_with_a_map(index):
     pytest.importorskip("torch")
     # What torch keeps lets modules go before the groups.
     code = "import sys, torch, gpusampler; groups = gpusampler.PatchGroups.load(sys.argv[1])"
-    done = subprocess.run([sys.executable, "-c", code, str(index)], capture_output=True, check=True)
-    assert done.stderr == b""
+    assert run_python("-c", code, index).stderr == ""

@@ -16,7 +16,7 @@ IDS = np.random.default_rng(2).integers(0, 40, 5000)
 
 
 @pytest.fixture
-def full_device(elsewhere, monkeypatch):
+def full_device(cpu_as_device, monkeypatch):
     """A device of torch's whose memory does not suffice to sort."""
     asked = []
 
@@ -53,7 +53,7 @@ def test_batches_stay_the_same_and_on_the_device(full_device):
         assert isinstance(batch.indices, torch.Tensor)
 
 
-def test_other_errors_are_raised(elsewhere, monkeypatch):
+def test_other_errors_are_raised(cpu_as_device, monkeypatch):
     def sort(array):
         raise RuntimeError("CUDA error: an illegal memory access was encountered")
 
@@ -67,7 +67,7 @@ def free(monkeypatch):
     """Let a device have so many bytes free."""
 
     def have(number):
-        monkeypatch.setattr(memory, "ASKED_FROM", 0)
+        monkeypatch.setattr(memory, "MIN_CHECKED_BYTES", 0)
         monkeypatch.setattr(memory, "free_bytes", lambda device: number)
 
     return have
@@ -91,7 +91,7 @@ def test_an_index_file_takes_no_memory(free, tmp_path):
     assert groups.order.nbytes == 4 * IDS.size
 
 
-def test_a_warning_before_half_of_a_device_is_taken(elsewhere, free):
+def test_a_warning_before_half_of_a_device_is_taken(cpu_as_device, free):
     free(2 * 40 * IDS.size - 1)
     with pytest.warns(UserWarning, match=r"sorting 5000 ids .*int32"):
         PatchGroups.from_ids(torch.tensor(IDS))
