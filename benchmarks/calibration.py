@@ -24,17 +24,18 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import numpy as np
 import torch
 
+from benchmarks import markdown
 from gpusampler import Batch, CostBudget, PatchBatchSampler, calibrate
 from gpusampler.calibration.cost_model import Fit
-from gpusampler.calibration.forked_child import high_water
+from gpusampler.calibration.forked_child import high_water_mark
 from gpusampler.calibration.memory_meter import HostMeter
 from gpusampler.core import memory
-from gpusampler.core.text import human
+from gpusampler.core.text import format_bytes
 
 HELD_OUT = 24
 FREE = 400 << 20
 """Bytes above what the process holds that a case may take."""
-LEAST = 4 << 20
+MIN_PEAK = 4 << 20
 """Peaks below this are not compared: what they are measured with is 0.2 MiB."""
 SHARE = 0.9
 
@@ -59,8 +60,8 @@ def nothing() -> Iterator[None]:
 def points_of(patches: int) -> dict[int, int]:
     """Points of patches, as different as the groundwater presets' are."""
     rng = np.random.default_rng(5)
-    found = np.exp(rng.uniform(np.log(44), np.log(1353), patches))
-    return {patch: int(points) for patch, points in enumerate(found)}
+    counts = np.exp(rng.uniform(np.log(44), np.log(1353), patches))
+    return {patch: int(points) for patch, points in enumerate(counts)}
 
 
 class Attention(torch.nn.Module):
@@ -114,15 +115,15 @@ def gino() -> Case:
     from gpusampler.groundwater import collate_fn
 
     data = load()
-    first = collate_fn([data.train[0]])
-    columns, targets = first["core_in"].shape[-1], first["core_out"].shape[-1]
+    first_batch = collate_fn([data.train[0]])
+    columns, targets = first_batch["core_in"].shape[-1], first_batch["core_out"].shape[-1]
     model = PatchGino(6, 1, columns=columns, targets=targets)
     optimizer = torch.optim.Adam(model.net.parameters())
 
     def step(batch: Batch) -> None:
-        read = collate_fn([data.train[place] for place in batch.indices.tolist()])
+        data_batch = collate_fn([data.train[place] for place in batch.indices.tolist()])
         optimizer.zero_grad()
-        batch_loss(model, read).backward()  # type: ignore[no-untyped-call]
+        batch_loss(model, data_batch).backward()  # type: ignore[no-untyped-call]
         optimizer.step()
 
     return Case(
@@ -147,67 +148,67 @@ def held_out(case: Case, budget: CostBudget, limit: int) -> list[dict[str, Any]]
     record = budget.calibration
     assert record is not None
     fit = Fit(*(record[name] for name in Fit._fields))
-    seen = {point["patch_id"] for point in (*record["points"], *record["verified"])}
-    unseen = [patch for patch in case.costs if patch not in seen]
+    probed_patches = {point["patch_id"] for point in (*record["points"], *record["verified"])}
+    unprobed_patches = [patch for patch in case.costs if patch not in probed_patches]
     meter = HostMeter(case.step, case.sampler.plan, limit)
     labels = case.sampler.plan.groups.labels.tolist()
-    room = SHARE * limit - record["held"]
+    usable = SHARE * limit - record["held"]
     rng = np.random.default_rng(1)
-    found = []
-    while len(found) < HELD_OUT:
-        patch = int(rng.choice(unseen))
+    comparisons = []
+    while len(comparisons) < HELD_OUT:
+        patch = int(rng.choice(unprobed_patches))
         cost = case.costs[patch]
-        top = (room - float(fit.once(cost))) / float(fit.each(cost))
-        size = int(np.exp(rng.uniform(0, np.log(top))))
-        foretold = float(fit.predict(cost, size))
-        if foretold < LEAST:
+        max_size = (usable - float(fit.bytes_per_batch(cost))) / float(fit.bytes_per_sample(cost))
+        size = int(np.exp(rng.uniform(0, np.log(max_size))))
+        predicted = float(fit.predict(cost, size))
+        if predicted < MIN_PEAK:
             continue
         probe = meter.measure(labels.index(patch), size)
         assert probe is not None, "it ran out of memory within the share"
-        found.append(
+        comparisons.append(
             {
                 "patch_id": patch,
                 "cost": cost,
                 "batch_size": size,
-                "predicted": foretold,
+                "predicted": predicted,
                 "measured": probe.peak,
-                "off": foretold / probe.peak - 1,
+                "off": predicted / probe.peak - 1,
             }
         )
-    return found
+    return comparisons
 
 
 def epoch_peak(case: Case, budget: CostBudget) -> dict[str, float]:
     """Train an epoch with the budget in a copy of this process; return what it held at most."""
     sampler = PatchBatchSampler(case.sampler.plan.groups, budget, seed=0, device="numpy")
     context = multiprocessing.get_context("fork")
-    reading, writing = context.Pipe(duplex=False)
+    receiver, sender = context.Pipe(duplex=False)
 
     def train() -> None:
-        high_water(reset=True)
+        high_water_mark(reset=True)
         batches = 0
         for batch in sampler.batches():
             case.step(batch)
             batches += 1
             if batches == 300:
                 break
-        writing.send({"batches": batches, "peak": high_water()})
+        sender.send({"batches": batches, "peak": high_water_mark()})
 
     # A process by fork needs no pickling of what it runs.
     child = context.Process(target=train)
     child.start()
     # Nothing comes where it was killed: this end is closed here, so that waiting for it ends.
-    writing.close()
-    answer: dict[str, float] = reading.recv()
+    sender.close()
+    answer: dict[str, float] = receiver.recv()
     child.join()
     return answer
 
 
 def run(case: Case, picture: Path | None) -> dict[str, Any]:
     """Calibrate a case, and compare what it foretells."""
-    held = memory.resident()
-    assert held is not None
-    limit = held + FREE
+    resident = memory.resident_bytes()
+    assert resident is not None
+    limit = resident + FREE
     with case.context():
         start = time.perf_counter()
         budget = calibrate(
@@ -219,40 +220,40 @@ def run(case: Case, picture: Path | None) -> dict[str, Any]:
             share=SHARE,
             picture=picture,
         )
-        took = time.perf_counter() - start
-        again = CostBudget.from_dict(json.loads(json.dumps(budget.to_dict())))
-        assert again == budget
-        compared = held_out(case, budget, limit)
+        seconds = time.perf_counter() - start
+        loaded = CostBudget.from_dict(json.loads(json.dumps(budget.to_dict())))
+        assert loaded == budget
+        comparisons = held_out(case, budget, limit)
         epoch = epoch_peak(case, budget)
     record = budget.calibration
     assert record is not None
     return {
         "case": case.name,
-        "seconds": took,
+        "seconds": seconds,
         "calibration": record,
-        "held_out": compared,
+        "held_out": comparisons,
         "limit": limit,
         "epoch_batches": epoch["batches"],
         "epoch_peak": epoch["peak"],
     }
 
 
-def line(found: dict[str, Any]) -> str:
+def line(result: dict[str, Any]) -> str:
     """Return a case's line of the table."""
-    off = np.abs([one["off"] for one in found["held_out"]])
-    peaks = [one["measured"] for one in found["held_out"]]
-    record = found["calibration"]
+    errors = np.abs([item["off"] for item in result["held_out"]])
+    peaks = [item["measured"] for item in result["held_out"]]
+    record = result["calibration"]
     cells = [
-        found["case"],
+        result["case"],
         record["fit"],
-        f"{len(record['points'])}, {found['seconds']:.1f} s",
+        f"{len(record['points'])}, {result['seconds']:.1f} s",
         f"{record['worst_residual']:.1%}",
-        f"{len(off)}, {human(min(peaks))} to {human(max(peaks))}",
-        f"{np.median(off):.1%}",
-        f"{off.max():.1%}",
-        f"{found['epoch_peak'] / found['limit']:.1%}",
+        f"{len(errors)}, {format_bytes(min(peaks))} to {format_bytes(max(peaks))}",
+        f"{np.median(errors):.1%}",
+        f"{errors.max():.1%}",
+        f"{result['epoch_peak'] / result['limit']:.1%}",
     ]
-    return f"| {' | '.join(cells)} |"
+    return markdown.row(cells)
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -260,7 +261,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.calibration", description=__doc__)
     parser.add_argument("--json", type=Path, help="write everything measured there")
     parser.add_argument("--picture", type=Path, help="draw the last case's calibration there")
-    asked = parser.parse_args(arguments)
+    options = parser.parse_args(arguments)
     torch.set_num_threads(1)
     machine = {
         "platform": platform.platform(),
@@ -273,21 +274,25 @@ def main(arguments: list[str] | None = None) -> None:
         or "as it comes",
     }
     print(", ".join(f"{name} {value}" for name, value in machine.items()))
-    found = []
+    results = []
     for case in cases():
         print(f"\n{case.name}")
-        last = case.name.startswith("GINO")
-        found.append(run(case, asked.picture if last else None))
+        is_last = case.name.startswith("GINO")
+        results.append(run(case, options.picture if is_last else None))
     print(
-        f"\nlimit: what is held + {human(FREE)}, share {SHARE:.0%}\n\n"
+        f"\nlimit: what is held + {format_bytes(FREE)}, share {SHARE:.0%}\n\n"
         "| case | fit | probes | worst residual | held-out batches | median error | worst error | "
         "peak of an epoch, of the limit |\n|---|---|---|---|---|---|---|---|"
     )
-    for one in found:
-        print(line(one))
-    if asked.json:
-        said = {"command": "python -m benchmarks.calibration", "machine": machine, "cases": found}
-        asked.json.write_text(json.dumps(said, indent=1) + "\n")
+    for result in results:
+        print(line(result))
+    if options.json:
+        report = {
+            "command": "python -m benchmarks.calibration",
+            "machine": machine,
+            "cases": results,
+        }
+        options.json.write_text(json.dumps(report, indent=1) + "\n")
 
 
 def processor() -> str:

@@ -11,21 +11,21 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 
 from gpusampler.batching.cost_budget import CostBudget, OverBudget
-from gpusampler.batching.costs import costs_by_patch
+from gpusampler.batching.costs import positive_by_patch
 from gpusampler.core import log
-from gpusampler.core.text import human, shown
-from gpusampler.core.validation import checked_bool, checked_choice, checked_path
+from gpusampler.core.text import format_bytes, short_repr
+from gpusampler.core.validation import check_bool, check_choice, check_path, check_real
 from gpusampler.plan.epoch_plan import EpochPlan
 from gpusampler.sampler.batch_sampler import PatchBatchSampler
 from gpusampler.sampler.batches import Batch
-from gpusampler.sources import dataset_costs
+from gpusampler.sources.datasets import dataset_patch_costs
 
 if TYPE_CHECKING:
     from gpusampler.calibration.cost_model import Floats
 
-FITS = ("auto", "proportional", "affine")
+FIT_CHOICES = ("auto", "proportional", "affine")
 
-OF_MALLOC = """\
+MALLOC_ADVICE = """\
   malloc keeps pieces of what is freed, so an epoch may come to hold more than a dozen batches do:
   leave room, or set MALLOC_MMAP_THRESHOLD_=1048576 for calibrating and training"""
 
@@ -139,25 +139,25 @@ def calibrate(
     from inspect import isasyncgenfunction, iscoroutinefunction, isgeneratorfunction
 
     from gpusampler.calibration.memory_meter import meter_for
-    from gpusampler.calibration.report import draw, table
+    from gpusampler.calibration.report import draw_fit, format_record
     from gpusampler.calibration.search import Search
     from gpusampler.calibration.snapshot import check_state
 
     if not callable(step):
-        raise TypeError(f"step must be a function of a batch, got {shown(step)}")
+        raise TypeError(f"step must be a function of a batch, got {short_repr(step)}")
     # Called, they do nothing, and that would take no memory.
     if isgeneratorfunction(step) or iscoroutinefunction(step) or isasyncgenfunction(step):
         raise TypeError(
             "step must make the training step when it is called, got a function with yield or "
-            f"async: {shown(step)}"
+            f"async: {short_repr(step)}"
         )
     if not isinstance(sampler, PatchBatchSampler):
-        raise TypeError(f"sampler must be a PatchBatchSampler, got {shown(sampler)}")
+        raise TypeError(f"sampler must be a PatchBatchSampler, got {short_repr(sampler)}")
     objects = check_state(state)
-    limit = _checked_limit(memory_limit)
-    share = _checked_share(share)
-    checked_choice(fit, "fit", FITS)
-    checked_bool(progress, "progress")
+    limit = _check_memory_limit(memory_limit)
+    share = float(check_real(share, "share", "be in (0, 1]", lambda x: 0 < x <= 1))
+    check_choice(fit, "fit", FIT_CHOICES)
+    check_bool(progress, "progress")
     bounds = CostBudget(
         1,
         min_batch_size=min_batch_size,
@@ -166,36 +166,36 @@ def calibrate(
         power_of_two=power_of_two,
         over_budget=over_budget,
     )
-    path = None if picture is None else _checked_picture(picture)
+    path = None if picture is None else _check_picture(picture)
     plan = sampler.plan
-    costs = _checked_costs(cost, plan)
+    costs = _check_costs(cost, plan)
     device, meter = meter_for(step, plan, objects, limit)
-    if share * meter.limit <= meter.held():
+    in_use = meter.memory_in_use()
+    if share * meter.limit <= in_use:
         raise ValueError(
-            f"memory_limit must be more than the {human(meter.held())} that are held "
-            f"already, times share={share:g}, got {human(meter.limit)}"
+            f"memory_limit must be more than the {format_bytes(in_use)} that are held "
+            f"already, times share={share:g}, got {format_bytes(meter.limit)}"
         )
     search = Search(meter, plan, costs, bounds, share, fit)
-    search.climb()
-    budget = search.settle()
+    search.run_probes()
+    budget = search.find_budget()
     record = search.record(device)
-    budget = replace(budget, calibration=record)
-    said = table(record)
+    text = format_record(record)
     if device == "cpu" and "MALLOC_MMAP_THRESHOLD_" not in os.environ:
-        said += f"\n{OF_MALLOC}"
-    log.logger.info("calibrate:\n%s", said)
+        text += f"\n{MALLOC_ADVICE}"
+    log.logger.info("calibrate:\n%s", text)
     if progress:
-        print(said)  # noqa: T201
+        print(text)  # noqa: T201
     if path is not None:
-        draw(record, path)
-    search.warn_if_off()
-    return budget
+        draw_fit(record, path)
+    search.warn_if_inaccurate()
+    return replace(budget, calibration=record)
 
 
-def _checked_costs(cost: Any, plan: EpochPlan) -> Floats:
+def _check_costs(cost: Any, plan: EpochPlan) -> Floats:
     if cost is not None and not isinstance(cost, Mapping) and not isinstance(cost, np.ndarray):
-        said = dataset_costs.patch_costs(cost)
-        cost = cost if said is None else said
+        patch_costs = dataset_patch_costs(cost)
+        cost = cost if patch_costs is None else patch_costs
     if plan.costs_are_of_samples:
         raise ValueError(
             "sampler must not cut patches by sample_costs: what would be tried are the first "
@@ -208,33 +208,18 @@ def _checked_costs(cost: Any, plan: EpochPlan) -> Floats:
             "cost must be given, as a mapping from patch ids or a dataset that has patch_costs(), "
             "where the sampler's batch_size is no CostBudget, got None"
         )
-    return costs_by_patch(cost, plan.groups, "cost")
+    return positive_by_patch(cost, plan.groups, "cost")
 
 
-def _checked_limit(limit: Any) -> int | None:
+def _check_memory_limit(limit: Any) -> int | None:
     if limit is None:
         return None
-    if isinstance(limit, (bool, np.bool_)) or not isinstance(
-        limit, (int, float, np.integer, np.floating)
-    ):
-        raise TypeError(f"memory_limit must be a number of bytes, got {shown(limit)}")
-    if not 0 < limit < 2.0**62:
-        raise ValueError(f"memory_limit must be > 0 bytes and < 2**62, got {shown(limit)}")
-    return int(limit)
+    rule, kind = "be > 0 bytes and < 2**62", "a number of bytes"
+    return int(check_real(limit, "memory_limit", rule, lambda x: 0 < x < 2.0**62, kind=kind))
 
 
-def _checked_share(share: Any) -> float:
-    if isinstance(share, (bool, np.bool_)) or not isinstance(
-        share, (int, float, np.integer, np.floating)
-    ):
-        raise TypeError(f"share must be a number, got {shown(share)}")
-    if not 0 < share <= 1:
-        raise ValueError(f"share must be in (0, 1], got {shown(share)}")
-    return float(share)
-
-
-def _checked_picture(picture: Any) -> Path:
-    path = checked_path(picture, "picture")
+def _check_picture(picture: Any) -> Path:
+    path = check_path(picture, "picture")
     try:
         import matplotlib  # noqa: F401
     except ImportError as error:

@@ -12,7 +12,7 @@ Floats = NDArray[np.float64]
 Values = NDArray[np.float64] | NDArray[np.int64] | float
 FitForm = Literal["proportional", "affine"]
 
-SIMPLER = 0.999
+MAX_ERROR_RATIO = 0.999
 """A term more has to make the sum of squares smaller than this much of what it was."""
 
 
@@ -39,17 +39,18 @@ class Fit(NamedTuple):
     per_sample: float = 0.0
     per_patch: float = 0.0
 
-    def once(self, costs: Values) -> Floats:
+    def bytes_per_batch(self, costs: Values) -> Floats:
         """Return the bytes of a batch of each patch that its size does not change."""
         return np.asarray(self.fixed + self.per_patch * np.asarray(costs, np.float64))
 
-    def each(self, costs: Values) -> Floats:
+    def bytes_per_sample(self, costs: Values) -> Floats:
         """Return the bytes of a sample of each patch."""
         return np.asarray(self.per_sample + self.per_cost * np.asarray(costs, np.float64))
 
     def predict(self, costs: Values, sizes: Values) -> Floats:
         """Return the bytes of batches of ``sizes`` samples that cost ``costs`` each."""
-        return np.asarray(self.once(costs) + self.each(costs) * np.asarray(sizes, np.float64))
+        per_batch, per_sample = self.bytes_per_batch(costs), self.bytes_per_sample(costs)
+        return np.asarray(per_batch + per_sample * np.asarray(sizes, np.float64))
 
 
 def fit_peaks(costs: Floats, sizes: Floats, peaks: Floats, form: FitForm = "proportional") -> Fit:
@@ -79,18 +80,18 @@ def fit_peaks(costs: Floats, sizes: Floats, peaks: Floats, form: FitForm = "prop
     # Scaled, so that bytes and costs of any unit are solved for alike.
     scales = np.abs(terms).max(axis=0)
     terms = terms / scales
-    best, least = np.zeros(4), np.inf
+    best, min_error = np.zeros(4), np.inf
     # Nothing is below zero: of so few terms, every choice of those above it is tried.
     for count in range(1, 5 if form == "affine" else 3):
-        for chosen in combinations(range(4 if form == "affine" else 2), count):
-            if not {1, 2} & set(chosen):
+        for columns in combinations(range(4 if form == "affine" else 2), count):
+            if not {1, 2} & set(columns):
                 continue
-            part = terms[:, chosen]
-            found, _, rank, _ = np.linalg.lstsq(part, np.ones_like(peaks), rcond=1e-9)
-            off = float(np.square(part @ found - 1).sum())
-            if rank == count and found.min() > 0 and off < least * SIMPLER:
-                best, least = np.zeros(4), off
-                best[list(chosen)] = found / scales[list(chosen)]
+            chosen = terms[:, columns]
+            solution, _, rank, _ = np.linalg.lstsq(chosen, np.ones_like(peaks), rcond=1e-9)
+            error = float(np.square(chosen @ solution - 1).sum())
+            if rank == count and solution.min() > 0 and error < min_error * MAX_ERROR_RATIO:
+                best, min_error = np.zeros(4), error
+                best[list(columns)] = solution / scales[list(columns)]
     return Fit(*best.tolist())
 
 

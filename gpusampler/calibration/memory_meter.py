@@ -10,20 +10,22 @@ import numpy as np
 
 from gpusampler.calibration.forked_child import (
     call_in_child,
-    check_there,
-    high_water,
+    check_platform,
+    high_water_mark,
     is_out_of_memory,
-    trim,
+    release_freed_memory,
 )
 from gpusampler.calibration.snapshot import StateSnapshot, tensors_of
 from gpusampler.core import arrays, devices, memory
 from gpusampler.core.log import logger
-from gpusampler.core.text import human
+from gpusampler.core.text import format_bytes
 from gpusampler.plan.epoch_plan import EpochPlan
 from gpusampler.sampler.batches import Batch
 
 T = TypeVar("T")
 Step = Callable[[Batch], object]
+Batches = Sequence[tuple[int, int]]
+"""The patch's group and the size of each batch."""
 
 
 class Probe(NamedTuple):
@@ -31,57 +33,43 @@ class Probe(NamedTuple):
 
     Attributes
     ----------
-    held : int
+    baseline : int
         Bytes held before the step, by a process in which one such step was made before.
     peak : int
         Bytes above that, at most, in the step.
     """
 
-    held: int
+    baseline: int
     peak: int
 
 
 class Meter(Protocol):
     """Measures steps on one device."""
 
-    measurable: int
+    min_measurable: int
     """Bytes from which a peak tells more than what it is measured with."""
 
     limit: int
     """Bytes that there are, with what this process holds."""
 
-    def held(self) -> int:
+    def memory_in_use(self) -> int:
         """Return the bytes that this process holds now."""
 
     def measure(self, group: int, size: int) -> Probe | None:
         """Make a step with a batch of a patch, twice; None if memory ran out."""
 
-    def walk(self, batches: Sequence[tuple[int, int]]) -> int | None:
-        """Make steps with batches of patches, one after another, as training does.
-
-        Returns
-        -------
-        int or None
-            The most bytes that were held, all in all; None if memory ran out.
-        """
+    def measure_sequence(self, batches: Batches) -> int | None:
+        """Make steps with batches of patches, one after another, as training does."""
 
 
 def meter_for(
     step: Step, plan: EpochPlan, state: Sequence[Any], limit: int | None
 ) -> tuple[str, Meter]:
-    """Return where a step works, and what measures it there.
-
-    Raises
-    ------
-    ValueError
-        If ``state`` is on several GPUs, on a device that is neither, or in memory that is shared.
-    RuntimeError
-        If the memory there cannot be measured, or nobody says how much there is.
-    """
+    """Return where a step works, and what measures it there."""
     device = device_of(plan, state)
     if device != "cpu":
         return device, CudaMeter(step, plan, state, device, limit)
-    check_there()
+    check_platform()
     if any(tensor.is_shared() for tensor in tensors_of(state)):
         raise ValueError(
             "state must not be in shared memory, got a tensor that is: the step is measured in a "
@@ -92,26 +80,27 @@ def meter_for(
 
 def device_of(plan: EpochPlan, state: Sequence[Any]) -> str:
     """Return "cpu" or the CUDA device that a step works on: the state's, else the sampler's."""
-    there = {tensor.device for tensor in tensors_of(state)}
-    wrong = sorted({device.type for device in there} - {"cpu", "cuda"})
-    if wrong:
-        raise ValueError(f"state must be on the CPU or CUDA, got {', '.join(wrong)}")
-    found = sorted(str(device) for device in there if device.type == "cuda")
-    if len(found) > 1:
-        raise ValueError(f"state must be on one CUDA device, got {', '.join(found)}")
-    if found:
-        return found[0]
-    return "cpu" if plan.device.on_host else devices.on_torch(plan.device).name
+    state_devices = {tensor.device for tensor in tensors_of(state)}
+    other_types = sorted({device.type for device in state_devices} - {"cpu", "cuda"})
+    if other_types:
+        raise ValueError(f"state must be on the CPU or CUDA, got {', '.join(other_types)}")
+    cuda_devices = sorted(str(device) for device in state_devices if device.type == "cuda")
+    if len(cuda_devices) > 1:
+        raise ValueError(f"state must be on one CUDA device, got {', '.join(cuda_devices)}")
+    if cuda_devices:
+        return cuda_devices[0]
+    return "cpu" if plan.device.on_host else devices.as_torch_device(plan.device).name
 
 
 def batch_of(plan: EpochPlan, group: int, size: int) -> Batch:
     """Return a batch of a patch: its samples, which come again where there are fewer."""
     groups = plan.groups
-    start, taken = int(groups.starts[group]), min(size, int(groups.counts[group]))
+    start = int(groups.starts[group])
+    stop = start + min(size, int(groups.counts[group]))
     if groups.order is None:
-        samples = np.arange(start, start + taken, dtype=np.int64)
+        samples = np.arange(start, stop, dtype=np.int64)
     else:
-        samples = arrays.to_numpy(groups.order[start : start + taken]).astype(np.int64)
+        samples = arrays.to_numpy(groups.order[start:stop]).astype(np.int64)
     indices = arrays.to_device(np.resize(samples, size), plan.device)
     return Batch(groups.labels[group : group + 1].tolist()[0], indices, size)
 
@@ -120,66 +109,67 @@ class HostMeter:
     """The high-water mark of resident memory, in a child process for each measurement."""
 
     # Pages of code and of small objects come and go by tenths of a MiB.
-    measurable = 4 << 20
+    min_measurable = 4 << 20
 
     def __init__(self, step: Step, plan: EpochPlan, limit: int | None) -> None:
         self._step, self._plan = step, plan
         if limit is None:
-            free, held = memory.free_bytes(devices.HOST), memory.resident()
-            if free is None or held is None:
+            free, resident = memory.free_bytes(devices.HOST), memory.resident_bytes()
+            if free is None or resident is None:
                 raise RuntimeError(
                     "memory_limit must be given where the system does not say what is free"
                 )
-            limit = free + held
+            limit = free + resident
         self.limit = limit
 
-    def held(self) -> int:
+    def memory_in_use(self) -> int:
         """Return the bytes that are resident."""
-        return memory.resident() or 0
+        return memory.resident_bytes() or 0
 
     def measure(self, group: int, size: int) -> Probe | None:
         """Make the steps in a child process."""
-        files = memory.of_files()
+        file_bytes = memory.file_backed_bytes()
         try:
-            done, found = call_in_child(lambda: self._steps(group, size, files), self.limit)
+            _, probe = call_in_child(lambda: self._probe(group, size, file_bytes), self.limit)
         except RuntimeError as error:
-            _explain(error)
+            _explain_fork_error(error)
             raise
-        _log(self._plan, group, size, found)
-        return Probe(*found) if done else None
+        return _logged(self._plan, group, size, probe)
 
-    def walk(self, batches: Sequence[tuple[int, int]]) -> int | None:
+    def measure_sequence(self, batches: Batches) -> int | None:
         """Make the steps in a child process, whose malloc is as this process has it.
 
         It keeps what is freed, in pieces that do not fit what comes next.
         """
-        files = memory.of_files()
-        done, most = call_in_child(lambda: self._walked(batches, files), self.limit, tidy=False)
-        logger.info("calibrate: %d batches in a row: %s", len(batches), most)
-        return int(most) if done else None
+        file_bytes = memory.file_backed_bytes()
+        _, peak = call_in_child(
+            lambda: self._sequence_peak(batches, file_bytes), self.limit, release_freed=False
+        )
+        logger.info("calibrate: %d batches in a row: %s", len(batches), peak)
+        return peak
 
-    def _walked(self, batches: Sequence[tuple[int, int]], files: int) -> int:
-        high_water(reset=True)
-        for group, size in batches:
-            self._step(batch_of(self._plan, group, size))
-        return high_water() + _not_mapped(files)
-
-    def _steps(self, group: int, size: int, files: int) -> tuple[int, int]:
+    def _probe(self, group: int, size: int, file_bytes: int) -> Probe:
         batch = batch_of(self._plan, group, size)
         self._step(batch)
-        trim()
-        held = high_water(reset=True)
+        release_freed_memory()
+        baseline = high_water_mark(reset=True)
         self._step(batch)
-        peak = max(high_water() - held, 1)
-        return held + _not_mapped(files), peak
+        peak = max(high_water_mark() - baseline, 1)
+        return Probe(baseline + _unmapped_bytes(file_bytes), peak)
+
+    def _sequence_peak(self, batches: Batches, file_bytes: int) -> int:
+        high_water_mark(reset=True)
+        for group, size in batches:
+            self._step(batch_of(self._plan, group, size))
+        return high_water_mark() + _unmapped_bytes(file_bytes)
 
 
-def _not_mapped(files: int) -> int:
+def _unmapped_bytes(file_bytes: int) -> int:
     """Return the bytes of files that the parent holds and a child has not come to touch.
 
     Pages of code are not there in a copy of a process until it runs through them.
     """
-    return max(files - memory.of_files(), 0)
+    return max(file_bytes - memory.file_backed_bytes(), 0)
 
 
 class CudaMeter:
@@ -192,7 +182,7 @@ class CudaMeter:
         again after the first measurement, as libraries take some when they are first used.
     """
 
-    measurable = 1 << 20
+    min_measurable = 1 << 20
 
     def __init__(
         self, step: Step, plan: EpochPlan, state: Sequence[Any], device: str, limit: int | None
@@ -201,83 +191,84 @@ class CudaMeter:
 
         self._cuda = torch.cuda
         self._step, self._plan, self._device = step, plan, device
-        self._asks = limit is None
-        self.limit = self._room() if limit is None else limit
-        self._kept = StateSnapshot(state)
+        self._refreshes_limit = limit is None
+        self.limit = self._available_bytes() if limit is None else limit
+        self._snapshot = StateSnapshot(state)
 
-    def _room(self) -> int:
+    def _available_bytes(self) -> int:
         free, _ = self._cuda.mem_get_info(self._device)
         return int(free + self._cuda.memory_reserved(self._device))
 
-    def held(self) -> int:
+    def memory_in_use(self) -> int:
         """Return the bytes that torch has given out."""
         return int(self._cuda.memory_allocated(self._device))
 
     def measure(self, group: int, size: int) -> Probe | None:
         """Make the steps here, and put the state back."""
-        found = self._and_back(lambda: self._steps(group, size))
-        if self._asks and found is not None:
-            self._asks = False
-            self.limit = min(self.limit, self._room())
-        _log(self._plan, group, size, found)
-        return found
+        probe = self._call_and_restore(lambda: self._probe(group, size))
+        if self._refreshes_limit and probe is not None:
+            self._refreshes_limit = False
+            self.limit = min(self.limit, self._available_bytes())
+        return _logged(self._plan, group, size, probe)
 
-    def walk(self, batches: Sequence[tuple[int, int]]) -> int | None:
+    def measure_sequence(self, batches: Batches) -> int | None:
         """Make the steps here, and put the state back."""
-        return self._and_back(lambda: self._walked(batches))
+        return self._call_and_restore(lambda: self._sequence_peak(batches))
 
-    def _and_back(self, work: Callable[[], T]) -> T | None:
-        """Return what work returns, None if memory ran out, with the state as it was."""
+    def _call_and_restore(self, function: Callable[[], T]) -> T | None:
+        """Return what a function returns, None if memory ran out, with the state as it was."""
         try:
-            return self._or_none(work)
+            return self._call(function)
         finally:
             # What the step leaves is to be gone before there is to be room for anything else.
             gc.collect()
             self._cuda.empty_cache()
-            self._kept.put_back()
+            self._snapshot.restore()
             self._cuda.empty_cache()
 
-    def _or_none(self, work: Callable[[], T]) -> T | None:
+    def _call(self, function: Callable[[], T]) -> T | None:
         # The error holds its frames, and they the tensors: both are gone when this returns.
         try:
-            return work()
+            return function()
         except Exception as error:
             if not is_out_of_memory(error):
                 raise
         return None
 
-    def _walked(self, batches: Sequence[tuple[int, int]]) -> int:
-        self._cuda.reset_peak_memory_stats(self._device)
-        for group, size in batches:
-            self._step(batch_of(self._plan, group, size))
-        self._cuda.synchronize(self._device)
-        return int(self._cuda.max_memory_allocated(self._device))
-
-    def _steps(self, group: int, size: int) -> Probe:
+    def _probe(self, group: int, size: int) -> Probe:
         batch = batch_of(self._plan, group, size)
         self._step(batch)
         self._cuda.synchronize(self._device)
         gc.collect()
         self._cuda.reset_peak_memory_stats(self._device)
-        held = self.held()
+        baseline = self.memory_in_use()
         self._step(batch)
+        return Probe(baseline, max(self._peak() - baseline, 1))
+
+    def _sequence_peak(self, batches: Batches) -> int:
+        self._cuda.reset_peak_memory_stats(self._device)
+        for group, size in batches:
+            self._step(batch_of(self._plan, group, size))
+        return self._peak()
+
+    def _peak(self) -> int:
         self._cuda.synchronize(self._device)
-        peak = int(self._cuda.max_memory_allocated(self._device))
-        return Probe(held, max(peak - held, 1))
+        return int(self._cuda.max_memory_allocated(self._device))
 
 
-def _log(plan: EpochPlan, group: int, size: int, found: tuple[int, int] | None) -> None:
+def _logged(plan: EpochPlan, group: int, size: int, probe: Probe | None) -> Probe | None:
     label = plan.groups.labels[group : group + 1].tolist()[0]
-    took = "out of memory" if found is None else human(found[1])
-    logger.info("calibrate: %d samples of patch %s: %s", size, label, took)
+    peak_text = "out of memory" if probe is None else format_bytes(probe.peak)
+    logger.info("calibrate: %d samples of patch %s: %s", size, label, peak_text)
+    return probe
 
 
-def _explain(error: RuntimeError) -> None:
+def _explain_fork_error(error: RuntimeError) -> None:
     """Say what to do about errors that only a child has, on one more line of the traceback."""
-    text = str(error)
-    if "forked subprocess" in text or "fork-based multiprocessing" in text:
+    message = str(error)
+    if "forked subprocess" in message or "fork-based multiprocessing" in message:
         raise RuntimeError(
             "step must not use CUDA, or follow a backward() in this process, where it is measured "
             "in a child process: name a model that is on CUDA in state=, or calibrate first of "
-            f"all, got: {text}"
+            f"all, got: {message}"
         ) from error

@@ -9,10 +9,11 @@ from typing import Any
 
 import numpy as np
 
-from gpusampler.core import devices as devices_module
-from gpusampler.core.text import shown
+from gpusampler.core.devices import loaded_module
+from gpusampler.core.text import short_repr
 
-_PLAIN = (bool, int, float, str, type(None))
+_PLAIN_TYPES = (bool, int, float, str, type(None))
+Restorer = Callable[[], None]
 
 
 class StateSnapshot:
@@ -30,51 +31,43 @@ class StateSnapshot:
     """
 
     def __init__(self, objects: Sequence[Any]) -> None:
-        self._puts: list[Callable[[], None]] = []
-        for place, one in enumerate(objects):
+        self._restorers: list[Restorer] = []
+        for index, obj in enumerate(objects):
             try:
-                self._puts.append(_keeper(one)(one))
+                self._restorers.append(_saver_of(obj)(obj))
             except (TypeError, ValueError, RuntimeError, NotImplementedError) as error:
                 raise TypeError(
-                    f"state[{place}] must be something that can be copied, got a "
-                    f"{type(one).__name__}: {error}"
+                    f"state[{index}] must be something that can be copied, got a "
+                    f"{type(obj).__name__}: {error}"
                 ) from error
         # Last, so that nothing that is put back draws from them.
-        self._puts.append(_keep_generators())
+        self._restorers.append(_save_global_generators())
 
-    def put_back(self) -> None:
+    def restore(self) -> None:
         """Make everything what it was; as often as one likes."""
-        for put in self._puts:
-            put()
+        for restore in self._restorers:
+            restore()
 
 
 def check_state(objects: Any) -> tuple[Any, ...]:
-    """Return the objects whose state is to be put back.
-
-    Raises
-    ------
-    TypeError
-        If they are no tuple or list, or one is of a kind whose state cannot be had.
-    ValueError
-        If a module's parameters are not there yet.
-    """
+    """Return the objects whose state is to be put back."""
     if not isinstance(objects, (tuple, list)):
         raise TypeError(
-            f"state must be a tuple such as (model, optimizer), got {shown(type(objects))}"
+            f"state must be a tuple such as (model, optimizer), got {short_repr(type(objects))}"
         )
-    for place, one in enumerate(objects):
-        if _keeper(one) is None:
+    for index, obj in enumerate(objects):
+        if _saver_of(obj) is None:
             raise TypeError(
-                f"state[{place}] must have state_dict() and load_state_dict(), or be a tensor or a "
-                f"random generator, to be put back, got {shown(one)}"
+                f"state[{index}] must have state_dict() and load_state_dict(), or be a tensor or a "
+                f"random generator, to be put back, got {short_repr(obj)}"
             )
-    torch = devices_module.loaded("torch")
-    for place, one in enumerate(objects):
-        if torch is not None and isinstance(one, torch.nn.Module):
-            for name, parameter in one.named_parameters():
+    torch = loaded_module("torch")
+    for index, obj in enumerate(objects):
+        if torch is not None and isinstance(obj, torch.nn.Module):
+            for name, parameter in obj.named_parameters():
                 if torch.nn.parameter.is_lazy(parameter):
                     raise ValueError(
-                        f"state[{place}] must have its parameters, got {name}, which its first "
+                        f"state[{index}] must have its parameters, got {name}, which its first "
                         "batch makes: run the model once before"
                     )
     return tuple(objects)
@@ -82,220 +75,221 @@ def check_state(objects: Any) -> tuple[Any, ...]:
 
 def tensors_of(objects: Sequence[Any]) -> Iterator[Any]:
     """Yield the tensors that modules and optimizers work on."""
-    torch = devices_module.loaded("torch")
+    torch = loaded_module("torch")
     if torch is None:
         return
-    for one in objects:
-        if isinstance(one, torch.Tensor):
-            yield one
-        elif isinstance(one, torch.nn.Module):
-            yield from one.parameters()
-            yield from one.buffers()
-        elif isinstance(one, torch.optim.Optimizer):
-            for group in one.param_groups:
+    for obj in objects:
+        if isinstance(obj, torch.Tensor):
+            yield obj
+        elif isinstance(obj, torch.nn.Module):
+            yield from obj.parameters()
+            yield from obj.buffers()
+        elif isinstance(obj, torch.optim.Optimizer):
+            for group in obj.param_groups:
                 yield from group["params"]
 
 
-def _keeper(one: Any) -> Any:
-    """Return what keeps an object of some kind, None if nothing does."""
-    torch = devices_module.loaded("torch")
+def _saver_of(obj: Any) -> Any:
+    """Return the function that saves an object of some kind, None if none does."""
+    torch = loaded_module("torch")
+    savers: list[tuple[Any, Callable[[Any], Restorer]]] = [
+        (np.random.Generator, _save_numpy_generator),
+        (random.Random, _save_python_generator),
+    ]
     if torch is not None:
-        kinds: tuple[tuple[Any, Any], ...] = (
-            (torch.nn.Module, _keep_module),
-            (torch.optim.Optimizer, _keep_optimizer),
-            (torch.Tensor, _keep_tensor),
-            (torch.Generator, _keep_torch_generator),
-        )
-        for kind, keeper in kinds:
-            if isinstance(one, kind):
-                return keeper
-    if isinstance(one, np.random.Generator):
-        return _keep_numpy_generator
-    if isinstance(one, random.Random):
-        return _keep_python_generator
-    if callable(getattr(one, "state_dict", None)) and callable(
-        getattr(one, "load_state_dict", None)
-    ):
-        return _keep_by_state_dict
-    return None
+        savers += [
+            (torch.nn.Module, _save_module),
+            (torch.optim.Optimizer, _save_optimizer),
+            (torch.Tensor, _save_tensor),
+            (torch.Generator, _save_torch_generator),
+        ]
+    for saved_type, saver in savers:
+        if isinstance(obj, saved_type):
+            return saver
+    has_state = all(
+        callable(getattr(obj, name, None)) for name in ("state_dict", "load_state_dict")
+    )
+    return _save_state_dict if has_state else None
 
 
-class _Copy:
+class _TensorCopy:
     """A tensor's values on the host, and where they are from."""
 
     def __init__(self, tensor: Any) -> None:
-        self._host = tensor.detach().cpu().clone()
+        self._values = tensor.detach().cpu().clone()
         self._device = tensor.device
 
-    def into(self, tensor: Any) -> Any:
+    def restore(self, tensor: Any) -> Any:
         """Return a tensor of these values: the one given, if it has room for them."""
-        torch = devices_module.loaded("torch")
-        assert torch is not None
-        host = self._host
+        import torch
+
+        values = self._values
         if (
             isinstance(tensor, torch.Tensor)
-            and (tensor.shape, tensor.dtype, tensor.layout) == (host.shape, host.dtype, host.layout)
+            and tensor.shape == values.shape
+            and (tensor.dtype, tensor.layout) == (values.dtype, values.layout)
             and tensor.device == self._device
         ):
             # Of .data: in place, whatever autograd thinks of leaves, and in no history.
-            tensor.data.copy_(host)
+            tensor.data.copy_(values)
             return tensor
-        return host.to(self._device, copy=True)
+        return values.to(self._device, copy=True)
 
 
-def _copied(value: Any) -> Any:
-    torch = devices_module.loaded("torch")
+def _save_value(value: Any) -> Any:
+    torch = loaded_module("torch")
     if torch is not None and isinstance(value, torch.Tensor):
-        return _Copy(value)
+        return _TensorCopy(value)
     if type(value) in (list, tuple):
-        return type(value)(_copied(item) for item in value)
+        return type(value)(_save_value(item) for item in value)
     if isinstance(value, dict):
         # A dict of any kind becomes a plain one: who loads a state looks into it only.
-        return {key: _copied(item) for key, item in value.items()}
+        return {key: _save_value(item) for key, item in value.items()}
     return copy.deepcopy(value)
 
 
-def _restored(kept: Any, now: Any) -> Any:
-    """Return what `_copied` kept, in the tensors that are there now where those fit."""
-    if isinstance(kept, _Copy):
-        return kept.into(now)
-    if type(kept) in (list, tuple):
-        alike = type(now) is type(kept) and len(now) == len(kept)
-        places = now if alike else [None] * len(kept)
-        return type(kept)(_restored(*pair) for pair in zip(kept, places, strict=True))
-    if type(kept) is dict:
-        there = now if isinstance(now, dict) else {}
-        return {key: _restored(item, there.get(key)) for key, item in kept.items()}
-    return copy.deepcopy(kept)
+def _restore_value(saved: Any, current: Any) -> Any:
+    """Return what `_save_value` saved, in the tensors that are there now where those fit."""
+    if isinstance(saved, _TensorCopy):
+        return saved.restore(current)
+    if type(saved) in (list, tuple):
+        matches = type(current) is type(saved) and len(current) == len(saved)
+        items = current if matches else [None] * len(saved)
+        return type(saved)(_restore_value(*pair) for pair in zip(saved, items, strict=True))
+    if type(saved) is dict:
+        values = current if isinstance(current, dict) else {}
+        return {key: _restore_value(item, values.get(key)) for key, item in saved.items()}
+    return copy.deepcopy(saved)
 
 
-def _keep_tensor(tensor: Any) -> Callable[[], None]:
-    values, needs_grad = _Copy(tensor), tensor.requires_grad
+def _save_tensor(tensor: Any) -> Restorer:
+    values, requires_grad = _TensorCopy(tensor), tensor.requires_grad
     # No reference to the gradient itself: it would be held on where the step drops it.
-    grad = _Copy(tensor.grad) if tensor.is_leaf and tensor.grad is not None else None
+    grad = _TensorCopy(tensor.grad) if tensor.is_leaf and tensor.grad is not None else None
 
-    def put() -> None:
-        now = values.into(tensor)
-        if now is not tensor:
-            tensor.data = now
+    def restore() -> None:
+        restored = values.restore(tensor)
+        if restored is not tensor:
+            tensor.data = restored
         if tensor.is_leaf:
-            tensor.requires_grad_(needs_grad)
-            tensor.grad = None if grad is None else grad.into(tensor.grad)
+            tensor.requires_grad_(requires_grad)
+            tensor.grad = None if grad is None else grad.restore(tensor.grad)
 
-    return put
-
-
-def _keep_module(module: Any) -> Callable[[], None]:
-    puts: list[Callable[[], None]] = []
-    seen: set[int] = set()
-    for part in module.modules():
-        puts.append(_keep_part(part))
-        for tensor in (*part._parameters.values(), *part._buffers.values()):
-            if tensor is not None and id(tensor) not in seen:
-                seen.add(id(tensor))
-                puts.append(_keep_tensor(tensor))
-
-    def put() -> None:
-        for one in puts:
-            one()
-
-    return put
+    return restore
 
 
-def _keep_part(part: Any) -> Callable[[], None]:
-    torch = devices_module.loaded("torch")
-    assert torch is not None
-    training = part.training
-    tables = [(table, dict(table)) for table in (part._parameters, part._buffers)]
-    extra = None
-    has_extra = type(part).get_extra_state is not torch.nn.Module.get_extra_state
-    if has_extra:
-        extra = _copied(part.get_extra_state())
+def _save_module(module: Any) -> Restorer:
+    submodules = list(module.modules())
+    tensors = {
+        id(tensor): tensor
+        for submodule in submodules
+        for tensor in (*submodule._parameters.values(), *submodule._buffers.values())
+        if tensor is not None
+    }
+    restorers = [*map(_save_submodule, submodules), *map(_save_tensor, tensors.values())]
 
-    def put() -> None:
-        part.training = training
-        for table, was in tables:
-            table.clear()
-            table.update(was)
+    def restore() -> None:
+        for restorer in restorers:
+            restorer()
+
+    return restore
+
+
+def _save_submodule(module: Any) -> Restorer:
+    import torch
+
+    training = module.training
+    members = [(member, dict(member)) for member in (module._parameters, module._buffers)]
+    has_extra = type(module).get_extra_state is not torch.nn.Module.get_extra_state
+    extra = _save_value(module.get_extra_state()) if has_extra else None
+
+    def restore() -> None:
+        module.training = training
+        for member, saved in members:
+            member.clear()
+            member.update(saved)
         if has_extra:
-            part.set_extra_state(_restored(extra, None))
+            module.set_extra_state(_restore_value(extra, None))
 
-    return put
+    return restore
 
 
-def _keep_optimizer(optimizer: Any) -> Callable[[], None]:
+def _save_optimizer(optimizer: Any) -> Restorer:
     # Not by load_state_dict, which casts what it is given to the type of the parameters.
-    state = {parameter: _copied(dict(kept)) for parameter, kept in optimizer.state.items()}
+    state = {parameter: _save_value(dict(values)) for parameter, values in optimizer.state.items()}
     groups = [
-        (group, list(group["params"]), _copied({k: v for k, v in group.items() if k != "params"}))
+        (
+            group,
+            list(group["params"]),
+            _save_value({k: v for k, v in group.items() if k != "params"}),
+        )
         for group in optimizer.param_groups
     ]
-    plain = {key: value for key, value in vars(optimizer).items() if isinstance(value, _PLAIN)}
+    plain = _plain_attributes(optimizer)
 
-    def put() -> None:
-        for parameter in [there for there in optimizer.state if there not in state]:
+    def restore() -> None:
+        for parameter in [current for current in optimizer.state if current not in state]:
             del optimizer.state[parameter]
-        for parameter, kept in state.items():
-            optimizer.state[parameter] = _restored(kept, optimizer.state.get(parameter))
+        for parameter, saved in state.items():
+            optimizer.state[parameter] = _restore_value(saved, optimizer.state.get(parameter))
         optimizer.param_groups[:] = [group for group, _, _ in groups]
-        for group, parameters, rest in groups:
-            settings = _restored(rest, dict(group))
+        for group, parameters, options in groups:
+            settings = _restore_value(options, dict(group))
             group.clear()
             group.update(params=parameters, **settings)
-        there = vars(optimizer)
-        for key in [k for k, v in there.items() if isinstance(v, _PLAIN) and k not in plain]:
-            del there[key]
-        there.update(plain)
+        for name in _plain_attributes(optimizer).keys() - plain.keys():
+            del vars(optimizer)[name]
+        vars(optimizer).update(plain)
 
-    return put
+    return restore
 
 
-def _keep_by_state_dict(one: Any) -> Callable[[], None]:
-    kept = _copied(one.state_dict())
+def _plain_attributes(obj: Any) -> dict[str, Any]:
+    return {name: value for name, value in vars(obj).items() if isinstance(value, _PLAIN_TYPES)}
 
-    def put() -> None:
+
+def _save_state_dict(obj: Any) -> Restorer:
+    state = _save_value(obj.state_dict())
+
+    def restore() -> None:
         # A step that ended half way leaves a GradScaler's gradients unscaled, in its own books.
-        books = getattr(one, "_per_optimizer_states", None)
-        if books is not None:
-            books.clear()
-        one.load_state_dict(_restored(kept, None))
+        optimizer_states = getattr(obj, "_per_optimizer_states", None)
+        if optimizer_states is not None:
+            optimizer_states.clear()
+        obj.load_state_dict(_restore_value(state, None))
 
-    return put
-
-
-def _keep_torch_generator(generator: Any) -> Callable[[], None]:
-    kept = generator.get_state().clone()
-    return lambda: generator.set_state(kept)
+    return restore
 
 
-def _keep_numpy_generator(generator: Any) -> Callable[[], None]:
-    kept = copy.deepcopy(generator.bit_generator.state)
-
-    def put() -> None:
-        generator.bit_generator.state = kept
-
-    return put
+def _save_torch_generator(generator: Any) -> Restorer:
+    state = generator.get_state().clone()
+    return lambda: generator.set_state(state)
 
 
-def _keep_python_generator(generator: Any) -> Callable[[], None]:
-    kept = generator.getstate()
-    return lambda: generator.setstate(kept)
+def _save_numpy_generator(generator: Any) -> Restorer:
+    state = copy.deepcopy(generator.bit_generator.state)
+    return lambda: setattr(generator.bit_generator, "state", state)
 
 
-def _keep_generators() -> Callable[[], None]:
+def _save_python_generator(generator: Any) -> Restorer:
+    state = generator.getstate()
+    return lambda: generator.setstate(state)
+
+
+def _save_global_generators() -> Restorer:
     # NumPy's old generator, the global one, is what is asked for.
-    python, numpy = random.getstate(), np.random.get_state()  # noqa: NPY002
-    torch: Any = devices_module.loaded("torch")
-    host = None if torch is None else torch.get_rng_state()
-    there = torch is not None and torch.cuda.is_initialized()
-    devices = torch.cuda.get_rng_state_all() if there else None
+    python_state, numpy_state = random.getstate(), np.random.get_state()  # noqa: NPY002
+    torch: Any = loaded_module("torch")
+    host_state = None if torch is None else torch.get_rng_state()
+    has_cuda = torch is not None and torch.cuda.is_initialized()
+    cuda_states = torch.cuda.get_rng_state_all() if has_cuda else None
 
-    def put() -> None:
-        random.setstate(python)
-        np.random.set_state(numpy)  # noqa: NPY002
+    def restore() -> None:
+        random.setstate(python_state)
+        np.random.set_state(numpy_state)  # noqa: NPY002
         if torch is not None:
-            torch.set_rng_state(host)
-        if devices is not None:
-            torch.cuda.set_rng_state_all(devices)
+            torch.set_rng_state(host_state)
+        if cuda_states is not None:
+            torch.cuda.set_rng_state_all(cuda_states)
 
-    return put
+    return restore

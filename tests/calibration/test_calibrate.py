@@ -11,7 +11,6 @@ import mmap
 import os
 import random
 import signal
-import subprocess
 import sys
 import time
 from importlib.util import find_spec
@@ -25,13 +24,14 @@ from gpusampler.calibration.cost_model import Fit, fit_peaks, residuals
 from gpusampler.calibration.forked_child import (
     StepTraceback,
     call_in_child,
-    high_water,
+    high_water_mark,
     is_out_of_memory,
 )
 from gpusampler.calibration.memory_meter import HostMeter, batch_of
 from gpusampler.core import memory
-from gpusampler.core.text import human
+from gpusampler.core.text import format_bytes
 from gpusampler.demo.embedded import small_data
+from support.processes import run_python
 
 linux = pytest.mark.skipif(sys.platform != "linux", reason="peaks are told on Linux only")
 
@@ -55,24 +55,24 @@ def sampler(batch_size=4, ids=IDS, **settings):
 SHARE = 0.9
 
 
-def room(mib, share=1.0):
+def limit_above(mib, share=1.0):
     """A limit whose share leaves so many MiB above what this process holds, however much it is."""
     gc.collect()
-    return int((memory.resident() + mib * MIB) / share)
+    return int((memory.resident_bytes() + mib * MIB) / share)
 
 
-def room_of_child(mib):
-    """`room`, exact in a forked child, which does not inherit pages of files."""
-    return room(mib) - memory.of_files()
+def child_limit_above(mib):
+    """`limit_above`, exact in a forked child, which does not inherit pages of files."""
+    return limit_above(mib) - memory.file_backed_bytes()
 
 
-def allocating(batch, each=128):
-    """A step that takes `each` bytes a point."""
-    np.ones(len(batch.indices) * POINTS[batch.patch_id] * each, np.uint8)
+def allocating(batch, bytes_per_point=128):
+    """A step that takes `bytes_per_point` bytes a point."""
+    np.ones(len(batch.indices) * POINTS[batch.patch_id] * bytes_per_point, np.uint8)
 
 
-def quiet(step, plan=None, **settings):
-    limit = room(140, settings.get("share", SHARE))
+def calibrate_quietly(step, plan=None, **settings):
+    limit = limit_above(140, settings.get("share", SHARE))
     settings = {"cost": POINTS, "memory_limit": limit, "progress": False, **settings}
     return calibrate(step, sampler() if plan is None else plan, **settings)
 
@@ -98,8 +98,8 @@ def test_a_line_is_found_again_in_any_unit_of_cost(unit, fixed, per_cost):
 def test_an_affine_fit_finds_all_terms():
     costs, sizes = some_batches()
     truth = Fit(2e6, 700.0, 3e5, 9e4)
-    found = fit_peaks(costs, sizes, truth.predict(costs, sizes), "affine")
-    assert found == pytest.approx(truth, rel=1e-6)
+    fit = fit_peaks(costs, sizes, truth.predict(costs, sizes), "affine")
+    assert fit == pytest.approx(truth, rel=1e-6)
 
 
 def test_nothing_fitted_is_negative():
@@ -113,8 +113,10 @@ def test_residuals_are_relative():
     costs, sizes = some_batches()
     peaks = 1e6 + 300.0 * costs * sizes
     # The smallest peak is as near the line as the largest, which an absolute fit would not see to.
-    off = residuals(fit_peaks(costs, sizes, peaks * np.tile([1.1, 0.9], 6)), costs, sizes, peaks)
-    assert np.abs(off).max() < 0.1
+    relative = residuals(
+        fit_peaks(costs, sizes, peaks * np.tile([1.1, 0.9], 6)), costs, sizes, peaks
+    )
+    assert np.abs(relative).max() < 0.1
 
 
 # The child
@@ -145,15 +147,15 @@ def test_an_error_is_raised_here_with_the_traceback_of_there():
     def broken_step():
         raise KeyError("no such point")
 
-    with pytest.raises(KeyError, match="no such point") as caught:
+    with pytest.raises(KeyError, match="no such point") as raised:
         call_in_child(broken_step)
-    assert isinstance(caught.value.__cause__, StepTraceback)
-    assert "broken_step" in str(caught.value.__cause__)
+    assert isinstance(raised.value.__cause__, StepTraceback)
+    assert "broken_step" in str(raised.value.__cause__)
 
 
 class Odd(Exception):
-    def __init__(self, one, two):
-        super().__init__(f"{one} and {two}")
+    def __init__(self, first, second):
+        super().__init__(f"{first} and {second}")
 
 
 @linux
@@ -161,9 +163,9 @@ def test_an_error_that_cannot_be_pickled_is_told_in_words():
     def work():
         raise Odd(1, 2)
 
-    with pytest.raises(RuntimeError, match="step raised Odd: 1 and 2") as caught:
+    with pytest.raises(RuntimeError, match="step raised Odd: 1 and 2") as raised:
         call_in_child(work)
-    assert "raise Odd(1, 2)" in str(caught.value.__cause__)
+    assert "raise Odd(1, 2)" in str(raised.value.__cause__)
 
 
 def raising(error):
@@ -207,11 +209,11 @@ def abort():
 
 @linux
 @pytest.mark.parametrize(
-    ("end", "told"), [(lambda: os._exit(3), "exit status 3"), (abort, "by SIGABRT")]
+    ("end", "message"), [(lambda: os._exit(3), "exit status 3"), (abort, "by SIGABRT")]
 )
-def test_a_child_that_ends_by_itself_is_an_error(end, told):
-    with pytest.raises(RuntimeError, match=told):
-        call_in_child(end, room(1000))
+def test_a_child_that_ends_by_itself_is_an_error(end, message):
+    with pytest.raises(RuntimeError, match=message):
+        call_in_child(end, limit_above(1000))
 
 
 @measured
@@ -219,8 +221,8 @@ def test_allocations_beyond_the_limit_fail_in_the_child():
     def work():
         np.ones(400 * MIB, np.uint8)
 
-    assert call_in_child(work, room_of_child(200)) == (False, None)
-    assert call_in_child(work, room(800)) == (True, None)
+    assert call_in_child(work, child_limit_above(200)) == (False, None)
+    assert call_in_child(work, limit_above(800)) == (True, None)
 
 
 @linux
@@ -228,7 +230,7 @@ def test_allocations_beyond_the_limit_fail_in_the_child():
 def test_so_do_those_of_torch():
     import torch
 
-    assert call_in_child(lambda: torch.ones(400 * MIB).sum().item(), room_of_child(200)) == (
+    assert call_in_child(lambda: torch.ones(400 * MIB).sum().item(), child_limit_above(200)) == (
         False,
         None,
     )
@@ -239,19 +241,19 @@ def test_what_no_limit_covers_is_seen_and_the_child_killed():
     def work():
         # Shared pages count in no limit of a process.
         shared = mmap.mmap(-1, 400 * MIB)
-        for place in range(0, len(shared), 4096):
-            shared[place] = 1
+        for offset in range(0, len(shared), 4096):
+            shared[offset] = 1
         time.sleep(20)
 
     start = time.monotonic()
-    assert call_in_child(work, room_of_child(150)) == (False, None)
+    assert call_in_child(work, child_limit_above(150)) == (False, None)
     assert time.monotonic() - start < 15
 
 
 @linux
 @pytest.mark.serial("no other test may have left a child")
 def test_a_child_that_waits_for_ever_is_ended_and_told_of(monkeypatch):
-    monkeypatch.setattr(forked_child, "HUNG_AFTER", 0.3)
+    monkeypatch.setattr(forked_child, "HANG_TIMEOUT", 0.3)
     with pytest.raises(RuntimeError, match=r"has done nothing .* waits for a thread, a lock"):
         call_in_child(lambda: time.sleep(60))
     with pytest.raises(ChildProcessError):
@@ -260,7 +262,7 @@ def test_a_child_that_waits_for_ever_is_ended_and_told_of(monkeypatch):
 
 @measured
 def test_work_is_not_taken_for_waiting(monkeypatch):
-    monkeypatch.setattr(forked_child, "HUNG_AFTER", 0.3)
+    monkeypatch.setattr(forked_child, "HANG_TIMEOUT", 0.3)
 
     def work():
         start = time.monotonic()
@@ -277,7 +279,7 @@ def test_an_interrupted_wait_leaves_no_child(monkeypatch):
     def interrupted(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(forked_child, "_wait", interrupted)
+    monkeypatch.setattr(forked_child, "_wait_for_answer", interrupted)
     with pytest.raises(KeyboardInterrupt):
         call_in_child(lambda: time.sleep(60))
     with pytest.raises(ChildProcessError):
@@ -293,11 +295,8 @@ def test_what_was_printed_before_is_printed_once():
         "call_in_child(lambda: print('inside', end=' '))\n"
         "print('after')"
     )
-    buffered = {**os.environ, "PYTHONUNBUFFERED": ""}
-    told = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, check=True, env=buffered
-    )
-    assert told.stdout == "before inside after\nend\n"
+    process = run_python("-c", code, PYTHONUNBUFFERED="")
+    assert process.stdout == "before inside after\nend\n"
 
 
 @measured
@@ -305,10 +304,10 @@ def test_what_was_printed_before_is_printed_once():
 def test_a_peak_is_told_within_tenths_of_a_mib(size):
     def work():
         np.ones(size * MIB, np.uint8)
-        forked_child.trim()
-        before = high_water(reset=True)
+        forked_child.release_freed_memory()
+        before = high_water_mark(reset=True)
         np.ones(size * MIB, np.uint8)
-        return high_water() - before
+        return high_water_mark() - before
 
     assert call_in_child(work)[1] == pytest.approx(size * MIB, abs=0.4 * MIB)
 
@@ -319,10 +318,10 @@ def test_a_peak_is_told_within_tenths_of_a_mib(size):
 @pytest.mark.parametrize("ids", [IDS, np.random.default_rng(0).permutation(IDS)])
 def test_a_batch_is_of_its_patch_and_goes_round(ids):
     plan = sampler(ids=ids).plan
-    own = plan.groups.samples_of(9)
+    samples = plan.groups.samples_of(9)
     batch = batch_of(plan, 3, 450)
     assert (batch.patch_id, batch.valid, len(batch.indices)) == (9, 450, 450)
-    np.testing.assert_array_equal(batch.indices, np.concatenate([own, own, own[:50]]))
+    np.testing.assert_array_equal(batch.indices, np.concatenate([samples, samples, samples[:50]]))
 
 
 @needs_torch
@@ -341,35 +340,35 @@ def test_a_batch_is_where_the_sampler_is_and_has_its_names():
 
 @measured
 def test_a_known_step_is_measured_and_fills_its_share():
-    limit = room(200, 0.8)
-    budget = quiet(allocating, memory_limit=limit, share=0.8)
+    limit = limit_above(200, 0.8)
+    budget = calibrate_quietly(allocating, memory_limit=limit, share=0.8)
     record = budget.calibration
     assert record["fit"] == "proportional"
     assert record["per_cost"] == pytest.approx(128, rel=0.05)
     assert record["device"] == "cpu"
     assert record["memory_limit"] == limit
-    used = 0.8 * limit - record["held"] - record["fixed"]
+    usable = 0.8 * limit - record["held"] - record["fixed"]
     # What is held differs by a page or two from probe to probe.
-    assert budget.max_cost <= used / record["per_cost"] * 1.001
+    assert budget.max_cost <= usable / record["per_cost"] * 1.001
     plan = sampler(budget).plan
-    tried = record["verified"][-1]
-    assert tried["held"] + tried["peak"] <= 0.8 * limit
+    verified = record["verified"][-1]
+    assert verified["held"] + verified["peak"] <= 0.8 * limit
     # As much as there is use for, and no batch over the budget.
     sizes = dict(zip(POINTS, plan.sizes_by_patch.tolist(), strict=True))
     assert all(size * POINTS[patch] <= budget.max_cost for patch, size in sizes.items())
-    assert tried["batch_size"] == sizes[tried["patch_id"]]
+    assert verified["batch_size"] == sizes[verified["patch_id"]]
     assert {p["patch_id"] for p in record["points"]} == {3, 8, 9}
 
 
 @measured
 def test_a_budget_survives_json():
-    budget = quiet(allocating)
-    again = CostBudget.from_dict(json.loads(json.dumps(budget.to_dict())))
-    assert again == budget
-    assert again.calibration == budget.calibration
+    budget = calibrate_quietly(allocating)
+    loaded = CostBudget.from_dict(json.loads(json.dumps(budget.to_dict())))
+    assert loaded == budget
+    assert loaded.calibration == budget.calibration
     assert budget.cost == POINTS
     assert budget.calibration["versions"]["numpy"] == np.__version__
-    assert list(sampler(again)) == list(sampler(budget))
+    assert list(sampler(loaded)) == list(sampler(budget))
 
 
 def torch_case(dropout=0.1):
@@ -399,7 +398,7 @@ def torch_case(dropout=0.1):
     return model, optimizer, schedule, step
 
 
-def everything(model, optimizer, schedule):
+def full_state(model, optimizer, schedule):
     """All that a step may change, as bytes and plain values."""
     import torch
 
@@ -431,17 +430,17 @@ def everything(model, optimizer, schedule):
 @needs_torch
 def test_peaks_of_unseen_patches_and_sizes_are_foretold_within_a_seventh():
     model, optimizer, schedule, step = torch_case()
-    limit = room(500, SHARE)
+    limit = limit_above(500, SHARE)
     plan = sampler().plan
     state = (model, optimizer, schedule)
-    budget = quiet(step, state=state, memory_limit=limit, max_batch_size=32)
+    budget = calibrate_quietly(step, state=state, memory_limit=limit, max_batch_size=32)
     record = budget.calibration
     fit = Fit(*(record[name] for name in Fit._fields))
     meter = HostMeter(step, plan, limit)
     for group, size in ((0, 60), (0, 131), (1, 9), (1, 17), (2, 31), (3, 3)):
         cost = float(list(POINTS.values())[group])
-        measured = meter.measure(group, size).peak
-        assert float(fit.predict(cost, size)) == pytest.approx(measured, rel=0.15)
+        peak = meter.measure(group, size).peak
+        assert float(fit.predict(cost, size)) == pytest.approx(peak, rel=0.15)
     assert record["worst_residual"] < 0.15
 
 
@@ -453,9 +452,14 @@ def test_on_the_cpu_all_is_as_it_was(warm):
     if warm:
         step(batch_of(sampler().plan, 0, 2))
     model.eval()
-    before = everything(model, optimizer, schedule)
-    quiet(step, state=(model, optimizer, schedule), memory_limit=room(320, SHARE), max_batch_size=8)
-    assert everything(model, optimizer, schedule) == before
+    before = full_state(model, optimizer, schedule)
+    calibrate_quietly(
+        step,
+        state=(model, optimizer, schedule),
+        memory_limit=limit_above(320, SHARE),
+        max_batch_size=8,
+    )
+    assert full_state(model, optimizer, schedule) == before
 
 
 @linux
@@ -463,9 +467,9 @@ def test_an_error_of_the_step_comes_through():
     def step(batch):
         raise ZeroDivisionError("in the loss")
 
-    with pytest.raises(ZeroDivisionError, match="in the loss") as caught:
-        quiet(step)
-    assert "in step" in str(caught.value.__cause__)
+    with pytest.raises(ZeroDivisionError, match="in the loss") as raised:
+        calibrate_quietly(step)
+    assert "in step" in str(raised.value.__cause__)
 
 
 @measured
@@ -477,7 +481,7 @@ def test_the_groundwater_costs_come_from_the_dataset():
         np.ones((len(batch.indices), costs[batch.patch_id], 4000), np.uint8)
 
     plan = sampler(ids=dataset)
-    budget = quiet(step, plan, cost=dataset)
+    budget = calibrate_quietly(step, plan, cost=dataset)
     assert budget.cost == {patch: float(cost) for patch, cost in costs.items()}
     assert budget.calibration["per_cost"] == pytest.approx(4000, rel=0.05)
 
@@ -485,19 +489,19 @@ def test_the_groundwater_costs_come_from_the_dataset():
 @measured
 def test_the_costs_of_the_samplers_own_budget_are_taken():
     plan = sampler(CostBudget(10_000, cost=POINTS))
-    assert quiet(allocating, plan, cost=None).cost == POINTS
+    assert calibrate_quietly(allocating, plan, cost=None).cost == POINTS
 
 
 @measured
 def test_sizes_are_probed_and_chosen_within_the_bounds():
     sizes = []
-    budget = quiet(allocating, min_batch_size=3, multiple_of=4, max_batch_size=20)
+    budget = calibrate_quietly(allocating, min_batch_size=3, multiple_of=4, max_batch_size=20)
     for point in (*budget.calibration["points"], *budget.calibration["verified"]):
         sizes.append(point["batch_size"])
     assert min(sizes) == 4
     assert max(sizes) == 20
     assert all(size % 4 == 0 for size in sizes)
-    budget = quiet(allocating, power_of_two=True)
+    budget = calibrate_quietly(allocating, power_of_two=True)
     sizes = [point["batch_size"] for point in budget.calibration["points"]]
     assert all(size & (size - 1) == 0 for size in sizes)
     assert len(set(sizes)) > 3
@@ -505,25 +509,25 @@ def test_sizes_are_probed_and_chosen_within_the_bounds():
 
 @measured
 def test_no_probe_is_foreseen_to_exceed_the_share():
-    record = quiet(
-        allocating, memory_limit=room(35, 0.95), share=0.95, over_budget="skip"
+    record = calibrate_quietly(
+        allocating, memory_limit=limit_above(35, 0.95), share=0.95, over_budget="skip"
     ).calibration
-    most = 0.95 * record["memory_limit"]
-    assert max(point["held"] + point["peak"] for point in record["points"]) < most
+    usable = 0.95 * record["memory_limit"]
+    assert max(point["held"] + point["peak"] for point in record["points"]) < usable
 
 
 def graph_and_grid(batch):
     """A step that takes something once for a patch, and something for each sample."""
     points = POINTS[batch.patch_id]
-    once = np.ones(points * 8000, np.uint8)
-    each = np.ones(len(batch.indices) * (600_000 + points * 300), np.uint8)
-    return once, each
+    graph = np.ones(points * 8000, np.uint8)
+    grids = np.ones(len(batch.indices) * (600_000 + points * 300), np.uint8)
+    return graph, grids
 
 
 @measured
 def test_what_a_patch_or_a_sample_takes_by_itself_is_fitted_where_that_is_needed(monkeypatch):
-    monkeypatch.setattr(HostMeter, "walk", lambda self, batches: 0)
-    budget = quiet(graph_and_grid, memory_limit=room(190, SHARE))
+    monkeypatch.setattr(HostMeter, "measure_sequence", lambda self, batches: 0)
+    budget = calibrate_quietly(graph_and_grid, memory_limit=limit_above(190, SHARE))
     record = budget.calibration
     assert record["fit"] == "affine"
     assert record["worst_residual"] < 0.1
@@ -531,13 +535,13 @@ def test_what_a_patch_or_a_sample_takes_by_itself_is_fitted_where_that_is_needed
     assert record["per_patch"] == pytest.approx(8000, rel=0.2)
     assert record["per_cost"] == pytest.approx(300, rel=0.2)
     # Every patch's batches are what fits, though the parts have other proportions in each.
-    used = 0.9 * record["memory_limit"] - record["held"]
-    plain = PatchBatchSampler(IDS, CostBudget(budget.max_cost, cost=budget.cost), seed=0).plan
-    for (patch, points), size in zip(POINTS.items(), plain.sizes_by_patch, strict=True):
-        took = points * 8000 + size * (600_000 + points * 300)
-        assert took <= used * 1.02, patch
+    usable = 0.9 * record["memory_limit"] - record["held"]
+    plan = PatchBatchSampler(IDS, CostBudget(budget.max_cost, cost=budget.cost), seed=0).plan
+    for (patch, points), size in zip(POINTS.items(), plan.sizes_by_patch, strict=True):
+        peak = points * 8000 + size * (600_000 + points * 300)
+        assert peak <= usable * 1.02, patch
         # All samples of a patch, or what fits.
-        assert size in (400, 300, 350, 200) or took > 0.9 * used
+        assert size in (400, 300, 350, 200) or peak > 0.9 * usable
 
 
 @measured
@@ -546,52 +550,52 @@ def test_a_cost_that_describes_nothing_is_warned_of():
         np.ones(len(batch.indices) * {3: 40, 5: 1, 8: 9, 9: 3}[batch.patch_id] * 100_000, np.uint8)
 
     with pytest.warns(UserWarning, match="the cost does not describe the memory .* is off by"):
-        quiet(step, memory_limit=room(230, SHARE))
+        calibrate_quietly(step, memory_limit=limit_above(230, SHARE))
 
 
 @measured
 def test_the_warning_says_what_would_describe_it():
     with pytest.warns(UserWarning, match="fit='affine' describes it within [0-9]%"):
-        quiet(graph_and_grid, fit="proportional", memory_limit=room(230, SHARE))
+        calibrate_quietly(graph_and_grid, fit="proportional", memory_limit=limit_above(230, SHARE))
 
 
 @measured
 def test_a_dearest_batch_that_takes_more_than_foretold_makes_the_budget_smaller(monkeypatch):
     # What malloc has come to hold in this process is no matter here.
-    monkeypatch.setattr(HostMeter, "walk", lambda self, batches: 0)
+    monkeypatch.setattr(HostMeter, "measure_sequence", lambda self, batches: 0)
 
     def step(batch):
         cost = len(batch.indices) * POINTS[batch.patch_id]
         np.ones(int(cost * (128 if cost < 700_000 else 256)), np.uint8)
 
     with pytest.warns(UserWarning, match="does not describe"):
-        budget = quiet(step, memory_limit=room(110, SHARE))
+        budget = calibrate_quietly(step, memory_limit=limit_above(110, SHARE))
     record = budget.calibration
-    tried = record["verified"]
-    most = record["share"] * record["memory_limit"]
-    assert len(tried) > 1
-    assert tried[0]["peak"] is None or tried[0]["held"] + tried[0]["peak"] > most
-    assert tried[-1]["held"] + tried[-1]["peak"] <= most
+    verified = record["verified"]
+    usable = record["share"] * record["memory_limit"]
+    assert len(verified) > 1
+    assert verified[0]["peak"] is None or verified[0]["held"] + verified[0]["peak"] > usable
+    assert verified[-1]["held"] + verified[-1]["peak"] <= usable
     # No dozen of batches is made with a budget whose dearest does not fit.
     assert len(record["walks"]) == 1
 
 
 @measured
 def test_batches_in_a_row_that_hold_more_make_the_budget_smaller():
-    kept = []
+    leftovers = []
 
     def step(batch):
         allocating(batch)
         # What one batch leaves stays for the next three, as pieces in malloc do.
-        kept.append(np.ones(len(batch.indices) * POINTS[batch.patch_id] * 16, np.uint8))
-        del kept[:-8]
+        leftovers.append(np.ones(len(batch.indices) * POINTS[batch.patch_id] * 16, np.uint8))
+        del leftovers[:-8]
 
-    budget = quiet(step, memory_limit=room(70, SHARE))
-    walks = budget.calibration["walks"]
-    most = 0.9 * budget.calibration["memory_limit"]
-    assert len(walks) > 1
-    assert walks[0] is None or walks[0] > most
-    assert walks[-1] <= most
+    budget = calibrate_quietly(step, memory_limit=limit_above(70, SHARE))
+    peaks = budget.calibration["walks"]
+    usable = 0.9 * budget.calibration["memory_limit"]
+    assert len(peaks) > 1
+    assert peaks[0] is None or peaks[0] > usable
+    assert peaks[-1] <= usable
 
 
 @measured
@@ -601,9 +605,9 @@ def test_memory_that_runs_out_while_probing_is_halved():
             raise MemoryError
         allocating(batch)
 
-    record = quiet(step, max_batch_size=99).calibration
+    record = calibrate_quietly(step, max_batch_size=99).calibration
     assert all(point["peak"] for point in record["points"])
-    budget = quiet(step)
+    budget = calibrate_quietly(step)
     points = [p for p in budget.calibration["points"] if p["patch_id"] == 3]
     failed = [point["batch_size"] for point in points if point["peak"] is None]
     assert failed
@@ -615,12 +619,12 @@ def test_memory_that_runs_out_while_probing_is_halved():
 @linux
 def test_a_step_that_fits_nowhere_is_an_error():
     with pytest.raises(RuntimeError, match=r"step must fit into memory_limit=.* all out of memory"):
-        quiet(raising_step(MemoryError))
+        calibrate_quietly(raising_step(MemoryError))
 
 
-def raising_step(kind):
+def raising_step(error):
     def step(batch):
-        raise kind
+        raise error
 
     return step
 
@@ -633,8 +637,8 @@ def test_a_patch_that_cannot_fit_is_refused_or_skipped_as_told():
         np.ones(len(batch.indices) * points[batch.patch_id] * 128, np.uint8)
 
     with pytest.raises(ValueError, match=r"memory_limit=.* must be enough.*patch 9.*'skip'"):
-        quiet(step, cost=points)
-    budget = quiet(step, cost=points, over_budget="skip")
+        calibrate_quietly(step, cost=points)
+    budget = calibrate_quietly(step, cost=points, over_budget="skip")
     with pytest.warns(UserWarning, match="over_budget='skip' leaves out 200 samples"):
         plan = sampler(budget).plan
     assert plan.sizes_by_patch[3] == 0
@@ -642,7 +646,7 @@ def test_a_patch_that_cannot_fit_is_refused_or_skipped_as_told():
 
 @measured
 def test_a_step_that_takes_nothing_is_bounded_by_its_use(recwarn):
-    budget = quiet(lambda batch: None)
+    budget = calibrate_quietly(lambda batch: None)
     assert budget.max_cost > 1e6
     assert not recwarn
 
@@ -652,23 +656,23 @@ def test_a_step_that_takes_nothing_is_bounded_by_its_use(recwarn):
 
 @measured
 def test_the_table_is_printed_and_only_where_asked_for(capsys):
-    quiet(allocating)
+    calibrate_quietly(allocating)
     assert capsys.readouterr().out == ""
-    budget = quiet(allocating, progress=True)
-    said = capsys.readouterr().out
-    assert f"90% of {human(budget.calibration['memory_limit'])}" in said
-    assert "tried" in said
-    assert "line: " in said
-    assert "B * cost * batch size; off by" in said
-    tried = budget.calibration["verified"][-1]
-    assert f"{tried['batch_size']:,}" in said
+    budget = calibrate_quietly(allocating, progress=True)
+    output = capsys.readouterr().out
+    assert f"90% of {format_bytes(budget.calibration['memory_limit'])}" in output
+    assert "tried" in output
+    assert "line: " in output
+    assert "B * cost * batch size; off by" in output
+    verified = budget.calibration["verified"][-1]
+    assert f"{verified['batch_size']:,}" in output
 
 
 @measured
 def test_the_picture_is_drawn(tmp_path):
     pytest.importorskip("matplotlib")
     path = tmp_path / "fit.png"
-    quiet(allocating, picture=path)
+    calibrate_quietly(allocating, picture=path)
     assert path.read_bytes().startswith(b"\x89PNG")
     assert path.stat().st_size > 5000
 
@@ -676,7 +680,7 @@ def test_the_picture_is_drawn(tmp_path):
 # Bad input
 
 
-def never(batch):
+def unused_step(batch):
     raise AssertionError("the step must not run")
 
 
@@ -685,10 +689,10 @@ async def coroutine(batch):
 
 
 def generator(batch):
-    yield from never(batch)
+    yield from unused_step(batch)
 
 
-def by_sample():
+def sampler_of_sample_costs():
     return sampler(CostBudget(10, sample_costs=np.ones(IDS.size)))
 
 
@@ -697,7 +701,7 @@ BAD = [
     ({"step": coroutine}, TypeError, "step must make the training step when it is called, got a"),
     ({"step": generator}, TypeError, "step must make the training step when it is called, got a"),
     (
-        {"sampler": by_sample(), "cost": None},
+        {"sampler": sampler_of_sample_costs(), "cost": None},
         ValueError,
         "sampler must not cut patches by sample_costs: what would be tried are the first",
     ),
@@ -726,20 +730,26 @@ BAD = [
 
 
 @linux
-@pytest.mark.parametrize(("wrong", "kind", "told"), BAD)
-def test_bad_input_is_refused_before_anything_runs(wrong, kind, told):
-    given = {"step": never, "sampler": sampler(), "cost": POINTS, "progress": False, **wrong}
-    with pytest.raises(kind, match=told):
-        calibrate(given.pop("step"), given.pop("sampler"), **given)
+@pytest.mark.parametrize(("wrong", "error", "message"), BAD)
+def test_bad_input_is_refused_before_anything_runs(wrong, error, message):
+    arguments = {
+        "step": unused_step,
+        "sampler": sampler(),
+        "cost": POINTS,
+        "progress": False,
+        **wrong,
+    }
+    with pytest.raises(error, match=message):
+        calibrate(arguments.pop("step"), arguments.pop("sampler"), **arguments)
 
 
 @linux
 def test_a_picture_without_matplotlib_is_refused_before_anything_runs(monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     with pytest.raises(ImportError, match=r"picture must be left out .* pip install matplotlib"):
-        quiet(never, picture=tmp_path / "fit.png")
+        calibrate_quietly(unused_step, picture=tmp_path / "fit.png")
     with pytest.raises(FileNotFoundError, match="picture must be in a folder that is there"):
-        quiet(never, picture=tmp_path / "no" / "fit.png")
+        calibrate_quietly(unused_step, picture=tmp_path / "no" / "fit.png")
 
 
 @linux
@@ -748,30 +758,32 @@ def test_state_that_cannot_be_put_back_is_refused():
     import torch
 
     with pytest.raises(ValueError, match=r"state\[0\] must have its parameters, got 0.weight"):
-        quiet(never, state=(torch.nn.Sequential(torch.nn.LazyLinear(3)),))
+        calibrate_quietly(unused_step, state=(torch.nn.Sequential(torch.nn.LazyLinear(3)),))
     shared = torch.nn.Linear(2, 2).share_memory()
     with pytest.raises(ValueError, match="state must not be in shared memory"):
-        quiet(never, state=(shared,))
+        calibrate_quietly(unused_step, state=(shared,))
     with pytest.raises(ValueError, match="state must be on the CPU or CUDA, got meta"):
-        quiet(never, state=(torch.nn.Linear(2, 2, device="meta"),))
+        calibrate_quietly(unused_step, state=(torch.nn.Linear(2, 2, device="meta"),))
 
 
 def test_where_there_is_no_linux_that_is_said(monkeypatch):
     monkeypatch.setattr(forked_child.sys, "platform", "darwin")
     with pytest.raises(RuntimeError, match=r"calibrate must run on Linux.*got darwin"):
-        quiet(never, memory_limit=1e12)
+        calibrate_quietly(unused_step, memory_limit=1e12)
 
 
 @linux
 def test_cuda_in_a_child_is_explained():
     with pytest.raises(RuntimeError, match="name a model that is on CUDA in state="):
-        quiet(raising_step(RuntimeError("Cannot re-initialize CUDA in forked subprocess. To use")))
+        calibrate_quietly(
+            raising_step(RuntimeError("Cannot re-initialize CUDA in forked subprocess. To use"))
+        )
 
 
 # CUDA, by a device that only counts
 
 
-FAKED = (
+FAKED_FUNCTIONS = (
     "mem_get_info",
     "memory_reserved",
     "memory_allocated",
@@ -794,46 +806,46 @@ def few_objects():
 class FakeCuda:
     """Stands for torch.cuda: a step says what it holds; more than there is runs out."""
 
-    def __init__(self, monkeypatch, total, held=50 * MIB):
+    def __init__(self, monkeypatch, total, baseline=50 * MIB):
         import torch
 
         self.torch, self.total = torch, total
-        self.held = self.now = self.peak = held
-        self.cleared = self.waited = 0
-        for name in FAKED:
+        self.baseline = self.in_use = self.peak = baseline
+        self.cache_clears = self.synchronized = 0
+        for name in FAKED_FUNCTIONS:
             monkeypatch.setattr(torch.cuda, name, getattr(self, name))
         monkeypatch.setattr(memory_meter, "device_of", lambda plan, state: "cuda:0")
 
-    def take(self, size):
-        self.now += size
-        if self.now > self.total:
+    def allocate(self, size):
+        self.in_use += size
+        if self.in_use > self.total:
             raise self.torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate")
-        self.peak = max(self.peak, self.now)
+        self.peak = max(self.peak, self.in_use)
 
-    def give(self):
-        self.now = self.held
+    def release(self):
+        self.in_use = self.baseline
 
     def mem_get_info(self, device):
-        return self.total - self.now, self.total
+        return self.total - self.in_use, self.total
 
     def memory_reserved(self, device):
-        return self.now
+        return self.in_use
 
     def memory_allocated(self, device):
-        return self.now
+        return self.in_use
 
     def max_memory_allocated(self, device):
         return self.peak
 
     def reset_peak_memory_stats(self, device):
-        self.peak = self.now
+        self.peak = self.in_use
 
     def synchronize(self, device):
-        self.waited += 1
+        self.synchronized += 1
 
     def empty_cache(self):
-        self.cleared += 1
-        self.now = self.held
+        self.cache_clears += 1
+        self.in_use = self.baseline
 
 
 def on_fake_cuda(cuda, fail_at=None, error=None):
@@ -842,12 +854,12 @@ def on_fake_cuda(cuda, fail_at=None, error=None):
 
     def there(batch):
         sizes.append(len(batch.indices))
-        small = batch._replace(indices=batch.indices[:2])
-        step(small)
+        small_batch = batch._replace(indices=batch.indices[:2])
+        step(small_batch)
         if fail_at is not None and len(sizes) > fail_at:
             raise error
-        cuda.take(5 * MIB + len(batch.indices) * POINTS[batch.patch_id] * 1000)
-        cuda.give()
+        cuda.allocate(5 * MIB + len(batch.indices) * POINTS[batch.patch_id] * 1000)
+        cuda.release()
 
     return (model, optimizer, schedule), there, sizes
 
@@ -864,10 +876,10 @@ def test_on_cuda_all_is_put_back_and_the_share_is_kept(monkeypatch, warm):
         assert optimizer.state
     model.eval()
     model[2].train()
-    before = everything(*state)
+    before = full_state(*state)
     groups = [id(group) for group in optimizer.param_groups]
-    budget = quiet(step, state=state, memory_limit=None)
-    assert everything(*state) == before
+    budget = calibrate_quietly(step, state=state, memory_limit=None)
+    assert full_state(*state) == before
     assert [id(group) for group in optimizer.param_groups] == groups
     record = budget.calibration
     assert record["device"] == "cuda:0"
@@ -875,9 +887,9 @@ def test_on_cuda_all_is_put_back_and_the_share_is_kept(monkeypatch, warm):
     assert record["per_cost"] == pytest.approx(1000, rel=0.01)
     assert record["fixed"] == pytest.approx(5 * MIB, rel=0.05)
     assert record["held"] == 50 * MIB
-    tried = record["verified"][-1]
-    assert 0.8 * 900 * MIB < tried["held"] + tried["peak"] <= 900 * MIB
-    assert cuda.waited > 2 * len(record["points"])
+    verified = record["verified"][-1]
+    assert 0.8 * 900 * MIB < verified["held"] + verified["peak"] <= 900 * MIB
+    assert cuda.synchronized > 2 * len(record["points"])
 
 
 @pytest.mark.usefixtures("few_objects")
@@ -885,17 +897,17 @@ def test_on_cuda_all_is_put_back_and_the_share_is_kept(monkeypatch, warm):
 def test_on_cuda_running_out_is_a_finding(monkeypatch):
     cuda = FakeCuda(monkeypatch, 120 * MIB)
     state, step, _ = on_fake_cuda(cuda)
-    before = everything(*state)
+    before = full_state(*state)
     # A limit that is wrong: the device has less.
-    budget = quiet(step, state=state, memory_limit=4000 * MIB, share=1.0)
-    assert everything(*state) == before
+    budget = calibrate_quietly(step, state=state, memory_limit=4000 * MIB, share=1.0)
+    assert full_state(*state) == before
     record = budget.calibration
-    tried = [*record["points"], *record["verified"]]
-    failed = [point for point in tried if point["peak"] is None]
+    points = [*record["points"], *record["verified"]]
+    failed = [point for point in points if point["peak"] is None]
     assert failed
     assert record["verified"][-1]["peak"] is not None
-    assert cuda.cleared > len(failed)
-    assert cuda.now == cuda.held
+    assert cuda.cache_clears > len(failed)
+    assert cuda.in_use == cuda.baseline
 
 
 @pytest.mark.usefixtures("few_objects")
@@ -909,7 +921,7 @@ def test_on_cuda_memory_that_libraries_take_at_first_is_no_ones(monkeypatch):
             cuda.total -= 200 * MIB
         step(batch)
 
-    budget = quiet(first_takes_more, state=state, memory_limit=None)
+    budget = calibrate_quietly(first_takes_more, state=state, memory_limit=None)
     assert budget.calibration["memory_limit"] == 800 * MIB
 
 
@@ -919,11 +931,11 @@ def test_on_cuda_memory_that_libraries_take_at_first_is_no_ones(monkeypatch):
 def test_on_cuda_all_is_put_back_when_the_step_raises(monkeypatch, after):
     cuda = FakeCuda(monkeypatch, 1000 * MIB)
     state, step, sizes = on_fake_cuda(cuda, after, ZeroDivisionError("in the loss"))
-    before = everything(*state)
+    before = full_state(*state)
     with pytest.raises(ZeroDivisionError, match="in the loss"):
-        quiet(step, state=state, memory_limit=None)
+        calibrate_quietly(step, state=state, memory_limit=None)
     assert len(sizes) == after + 1
-    assert everything(*state) == before
+    assert full_state(*state) == before
 
 
 @pytest.mark.usefixtures("few_objects")
@@ -955,8 +967,8 @@ def test_everything_else_with_a_state_is_put_back(monkeypatch):
         generators[2].random()
         averaged.update_parameters(torch.nn.Linear(2, 2))
         # On one step in two it ends between unscale_ and update.
-        cuda.take(len(batch.indices) * POINTS[batch.patch_id] * 1000)
-        cuda.give()
+        cuda.allocate(len(batch.indices) * POINTS[batch.patch_id] * 1000)
+        cuda.release()
         scaler.step(optimizer)
         scaler.update()
 
@@ -974,7 +986,7 @@ def test_everything_else_with_a_state_is_put_back(monkeypatch):
 
     before = look()
     cuda.total = 120 * MIB
-    quiet(
+    calibrate_quietly(
         step,
         state=(scaler, weight, optimizer, *generators, averaged),
         memory_limit=4000 * MIB,
@@ -1002,7 +1014,7 @@ def test_a_buffer_that_the_step_replaces_is_the_old_one_again(monkeypatch):
         model.bias.requires_grad_(False)
         allocating_on(cuda, batch)
 
-    quiet(step, state=(model,), memory_limit=None)
+    calibrate_quietly(step, state=(model,), memory_limit=None)
     assert model.seen.tolist() == [0, 0]
     assert model.hidden.tolist() == [1, 1]
     assert "new" not in dict(model.named_buffers())
@@ -1011,8 +1023,8 @@ def test_a_buffer_that_the_step_replaces_is_the_old_one_again(monkeypatch):
 
 
 def allocating_on(cuda, batch):
-    cuda.take(len(batch.indices) * POINTS[batch.patch_id] * 1000)
-    cuda.give()
+    cuda.allocate(len(batch.indices) * POINTS[batch.patch_id] * 1000)
+    cuda.release()
 
 
 # On a GPU
@@ -1035,7 +1047,7 @@ def test_on_a_gpu_unseen_peaks_are_foretold_within_a_tenth_and_all_is_put_back(t
     before = {name: value.clone() for name, value in model.state_dict().items()}
     random_state = torch.cuda.get_rng_state()
     limit = torch.cuda.memory_reserved() + (2 << 30)
-    budget = quiet(step, state=(model, optimizer, schedule), memory_limit=limit)
+    budget = calibrate_quietly(step, state=(model, optimizer, schedule), memory_limit=limit)
     after = model.state_dict()
     assert all(torch.equal(after[name], value) for name, value in before.items())
     assert len(optimizer.state) == 0
@@ -1046,10 +1058,10 @@ def test_on_a_gpu_unseen_peaks_are_foretold_within_a_tenth_and_all_is_put_back(t
     plan = sampler().plan
     meter = memory_meter.CudaMeter(step, plan, (model, optimizer, schedule), "cuda:0", limit)
     for group, size in ((0, 131), (1, 23), (2, 51), (3, 30)):
-        foretold = float(fit.predict(float(list(POINTS.values())[group]), size))
-        assert foretold == pytest.approx(meter.measure(group, size).peak, rel=0.1)
-    tried = record["verified"][-1]
-    assert tried["held"] + tried["peak"] <= 0.9 * limit
+        predicted = float(fit.predict(float(list(POINTS.values())[group]), size))
+        assert predicted == pytest.approx(meter.measure(group, size).peak, rel=0.1)
+    verified = record["verified"][-1]
+    assert verified["held"] + verified["peak"] <= 0.9 * limit
 
 
 @pytest.mark.gpu
@@ -1063,7 +1075,7 @@ def test_a_gpu_that_runs_out_is_a_finding(torch):
         torch.ones(len(batch.indices) * POINTS[batch.patch_id] * 100, device="cuda")
 
     try:
-        budget = quiet(step, state=(weight,), memory_limit=float(total), share=1.0)
+        budget = calibrate_quietly(step, state=(weight,), memory_limit=float(total), share=1.0)
     finally:
         torch.cuda.set_per_process_memory_fraction(1.0)
     points = [*budget.calibration["points"], *budget.calibration["verified"]]
