@@ -14,10 +14,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from gpusampler.core.devices import HOST, Device, Library, loaded, on
+from gpusampler.core.devices import HOST, Device, Library, device_context, loaded_module
 
 Int64 = NDArray[np.int64]
-PINNED_BYTES = 1 << 25
+MAX_PINNED_BYTES = 1 << 25
 """Largest array that is put into pinned memory for one upload."""
 
 
@@ -25,10 +25,10 @@ def library_of(obj: Any) -> Library | None:
     """Return the array library that ``obj`` is an array of, or None."""
     if isinstance(obj, np.ndarray):
         return "numpy"
-    torch = loaded("torch")
+    torch = loaded_module("torch")
     if torch is not None and isinstance(obj, torch.Tensor):
         return "torch"
-    cupy = loaded("cupy")
+    cupy = loaded_module("cupy")
     if cupy is not None and isinstance(obj, cupy.ndarray):
         return "cupy"
     return None
@@ -45,7 +45,7 @@ def is_integer(array: Any) -> bool:
     return dtype_name(array).startswith(("int", "uint"))
 
 
-def is_numbers(array: Any) -> bool:
+def is_numeric(array: Any) -> bool:
     """Whether every element of an array is a number or a boolean that lies in its memory."""
     library = library_of(array)
     if library == "torch":
@@ -65,11 +65,11 @@ def has_dtype(library: Library, name: str) -> bool:
 
         return isinstance(getattr(torch, name, None), torch.dtype)
     try:
-        known = np.dtype(name)
+        dtype = np.dtype(name)
     except TypeError:
         return False
     # CuPy has NumPy's, but for what a GPU has no numbers for.
-    return known.kind in "biufc" and (library == "numpy" or known.char not in "gG")
+    return dtype.kind in "biufc" and (library == "numpy" or dtype.char not in "gG")
 
 
 def as_signed(array: Any) -> Any:
@@ -162,7 +162,7 @@ def to_device(array: Any, device: Device) -> Any:
         return tensor.to(device.name)
     import cupy
 
-    with on(device):
+    with device_context(device):
         if library_of(array) == "torch" and array.is_cuda:
             return cupy.from_dlpack(array)
         return cupy.asarray(to_numpy(array))
@@ -191,7 +191,7 @@ def upload(array: NDArray[Any], device: Device) -> Any:
     array = np.ascontiguousarray(array)
     if device.library == "torch" and device.name.startswith("cuda"):
         tensor = _from_numpy(array)
-        if array.nbytes <= PINNED_BYTES:
+        if array.nbytes <= MAX_PINNED_BYTES:
             # The allocator of pinned memory keeps it until the copy is done.
             tensor = tensor.pin_memory()
         # Pageable memory has been read when an asynchronous copy of it returns.
@@ -200,7 +200,7 @@ def upload(array: NDArray[Any], device: Device) -> Any:
     return to_device(array, device)
 
 
-def contiguous(array: Any) -> Any:
+def as_contiguous(array: Any) -> Any:
     """Return a 1-D array whose elements lie side by side: itself, or a copy on its device."""
     if library_of(array) == "torch":
         return array.contiguous()
@@ -244,13 +244,13 @@ def unique_consecutive(array: Any) -> tuple[Any, Any]:
 
 
 def to_index(index: Any, device: Device) -> Any:
-    """Return int64 row numbers in the form that `take` takes on a device."""
+    """Return int64 row numbers in the form that `take_rows` takes on a device."""
     if device.library == "numpy" or device.on_host:
         return index if library_of(index) == "numpy" else to_numpy(index)
     return upload(index, device) if library_of(index) == "numpy" else to_device(index, device)
 
 
-def take(array: Any, index: Any) -> Any:
+def take_rows(array: Any, index: Any) -> Any:
     """Return rows of an array, by `to_index` of its device: a new array of its library."""
     library = library_of(array)
     if library == "torch":
@@ -260,7 +260,7 @@ def take(array: Any, index: Any) -> Any:
             index = _from_numpy(index)
         return torch.index_select(_selectable(array), 0, index).view(array.dtype)
     if library == "cupy":
-        with on(device_of(array)):
+        with device_context(device_of(array)):
             return array.take(index, axis=0)
     if not array.flags.c_contiguous:
         # np.take would first copy the whole of it.
@@ -277,7 +277,7 @@ def _selectable(tensor: Any) -> Any:
     return tensor.view(signed[tensor.dtype]) if tensor.dtype in signed else tensor
 
 
-def take_into(pinned: Any, array: Any, index: Int64) -> None:
+def take_rows_into(pinned: Any, array: Any, index: Int64) -> None:
     """Gather rows of a host array into pinned memory, which is flat and of their size."""
     shape = (index.size, *array.shape[1:])
     if library_of(array) == "torch":
@@ -296,7 +296,7 @@ def take_into(pinned: Any, array: Any, index: Int64) -> None:
         rows[...] = array[index]
 
 
-def split(array: Any, sizes: list[int]) -> list[Any]:
+def split_rows(array: Any, sizes: list[int]) -> list[Any]:
     """Return views of an array, side by side, of these numbers of rows (they add up to its own)."""
     if library_of(array) == "torch":
         # One call for all of them: a slice at a time costs several times as much.
@@ -326,7 +326,7 @@ def repeat_rows(counts: Any, total: int) -> Any:
     return xp.searchsorted(xp.cumulative_sum(counts), lanes, side="right")
 
 
-def narrowest(library: Library, values: int) -> tuple[str, int]:
+def narrowest_dtype(library: Library, values: int) -> tuple[str, int]:
     """Return the narrowest dtype that can be sorted and holds 0 .. values - 1, and its shift.
 
     torch sorts no unsigned type but uint8, so 2**15 .. 2**16 values go into int16 shifted down.

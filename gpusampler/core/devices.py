@@ -42,7 +42,7 @@ class Device:
 HOST = Device("numpy")
 
 
-def loaded(module: str) -> ModuleType | None:
+def loaded_module(module: str) -> ModuleType | None:
     """Return the module if the program has imported it already, else None."""
     return sys.modules.get(module)
 
@@ -102,13 +102,13 @@ def _parse(device: Any) -> Device:
         return Device("torch", "cpu")
     try:
         # The name in full, as arrays that lie there have it: "mps" is "mps:0".
-        there = str(torch.empty(0, device=parsed).device)
+        full_name = str(torch.empty(0, device=parsed).device)
     except (RuntimeError, NotImplementedError, AssertionError) as error:
         reason = str(error).splitlines()[0]
         raise RuntimeError(f"device must be there: {reason} (got {name!r})") from error
     if parsed.type == "meta":
         raise ValueError(f"device must hold values, got {name!r}")
-    return Device("torch", there)
+    return Device("torch", full_name)
 
 
 def _parse_cupy(name: str) -> Device:
@@ -136,8 +136,8 @@ def _parse_cupy(name: str) -> Device:
 
 def default_device() -> Device:
     """Device for ids that came from no array: CUDA when torch is loaded and sees it, else NumPy."""
-    torch = loaded("torch")
-    if torch is None or in_worker():
+    torch = loaded_module("torch")
+    if torch is None or is_in_worker():
         return HOST
     if torch.cuda.is_initialized():
         return Device("torch", f"cuda:{torch.cuda.current_device()}")
@@ -145,17 +145,17 @@ def default_device() -> Device:
     count = torch.cuda.device_count()
     # A rank that has set no device yet will take its own: launchers number the ranks of a machine.
     local_rank = os.environ.get("LOCAL_RANK", "0")
-    own = int(local_rank) if local_rank.isdecimal() and int(local_rank) < count else 0
-    return Device("torch", f"cuda:{own}") if count > 0 else HOST
+    index = int(local_rank) if local_rank.isdecimal() and int(local_rank) < count else 0
+    return Device("torch", f"cuda:{index}") if count > 0 else HOST
 
 
-def in_worker() -> bool:
+def is_in_worker() -> bool:
     """Whether this process is a worker of a torch DataLoader, where no GPU may be touched."""
-    data = loaded("torch.utils.data")
+    data = loaded_module("torch.utils.data")
     return data is not None and data.get_worker_info() is not None
 
 
-def wait_for(device: Device) -> None:
+def synchronize_stream(device: Device) -> None:
     """Wait on the host for what a device has been told to do on its current stream."""
     if device.library == "torch" and device.name.startswith("cuda"):
         import torch
@@ -185,7 +185,7 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 def check_not_in_worker(device: Device) -> None:
     """Raise RuntimeError if arrays of a GPU are about to be made in a worker of a DataLoader."""
-    if not device.on_host and in_worker():
+    if not device.on_host and is_in_worker():
         raise RuntimeError(
             f"device must be the host in a worker of a DataLoader, got {str(device)!r}: a worker "
             "can hand out no arrays of a GPU. Iterate in the main process, or use device='numpy'"
@@ -197,14 +197,14 @@ def has_torch() -> bool:
     return find_spec("torch") is not None
 
 
-def on_torch(device: Device) -> Device:
+def as_torch_device(device: Device) -> Device:
     """Return the device by which torch knows where arrays of ``device`` are."""
     if device.library == "torch":
         return device
     return Device("torch", "cpu" if device.on_host else f"cuda:{device.name}")
 
 
-def on(device: Device) -> AbstractContextManager[Any]:
+def device_context(device: Device) -> AbstractContextManager[Any]:
     """Return the context in which a library's functions work on ``device``.
 
     CuPy makes new arrays on the current device, whatever its functions are told.

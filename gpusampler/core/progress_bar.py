@@ -5,15 +5,14 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator, Sequence
 from time import time
-from typing import Any
+from typing import Any, TypeVar
 
-from gpusampler.core.tracing import T
-
-BAR_AFTER = 1.0
+T = TypeVar("T")
+SHOW_AFTER_SECONDS = 1.0
 """Seconds after which a bar is shown."""
 
 
-class Bar:
+class ProgressBar:
     """Counts what is done, and shows a bar of tqdm's once that has taken more than a second.
 
     tqdm is made then and not before: each process in which it is made once has a thread of its and
@@ -22,53 +21,53 @@ class Bar:
     Parameters
     ----------
     total : int
-    what, unit : str
+    label, unit : str
         What is counted.
     progress : bool
         False: no bar. No bar either where standard error is no terminal.
     """
 
-    def __init__(self, total: int, what: str, unit: str, progress: bool) -> None:
-        self._look = {"total": total, "desc": what, "unit": f" {unit}", "unit_scale": True}
-        self._wanted = progress and _on_terminal()
-        self._began = time()
-        self._done = 0
-        self._shown: Any = None
+    def __init__(self, total: int, label: str, unit: str, progress: bool) -> None:
+        self._options = {"total": total, "desc": label, "unit": f" {unit}", "unit_scale": True}
+        self._enabled = progress and _is_on_terminal()
+        self._start = time()
+        self._count = 0
+        self._bar: Any = None
 
-    def __enter__(self) -> Bar:
+    def __enter__(self) -> ProgressBar:
         """Return itself."""
         return self
 
-    def update(self, done: int) -> None:
+    def update(self, count: int) -> None:
         """Count some more."""
-        if not self._wanted:
+        if not self._enabled:
             return
-        self._done += done
-        if self._shown is None:
-            if time() - self._began < BAR_AFTER:
+        self._count += count
+        if self._bar is None:
+            if time() - self._start < SHOW_AFTER_SECONDS:
                 return
             from tqdm import tqdm
 
-            self._shown = tqdm(**self._look)
+            self._bar = tqdm(**self._options)
             # So that what is shown as the time taken, and what is left, count from the start.
-            self._shown.start_t = self._shown.last_print_t = self._began
-            done = self._done
-        self._shown.update(done)
+            self._bar.start_t = self._bar.last_print_t = self._start
+            count = self._count
+        self._bar.update(count)
 
     def __exit__(self, *error: object) -> None:
         """Leave the bar as it is."""
-        if self._shown is not None:
-            self._shown.close()
+        if self._bar is not None:
+            self._bar.close()
 
 
-def over(items: Sequence[T], what: str, unit: str, progress: bool) -> Iterator[T]:
-    """Iterate over items under a `Bar` that counts them."""
-    with Bar(len(items), what, unit, progress) as shown:
+def iterate_with_bar(items: Sequence[T], label: str, unit: str, progress: bool) -> Iterator[T]:
+    """Iterate over items under a `ProgressBar` that counts them."""
+    with ProgressBar(len(items), label, unit, progress) as bar:
         for item in items:
             yield item
-            shown.update(1)
+            bar.update(1)
 
 
-def _on_terminal() -> bool:
+def _is_on_terminal() -> bool:
     # None in a program that has no console.
     return sys.stderr is not None and sys.stderr.isatty()

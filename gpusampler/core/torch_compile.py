@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from gpusampler.core.devices import Device, loaded
+from gpusampler.core.devices import Device, loaded_module
 
 
 def is_compiling() -> bool:
     """Whether torch.compile is tracing the caller."""
-    torch = loaded("torch")
+    torch = loaded_module("torch")
     return torch is not None and bool(torch.compiler.is_compiling())
 
 

@@ -10,13 +10,13 @@ import sys
 import threading
 from collections.abc import Callable, Iterable
 from contextlib import suppress
+from functools import cache
 from time import perf_counter
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol
 from weakref import WeakSet
 
 from gpusampler.core.log import logger
 
-T = TypeVar("T")
 LOAD_IDS, GROUP, EVALUATE, TRANSFER, HAND_OUT = (
     "load_ids",
     "group",
@@ -28,30 +28,30 @@ RANGES = (LOAD_IDS, GROUP, EVALUATE, TRANSFER, HAND_OUT)
 """What a sampler's time goes to; profilers show them as "gpusampler.evaluate" and so on."""
 
 
-class Watch(Protocol):
+class RangeWatcher(Protocol):
     """Who looks at every range while it lasts: a profile."""
 
     batches: int
     """Batches handed out; iterators count them."""
 
-    def entered(self) -> float:
+    def enter(self) -> float:
         """Return the time at which an outermost range begins."""
 
-    def leaving(self, name: str) -> None:
+    def before_exit(self, name: str) -> None:
         """Be told that a range is about to end."""
 
-    def left(self, now: float) -> None:
+    def after_exit(self, now: float) -> None:
         """Be told that an outermost range has ended."""
 
 
-class Holds(Protocol):
+class ProfiledIterator(Protocol):
     """Who hands batches out by a path that nobody sees, until it is told to stop doing so."""
 
-    def hold(self) -> None:
+    def observe_each_batch(self) -> None:
         """Hand the batches that are ready out one by one."""
 
 
-class _Open(threading.local):
+class _OpenRanges(threading.local):
     """The ranges that a thread is in: [start, seconds of ranges inside, how to end it]."""
 
     def __init__(self) -> None:
@@ -80,28 +80,28 @@ class Range:
 
     def __enter__(self) -> None:
         recorder = self._recorder
-        frames = recorder._open.frames
-        watch = recorder.watch
-        start = perf_counter() if watch is None or frames else watch.entered()
-        frames.append([start, 0.0, _shown(self._label)])
+        frames = recorder._open_ranges.frames
+        watcher = recorder.watcher
+        start = perf_counter() if watcher is None or frames else watcher.enter()
+        frames.append([start, 0.0, _begin_profiler_range(self._label)])
 
     def __exit__(self, *error: object) -> None:
         recorder = self._recorder
-        frames = recorder._open.frames
-        start, inside, end = frames.pop()
-        watch = recorder.watch
-        if watch is not None:
-            watch.leaving(self.name)
+        frames = recorder._open_ranges.frames
+        start, nested_seconds, end = frames.pop()
+        watcher = recorder.watcher
+        if watcher is not None:
+            watcher.before_exit(self.name)
         if end is not None:
             end()
         now = perf_counter()
-        took = now - start
+        duration = now - start
         self.calls += 1
-        self.seconds += took - inside
+        self.seconds += duration - nested_seconds
         if frames:
-            frames[-1][1] += took
-        elif watch is not None:
-            watch.left(now)
+            frames[-1][1] += duration
+        elif watcher is not None:
+            watcher.after_exit(now)
 
 
 class Recorder:
@@ -111,9 +111,9 @@ class Recorder:
     ----------
     batches : int
         Made so far.
-    watch : Watch or None
+    watcher : RangeWatcher or None
         A profile, while it lasts.
-    iterators : set of Holds
+    iterators : set of ProfiledIterator
         Those that have begun and are still alive.
 
     Examples
@@ -128,10 +128,10 @@ class Recorder:
 
     def __init__(self) -> None:
         self.batches = 0
-        self.watch: Watch | None = None
-        self.iterators: WeakSet[Holds] = WeakSet()
+        self.watcher: RangeWatcher | None = None
+        self.iterators: WeakSet[ProfiledIterator] = WeakSet()
         self._ranges = {name: Range(self, name) for name in RANGES}
-        self._open = _Open()
+        self._open_ranges = _OpenRanges()
 
     @property
     def ranges(self) -> Iterable[Range]:
@@ -147,18 +147,18 @@ class Recorder:
         return Recorder, ()
 
 
-def _shown(label: str) -> Callable[[], object] | None:
+def _begin_profiler_range(label: str) -> Callable[[], object] | None:
     """Begin a range in the profilers that are on; return how to end it, None where none is."""
     ends: list[Callable[[], object]] = []
-    if _torch_records():
+    if _is_torch_profiling():
         from torch.autograd.profiler import record_function
 
-        shown = record_function(label)
-        shown.__enter__()
-        ends.append(lambda: shown.__exit__(None, None, None))
-    marks = _nvtx()
-    if marks is not None:
-        push, pop = marks
+        torch_range = record_function(label)
+        torch_range.__enter__()
+        ends.append(lambda: torch_range.__exit__(None, None, None))
+    nvtx_functions = _nvtx_functions()
+    if nvtx_functions is not None:
+        push, pop = nvtx_functions
         push(label)
         ends.append(pop)
     if not ends:
@@ -167,27 +167,19 @@ def _shown(label: str) -> Callable[[], object] | None:
     return lambda: [end() for end in reversed(ends)]
 
 
-def _torch_records() -> bool:
+def _is_torch_profiling() -> bool:
     """Whether a profiler of torch is on; ``emit_nvtx`` is one, and makes NVTX ranges itself."""
     autograd = sys.modules.get("torch.autograd")
     enabled = getattr(autograd, "_profiler_enabled", None)
     return enabled is not None and bool(enabled())
 
 
-_marks: list[tuple[Callable[[str], Any], Callable[[], Any]] | None] = []
-"""How NVTX ranges are made in this process, once that has been found out."""
-
-
-def _nvtx() -> tuple[Callable[[str], Any], Callable[[], Any]] | None:
+@cache
+def _nvtx_functions() -> tuple[Callable[[str], Any], Callable[[], Any]] | None:
     """Return what begins and ends an NVTX range, None where nobody has asked for them."""
-    if not _marks:
-        # Nsight Systems and Compute set the first for the programs that they start.
-        asked = os.environ.get("NVTX_INJECTION64_PATH") or os.environ.get("GPUSAMPLER_NVTX") == "1"
-        _marks.append(_found_nvtx() if asked else None)
-    return _marks[0]
-
-
-def _found_nvtx() -> tuple[Callable[[str], Any], Callable[[], Any]] | None:
+    # Nsight Systems and Compute set the first for the programs that they start.
+    if not os.environ.get("NVTX_INJECTION64_PATH") and os.environ.get("GPUSAMPLER_NVTX") != "1":
+        return None
     torch, cupy = sys.modules.get("torch"), sys.modules.get("cupy")
     # Counted, which initialises no CUDA: the process may fork yet.
     if torch is not None and torch.cuda.device_count() > 0:

@@ -1,7 +1,7 @@
 """Side streams, events and pinned memory: arrays that travel while something else is done.
 
-`ToHost` brings arrays from a device to the host a step ahead of their use. What a library calls
-its streams is behind `Side`, of which tests have one that copies as late as it may.
+`HostTransfer` brings arrays from a device to the host a step ahead of their use. What a library
+calls its streams is behind `SideStream`, of which tests have one that copies as late as it may.
 """
 
 from __future__ import annotations
@@ -27,57 +27,57 @@ class Event(Protocol):
         """Wait on the host until the point is passed."""
 
 
-class Side(Protocol):
+class SideStream(Protocol):
     """A stream beside the one that computes, on a device of one library."""
 
-    def pinned(self, size: int, dtype: str) -> Any:
+    def allocate_pinned(self, size: int, dtype: str) -> Any:
         """Return page-locked host memory as a 1-D array of the library (NumPy's for CuPy)."""
 
-    def to_host(self, source: Any, target: Any) -> Event:
+    def copy_to_host(self, source: Any, target: Any) -> Event:
         """Begin to copy a device array to pinned memory, after what computes it.
 
         The caller keeps ``source`` until the event is passed, and ``target`` alone.
         """
 
-    def to_device(self, source: Any, shape: tuple[int, ...]) -> tuple[Any, Event]:
+    def copy_to_device(self, source: Any, shape: tuple[int, ...]) -> tuple[Any, Event]:
         """Begin to copy pinned memory to a new device array.
 
         The caller keeps ``source`` as it is until the event is passed.
         """
 
-    def wait_for(self, event: Event, array: Any) -> None:
-        """Let the stream that computes use an array from `to_device`, once its copy is done."""
+    def wait_for_copy(self, event: Event, array: Any) -> None:
+        """Let the computing stream use an array from `copy_to_device`, once its copy is done."""
 
     def finish(self) -> None:
         """Wait until memory of the copies may be given back, even of those nobody waits for."""
 
 
-class Ready:
+class ReadyArrays:
     """Arrays that were made on the current stream, to be used on any.
 
     Parameters
     ----------
     device : Device
-    made : list of arrays
+    arrays : list of arrays
         torch keeps their memory until every stream that has used them is done with them. CuPy knows
         no such thing: there they must live on for as long.
     """
 
-    def __init__(self, device: Device, made: list[Any]) -> None:
+    def __init__(self, device: Device, arrays: list[Any]) -> None:
         self._device = device
-        self._made = made
-        self._known: set[int] = set()
+        self._arrays = arrays
+        self._waiting_streams: set[int] = set()
         self._event: Any = None
         if device.library == "torch" and device.name.startswith("cuda"):
             import torch
 
             current = torch.cuda.current_stream(device.name)
-            self._known.add(current.cuda_stream)
+            self._waiting_streams.add(current.cuda_stream)
             self._event = torch.cuda.Event()
             self._event.record(current)
         elif device.library == "cupy":
-            with devices.on(device):
-                self._known.add(devices.cupy_stream().ptr)
+            with devices.device_context(device):
+                self._waiting_streams.add(devices.cupy_stream().ptr)
                 self._event = devices.cupy_stream().record()
 
     def wait(self) -> None:
@@ -85,25 +85,25 @@ class Ready:
         if self._event is None:
             return
         if self._device.library == "cupy":
-            with devices.on(self._device):
+            with devices.device_context(self._device):
                 current = devices.cupy_stream()
-                if current.ptr not in self._known:
+                if current.ptr not in self._waiting_streams:
                     current.wait_event(self._event)
-                    self._known.add(current.ptr)
+                    self._waiting_streams.add(current.ptr)
             return
         import torch
 
         stream = torch.cuda.current_stream(self._device.name)
         # A graph that is captured waits for nothing outside it; what it uses was made before.
-        if stream.cuda_stream in self._known or torch.cuda.is_current_stream_capturing():
+        if stream.cuda_stream in self._waiting_streams or torch.cuda.is_current_stream_capturing():
             return
         stream.wait_event(self._event)
-        for array in self._made:
+        for array in self._arrays:
             array.record_stream(stream)
-        self._known.add(stream.cuda_stream)
+        self._waiting_streams.add(stream.cuda_stream)
 
 
-class TorchSide:
+class TorchSideStream:
     """A side stream of torch on CUDA."""
 
     def __init__(self, device: Device) -> None:
@@ -113,26 +113,26 @@ class TorchSide:
         self._device = torch.device(device.name)
         self._stream = torch.cuda.Stream(self._device)
 
-    def pinned(self, size: int, dtype: str) -> Any:
+    def allocate_pinned(self, size: int, dtype: str) -> Any:
         """Return a page-locked tensor."""
         return self._torch.empty(size, dtype=getattr(self._torch, dtype), pin_memory=True)
 
-    def to_host(self, source: Any, target: Any) -> Event:
+    def copy_to_host(self, source: Any, target: Any) -> Event:
         """Begin to copy a device array to pinned memory, after what computes it."""
         self._stream.wait_stream(self._torch.cuda.current_stream(self._device))
         with self._torch.cuda.stream(self._stream):
             target.copy_(source, non_blocking=True)
-            return self._recorded()
+            return self._record_event()
 
-    def to_device(self, source: Any, shape: tuple[int, ...]) -> tuple[Any, Event]:
+    def copy_to_device(self, source: Any, shape: tuple[int, ...]) -> tuple[Any, Event]:
         """Begin to copy pinned memory to a new device array."""
         with self._torch.cuda.stream(self._stream):
-            there = self._torch.empty(shape, dtype=source.dtype, device=self._device)
-            there.view(-1).copy_(source, non_blocking=True)
-            return there, self._recorded()
+            device_array = self._torch.empty(shape, dtype=source.dtype, device=self._device)
+            device_array.view(-1).copy_(source, non_blocking=True)
+            return device_array, self._record_event()
 
-    def wait_for(self, event: Any, array: Any) -> None:
-        """Let the current stream use an array from `to_device`, once its copy is done."""
+    def wait_for_copy(self, event: Any, array: Any) -> None:
+        """Let the current stream use an array from `copy_to_device`, once its copy is done."""
         current = self._torch.cuda.current_stream(self._device)
         current.wait_event(event)
         # It was made on the side stream: its memory must not be used anew before this stream is
@@ -142,14 +142,14 @@ class TorchSide:
     def finish(self) -> None:
         """Do nothing: torch gives no memory out again before the streams that used it are done."""
 
-    def _recorded(self) -> Event:
+    def _record_event(self) -> Event:
         event = self._torch.cuda.Event()
         event.record(self._stream)
-        recorded: Event = event
-        return recorded
+        result: Event = event
+        return result
 
 
-class CupySide:
+class CupySideStream:
     """A side stream of CuPy."""
 
     def __init__(self, device: Device) -> None:
@@ -157,36 +157,36 @@ class CupySide:
 
         self._cupy = cupy
         self._device = device
-        with devices.on(device):
+        with devices.device_context(device):
             self._stream = cupy.cuda.Stream(non_blocking=True)
 
-    def pinned(self, size: int, dtype: str) -> Any:
+    def allocate_pinned(self, size: int, dtype: str) -> Any:
         """Return page-locked memory as a NumPy array."""
         import cupyx
 
         return cupyx.empty_pinned(size, dtype)
 
-    def to_host(self, source: Any, target: Any) -> Event:
+    def copy_to_host(self, source: Any, target: Any) -> Event:
         """Begin to copy a device array to pinned memory, after what computes it."""
-        with devices.on(self._device):
+        with devices.device_context(self._device):
             self._stream.wait_event(devices.cupy_stream().record())
             source.data.copy_to_host_async(target.ctypes.data, source.nbytes, self._stream)
             event: Event = self._stream.record()
             return event
 
-    def to_device(self, source: Any, shape: tuple[int, ...]) -> tuple[Any, Event]:
+    def copy_to_device(self, source: Any, shape: tuple[int, ...]) -> tuple[Any, Event]:
         """Begin to copy pinned memory to a new device array."""
-        with devices.on(self._device):
+        with devices.device_context(self._device):
             # Made on the stream that will use it, whose earlier work on the same memory comes
             # first.
-            there = self._cupy.empty(shape, dtype=source.dtype)
+            device_array = self._cupy.empty(shape, dtype=source.dtype)
             self._stream.wait_event(devices.cupy_stream().record())
-            there.data.copy_from_host_async(source.ctypes.data, source.nbytes, self._stream)
-            return there, self._stream.record()
+            device_array.data.copy_from_host_async(source.ctypes.data, source.nbytes, self._stream)
+            return device_array, self._stream.record()
 
-    def wait_for(self, event: Any, array: Any) -> None:
-        """Let the current stream use an array from `to_device`, once its copy is done."""
-        with devices.on(self._device):
+    def wait_for_copy(self, event: Any, array: Any) -> None:
+        """Let the current stream use an array from `copy_to_device`, once its copy is done."""
+        with devices.device_context(self._device):
             devices.cupy_stream().wait_event(event)
 
     def finish(self) -> None:
@@ -194,50 +194,50 @@ class CupySide:
         self._stream.synchronize()
 
 
-def finish(side: Side | None) -> None:
-    """Do what `Side.finish` does, for objects that are about to go."""
+def finish_copies(side: SideStream | None) -> None:
+    """Do what `SideStream.finish` does, for objects that are about to go."""
     # When the program ends, the driver may be gone before them.
     if side is not None and not sys.is_finalizing():
         side.finish()
 
 
 @cache
-def side_of(device: Device) -> Side | None:
+def side_stream(device: Device) -> SideStream | None:
     """Return the side stream on a device; None where copies are not asynchronous.
 
     One for the process: memory that is given back is kept for the stream it was made on, so every
     new stream would hold some of its own.
     """
     if device.library == "cupy":
-        return CupySide(device)
+        return CupySideStream(device)
     if device.library == "torch" and device.name.startswith("cuda"):
-        return TorchSide(device)
+        return TorchSideStream(device)
     return None
 
 
-class Ahead(Generic[T]):
+class Prefetcher(Generic[T]):
     """Begins things one ahead of where they are used, so that they are on their way meanwhile."""
 
     def __init__(self) -> None:
-        self._begun = False
+        self._started = False
         self._next: T | None = None
 
-    def read(self, begin: Callable[[], T | None]) -> T | None:
+    def get_next(self, start: Callable[[], T | None]) -> T | None:
         """Return the next one, the one after it having been begun; None after the last.
 
-        ``begin`` begins one, and returns None after the last. It is not kept: as a method of who
+        ``start`` begins one, and returns None after the last. It is not kept: as a method of who
         holds this it would make a cycle, and pinned memory would wait for the garbage collector.
         """
-        if not self._begun:
-            self._begun = True
-            self._next = begin()
-        found = self._next
-        if found is not None:
-            self._next = begin()
-        return found
+        if not self._started:
+            self._started = True
+            self._next = start()
+        item = self._next
+        if item is not None:
+            self._next = start()
+        return item
 
 
-class ToHost:
+class HostTransfer:
     """Device arrays on their way to the host, through two pinned buffers.
 
     `send` begins a copy, `take` waits for the oldest one. What `take` returned is good until the
@@ -245,37 +245,37 @@ class ToHost:
 
     Parameters
     ----------
-    side : Side
+    side : SideStream
     """
 
     BUFFERS = 2
 
-    def __init__(self, side: Side) -> None:
+    def __init__(self, side: SideStream) -> None:
         self._side = side
         self._buffers: list[Any] = [None] * self.BUFFERS
-        self._on_the_way: list[tuple[int, int, Any, Event]] = []
+        self._pending: list[tuple[int, int, Any, Event]] = []
         self._next = 0
 
     def send(self, array: Any) -> None:
         """Begin to copy a 1-D array; at most two may be on their way."""
-        if len(self._on_the_way) == self.BUFFERS:
+        if len(self._pending) == self.BUFFERS:
             raise RuntimeError("take must be called before a third array is sent")
         size = int(array.shape[0])
         buffer = self._buffers[self._next]
         if buffer is None or int(buffer.shape[0]) < size:
-            buffer = self._side.pinned(size, arrays.dtype_name(array))
+            buffer = self._side.allocate_pinned(size, arrays.dtype_name(array))
             self._buffers[self._next] = buffer
-        event = self._side.to_host(array, buffer[:size])
+        event = self._side.copy_to_host(array, buffer[:size])
         # The array is kept until then: its memory could be used anew while it is read.
-        self._on_the_way.append((self._next, size, array, event))
+        self._pending.append((self._next, size, array, event))
         self._next = (self._next + 1) % self.BUFFERS
 
     def take(self) -> NDArray[Any]:
         """Wait for the oldest array and return it as NumPy, in pinned memory."""
-        which, size, _, event = self._on_the_way.pop(0)
+        index, size, _, event = self._pending.pop(0)
         event.synchronize()
-        return np.asarray(self._buffers[which][:size])
+        return np.asarray(self._buffers[index][:size])
 
     def __del__(self) -> None:
         """Give the buffers back only when no copy is under way: an epoch may be left anywhere."""
-        finish(self._side)
+        finish_copies(self._side)

@@ -1,10 +1,13 @@
-"""Checks of arguments that several rooms share: each names the argument, the rule and the value."""
+"""Checks of arguments that several wings share: each names the argument, the rule and the value."""
 
 from __future__ import annotations
 
 import errno
 import operator
 import os
+from collections.abc import Callable
+from contextlib import suppress
+from numbers import Integral, Real
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +16,10 @@ from numpy.typing import NDArray
 
 from gpusampler.core import arrays
 from gpusampler.core.arrays import Int64
-from gpusampler.core.text import shown
+from gpusampler.core.text import short_repr
 
 
-def checked_int(value: Any, name: str, *, least: int, below: int | None = None) -> int:
+def check_int(value: Any, name: str, *, low: int, high: int | None = None) -> int:
     """Return ``value`` as an int, or raise.
 
     Raises
@@ -24,34 +27,79 @@ def checked_int(value: Any, name: str, *, least: int, below: int | None = None) 
     TypeError
         If it is no integer; booleans are none here.
     ValueError
-        If it is smaller than ``least``, or not smaller than ``below``.
+        If it is smaller than ``low``, or not smaller than ``high``.
     """
     if isinstance(value, (bool, np.bool_)):
         raise TypeError(f"{name} must be an int, got {value!r}")
     try:
         number = operator.index(value)
     except TypeError:
-        raise TypeError(f"{name} must be an int, got {shown(value)}") from None
-    if number < least:
-        raise ValueError(f"{name} must be >= {least}, got {shown(number)}")
-    if below is not None and number >= below:
-        raise ValueError(f"{name} must be < {below}, got {shown(number)}")
+        raise TypeError(f"{name} must be an int, got {short_repr(value)}") from None
+    if number < low:
+        raise ValueError(f"{name} must be >= {low}, got {short_repr(number)}")
+    if high is not None and number >= high:
+        raise ValueError(f"{name} must be < {high}, got {short_repr(number)}")
     return number
 
 
-def checked_seed(seed: Any, name: str = "seed") -> int:
+def check_real(
+    value: Any,
+    name: str,
+    rule: str,
+    is_allowed: Callable[[Any], Any],
+    *,
+    is_sequence: bool = False,
+    kind: str = "",
+) -> Any:
+    """Return a real number as an int or a float, or a sequence of them as float64, or raise.
+
+    Parameters
+    ----------
+    value : object
+    name, rule : str
+        For the text of errors: "``name`` must ``rule``, got ...".
+    is_allowed : callable
+        Whether the number, or each element of the array, obeys the rule.
+    is_sequence : bool
+        Whether ``value`` must be a sequence.
+    kind : str, optional
+        What ``value`` must be, for the text of the TypeError.
+
+    Raises
+    ------
+    TypeError
+        If it is no real number, or no sequence of them; a boolean is none here.
+    ValueError
+        If it does not obey the rule.
+    """
+    numbers: Any = None
+    if is_sequence:
+        with suppress(TypeError, ValueError):
+            numbers = np.asarray(list(value), np.float64)
+    elif isinstance(value, Real) and not isinstance(value, bool):
+        # A Python number: NumPy would convert the bounds to its narrower types.
+        numbers = int(value) if isinstance(value, Integral) else float(value)
+    if numbers is None:
+        kind = kind or ("a sequence of numbers" if is_sequence else "a number")
+        raise TypeError(f"{name} must be {kind}, got {short_repr(value)}")
+    if not np.all(is_allowed(numbers)):
+        raise ValueError(f"{name} must {rule}, got {short_repr(value)}")
+    return numbers
+
+
+def check_seed(seed: Any, name: str = "seed") -> int:
     """Return ``seed`` as an int in 0 .. 2**64 - 1, or raise."""
-    return checked_int(seed, name, least=0, below=1 << 64)
+    return check_int(seed, name, low=0, high=1 << 64)
 
 
-def checked_bool(value: Any, name: str) -> bool:
+def check_bool(value: Any, name: str) -> bool:
     """Return ``value`` as a bool, or raise TypeError."""
     if isinstance(value, (bool, np.bool_)):
         return bool(value)
     raise TypeError(f"{name} must be a bool, got {value!r}")
 
 
-def checked_path(value: Any, name: str = "path") -> Path:
+def check_path(value: Any, name: str = "path") -> Path:
     """Return where a file is, or is to be, or raise before anything else is done.
 
     Raises
@@ -62,30 +110,30 @@ def checked_path(value: Any, name: str = "path") -> Path:
         If its folder is not there, or it is a folder itself.
     """
     if not isinstance(value, (str, os.PathLike)) or not isinstance(os.fspath(value), str):
-        raise TypeError(f"{name} must be a str or an os.PathLike of one, got {shown(value)}")
-    path, given = Path(value), os.fspath(value)
+        raise TypeError(f"{name} must be a str or an os.PathLike of one, got {short_repr(value)}")
+    path, path_text = Path(value), os.fspath(value)
     if path.is_dir():
-        raise IsADirectoryError(errno.EISDIR, f"{name} must be a file, got a folder", given)
+        raise IsADirectoryError(errno.EISDIR, f"{name} must be a file, got a folder", path_text)
     if not path.parent.exists():
         raise FileNotFoundError(
-            errno.ENOENT, f"{name} must be in a folder that is there, got no such folder", given
+            errno.ENOENT, f"{name} must be in a folder that is there, got no such folder", path_text
         )
     if not path.parent.is_dir():
         raise NotADirectoryError(
-            errno.ENOTDIR, f"{name} must be in a folder, got one in a file", given
+            errno.ENOTDIR, f"{name} must be in a folder, got one in a file", path_text
         )
     return path
 
 
-def checked_choice(value: Any, name: str, choices: tuple[str, ...]) -> str:
+def check_choice(value: Any, name: str, choices: tuple[str, ...]) -> str:
     """Return ``value`` if it is one of ``choices``, or raise ValueError."""
     if isinstance(value, str) and value in choices:
         return value
-    listed = ", ".join(repr(choice) for choice in choices)
-    raise ValueError(f"{name} must be one of {listed}, got {value!r}")
+    choice_list = ", ".join(repr(choice) for choice in choices)
+    raise ValueError(f"{name} must be one of {choice_list}, got {value!r}")
 
 
-def checked_ids(ids: Any) -> Any:
+def check_ids(ids: Any) -> Any:
     """Return patch ids as an array of one of the libraries, 1-D, of integers that fit in int64.
 
     Raises
@@ -95,20 +143,20 @@ def checked_ids(ids: Any) -> Any:
     ValueError
         If they are not 1-D, are empty, or do not fit.
     """
-    ids = checked_id_array(ids)
+    ids = check_id_array(ids)
     _check_fits(ids, "ids")
     return ids
 
 
-def checked_id_array(ids: Any, name: str = "ids") -> Any:
-    """Return patch ids as `checked_ids` does, without a look at the values of an array.
+def check_id_array(ids: Any, name: str = "ids") -> Any:
+    """Return patch ids as `check_ids` does, without a look at the values of an array.
 
     Raises
     ------
     TypeError, ValueError
-        As by `checked_ids`, but for ids of uint64 that do not fit in int64.
+        As by `check_ids`, but for ids of uint64 that do not fit in int64.
     """
-    given = ids
+    original = ids
     ids = as_array(ids, name)
     if isinstance(ids, np.ma.MaskedArray):
         raise TypeError(f"{name} must have a value for every sample, got a masked array")
@@ -117,7 +165,7 @@ def checked_id_array(ids: Any, name: str = "ids") -> Any:
     if int(ids.shape[0]) == 0:
         raise ValueError(f"{name} must name at least one sample, got none")
     if not arrays.is_integer(ids):
-        _check_python_integers(given, name)
+        _check_python_integers(original, name)
         raise TypeError(f"{name} must be integers, got dtype {str(ids.dtype).rpartition('.')[2]}")
     return ids
 

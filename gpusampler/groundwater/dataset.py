@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from gpusampler.core.validation import checked_bool, checked_int
-from gpusampler.groundwater.checks import check_columns, check_origin, check_targets
+from gpusampler.core.validation import check_bool, check_int, check_real
+from gpusampler.groundwater.checks import check_columns, check_targets
 from gpusampler.groundwater.collate import collate_fn
 from gpusampler.groundwater.folder import COLUMNS, Patch, PatchArrays, read_folder
 from gpusampler.groundwater.normalize import Normalize
@@ -124,30 +124,36 @@ class GWPatchDataset:
         max_open_patches: int = 64,
         progress: bool = True,
     ) -> None:
-        inputs = checked_int(input_window_size, "input_window_size", least=1)
-        outputs = checked_int(output_window_size, "output_window_size", least=1)
+        inputs = check_int(input_window_size, "input_window_size", low=1)
+        outputs = check_int(output_window_size, "output_window_size", low=1)
         Windows(0, inputs, outputs, split, val_ratio, gap, stride)  # arguments before files
         self.columns = check_columns(columns)
         self.target_columns = check_targets(target_columns, self.columns)
         self.transform = transform
-        corner = check_origin(origin)
-        max_open = checked_int(max_open_patches, "max_open_patches", least=1)
-        checked_bool(progress, "progress")
+        corner = check_real(
+            origin,
+            "origin",
+            "be three finite numbers",
+            lambda x: x.shape == (3,) and np.isfinite(x),
+            is_sequence=True,
+        )
+        max_open = check_int(max_open_patches, "max_open_patches", low=1)
+        check_bool(progress, "progress")
         self.root = Path(root)
         self._patches = read_folder(self.root, self.columns, progress=progress)
-        self._positions = {patch.patch_id: at for at, patch in enumerate(self._patches)}
+        self._positions = {patch.patch_id: i for i, patch in enumerate(self._patches)}
         first = self._patches[0]
         self.windows = Windows(first.steps, inputs, outputs, split, val_ratio, gap, stride)
         if self.windows.count == 0:
-            part = max(self.windows.last - self.windows.first, 0)
+            num_steps = max(self.windows.last - self.windows.first, 0)
             raise ValueError(
                 f"split {split!r} must have at least input_window_size + output_window_size = "
-                f"{self.windows.length} time steps, got {part} of the {first.steps} in "
+                f"{self.windows.length} time steps, got {num_steps} of the {first.steps} in "
                 f"{first.path.name}/core_obs.npy"
             )
         targets = [self.columns.index(name) for name in self.target_columns]
         self._reader = WindowReader(self._patches, self.windows, targets, corner, max_open)
-        self._ids: NDArray[np.int64] | None = None
+        self._patch_ids: NDArray[np.int64] | None = None
         self.num_points = sum(patch.core + patch.ghost for patch in self._patches)
         self.nbytes = sum(patch.nbytes for patch in self._patches)
 
@@ -215,19 +221,19 @@ class GWPatchDataset:
             If a file went away, shrank or changed shape since the dataset was made. The text
             names the patch and the file.
         """
-        rows = self._rows(indices)
+        rows = self._check_indices(indices)
         samples: dict[int, Sample] = {}
         patches, windows = np.divmod(rows, self.windows.count)
         for position in np.unique(patches).tolist():
-            at = np.flatnonzero(patches == position)
-            read = self._reader.read(position, windows[at])
-            for place, sample in zip(at.tolist(), read, strict=True):
-                samples[place] = self._transform(sample) if self._transform else sample
-        return [samples[place] for place in range(len(rows))]
+            patch_rows = np.flatnonzero(patches == position)
+            patch_samples = self._reader.read(position, windows[patch_rows])
+            for row, sample in zip(patch_rows.tolist(), patch_samples, strict=True):
+                samples[row] = self._transform(sample) if self._transform else sample
+        return [samples[row] for row in range(len(rows))]
 
-    def _rows(self, indices: Any) -> NDArray[np.int64]:
-        host = indices.cpu() if hasattr(indices, "cpu") else indices
-        rows = np.asarray(host)
+    def _check_indices(self, indices: Any) -> NDArray[np.int64]:
+        host_indices = indices.cpu() if hasattr(indices, "cpu") else indices
+        rows = np.asarray(host_indices)
         if rows.size == 0:
             return np.empty(0, dtype=np.int64)
         if rows.dtype.kind not in "iu":
@@ -236,11 +242,11 @@ class GWPatchDataset:
             raise TypeError(f"indices must be one-dimensional, got shape {rows.shape}")
         rows = rows.astype(np.int64)
         rows = np.where(rows < 0, rows + len(self), rows)
-        outside = np.flatnonzero((rows < 0) | (rows >= len(self)))
-        if outside.size:
+        out_of_range = np.flatnonzero((rows < 0) | (rows >= len(self)))
+        if out_of_range.size:
             raise IndexError(
                 f"index must be in [{-len(self)}, {len(self)}), "
-                f"got {int(np.asarray(host)[outside[0]])}"
+                f"got {int(np.asarray(host_indices)[out_of_range[0]])}"
             )
         return rows
 
@@ -294,11 +300,11 @@ class GWPatchDataset:
         >>> GWPatchDataset(small_data(), 6, 1).get_all_patch_ids()[:3].tolist()
         [0, 0, 0]
         """
-        if self._ids is None:
+        if self._patch_ids is None:
             ids = np.array([patch.patch_id for patch in self._patches], dtype=np.int64)
-            self._ids = np.repeat(ids, self.windows.count)
-            self._ids.flags.writeable = False
-        return self._ids
+            self._patch_ids = np.repeat(ids, self.windows.count)
+            self._patch_ids.flags.writeable = False
+        return self._patch_ids
 
     @property
     def patch_ids(self) -> NDArray[np.int64]:

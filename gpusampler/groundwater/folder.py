@@ -21,15 +21,15 @@ import numpy as np
 from numpy.lib.format import open_memmap
 from numpy.typing import NDArray
 
-from gpusampler.core.progress_bar import over
+from gpusampler.core.progress_bar import iterate_with_bar
 
 COLUMNS = ("mass_concentration", "head", "pressure")
 
-_NAME = re.compile(r"patch_(.*)", re.DOTALL)
-_ID = re.compile(r"-?[0-9]+")
+_FOLDER_NAME = re.compile(r"patch_(.*)", re.DOTALL)
+_PATCH_NUMBER = re.compile(r"-?[0-9]+")
 _INT64 = np.iinfo(np.int64)
 # What NumPy raised on 20,000 damaged headers: it evaluates, and even tokenizes, what they hold.
-_UNREADABLE = (
+_HEADER_ERRORS = (
     ValueError,
     TypeError,
     OverflowError,
@@ -39,19 +39,19 @@ _UNREADABLE = (
 )
 
 
-_parsing = threading.Lock()
+_parse_lock = threading.Lock()
 """Held while a header is read: NumPy parses it as Python, which Python up to 3.12 at times cannot
 do in two threads at once ("AST constructor recursion depth mismatch")."""
 
 
-def _forget_lock() -> None:
+def _renew_parse_lock() -> None:
     # A forked worker has none of the threads that might hold it.
-    global _parsing
-    _parsing = threading.Lock()
+    global _parse_lock
+    _parse_lock = threading.Lock()
 
 
 if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_forget_lock)
+    os.register_at_fork(after_in_child=_renew_parse_lock)
 
 
 class PatchArrays(NamedTuple):
@@ -70,24 +70,14 @@ class PatchArrays(NamedTuple):
 
         To read a map beyond the end of its file is no error that could be caught: the system
         ends the process (SIGBUS). A file that is cut between this and the reading still does.
-
-        Parameters
-        ----------
-        path : pathlib.Path
-            The patch's folder.
-
-        Raises
-        ------
-        OSError
-            If a file has shrunk since it was mapped. The text names the patch and the file.
         """
         for name, array in zip(self._fields, self, strict=True):
-            mapped: Any = array.base
-            size, needed = mapped.size(), array.offset + array.nbytes  # type: ignore[attr-defined]
-            if size < needed:
+            memory_map: Any = array.base
+            size, needed_size = memory_map.size(), array.offset + array.nbytes  # type: ignore[attr-defined]
+            if size < needed_size:
                 raise OSError(
                     f"{path.name}/{name}.npy has shrunk to {size} bytes since it was mapped, and "
-                    f"{needed} are needed"
+                    f"{needed_size} are needed"
                 )
 
 
@@ -118,20 +108,7 @@ class Patch:
     nbytes: int
 
     def open(self) -> PatchArrays:
-        """Map the four files.
-
-        Returns
-        -------
-        PatchArrays
-            Read-only memory maps; nothing is read yet.
-
-        Raises
-        ------
-        OSError
-            If a file cannot be opened, e.g. is gone since the folder was checked.
-        ValueError
-            If a file is no longer an array of the shape that was checked.
-        """
+        """Map the four files."""
         arrays = open_arrays(self.path)
         checked = (
             (self.core, 3),
@@ -149,68 +126,50 @@ class Patch:
 
 
 def _open_array(path: Path) -> NDArray[Any]:
-    where = f"{path.parent.name}/{path.name}"
+    file_name = f"{path.parent.name}/{path.name}"
     try:
         # As text: NumPy would follow every link in a path, which takes a third of the time.
-        with _parsing:
+        with _parse_lock:
             return open_memmap(str(path), mode="r")
     except FileNotFoundError:
-        raise FileNotFoundError(f"{where} is missing: no file {path}") from None
+        raise FileNotFoundError(f"{file_name} is missing: no file {path}") from None
     except OSError as error:
         # What mmap raises names no file.
         reason = error.strerror or str(error)
         if error.errno in (errno.EMFILE, errno.ENFILE):
             reason += "; give the dataset a smaller max_open_patches, or raise `ulimit -n`"
-        raise OSError(error.errno, f"{where} cannot be opened: {reason}", str(path)) from error
-    except _UNREADABLE as error:
-        raise ValueError(f"{where} cannot be mapped as a .npy array: {error}") from error
+        raise OSError(error.errno, f"{file_name} cannot be opened: {reason}", str(path)) from error
+    except _HEADER_ERRORS as error:
+        raise ValueError(f"{file_name} cannot be mapped as a .npy array: {error}") from error
 
 
 def open_arrays(path: Path) -> PatchArrays:
-    """Map the four files of the patch in `path`.
-
-    Parameters
-    ----------
-    path : pathlib.Path
-        A folder ``patch_<id>``.
-
-    Returns
-    -------
-    PatchArrays
-        Read-only memory maps.
-
-    Raises
-    ------
-    OSError
-        If a file is missing, or cannot be opened. The text names the patch and the file.
-    ValueError
-        If a file is no .npy array, or shorter than its header says.
-    """
+    """Map the four files of the patch in `path`."""
     return PatchArrays(*(_open_array(path / f"{name}.npy") for name in PatchArrays._fields))
 
 
 def _check_patch(path: Path, patch_id: int, columns: Sequence[str]) -> Patch:
     arrays = open_arrays(path)
     for name, array in arrays._asdict().items():
-        where = f"{path.name}/{name}.npy"
+        file_name = f"{path.name}/{name}.npy"
         if array.dtype.kind not in "fiu":
-            raise ValueError(f"{where} must hold real numbers, got dtype {array.dtype}")
+            raise ValueError(f"{file_name} must hold real numbers, got dtype {array.dtype}")
         if name.endswith("coords"):
             if array.ndim != 2 or array.shape[1] != 3:
-                raise ValueError(f"{where} must have shape [N, 3], got {list(array.shape)}")
+                raise ValueError(f"{file_name} must have shape [N, 3], got {list(array.shape)}")
         elif array.ndim != 3:
-            raise ValueError(f"{where} must have shape [T, N, C], got {list(array.shape)}")
+            raise ValueError(f"{file_name} must have shape [T, N, C], got {list(array.shape)}")
         elif array.shape[2] != len(columns):
             raise ValueError(
-                f"{where} must have {len(columns)} columns ({', '.join(columns)}), "
+                f"{file_name} must have {len(columns)} columns ({', '.join(columns)}), "
                 f"got {array.shape[2]}"
             )
-    for kind in ("core", "ghost"):
-        coords, obs = getattr(arrays, f"{kind}_coords"), getattr(arrays, f"{kind}_obs")
+    for prefix in ("core", "ghost"):
+        coords, obs = getattr(arrays, f"{prefix}_coords"), getattr(arrays, f"{prefix}_obs")
         if len(coords) != obs.shape[1]:
             raise ValueError(
-                f"{path.name}/{kind}_obs.npy must have the {len(coords)} points of "
-                f"{kind}_coords.npy, got {obs.shape[1]}"
+                f"{path.name}/{prefix}_obs.npy must have the {len(coords)} points of "
+                f"{prefix}_coords.npy, got {obs.shape[1]}"
             )
     if len(arrays.core_coords) == 0:
         raise ValueError(f"{path.name}/core_coords.npy must have at least one point, got 0")
@@ -270,12 +229,12 @@ def read_folder(
     patches: list[Patch] = []
     names: dict[int, str] = {}
     entries = sorted(root.iterdir(), key=lambda entry: entry.name)
-    for path in over(entries, "reading headers", "folders", progress):
-        match = _NAME.fullmatch(path.name)
+    for path in iterate_with_bar(entries, "reading headers", "folders", progress):
+        match = _FOLDER_NAME.fullmatch(path.name)
         if match is None or not path.is_dir():
             continue
         number = match[1]
-        if not _ID.fullmatch(number) or not _INT64.min <= int(number) <= _INT64.max:
+        if not _PATCH_NUMBER.fullmatch(number) or not _INT64.min <= int(number) <= _INT64.max:
             raise ValueError(f"the id in a patch folder's name must be an int64, got {path.name!r}")
         patch_id = int(number)
         if patch_id in names:

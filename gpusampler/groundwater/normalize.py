@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import numpy as np
 
+from gpusampler.core.validation import check_real
 from gpusampler.groundwater.folder import Patch, PatchArrays
 from gpusampler.groundwater.statistics import training_statistics
 from gpusampler.groundwater.windows import Windows
@@ -103,8 +104,7 @@ class Normalize:
             if len(getattr(self, name)) != 3:
                 raise ValueError(f"{name} must have 3 numbers, got {len(getattr(self, name))}")
         for name in ("mean", "std", "low", "high"):
-            if not np.isfinite(getattr(self, name)).all():
-                raise ValueError(f"{name} must be finite, got {getattr(self, name)}")
+            check_real(getattr(self, name), name, "be finite", np.isfinite, is_sequence=True)
         if min(self.std) <= 0:
             raise ValueError(f"std must be > 0, got {min(self.std)}")
         for target in self.target_columns:
@@ -148,7 +148,7 @@ class Normalize:
         ValueError
             If there are no training steps, or a value is not finite (named by patch and file).
         """
-        found = training_statistics(
+        statistics = training_statistics(
             dataset.patches,
             dataset.windows,
             open_patch=lambda patch: dataset.arrays(patch.patch_id),
@@ -158,10 +158,10 @@ class Normalize:
         return cls(
             columns=dataset.columns,
             target_columns=dataset.target_columns,
-            mean=tuple(found.mean.tolist()),
-            std=tuple(found.std.tolist()),
-            low=tuple((found.low - origin).tolist()),
-            high=tuple((found.high - origin).tolist()),
+            mean=tuple(statistics.mean.tolist()),
+            std=tuple(statistics.std.tolist()),
+            low=tuple((statistics.low - origin).tolist()),
+            high=tuple((statistics.high - origin).tolist()),
             coords=coords,
         )
 
@@ -178,12 +178,12 @@ class Normalize:
         ValueError
             If they differ from this transform's.
         """
-        for name, mine, theirs in (
+        for name, expected, actual in (
             ("columns", self.columns, tuple(columns)),
             ("target_columns", self.target_columns, tuple(target_columns)),
         ):
-            if mine != theirs:
-                raise ValueError(f"transform must have the {name} {theirs}, got {mine}")
+            if expected != actual:
+                raise ValueError(f"transform must have the {name} {actual}, got {expected}")
 
     def __call__(self, sample: Mapping[str, Any]) -> dict[str, Any]:
         """Scale one sample.
@@ -266,9 +266,9 @@ class Normalize:
                 f"the last axis must have {len(names)} columns ({', '.join(names)}), "
                 f"got shape {list(values.shape)}"
             )
-        at = [self.columns.index(name) for name in names]
-        mean = values.new_tensor([self.mean[i] for i in at])
-        return mean, values.new_tensor([self.std[i] for i in at])
+        indices = [self.columns.index(name) for name in names]
+        mean = values.new_tensor([self.mean[i] for i in indices])
+        return mean, values.new_tensor([self.std[i] for i in indices])
 
     def to_dict(self) -> dict[str, Any]:
         """Return the transform as JSON-safe values.
@@ -278,8 +278,8 @@ class Normalize:
         dict
             Strings, lists of strings and floats, and the format's version.
         """
-        listed = {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self).items()}
-        return {"format": _FORMAT, **listed}
+        fields = {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self).items()}
+        return {"format": _FORMAT, **fields}
 
     @classmethod
     def from_dict(cls, state: Mapping[str, Any]) -> Normalize:

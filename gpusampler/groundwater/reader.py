@@ -52,73 +52,39 @@ class WindowReader:
         self._starts = windows.starts()
         self._targets = list(targets)
         self._max_open = max_open
-        self._open: dict[int, PatchArrays] = {}
+        self._open_arrays: dict[int, PatchArrays] = {}
 
     def arrays(self, position: int) -> PatchArrays:
-        """Map the files of a patch, or return them from the last few.
-
-        Parameters
-        ----------
-        position : int
-            The patch's place in `patches`.
-
-        Returns
-        -------
-        PatchArrays
-            Read-only memory maps.
-
-        Raises
-        ------
-        OSError, ValueError
-            If the files went away, shrank or changed shape since they were checked.
-        """
+        """Map the files of ``patches[position]``, or return maps that are still open."""
         patch = self._patches[position]
         # Threads share this without a lock, which a fork could copy while it is held: whichever
         # of them comes last puts what is too many out.
-        arrays = self._open.pop(position, None) or patch.open()
+        arrays = self._open_arrays.pop(position, None) or patch.open()
         arrays.check_sizes(patch.path)
-        self._open[position] = arrays
-        for oldest in list(self._open)[: -self._max_open]:
-            self._open.pop(oldest, None)
+        self._open_arrays[position] = arrays
+        for oldest in list(self._open_arrays)[: -self._max_open]:
+            self._open_arrays.pop(oldest, None)
         return arrays
 
     def read(self, position: int, windows: NDArray[np.int64]) -> list[dict[str, Any]]:
-        """Read some windows of a patch, in order of time and each step once.
-
-        Parameters
-        ----------
-        position : int
-            The patch's place in `patches`.
-        windows : ndarray of int64, shape (B,)
-            Which of its windows.
-
-        Returns
-        -------
-        list of dict
-            Samples as `GWPatchDataset` describes them, before any transform.
-
-        Raises
-        ------
-        OSError, ValueError
-            If the files went away, shrank or changed shape since they were checked.
-        """
+        """Return windows (int64, shape (B,)) of ``patches[position]``; each step is read once."""
         import torch
 
         patch, arrays = self._patches[position], self.arrays(position)
-        starts, cut = self._starts[windows], self._windows.inputs
+        starts, num_inputs = self._starts[windows], self._windows.inputs
         tensors: dict[str, Sequence[torch.Tensor]] = {}
-        for kind in ("core", "ghost"):
-            obs = np.asarray(getattr(arrays, f"{kind}_obs"))
-            values = _read(obs, starts, self._windows.length)
-            outputs = values[:, cut:]
+        for prefix in ("core", "ghost"):
+            obs = np.asarray(getattr(arrays, f"{prefix}_obs"))
+            values = _read_windows(obs, starts, self._windows.length)
+            outputs = values[:, num_inputs:]
             if self._targets != list(range(patch.columns)):
                 outputs = np.ascontiguousarray(outputs[..., self._targets])
-            tensors[f"{kind}_in"] = torch.from_numpy(values[:, :cut]).unbind(0)
-            tensors[f"{kind}_out"] = torch.from_numpy(outputs).unbind(0)
-            points = getattr(arrays, f"{kind}_coords").astype(np.float64) - self.origin
+            tensors[f"{prefix}_in"] = torch.from_numpy(values[:, :num_inputs]).unbind(0)
+            tensors[f"{prefix}_out"] = torch.from_numpy(outputs).unbind(0)
+            points = getattr(arrays, f"{prefix}_coords").astype(np.float64) - self.origin
             cloud = torch.from_numpy(points.astype(np.float32))
             # A transform may work in place: no two samples share memory.
-            tensors[f"{kind}_coords"] = [cloud.clone() for _ in starts]
+            tensors[f"{prefix}_coords"] = [cloud.clone() for _ in starts]
         return [
             {key: patch.patch_id if key == "patch_id" else tensors[key][i] for key in _KEYS}
             for i in range(len(starts))
@@ -126,25 +92,25 @@ class WindowReader:
 
     def __getstate__(self) -> dict[str, Any]:
         # A memory map pickles as the whole array: a spawned worker maps the files itself.
-        return {**self.__dict__, "_open": {}}
+        return {**self.__dict__, "_open_arrays": {}}
 
 
-def _read(obs: NDArray[Any], starts: NDArray[np.int64], length: int) -> NDArray[np.float32]:
+def _read_windows(obs: NDArray[Any], starts: NDArray[np.int64], length: int) -> NDArray[np.float32]:
     """Return the windows in the order of ``starts``, read in the order of time.
 
     A file that is not in memory is so read forwards; steps that a window shares with the one
     before are copied from it, converted already. An array of all steps between the two would
     cost a second copy of the batch, which takes twice as long where the file is in memory.
     """
-    found = np.empty((len(starts), length, *obs.shape[1:]), dtype=np.float32)
-    before, end = found[:0], 0
-    firsts: list[int] = starts.tolist()
-    for place in np.argsort(starts, kind="stable").tolist():
-        first, window = firsts[place], found[place]
-        known = max(end - first, 0)
-        if known:
-            window[:known] = before[length - known :]
-        end = first + length
-        window[known:] = obs[first + known : end]
-        before = window
-    return found
+    windows = np.empty((len(starts), length, *obs.shape[1:]), dtype=np.float32)
+    previous, previous_end = windows[:0], 0
+    start_list: list[int] = starts.tolist()
+    for index in np.argsort(starts, kind="stable").tolist():
+        start, window = start_list[index], windows[index]
+        overlap = max(previous_end - start, 0)
+        if overlap:
+            window[:overlap] = previous[length - overlap :]
+        previous_end = start + length
+        window[overlap:] = obs[start + overlap : previous_end]
+        previous = window
+    return windows

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from gpusampler.core.progress_bar import over
+from gpusampler.core.progress_bar import iterate_with_bar
 from gpusampler.groundwater.folder import Patch, PatchArrays
 from gpusampler.groundwater.windows import Windows
 
@@ -65,15 +65,15 @@ def training_statistics(
     >>> training_statistics(dataset.patches, dataset.windows).mean.shape
     (3,)
     """
-    cut = windows.cut
-    if cut < 1:
-        raise ValueError(f"the training part must have at least one time step, got {cut}")
+    num_steps = windows.cut
+    if num_steps < 1:
+        raise ValueError(f"the training part must have at least one time step, got {num_steps}")
     count = 0
     width = patches[0].columns
     mean, moment = np.zeros(width), np.zeros(width)
-    least, most = np.full(width, np.inf), np.full(width, -np.inf)
+    column_min, column_max = np.full(width, np.inf), np.full(width, -np.inf)
     low, high = np.full(3, np.inf), np.full(3, -np.inf)
-    for patch in over(patches, "statistics", "patches", progress):
+    for patch in iterate_with_bar(patches, "statistics", "patches", progress):
         arrays = open_patch(patch)
         arrays.check_sizes(patch.path)
         for points, name in (
@@ -81,14 +81,15 @@ def training_statistics(
             (arrays.ghost_coords, "ghost_coords"),
         ):
             if len(points):
-                box = _finite(points, patch.path.name, name)
+                box = _check_finite(points, patch.path.name, name)
                 low, high = np.minimum(low, box.min(0)), np.maximum(high, box.max(0))
-        rows = max(1, _BLOCK_VALUES // max(1, patch.core * width))
-        for start in range(0, cut, rows):
+        block_steps = max(1, _BLOCK_VALUES // max(1, patch.core * width))
+        for start in range(0, num_steps, block_steps):
             arrays.check_sizes(patch.path)
-            part = arrays.core_obs[start : min(start + rows, cut)]
-            block = _finite(part, patch.path.name, "core_obs").reshape(-1, width)
-            least, most = np.minimum(least, block.min(0)), np.maximum(most, block.max(0))
+            steps = arrays.core_obs[start : min(start + block_steps, num_steps)]
+            block = _check_finite(steps, patch.path.name, "core_obs").reshape(-1, width)
+            column_min = np.minimum(column_min, block.min(0))
+            column_max = np.maximum(column_max, block.max(0))
             # Merging of means and squared deviations: Chan, Golub and LeVeque (1983).
             block_mean = block.mean(0)
             total = count + len(block)
@@ -97,14 +98,14 @@ def training_statistics(
             moment += np.square(shift) * (count * len(block) / total)
             mean += shift * (len(block) / total)
             count = total
-    std = np.where(most > least, np.sqrt(moment / count), 1.0)
+    std = np.where(column_max > column_min, np.sqrt(moment / count), 1.0)
     # A column that hardly moves can underflow to a deviation of 0.
     std[std == 0.0] = 1.0
     return Statistics(mean, std, low, high)
 
 
-def _finite(values: NDArray[Any], patch: str, name: str) -> NDArray[np.float64]:
-    exact = np.asarray(values, dtype=np.float64)
-    if not np.isfinite(exact).all():
+def _check_finite(values: NDArray[Any], patch: str, name: str) -> NDArray[np.float64]:
+    array = np.asarray(values, dtype=np.float64)
+    if not np.isfinite(array).all():
         raise ValueError(f"{patch}/{name}.npy must hold finite numbers, got NaN or infinity")
-    return exact
+    return array

@@ -8,8 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from gpusampler.core.validation import checked_choice, checked_int
-from gpusampler.groundwater.checks import check_ratio
+from gpusampler.core.validation import check_choice, check_int, check_real
 
 SPLITS = ("train", "val", "all")
 
@@ -66,14 +65,14 @@ class Windows:
     stride: int | None = None
 
     def __post_init__(self) -> None:
-        checked_int(self.steps, "steps", least=0)
-        checked_int(self.inputs, "input_window_size", least=1)
-        checked_int(self.outputs, "output_window_size", least=1)
-        check_ratio(self.val_ratio)
-        checked_int(self.gap, "gap", least=0)
+        check_int(self.steps, "steps", low=0)
+        check_int(self.inputs, "input_window_size", low=1)
+        check_int(self.outputs, "output_window_size", low=1)
+        check_real(self.val_ratio, "val_ratio", "be in [0, 1)", lambda x: 0 <= x < 1)
+        check_int(self.gap, "gap", low=0)
         if self.stride is not None:
-            checked_int(self.stride, "stride", least=1)
-        checked_choice(self.split, "split", SPLITS)
+            check_int(self.stride, "stride", low=1)
+        check_choice(self.split, "split", SPLITS)
 
     @property
     def cut(self) -> int:
@@ -104,16 +103,10 @@ class Windows:
     @property
     def count(self) -> int:
         """Windows in the part."""
-        room = self.last - self.first - self.length
-        return room // self.step + 1 if room >= 0 else 0
+        return max((self.last - self.first - self.length) // self.step + 1, 0)
 
     def starts(self) -> NDArray[np.int64]:
         """Return the first input step of every window.
-
-        Returns
-        -------
-        ndarray of int64, shape (count,)
-            Time steps, ascending.
 
         Examples
         --------

@@ -31,10 +31,10 @@ from gpusampler.permutation.reference import (
 TILE = 1 << 15
 """Lanes worked on at a time: a buffer of them is 128 KiB."""
 
-_RUNS = 1 << 12
-"""Runs that the compiled form is given at a time: nine numbers for each, 288 KiB."""
+_COMPILED_BATCH = 1 << 12
+"""Ranges that the compiled form is given at a time: nine numbers for each, 288 KiB."""
 
-WIDEST = 1 << 32
+MAX_N = 1 << 32
 """Largest n of these forms: the sides of its grid are 2**16."""
 
 U32 = np.uint32
@@ -209,7 +209,7 @@ def permute_one(x: Int64, n: int, key: tuple[int, int], grid: Grid) -> Int64:
     x : int64 array, shape (T,)
         Positions below n.
     n : int
-        1 .. `WIDEST`.
+        1 .. `MAX_N`.
     key : pair of int
     grid : Grid of int
         From `gpusampler.permutation.reference.grid_of`.
@@ -222,13 +222,13 @@ def permute_one(x: Int64, n: int, key: tuple[int, int], grid: Grid) -> Int64:
     rounds = rounds_for(n)
     compiled = jit.compiled_form(x.size)
     if compiled is not None:
-        for first in range(0, x.size, _RUNS):
-            # As many runs of one position.
-            tile = x[first : first + _RUNS]
+        for first in range(0, x.size, _COMPILED_BATCH):
+            # As many ranges of one position.
+            tile = x[first : first + _COMPILED_BATCH]
             table = np.empty((9, tile.size), np.int64)
             table[0] = tile
             table[1:] = np.array([1, n, 0, *key, *grid], np.int64)[:, None]
-            compiled.runs(out[first : first + _RUNS], table, True)
+            compiled.runs(out[first : first + _COMPILED_BATCH], table, True)
         return out
     for first in range(0, x.size, TILE):
         tile = x[first : first + TILE]

@@ -29,7 +29,7 @@ PURPOSE_PATCHES = 2
 PURPOSE_SAMPLES = 3
 PURPOSE_SPLIT_SAMPLES = 4
 PURPOSE_SPLIT_PATCHES = 5
-PURPOSE_CLASSES = 6
+PURPOSE_BUCKETS = 6
 
 SMALL = 32
 """Largest n that is shuffled by Fisher-Yates; larger ones go through the grid."""
@@ -120,12 +120,12 @@ class Streams(NamedTuple):
     batches: tuple[int, int]
     patches: tuple[int, int]
     samples: tuple[int, int]
-    classes: tuple[int, int]
+    buckets: tuple[int, int]
 
     @classmethod
     def of(cls, seed: int) -> Streams:
         """Return the streams of a seed."""
-        purposes = (PURPOSE_BATCHES, PURPOSE_PATCHES, PURPOSE_SAMPLES, PURPOSE_CLASSES)
+        purposes = (PURPOSE_BATCHES, PURPOSE_PATCHES, PURPOSE_SAMPLES, PURPOSE_BUCKETS)
         return cls(*(seed_state(seed, purpose) for purpose in purposes))
 
 
@@ -188,14 +188,14 @@ def _permute_small(xp: Any, x: Any, n: Any, key: tuple[Any, Any], largest: int) 
 
 
 def _permute_grid(
-    xp: Any, x: Any, n: Any, key: tuple[Any, Any], grid: Grid, fewest: int, most: int
+    xp: Any, x: Any, n: Any, key: tuple[Any, Any], grid: Grid, min_rounds: int, max_rounds: int
 ) -> Any:
-    """Image of ``x`` on the ragged grid; rounds from ``fewest`` on only where n asks for them."""
+    """Image of ``x`` on the grid; rounds from ``min_rounds`` on only where n needs them."""
     a, b, rem = grid
     row = x // b
     col = x - row * b
     last = a - 1
-    for r in range(most):
+    for r in range(max_rounds):
         if r % 2 == 0:
             # Columns beyond the last row's cells are one cell shorter.
             side = xp.where(col >= rem, last, a)
@@ -204,9 +204,9 @@ def _permute_grid(
             side = xp.where(row == last, rem, b)
             moved = col + ((keyed_hash(key, r, row) * side) >> 32)
         moved = xp.where(moved >= side, moved - side, moved)
-        if r >= fewest:
-            asked = n < ROUNDS_FROM[0][0] if r >= ROUNDS_FROM[0][1] else n < ROUNDS_FROM[1][0]
-            moved = xp.where(asked, moved, row if r % 2 == 0 else col)
+        if r >= min_rounds:
+            needs_round = n < ROUNDS_FROM[0][0] if r >= ROUNDS_FROM[0][1] else n < ROUNDS_FROM[1][0]
+            moved = xp.where(needs_round, moved, row if r % 2 == 0 else col)
         if r % 2 == 0:
             row = moved
         else:
@@ -252,9 +252,8 @@ def permute(
     x = xp.broadcast_arrays(x, n)[0]
     if largest <= SMALL:
         return _permute_small(xp, x, n, key, largest)
-    fewest = rounds_for(largest)
-    most = rounds_for(max(smallest, SMALL + 1))
-    large = _permute_grid(xp, x, n, key, grid, fewest, most)
+    min_rounds, max_rounds = rounds_for(largest), rounds_for(max(smallest, SMALL + 1))
+    image = _permute_grid(xp, x, n, key, grid, min_rounds, max_rounds)
     if smallest > SMALL:
-        return large
-    return xp.where(n <= SMALL, _permute_small(xp, x, n, key, SMALL), large)
+        return image
+    return xp.where(n <= SMALL, _permute_small(xp, x, n, key, SMALL), image)

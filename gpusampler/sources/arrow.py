@@ -9,21 +9,20 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gpusampler.core import devices
-from gpusampler.sources.base import PatchIds
-from gpusampler.sources.column_checks import (
-    check_all_there,
-    checked_shape,
-    chosen_column,
-    fitting,
-    is_a,
-    missing,
-    no_column,
-    wrong_type,
+from gpusampler.sources.base import IntegerIds, PatchIds
+from gpusampler.sources.checks import (
+    check_fits_int64,
+    check_no_column,
+    check_no_missing,
+    check_shape,
+    choose_column,
+    is_instance,
+    raise_missing,
+    wrong_dtype_error,
 )
-from gpusampler.sources.column_reader import ColumnIds
-from gpusampler.sources.strings import Factored, NamedIds
+from gpusampler.sources.strings import Factorized, NamedIds
 
-_NONE = np.empty(0, np.int64)
+_NO_IDS = np.empty(0, np.int64)
 
 
 def arrow_ids(source: Any, column: Any, progress: bool) -> PatchIds | None:
@@ -34,22 +33,22 @@ def arrow_ids(source: Any, column: Any, progress: bool) -> PatchIds | None:
     TypeError, ValueError
         If they are neither integers nor names, or none; if a column is due, or is none.
     """
-    if is_a(source, "pyarrow", "Table", "RecordBatch"):
-        what = f"a {type(source).__name__}"
-        source = source.column(chosen_column(source.schema.names, column, what))
-    elif is_a(source, "pyarrow", "Array", "ChunkedArray"):
-        no_column(column, f"a {type(source).__name__}")
+    if is_instance(source, "pyarrow", "Table", "RecordBatch"):
+        label = f"a {type(source).__name__}"
+        source = source.column(choose_column(source.schema.names, column, label))
+    elif is_instance(source, "pyarrow", "Array", "ChunkedArray"):
+        check_no_column(column, f"a {type(source).__name__}")
     else:
         return None
-    return values_ids(
+    return arrow_values_ids(
         lambda start, stop: source.slice(start, stop - start),
-        dtype_of(source.type),
+        id_dtype(source.type),
         len(source),
         progress=progress,
     )
 
 
-def values_ids(
+def arrow_values_ids(
     values: Callable[[int, int], Any],
     dtype: str,
     size: int,
@@ -66,22 +65,22 @@ def values_ids(
         ``values(start, stop)``: an Array, a ChunkedArray or a list of Arrays, of length
         stop - start.
     dtype : str
-        By `dtype_of`.
+        By `id_dtype`.
     size : int
     modified, seekable, progress
         As in `NamedIds`.
     """
-    checked_shape((size,))
+    check_shape((size,))
     if dtype == "str":
         return NamedIds(
-            lambda start, stop: _factored(values(start, stop), start),
+            lambda start, stop: _factorize(values(start, stop), start),
             size,
             modified=modified,
             seekable=seekable,
             progress=progress,
         )
-    return ColumnIds(
-        lambda start, stop: _integers(values(start, stop), start),
+    return IntegerIds(
+        lambda start, stop: _to_integers(values(start, stop), start),
         size,
         dtype,
         modified=modified,
@@ -89,7 +88,7 @@ def values_ids(
     )
 
 
-def dtype_of(kind: Any, where: str = "") -> str:
+def id_dtype(arrow_type: Any, location: str = "") -> str:
     """Return "str", or the integers' dtype, of an Arrow type that ids may have.
 
     Raises
@@ -99,17 +98,17 @@ def dtype_of(kind: Any, where: str = "") -> str:
     ValueError
         If it is the type of a column without values.
     """
-    types: Any = devices.loaded("pyarrow.types")
-    value = kind.value_type if types.is_dictionary(kind) else kind
-    if types.is_null(value):
-        missing(0)
-    if types.is_integer(value):
-        return str(value)
-    strings = ("is_string", "is_large_string", "is_string_view")
+    types: Any = devices.loaded_module("pyarrow.types")
+    value_type = arrow_type.value_type if types.is_dictionary(arrow_type) else arrow_type
+    if types.is_null(value_type):
+        raise_missing(0)
+    if types.is_integer(value_type):
+        return str(value_type)
+    string_checks = ("is_string", "is_large_string", "is_string_view")
     # The last is younger than the oldest pyarrow that is supported.
-    if any(getattr(types, name, lambda _: False)(value) for name in strings):
+    if any(getattr(types, name, lambda _: False)(value_type) for name in string_checks):
         return "str"
-    raise wrong_type(kind, where)
+    raise wrong_dtype_error(arrow_type, location)
 
 
 def _chunks(values: Any, first: int) -> Iterator[tuple[int, Any]]:
@@ -123,41 +122,41 @@ def _chunks(values: Any, first: int) -> Iterator[tuple[int, Any]]:
 
 def _check_no_null(chunk: Any, first: int) -> None:
     if chunk.null_count:
-        check_all_there(chunk.is_null().to_numpy(zero_copy_only=False), first)
+        check_no_missing(chunk.is_null().to_numpy(zero_copy_only=False), first)
 
 
-def _integers(values: Any, first: int) -> NDArray[Any]:
-    types: Any = devices.loaded("pyarrow.types")
-    parts: list[NDArray[Any]] = []
-    for begin, chunk in _chunks(values, first):
+def _to_integers(values: Any, first: int) -> NDArray[Any]:
+    types: Any = devices.loaded_module("pyarrow.types")
+    pieces: list[NDArray[Any]] = []
+    for start, chunk in _chunks(values, first):
         if types.is_dictionary(chunk.type):
             chunk = chunk.cast(chunk.type.value_type)
-            # A place in the dictionary may be that of a null.
-            _check_no_null(chunk, begin)
-        parts.append(fitting(chunk.to_numpy(zero_copy_only=False), begin))
-    if len(parts) == 1:
-        return parts[0]
+            # An index into the dictionary may be that of a null.
+            _check_no_null(chunk, start)
+        pieces.append(check_fits_int64(chunk.to_numpy(zero_copy_only=False), start))
+    if len(pieces) == 1:
+        return pieces[0]
     # NumPy makes floats of uint64 beside int64; they fit, as was checked.
-    mixed = parts and np.result_type(*parts).kind not in "iu"
-    return np.concatenate([p.astype(np.int64) for p in parts] if mixed else parts or [_NONE])
+    mixed = pieces and np.result_type(*pieces).kind not in "iu"
+    return np.concatenate([p.astype(np.int64) for p in pieces] if mixed else pieces or [_NO_IDS])
 
 
-def _factored(values: Any, first: int) -> Factored:
-    types: Any = devices.loaded("pyarrow.types")
+def _factorize(values: Any, first: int) -> Factorized:
+    types: Any = devices.loaded_module("pyarrow.types")
     if hasattr(values, "combine_chunks") and not types.is_dictionary(values.type):
         values = values.combine_chunks()
-    parts: list[NDArray[Any]] = [_NONE]
+    pieces: list[NDArray[Any]] = [_NO_IDS]
     labels: list[str] = []
-    last, offset = None, 0
-    for begin, chunk in _chunks(values, first):
+    dictionary, offset = None, 0
+    for start, chunk in _chunks(values, first):
         if not types.is_dictionary(chunk.type):
             chunk = chunk.dictionary_encode()
         elif chunk.dictionary.null_count:
-            plain = chunk.cast(chunk.type.value_type)
-            _check_no_null(plain, begin)
-            chunk = plain.dictionary_encode()
-        if last is None or not chunk.dictionary.equals(last):
-            last, offset = chunk.dictionary, len(labels)
-            labels.extend(last.to_pylist())
-        parts.append(chunk.indices.to_numpy().astype(np.int64) + offset)
-    return np.concatenate(parts), labels
+            decoded = chunk.cast(chunk.type.value_type)
+            _check_no_null(decoded, start)
+            chunk = decoded.dictionary_encode()
+        if dictionary is None or not chunk.dictionary.equals(dictionary):
+            dictionary, offset = chunk.dictionary, len(labels)
+            labels.extend(dictionary.to_pylist())
+        pieces.append(chunk.indices.to_numpy().astype(np.int64) + offset)
+    return np.concatenate(pieces), labels

@@ -10,6 +10,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gpusampler.core.devices import HOST, Device
+from gpusampler.sources.checks import check_fits_int64
+
+Load = Callable[[int, int], NDArray[Any]]
+"""Reads the values of samples ``start .. stop - 1``."""
 
 BLOCK = 1 << 20
 """Ids that are read at once, unless who reads says otherwise."""
@@ -91,8 +95,8 @@ class PatchIds(ABC):
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> NDArray[Any]:
         """Return all ids at once."""
-        whole = self.read(0, self.size)
-        return np.array(whole, dtype=dtype, copy=True if copy else None)
+        ids = self.read(0, self.size)
+        return np.array(ids, dtype=dtype, copy=True if copy else None)
 
     def __repr__(self) -> str:
         """Return how many, and of what type."""
@@ -117,3 +121,37 @@ class HostIds(PatchIds):
     def read(self, start: int, stop: int) -> NDArray[Any]:
         """Return a view."""
         return self.ids[start:stop]
+
+
+class IntegerIds(PatchIds):
+    """Integers that a function reads.
+
+    Parameters
+    ----------
+    load : callable
+        ``load(start, stop)``: integers in NumPy, shape (stop - start,); it raises if one is
+        missing.
+    size : int
+    dtype : str
+    modified, seekable
+        As in `PatchIds`.
+    """
+
+    def __init__(
+        self,
+        load: Load,
+        size: int,
+        dtype: str,
+        *,
+        modified: int | None = None,
+        seekable: bool = True,
+    ) -> None:
+        self._load = load
+        self.size = size
+        self.dtype = dtype
+        self.modified = modified
+        self.seekable = seekable
+
+    def read(self, start: int, stop: int) -> NDArray[Any]:
+        """Return the ids of samples ``start .. stop - 1``; see `PatchIds.read`."""
+        return check_fits_int64(self._load(start, stop), start)

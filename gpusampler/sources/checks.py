@@ -10,22 +10,23 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gpusampler.core import devices
-from gpusampler.core.text import shown
+from gpusampler.core.text import short_repr
 
 PATCH_ID = "patch_id"
 """The column that is read where none is named."""
 
-LISTED = 20
+MAX_LISTED = 20
+"""Columns that an error lists."""
 
 
-def is_a(source: Any, module: str, *names: str) -> bool:
+def is_instance(source: Any, module: str, *names: str) -> bool:
     """Whether ``source`` is of a class of a module, which is not imported for the question."""
-    there = devices.loaded(module)
-    classes = [getattr(there, name, None) for name in names]
-    return any(isinstance(kind, type) and isinstance(source, kind) for kind in classes)
+    loaded = devices.loaded_module(module)
+    classes = [getattr(loaded, name, None) for name in names]
+    return any(isinstance(cls, type) and isinstance(source, cls) for cls in classes)
 
 
-def imported(module: str, extra: str, source: Any) -> Any:
+def import_library(module: str, extra: str, source: Any) -> Any:
     """Return a library that a source needs.
 
     Raises
@@ -43,7 +44,12 @@ def imported(module: str, extra: str, source: Any) -> Any:
         ) from error
 
 
-def chosen_column(columns: Sequence[Any], column: Any, what: str) -> Any:
+def list_names(names: Sequence[Any]) -> str:
+    """Return the first names of columns or groups, for the text of an error."""
+    return ", ".join(map(repr, names[:MAX_LISTED])) + (", ..." if len(names) > MAX_LISTED else "")
+
+
+def choose_column(columns: Sequence[Any], column: Any, label: str) -> Any:
     """Return the column to read: the one named, else "patch_id", else the only one.
 
     Raises
@@ -51,49 +57,49 @@ def chosen_column(columns: Sequence[Any], column: Any, what: str) -> Any:
     ValueError
         If it is not there, or several are and none is named.
     """
-    listed = ", ".join(map(repr, columns[:LISTED])) + (", ..." if len(columns) > LISTED else "")
+    listing = list_names(columns)
     if column is None:
         if not len(columns):
-            raise ValueError(f"source must have a column of patch ids, got {what} without columns")
+            raise ValueError(f"source must have a column of patch ids, got {label} without columns")
         if PATCH_ID not in columns and len(columns) > 1:
-            raise ValueError(f"column must be given for {what}, got None; it has {listed}")
+            raise ValueError(f"column must be given for {label}, got None; it has {listing}")
         column = PATCH_ID if PATCH_ID in columns else columns[0]
     if column not in columns:
-        raise ValueError(f"column must be one of {listed or 'none'} of {what}, got {column!r}")
+        raise ValueError(f"column must be one of {listing or 'none'} of {label}, got {column!r}")
     if list(columns).count(column) > 1:
-        raise ValueError(f"column must be there once, got {column!r} more than once in {what}")
+        raise ValueError(f"column must be there once, got {column!r} more than once in {label}")
     return column
 
 
-def no_column(column: Any, what: str) -> None:
+def check_no_column(column: Any, label: str) -> None:
     """Raise ValueError if a column is named in a source that has none."""
     if column is not None:
-        raise ValueError(f"column must be None for {what}, which has no columns, got {column!r}")
+        raise ValueError(f"column must be None for {label}, which has no columns, got {column!r}")
 
 
-def checked_shape(shape: tuple[int, ...], what: str = "ids") -> int:
+def check_shape(shape: tuple[int, ...], name: str = "ids") -> int:
     """Return how many ids an array of this shape holds, or raise ValueError."""
     if len(shape) != 1:
-        raise ValueError(f"{what} must be 1-D, one id a sample, got shape {tuple(shape)}")
+        raise ValueError(f"{name} must be 1-D, one id a sample, got shape {tuple(shape)}")
     if shape[0] == 0:
-        raise ValueError(f"{what} must name at least one sample, got none")
+        raise ValueError(f"{name} must name at least one sample, got none")
     return int(shape[0])
 
 
-def wrong_type(dtype: Any, detail: str = "", name: str = "ids") -> TypeError:
+def wrong_dtype_error(dtype: Any, detail: str = "", name: str = "ids") -> TypeError:
     """Return the error for a column of another type than integers or strings."""
     return TypeError(f"{name} must be integers, got dtype {dtype}{detail}")
 
 
-def missing(sample: int) -> NoReturn:
+def raise_missing(sample: int) -> NoReturn:
     """Raise ValueError for a sample without an id."""
     raise ValueError(f"ids must have a value for every sample, got none in sample {sample}")
 
 
-def check_all_there(gone: NDArray[np.bool_], first: int) -> None:
+def check_no_missing(is_missing: NDArray[np.bool_], first: int) -> None:
     """Raise ValueError naming the first sample that has no id, of those from ``first`` on."""
-    if gone.any():
-        missing(first + int(gone.argmax()))
+    if is_missing.any():
+        raise_missing(first + int(is_missing.argmax()))
 
 
 def is_missing(value: Any) -> bool:
@@ -103,7 +109,7 @@ def is_missing(value: Any) -> bool:
     return isinstance(value, (float, np.floating)) and bool(value != value)
 
 
-def fitting(ids: NDArray[Any], first: int) -> NDArray[Any]:
+def check_fits_int64(ids: NDArray[Any], first: int) -> NDArray[Any]:
     """Return integers in native byte order, checked to fit in int64.
 
     Raises
@@ -114,30 +120,28 @@ def fitting(ids: NDArray[Any], first: int) -> NDArray[Any]:
     if not ids.dtype.isnative:
         ids = ids.astype(ids.dtype.newbyteorder("="))
     if ids.dtype == np.uint64:
-        large = ids > np.uint64((1 << 63) - 1)
-        if large.any():
-            place = int(large.argmax())
-            raise ValueError(
-                f"ids must fit in int64, got {int(ids[place])} in sample {first + place}"
-            )
+        too_large = ids > np.uint64((1 << 63) - 1)
+        if too_large.any():
+            i = int(too_large.argmax())
+            raise ValueError(f"ids must fit in int64, got {int(ids[i])} in sample {first + i}")
     return ids
 
 
-def integers_of(values: list[Any], first: int, name: str = "ids") -> NDArray[np.int64]:
+def integers_from_list(values: list[Any], first: int, name: str = "ids") -> NDArray[np.int64]:
     """Return Python integers as int64; what is none of them is named with its sample."""
-    kinds = set(map(type, values))
-    if not all(issubclass(kind, (int, np.integer)) and kind is not bool for kind in kinds):
-        for place, value in enumerate(values):
+    types = set(map(type, values))
+    if not all(issubclass(t, (int, np.integer)) and t is not bool for t in types):
+        for i, value in enumerate(values):
             if is_missing(value):
-                missing(first + place)
+                raise_missing(first + i)
             if not isinstance(value, (int, np.integer)) or isinstance(value, bool):
                 raise TypeError(
-                    f"{name} must be integers, got {shown(value)} in sample {first + place}"
+                    f"{name} must be integers, got {short_repr(value)} in sample {first + i}"
                 )
     try:
         return np.array(values, np.int64)
     except OverflowError:
-        place = next(i for i, value in enumerate(values) if not -(1 << 63) <= value < 1 << 63)
+        i = next(i for i, value in enumerate(values) if not -(1 << 63) <= value < 1 << 63)
         raise ValueError(
-            f"{name} must fit in int64, got {shown(values[place])} in sample {first + place}"
+            f"{name} must fit in int64, got {short_repr(values[i])} in sample {first + i}"
         ) from None

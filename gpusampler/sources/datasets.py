@@ -1,4 +1,4 @@
-"""The patch ids of a map-style dataset: one that knows them, or one that must be asked.
+"""The patch ids and costs of a map-style dataset: one that knows them, or one that must be asked.
 
 A dataset is asked, in this order, for ``get_all_patch_ids()``, ``patch_ids``, and at last for
 ``dataset[i]["patch_id"]``, sample by sample. ``Subset`` (``random_split`` makes these) and
@@ -14,10 +14,10 @@ import numpy as np
 
 from gpusampler.core import arrays, devices
 from gpusampler.sources.base import PatchIds
+from gpusampler.sources.formats import known_format_ids
 from gpusampler.sources.in_memory import ArrayIds
-from gpusampler.sources.known_formats import known_ids
-from gpusampler.sources.sample_by_sample import ask_samples
-from gpusampler.sources.strings import CodedIds
+from gpusampler.sources.sample_by_sample import sample_by_sample_ids
+from gpusampler.sources.strings import CategoricalIds
 
 
 def dataset_patch_ids(dataset: Any, *, progress: bool = True, name: str = "ids") -> PatchIds:
@@ -46,45 +46,45 @@ def dataset_patch_ids(dataset: Any, *, progress: bool = True, name: str = "ids")
     RuntimeError
         If it raises when it is asked for a sample.
     """
-    size = _size_of(dataset)
+    size, type_name = _check_size(dataset), _type_name(dataset)
     if size == 0:
-        raise ValueError(f"source must hold at least one sample, got an empty {_name(dataset)}")
-    given = _given_ids(dataset, progress)
-    if given is None:
-        return ask_samples(dataset, size, progress)
-    shape = getattr(given, "shape", None)
-    if isinstance(given, (list, tuple, range)):
-        shape = (len(given),)
+        raise ValueError(f"source must hold at least one sample, got an empty {type_name}")
+    source = _declared_ids(dataset, progress)
+    if source is None:
+        return sample_by_sample_ids(dataset, size, progress)
+    shape = getattr(source, "shape", None)
+    if isinstance(source, (list, tuple, range)):
+        shape = (len(source),)
     # Another number of ids is told first: none at all would be refused for being none.
     if isinstance(shape, tuple) and shape[:1] not in ((), (size,)):
-        raise _uneven(dataset, size, tuple(shape))
-    ids = known_ids(given, name=name, progress=progress)
+        raise _length_error(dataset, size, tuple(shape))
+    ids = known_format_ids(source, name=name, progress=progress)
     if ids is None:
         raise TypeError(
-            f"ids of {_name(dataset)} must be an array, a list or a column of integers or names, "
-            f"got {type(given).__name__}"
+            f"ids of {type_name} must be an array, a list or a column of integers or names, "
+            f"got {type(source).__name__}"
         )
     if ids.size != size:
-        raise _uneven(dataset, size, (ids.size,))
+        raise _length_error(dataset, size, (ids.size,))
     return ids
 
 
-def _uneven(dataset: Any, size: int, shape: tuple[Any, ...]) -> ValueError:
+def _length_error(dataset: Any, size: int, shape: tuple[Any, ...]) -> ValueError:
     return ValueError(
-        f"source must give one patch id a sample: {_name(dataset)} has {size} samples, "
+        f"source must give one patch id a sample: {_type_name(dataset)} has {size} samples, "
         f"got ids of shape {shape}"
     )
 
 
-def _given_ids(dataset: Any, progress: bool) -> Any:
+def _declared_ids(dataset: Any, progress: bool) -> Any:
     """Ids that are there without touching a sample (of this dataset), or None."""
-    given = getattr(dataset, "get_all_patch_ids", None)
-    if callable(given):
-        return given()
-    given = getattr(dataset, "patch_ids", None)
-    if given is not None:
-        return given() if callable(given) else given
-    data = devices.loaded("torch.utils.data")
+    get_ids = getattr(dataset, "get_all_patch_ids", None)
+    if callable(get_ids):
+        return get_ids()
+    ids = getattr(dataset, "patch_ids", None)
+    if ids is not None:
+        return ids() if callable(ids) else ids
+    data = devices.loaded_module("torch.utils.data")
     if data is None:
         return None
     if isinstance(dataset, data.Subset):
@@ -107,76 +107,131 @@ def _concatenated_ids(dataset: Any, progress: bool) -> PatchIds:
         )
     if parts[0].names is None:
         return ArrayIds(np.concatenate([np.asarray(part, dtype=np.int64) for part in parts]))
-    # Places in the names of all parts, one behind the other; CodedIds takes each name once.
-    place: dict[str, int] = {}
+    # Indices into the names of all parts; CategoricalIds takes each name once.
+    code_of_name: dict[str, int] = {}
     codes = []
     for part in parts:
-        own = [place.setdefault(label, len(place)) for label in part.names or ()]
-        codes.append(np.array(own, np.int64)[np.asarray(part)])
-    return CodedIds(np.concatenate(codes), list(place))
+        part_codes = [code_of_name.setdefault(name, len(code_of_name)) for name in part.names or ()]
+        codes.append(np.array(part_codes, np.int64)[np.asarray(part)])
+    return CategoricalIds(np.concatenate(codes), list(code_of_name))
 
 
 def _subset_ids(subset: Any, progress: bool) -> PatchIds | None:
     """Ids of a Subset, by its indices, if what it wraps can tell; else it is read itself."""
-    _size_of(subset.dataset)
-    if not _can_tell(subset.dataset):
+    _check_size(subset.dataset)
+    if not _has_declared_ids(subset.dataset):
         return None
-    whole = dataset_patch_ids(subset.dataset, progress=progress)
+    ids = dataset_patch_ids(subset.dataset, progress=progress)
     indices = np.asarray(subset.indices, dtype=np.int64)
-    if whole.names is not None:
-        return CodedIds(np.asarray(whole)[indices], whole.names)
-    if isinstance(whole, ArrayIds) and arrays.library_of(whole.array) != "numpy":
-        return ArrayIds(whole.array[arrays.to_device(indices, whole.device)])
-    return ArrayIds(np.asarray(whole)[indices])
+    if ids.names is not None:
+        return CategoricalIds(np.asarray(ids)[indices], ids.names)
+    if isinstance(ids, ArrayIds) and arrays.library_of(ids.array) != "numpy":
+        return ArrayIds(ids.array[arrays.to_device(indices, ids.device)])
+    return ArrayIds(np.asarray(ids)[indices])
 
 
-def _can_tell(dataset: Any) -> bool:
+def _has_declared_ids(dataset: Any) -> bool:
     """Whether no sample has to be read for the ids of a dataset, however deeply it is wrapped."""
     if callable(getattr(dataset, "get_all_patch_ids", None)):
         return True
     if getattr(dataset, "patch_ids", None) is not None:
         return True
-    data = devices.loaded("torch.utils.data")
+    data = devices.loaded_module("torch.utils.data")
     if data is not None and isinstance(dataset, data.Subset):
-        return _can_tell(dataset.dataset)
+        return _has_declared_ids(dataset.dataset)
     if data is not None and isinstance(dataset, data.ConcatDataset):
-        return all(_can_tell(part) for part in dataset.datasets)
+        return all(_has_declared_ids(part) for part in dataset.datasets)
     return False
 
 
-def _size_of(dataset: Any) -> int:
+def dataset_patch_costs(dataset: Any) -> Any:
+    """Return what a dataset says that a sample of each patch costs; None if it says nothing.
+
+    ``patch_costs()`` of the dataset (or an attribute of that name), or of what ``Subset`` and
+    ``ConcatDataset`` wrap, all of whose parts must say so then.
+
+    Raises
+    ------
+    TypeError
+        If the parts of a ``ConcatDataset`` say so by anything but a mapping.
+    ValueError
+        If only some of its parts do, or two of them differ about a patch.
+    """
+    costs = getattr(dataset, "patch_costs", None)
+    if costs is not None:
+        return costs() if callable(costs) else costs
+    data = devices.loaded_module("torch.utils.data")
+    if data is not None and isinstance(dataset, data.Subset):
+        costs = dataset_patch_costs(dataset.dataset)
+        if costs is not None and not isinstance(costs, Mapping):
+            raise TypeError(
+                "patch_costs() must be a mapping from patch ids where a Subset holds only some of "
+                f"the patches, got {type(costs).__name__}"
+            )
+        return costs
+    if data is not None and isinstance(dataset, data.ConcatDataset):
+        return _merge_costs([dataset_patch_costs(part) for part in dataset.datasets])
+    return None
+
+
+def _merge_costs(mappings: list[Any]) -> dict[Any, Any] | None:
+    """Costs of all parts of a ConcatDataset together."""
+    if all(costs is None for costs in mappings):
+        return None
+    merged: dict[Any, Any] = {}
+    for i, costs in enumerate(mappings):
+        if costs is None:
+            raise ValueError(
+                "patch_costs() must be there in every part of a ConcatDataset or in none, got none "
+                f"in part {i}"
+            )
+        if not isinstance(costs, Mapping):
+            raise TypeError(
+                "patch_costs() must be a mapping from patch ids in a part of a ConcatDataset, got "
+                f"{type(costs).__name__} in part {i}"
+            )
+        for patch_id, cost in costs.items():
+            if merged.setdefault(patch_id, cost) != cost:
+                raise ValueError(
+                    "patch_costs() must be the same in every part of a ConcatDataset, got "
+                    f"{merged[patch_id]} and {cost} for patch {patch_id}"
+                )
+    return merged
+
+
+def _check_size(dataset: Any) -> int:
     if not hasattr(dataset, "__getitem__") or isinstance(dataset, (str, bytes, Mapping)):
-        extra = ""
+        hint = ""
         if not isinstance(dataset, type) and any(
-            hasattr(dataset, known) for known in ("get_all_patch_ids", "patch_ids")
+            hasattr(dataset, name) for name in ("get_all_patch_ids", "patch_ids")
         ):
-            extra = " without __getitem__ (give its patch ids instead)"
+            hint = " without __getitem__ (give its patch ids instead)"
         if _is_sampler(dataset):
             # Lightning rebuilds batch samplers with another sampler where our source stood.
-            extra = (
+            hint = (
                 "; if Lightning put it there, pass Trainer(use_distributed_sampler=False): "
                 "this sampler shards by itself"
             )
-        if _name(dataset) == "PatchGroups":
+        if _type_name(dataset) == "PatchGroups":
             raise TypeError("source must be patch ids, got PatchGroups, which are grouped already")
         raise TypeError(
             "source must be a dataset, an array of patch ids or PatchGroups, "
-            f"got {_name(dataset)}{extra}"
+            f"got {_type_name(dataset)}{hint}"
         )
     try:
         return len(dataset)
     except TypeError as error:
         raise TypeError(
-            f"source must have a length (a map-style dataset), got {_name(dataset)}"
+            f"source must have a length (a map-style dataset), got {_type_name(dataset)}"
         ) from error
 
 
 def _is_sampler(obj: Any) -> bool:
-    data = devices.loaded("torch.utils.data")
+    data = devices.loaded_module("torch.utils.data")
     if data is not None and isinstance(obj, data.Sampler):
         return True
     return type(obj).__name__.endswith("Sampler")
 
 
-def _name(obj: Any) -> str:
+def _type_name(obj: Any) -> str:
     return type(obj).__name__

@@ -1,22 +1,14 @@
-"""Where patch ids come from: arrays, files, columns of tables, and datasets that know them.
-
-`read_patch_ids` takes all of these. A file of each kind of source stands in this folder; none of
-their libraries is imported before a source of theirs is met.
-"""
+"""`read_patch_ids`: the patch id of every sample, from a source of any kind."""
 
 from __future__ import annotations
 
 from typing import Any
 
-from gpusampler.core.validation import checked_bool
+from gpusampler.core.validation import check_bool
 from gpusampler.sources.base import PatchIds
-from gpusampler.sources.column_checks import no_column
-from gpusampler.sources.dataset_costs import patch_costs
+from gpusampler.sources.checks import check_no_column
 from gpusampler.sources.datasets import dataset_patch_ids
-from gpusampler.sources.known_formats import known_ids
-from gpusampler.sources.sample_by_sample import THREADED_ABOVE
-
-__all__ = ["THREADED_ABOVE", "dataset_patch_ids", "patch_costs", "read_patch_ids"]
+from gpusampler.sources.formats import known_format_ids
 
 
 def read_patch_ids(source: Any, column: Any = None, *, progress: bool = True) -> PatchIds:
@@ -72,9 +64,9 @@ def read_patch_ids(source: Any, column: Any = None, *, progress: bool = True) ->
     >>> read_patch_ids(np.array([7, -1, 7], np.int16)).read(1, 3)
     array([-1,  7], dtype=int16)
     """
-    checked_bool(progress, "progress")
-    ids = known_ids(source, column, progress=progress)
+    check_bool(progress, "progress")
+    ids = known_format_ids(source, column, progress=progress)
     if ids is not None:
         return ids
-    no_column(column, f"a {type(source).__name__}")
+    check_no_column(column, f"a {type(source).__name__}")
     return dataset_patch_ids(source, progress=progress)

@@ -1,22 +1,36 @@
-"""Where ids lie in anything that is no map-style dataset."""
+"""Which reader is for a source: by its type, or a file's name and first bytes. Datasets aside."""
 
 from __future__ import annotations
 
+import errno
 import os
 from typing import Any
 
 from gpusampler.core import arrays
 from gpusampler.sources.arrow import arrow_ids
 from gpusampler.sources.base import PatchIds
-from gpusampler.sources.column_checks import no_column
-from gpusampler.sources.dataframes import table_ids
-from gpusampler.sources.files import path_ids
+from gpusampler.sources.checks import check_no_column
+from gpusampler.sources.dataframes import dataframe_ids
 from gpusampler.sources.in_memory import array_ids, is_list_of_ids, list_ids
-from gpusampler.sources.parquet import parquet_ids
-from gpusampler.sources.zarr_hdf5 import chunked_ids
+from gpusampler.sources.npy import npy_ids
+from gpusampler.sources.parquet import SUFFIXES, has_parquet, parquet_ids, parquet_path_ids
+from gpusampler.sources.zarr_hdf5 import hdf5_path_ids, zarr_hdf5_ids, zarr_path_ids
+
+_SUPPORTED = (
+    ".npy, .parquet or .pq (a file or a folder of them), .zarr (a folder), .h5, .hdf5 or .hdf"
+)
+_HDF5_SUFFIXES = (".h5", ".hdf5", ".hdf")
+_ZARR_FILES = ("zarr.json", ".zarray", ".zgroup")
+_READER_BY_MAGIC = {
+    b"\x93NUMPY": npy_ids,
+    b"PAR1": parquet_path_ids,
+    b"\x89HDF\r\n": hdf5_path_ids,
+}
+_INDEX_MAGIC = b"gpusampl"
+"""How `gpusampler.groups.index_format.MAGIC` begins."""
 
 
-def known_ids(
+def known_format_ids(
     source: Any, column: Any = None, *, name: str = "ids", progress: bool = True
 ) -> PatchIds | None:
     """Return the ids in an array, a list, a file, a table or a column; None for anything else.
@@ -34,26 +48,82 @@ def known_ids(
         As by `read_patch_ids`.
     """
     if isinstance(source, PatchIds):
-        no_column(column, f"a {type(source).__name__}")
+        check_no_column(column, f"a {type(source).__name__}")
         return source
     if isinstance(source, (str, os.PathLike)):
         # In full: the program may go to another folder before they are read.
-        return _ids_in_file(os.path.abspath(os.fsdecode(source)), column, progress)
+        return _reopenable_ids(os.path.abspath(os.fsdecode(source)), column, progress)
     if arrays.library_of(source) is not None:
         return array_ids(source, column, name, progress)
-    for reader in (table_ids, arrow_ids, parquet_ids, chunked_ids):
+    for reader in (dataframe_ids, arrow_ids, parquet_ids, zarr_hdf5_ids):
         ids = reader(source, column, progress)
         if ids is not None:
             return ids
     # Whatever else is a column of a table says that it is an array by this method.
     if is_list_of_ids(source) or hasattr(source, "__array__"):
-        no_column(column, f"a {type(source).__name__}")
+        check_no_column(column, f"a {type(source).__name__}")
         return list_ids(source, name, progress)
     return None
 
 
-def _ids_in_file(path: str, column: Any, progress: bool) -> PatchIds:
+def _reopenable_ids(path: str, column: Any, progress: bool) -> PatchIds:
     """Return ids that travel to another process as the file's name."""
-    ids = path_ids(path, column, progress)
-    ids.reopen = _ids_in_file, (path, column, False)
+    ids = _path_ids(path, column, progress)
+    ids.reopen = _reopenable_ids, (path, column, False)
     return ids
+
+
+def _path_ids(path: str, column: Any, progress: bool) -> PatchIds:
+    """Return the ids in a file or a folder.
+
+    Raises
+    ------
+    FileNotFoundError, PermissionError
+        If it is not there, or may not be read.
+    RuntimeError
+        If the library that reads it is not installed.
+    OSError, TypeError, ValueError
+        If it is of no kind that is understood, or holds no ids; see the readers of each.
+    """
+    try:
+        if os.path.isdir(path):
+            return _folder_ids(path, column, progress)
+        with open(path, "rb") as file:
+            head = file.read(8)
+        name = path.lower()
+        if name.endswith(".npy"):
+            return npy_ids(path, column, progress)
+        if name.endswith(SUFFIXES):
+            return parquet_path_ids(path, column, progress)
+        if name.endswith(_HDF5_SUFFIXES):
+            return hdf5_path_ids(path, column, progress)
+        for magic, reader in _READER_BY_MAGIC.items():
+            if head.startswith(magic):
+                return reader(path, column, progress)
+    except FileNotFoundError as error:
+        if error.filename not in (None, path):
+            raise
+        raise FileNotFoundError(
+            errno.ENOENT, "source must be there: no such file or folder", path
+        ) from None
+    except PermissionError as error:
+        raise PermissionError(
+            errno.EACCES,
+            "source must be readable: this user may not read it; its owner can allow that "
+            "(chmod a+r a file, a+rx a folder)",
+            error.filename or path,
+        ) from error
+    if head == _INDEX_MAGIC:
+        raise ValueError(
+            f"source must be patch ids, got an index file: {path!r}; PatchGroups.load opens it"
+        )
+    raise ValueError(f"source must be one of {_SUPPORTED}, got {path!r}")
+
+
+def _folder_ids(path: str, column: Any, progress: bool) -> PatchIds:
+    names = set(os.listdir(path))
+    if path.rstrip(os.sep).lower().endswith(".zarr") or names.intersection(_ZARR_FILES):
+        return zarr_path_ids(path, column, progress)
+    if path.rstrip(os.sep).lower().endswith(SUFFIXES) or has_parquet(path):
+        return parquet_path_ids(path, column, progress)
+    raise ValueError(f"source must be one of {_SUPPORTED}, got the folder {path!r}")

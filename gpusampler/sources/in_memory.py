@@ -11,20 +11,19 @@ from numpy.lib.array_utils import byte_bounds
 from numpy.typing import NDArray
 
 from gpusampler.core import arrays
-from gpusampler.core.text import shown
-from gpusampler.core.validation import as_array, checked_id_array
-from gpusampler.sources.base import PatchIds
-from gpusampler.sources.column_checks import (
-    check_all_there,
-    checked_shape,
-    chosen_column,
-    fitting,
-    integers_of,
+from gpusampler.core.text import short_repr
+from gpusampler.core.validation import as_array, check_id_array
+from gpusampler.sources.base import IntegerIds, PatchIds
+from gpusampler.sources.checks import (
+    check_fits_int64,
+    check_no_column,
+    check_no_missing,
+    check_shape,
+    choose_column,
+    integers_from_list,
     is_missing,
-    no_column,
 )
-from gpusampler.sources.column_reader import ColumnIds
-from gpusampler.sources.strings import NamedIds, factor_list
+from gpusampler.sources.strings import NamedIds, factorize_list
 
 
 class ArrayIds(PatchIds):
@@ -48,23 +47,23 @@ class ArrayIds(PatchIds):
     """
 
     def __init__(self, array: Any, name: str = "ids") -> None:
-        self.array = checked_id_array(array, name)
+        self.array = check_id_array(array, name)
         self.size = int(self.array.shape[0])
         self.dtype = arrays.dtype_name(self.array)
         self.device = arrays.device_of(self.array)
-        self._file = FileBelow.under(self.array)
+        self._file = BackingFile.of(self.array)
         self.in_memory = self._file is None
         self.modified = None if self._file is None else self._file.modified()
 
     def read(self, start: int, stop: int) -> NDArray[Any]:
         """Return the ids of samples ``start .. stop - 1``; see `PatchIds.read`."""
-        part = self.array[start:stop]
+        ids = self.array[start:stop]
         if self._file is not None:
-            self._file.check(part)
-        return fitting(arrays.to_numpy(part), start)
+            self._file.check_size(ids)
+        return check_fits_int64(arrays.to_numpy(ids), start)
 
 
-class FileBelow:
+class BackingFile:
     """The file under a memory map, which may become shorter: reading on would kill the process."""
 
     def __init__(self, mapped: mmap.mmap, name: str | None, offset: int) -> None:
@@ -75,7 +74,7 @@ class FileBelow:
         self._address = byte_bounds(np.frombuffer(mapped, np.uint8))[0]
 
     @classmethod
-    def under(cls, array: Any) -> FileBelow | None:
+    def of(cls, array: Any) -> BackingFile | None:
         """Return the file that an array is a view of, or None."""
         name, offset, base = None, 0, array
         while isinstance(base, (np.ndarray, memoryview)):
@@ -98,11 +97,11 @@ class FileBelow:
         except OSError:
             return None
 
-    def check(self, part: NDArray[Any]) -> None:
+    def check_size(self, array: NDArray[Any]) -> None:
         """Raise OSError if the file ends before an array does that lies in it."""
-        end = byte_bounds(part)[1] - self._address + self._offset
+        end = byte_bounds(array)[1] - self._address + self._offset
         size = self._mapped.size()
-        if part.size and size < end:
+        if array.size and size < end:
             name = "the file under the memory map" if self._name is None else repr(self._name)
             raise OSError(
                 f"source must keep its length while it is read: {name} must have {end} bytes or "
@@ -120,56 +119,56 @@ def array_ids(source: Any, column: Any, name: str, progress: bool) -> PatchIds:
     """
     if isinstance(source, np.ndarray):
         if source.dtype.names is not None:
-            source = source[chosen_column(source.dtype.names, column, "a structured array")]
+            source = source[choose_column(source.dtype.names, column, "a structured array")]
             column = None
         if isinstance(source, np.ma.MaskedArray):
-            checked_shape(source.shape, name)
-            check_all_there(np.ma.getmaskarray(source), 0)
+            check_shape(source.shape, name)
+            check_no_missing(np.ma.getmaskarray(source), 0)
             source = source.data
-        no_column(column, f"a {type(source).__name__}")
+        check_no_column(column, f"a {type(source).__name__}")
         # T: strings of variable length. An object array is asked for its first value.
         if source.dtype.kind in "UST" or (source.dtype.kind == "O" and source.ndim == 1):
-            return _of_objects(source, checked_shape(source.shape, name), name, progress)
-    no_column(column, f"a {type(source).__name__}")
+            return _object_array_ids(source, check_shape(source.shape, name), name, progress)
+    check_no_column(column, f"a {type(source).__name__}")
     return ArrayIds(source, name)
 
 
-def _of_objects(array: NDArray[Any], size: int, name: str, progress: bool) -> PatchIds:
-    file = FileBelow.under(array)
+def _object_array_ids(array: NDArray[Any], size: int, name: str, progress: bool) -> PatchIds:
+    file = BackingFile.of(array)
     modified = None if file is None else file.modified()
 
     def values(start: int, stop: int) -> list[Any]:
-        part = array[start:stop]
+        stretch = array[start:stop]
         if file is not None:
-            file.check(part)
-        listed: list[Any] = part.tolist()
-        return listed
+            file.check_size(stretch)
+        result: list[Any] = stretch.tolist()
+        return result
 
-    return listed_ids(values, size, name, progress, modified=modified)
+    return object_ids(values, size, name, progress, modified=modified)
 
 
-def listed_ids(
+def object_ids(
     values: Any, size: int, name: str, progress: bool, *, modified: int | None = None
 ) -> PatchIds:
     """Return the ids that ``values(start, stop)`` lists as Python objects, all of one kind."""
-    if isinstance(_first(values, size), (str, bytes)):
+    if isinstance(_first_value(values, size), (str, bytes)):
         return NamedIds(
-            lambda start, stop: factor_list(values(start, stop), start),
+            lambda start, stop: factorize_list(values(start, stop), start),
             size,
             modified=modified,
             progress=progress,
         )
     # The first ones tell a column of another kind at once.
-    integers_of(values(0, min(size, 1000)), 0, name)
-    return ColumnIds(
-        lambda start, stop: integers_of(values(start, stop), start, name),
+    integers_from_list(values(0, min(size, 1000)), 0, name)
+    return IntegerIds(
+        lambda start, stop: integers_from_list(values(start, stop), start, name),
         size,
         "int64",
         modified=modified,
     )
 
 
-def _first(values: Any, size: int) -> Any:
+def _first_value(values: Any, size: int) -> Any:
     """Return the first value that is not missing."""
     for start in range(0, size, 1000):
         for value in values(start, min(start + 1000, size)):
@@ -202,16 +201,17 @@ def list_ids(source: Any, name: str, progress: bool) -> PatchIds:
     if isinstance(source, (list, tuple)) and any(
         isinstance(item, (str, bytes)) or item is None for item in source[:1]
     ):
-        return listed_ids(lambda start, stop: list(source[start:stop]), len(source), name, progress)
+        return object_ids(lambda start, stop: list(source[start:stop]), len(source), name, progress)
     array = as_array(source, name)
     if array.dtype.kind == "O" and array.ndim == 1 and isinstance(source, (list, tuple)):
-        return ArrayIds(integers_of(list(source), 0, name), name)
+        return ArrayIds(integers_from_list(list(source), 0, name), name)
     if array.dtype.kind in "UST" and isinstance(source, (list, tuple)):
         # NumPy makes names of integers that stand beside a name.
-        for place, item in enumerate(source):
+        for i, item in enumerate(source):
             if not isinstance(item, (int, np.integer)):
                 raise TypeError(
-                    f"{name} must be all integers or all names, got {shown(item)} in sample {place}"
+                    f"{name} must be all integers or all names, "
+                    f"got {short_repr(item)} in sample {i}"
                 )
     if array.dtype.kind in "UOST":
         return array_ids(array, None, name, progress)

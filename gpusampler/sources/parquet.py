@@ -9,9 +9,9 @@ from typing import Any
 
 import numpy as np
 
-from gpusampler.sources.arrow import dtype_of, values_ids
+from gpusampler.sources.arrow import arrow_values_ids, id_dtype
 from gpusampler.sources.base import BLOCK, PatchIds
-from gpusampler.sources.column_checks import chosen_column, imported, is_a
+from gpusampler.sources.checks import choose_column, import_library, is_instance
 
 SUFFIXES = (".parquet", ".pq")
 
@@ -26,22 +26,24 @@ def parquet_ids(source: Any, column: Any, progress: bool) -> PatchIds | None:
     TypeError, ValueError
         As by `parquet_path_ids`, or if the dataset has files of another format.
     """
-    if is_a(source, "pyarrow.parquet", "ParquetFile"):
-        return _ids([lambda: source], ["the Parquet file"], column, None, progress)
-    if not is_a(source, "pyarrow.dataset", "Dataset"):
+    if is_instance(source, "pyarrow.parquet", "ParquetFile"):
+        return _column_ids([lambda: source], ["the Parquet file"], column, None, progress)
+    if not is_instance(source, "pyarrow.dataset", "Dataset"):
         return None
     if getattr(getattr(source, "format", None), "default_extname", None) != "parquet":
         raise TypeError(
             "source must be a dataset of Parquet files, "
             f"got a {type(source).__name__} of another kind; give its column: to_table(columns=...)"
         )
-    files = imported("pyarrow.parquet", "parquet", "a dataset of pyarrow")
-    system = source.filesystem
+    pq = import_library("pyarrow.parquet", "parquet", "a dataset of pyarrow")
+    filesystem = source.filesystem
 
     def opener(path: str) -> Callable[[], Any]:
-        return lambda: files.ParquetFile(system.open_input_file(path), buffer_size=_READ_BYTES)
+        return lambda: pq.ParquetFile(filesystem.open_input_file(path), buffer_size=_READ_BYTES)
 
-    return _ids([opener(path) for path in source.files], source.files, column, None, progress)
+    return _column_ids(
+        [opener(path) for path in source.files], source.files, column, None, progress
+    )
 
 
 def parquet_path_ids(path: str, column: Any, progress: bool) -> PatchIds:
@@ -58,23 +60,23 @@ def parquet_path_ids(path: str, column: Any, progress: bool) -> PatchIds:
     ValueError
         If a file is no Parquet, there is no such column, or it is empty.
     """
-    files = imported("pyarrow.parquet", "parquet", path)
-    paths = _files_in(path) if os.path.isdir(path) else [path]
+    pq = import_library("pyarrow.parquet", "parquet", path)
+    paths = _list_files(path) if os.path.isdir(path) else [path]
 
     def opener(path: str) -> Callable[[], Any]:
-        def opened() -> Any:
+        def open_file() -> Any:
             try:
-                return files.ParquetFile(path, buffer_size=_READ_BYTES)
+                return pq.ParquetFile(path, buffer_size=_READ_BYTES)
             # ArrowInvalid, of a file that is cut off or no Parquet, is a ValueError.
             except ValueError as error:
                 raise ValueError(
                     f"source must be a whole Parquet file, got {path!r}: {error}"
                 ) from error
 
-        return opened
+        return open_file
 
     modified = max(os.stat(path).st_mtime_ns for path in paths)
-    return _ids([opener(path) for path in paths], paths, column, modified, progress)
+    return _column_ids([opener(path) for path in paths], paths, column, modified, progress)
 
 
 def has_parquet(folder: str) -> bool:
@@ -82,11 +84,11 @@ def has_parquet(folder: str) -> bool:
     return next(_walk(folder), None) is not None
 
 
-def _files_in(folder: str) -> list[str]:
-    found = sorted(_walk(folder))
-    if not found:
+def _list_files(folder: str) -> list[str]:
+    paths = sorted(_walk(folder))
+    if not paths:
         raise ValueError(f"source must be a folder with .parquet files, got {folder!r} without one")
-    return found
+    return paths
 
 
 def _walk(folder: str) -> Iterator[str]:
@@ -101,7 +103,7 @@ def _walk(folder: str) -> Iterator[str]:
                 yield entry.path
 
 
-def _ids(
+def _column_ids(
     openers: list[Callable[[], Any]],
     names: list[str],
     column: Any,
@@ -111,25 +113,25 @@ def _ids(
     dtypes: set[str] = set()
     rows: list[int] = []
     groups: list[tuple[int, int]] = []
-    for number, (opened, name) in enumerate(zip(openers, names, strict=True)):
-        file = opened()
-        if number == 0:
-            column = _chosen(file.schema_arrow, column, name)
-        kind = _type_of(file.schema_arrow, column, name)
-        dtypes.add(dtype_of(kind, f" in column {column!r} of {name!r}"))
+    for file_index, (open_file, name) in enumerate(zip(openers, names, strict=True)):
+        file = open_file()
+        if file_index == 0:
+            column = _choose_field(file.schema_arrow, column, name)
+        arrow_type = _type_of(file.schema_arrow, column, name)
+        dtypes.add(id_dtype(arrow_type, f" in column {column!r} of {name!r}"))
         if "str" in dtypes and len(dtypes) > 1:
             raise TypeError(
-                f"ids must be all names or all integers, got {kind} in column {column!r} of "
+                f"ids must be all names or all integers, got {arrow_type} in column {column!r} of "
                 f"{name!r} and others before"
             )
         for group in range(file.metadata.num_row_groups):
             rows.append(file.metadata.row_group(group).num_rows)
-            groups.append((number, group))
+            groups.append((file_index, group))
     if not dtypes:
         raise ValueError("source must be a dataset with files, got one without")
     dtype = dtypes.pop() if len(dtypes) == 1 else np.result_type(*dtypes).name
-    reader = _Column(openers, groups, np.cumsum(np.array(rows, np.int64)), str(column))
-    return values_ids(
+    reader = _ColumnReader(openers, groups, np.cumsum(np.array(rows, np.int64)), str(column))
+    return arrow_values_ids(
         reader.values,
         # NumPy knows no integer for uint64 beside a signed type; what fits is int64.
         "int64" if dtype.startswith("float") else dtype,
@@ -140,12 +142,12 @@ def _ids(
     )
 
 
-def _chosen(schema: Any, column: Any, name: str) -> Any:
+def _choose_field(schema: Any, column: Any, name: str) -> Any:
     top = column
     if isinstance(column, str) and column not in schema.names:
         # "a.b" is field b of the column a.
         top = column.partition(".")[0] if column.partition(".")[0] in schema.names else column
-    chosen = chosen_column(schema.names, top, repr(name))
+    chosen = choose_column(schema.names, top, repr(name))
     return chosen if column is None else column
 
 
@@ -154,15 +156,16 @@ def _type_of(schema: Any, column: str, name: str) -> Any:
         return schema.field(column).type
     head, *fields = column.split(".")
     if head not in schema.names:
-        chosen_column(schema.names, column, repr(name))
-    kind = schema.field(head).type
+        choose_column(schema.names, column, repr(name))
+    arrow_type = schema.field(head).type
     for field in fields:
-        children = [kind.field(i).name for i in range(kind.num_fields)]
-        kind = kind.field(children.index(chosen_column(children, field, f"{head!r}"))).type
-    return kind
+        children = [arrow_type.field(i).name for i in range(arrow_type.num_fields)]
+        index = children.index(choose_column(children, field, f"{head!r}"))
+        arrow_type = arrow_type.field(index).type
+    return arrow_type
 
 
-class _Column:
+class _ColumnReader:
     """Values of a column, read forward: a row group is decoded once, in batches, one is kept."""
 
     def __init__(
@@ -182,23 +185,23 @@ class _Column:
         self._first = 0
         self._end = 0
         # Ids that several threads read would move what is kept under one another.
-        self._reading = threading.Lock()
+        self._lock = threading.Lock()
 
     def values(self, start: int, stop: int) -> list[Any]:
         """Return samples ``start .. stop - 1`` as a list of Arrays."""
-        parts = []
-        with self._reading:
+        arrays = []
+        with self._lock:
             while start < stop:
-                batch = self._batch_with(start)
-                part = batch.slice(start - self._first, stop - start)
-                parts.append(part)
-                start += len(part)
-        return parts
+                batch = self._batch_of(start)
+                array = batch.slice(start - self._first, stop - start)
+                arrays.append(array)
+                start += len(array)
+        return arrays
 
-    def _batch_with(self, sample: int) -> Any:
+    def _batch_of(self, sample: int) -> Any:
         """Go on, or begin, until the batch that is kept holds a sample."""
         if not self._first <= sample < self._end:
-            self._begin(int(np.searchsorted(self._ends, sample, side="right")))
+            self._begin_group(int(np.searchsorted(self._ends, sample, side="right")))
         while sample >= self._first + len(self._batch):
             self._first += len(self._batch)
             try:
@@ -210,15 +213,15 @@ class _Column:
             self._batch = self._field(batch)
         return self._batch
 
-    def _begin(self, group: int) -> None:
-        number, within = self._groups[group]
-        if self._file[0] != number:
-            self._file = number, self._openers[number]()
+    def _begin_group(self, group: int) -> None:
+        file_index, row_group = self._groups[group]
+        if self._file[0] != file_index:
+            self._file = file_index, self._openers[file_index]()
         self._first = int(self._ends[group - 1]) if group else 0
         self._end = int(self._ends[group])
         self._batch = ()
         self._batches = self._file[1].iter_batches(
-            BLOCK, row_groups=[within], columns=[self._column], use_threads=False
+            BLOCK, row_groups=[row_group], columns=[self._column], use_threads=False
         )
 
     def _field(self, batch: Any) -> Any:

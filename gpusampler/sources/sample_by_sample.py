@@ -11,16 +11,16 @@ from typing import Any
 import numpy as np
 
 from gpusampler.core import arrays
-from gpusampler.core.progress_bar import Bar
+from gpusampler.core.progress_bar import ProgressBar
 from gpusampler.sources.base import PatchIds
 from gpusampler.sources.in_memory import ArrayIds
-from gpusampler.sources.strings import CodedIds
+from gpusampler.sources.strings import CategoricalIds
 
-THREADED_ABOVE = 1000
+THREAD_POOL_ABOVE = 1000
 """Samples above which a dataset is read by a pool of threads, with a progress bar."""
 
 
-def ask_samples(dataset: Any, size: int, progress: bool) -> PatchIds:
+def sample_by_sample_ids(dataset: Any, size: int, progress: bool) -> PatchIds:
     """Return ``dataset[i]["patch_id"]`` for every i, each asked for once.
 
     Raises
@@ -32,73 +32,73 @@ def ask_samples(dataset: Any, size: int, progress: bool) -> PatchIds:
     """
     ids = np.empty(size, np.int64)
     labels: dict[str, int] = {}
-    adding = threading.Lock()
-    named = False
-    first_known = threading.Event()
+    label_lock = threading.Lock()
+    has_names = False
+    first_read = threading.Event()
     stopped = threading.Event()
 
-    def kept(i: int) -> int:
+    def read_id(i: int) -> int:
         """Return what stands for the id of a sample in ``ids``; sample 0 says of which kind."""
-        nonlocal named
+        nonlocal has_names
         value = _value_of_sample(dataset, i)
-        name = _name_in(value)
+        name = _name_or_none(value)
         if i == 0:
-            named = name is not None
-            first_known.set()
-        first_known.wait()
-        if not named:
-            return _checked_id(value, i)
+            has_names = name is not None
+            first_read.set()
+        first_read.wait()
+        if not has_names:
+            return _check_id(value, i)
         if name is None:
             raise TypeError(f"patch_id must be a str, as in sample 0, got {value!r} in sample {i}")
         code = labels.get(name)
         if code is None:
-            with adding:
+            with label_lock:
                 code = labels.setdefault(name, len(labels))
         return code
 
-    def read(part: range) -> int:
-        for i in part:
+    def read(samples: range) -> int:
+        for i in samples:
             if stopped.is_set():
                 break
-            ids[i] = kept(i)
-        return len(part)
+            ids[i] = read_id(i)
+        return len(samples)
 
-    def found() -> PatchIds:
-        return CodedIds(ids, list(labels)) if named else ArrayIds(ids)
+    def result() -> PatchIds:
+        return CategoricalIds(ids, list(labels)) if has_names else ArrayIds(ids)
 
-    if size <= THREADED_ABOVE:
+    if size <= THREAD_POOL_ABOVE:
         read(range(size))
-        return found()
+        return result()
     workers = min(32, (os.cpu_count() or 1) + 4)
     step = max(1, min(256, size // (workers * 8)))
-    parts = [range(first, min(first + step, size)) for first in range(0, size, step)]
+    chunks = [range(first, min(first + step, size)) for first in range(0, size, step)]
     pool = ThreadPoolExecutor(workers, thread_name_prefix="gpusampler-ids")
     try:
-        with Bar(size, "patch ids", "samples", progress) as shown:
-            for done in _in_flight(pool, read, parts, 2 * workers):
-                shown.update(done)
+        with ProgressBar(size, "patch ids", "samples", progress) as bar:
+            for count in _bounded_map(pool, read, chunks, 2 * workers):
+                bar.update(count)
     finally:
         # After an exception or Ctrl-C no further sample is begun, and no thread stays behind.
         stopped.set()
         # Where sample 0 could not be read, none may wait for it for ever.
-        first_known.set()
+        first_read.set()
         pool.shutdown(wait=True, cancel_futures=True)
-    return found()
+    return result()
 
 
-def _in_flight(
-    pool: ThreadPoolExecutor, call: Any, parts: Sequence[range], most: int
+def _bounded_map(
+    pool: ThreadPoolExecutor, function: Any, chunks: Sequence[range], max_pending: int
 ) -> Iterable[int]:
-    """Yield each part's result as it comes, with a bounded number of parts submitted."""
-    waiting: set[Future[int]] = set()
-    for part in parts:
-        waiting.add(pool.submit(call, part))
-        if len(waiting) >= most:
-            done, waiting = wait(waiting, return_when=FIRST_COMPLETED)
-            yield from (future.result() for future in done)
-    while waiting:
-        done, waiting = wait(waiting, return_when=FIRST_COMPLETED)
-        yield from (future.result() for future in done)
+    """Yield each chunk's result as it comes, with a bounded number of chunks submitted."""
+    pending: set[Future[int]] = set()
+    for chunk in chunks:
+        pending.add(pool.submit(function, chunk))
+        if len(pending) >= max_pending:
+            finished, pending = wait(pending, return_when=FIRST_COMPLETED)
+            yield from (future.result() for future in finished)
+    while pending:
+        finished, pending = wait(pending, return_when=FIRST_COMPLETED)
+        yield from (future.result() for future in finished)
 
 
 def _value_of_sample(dataset: Any, i: int) -> Any:
@@ -115,14 +115,14 @@ def _value_of_sample(dataset: Any, i: int) -> Any:
         ) from error
 
 
-def _name_in(value: Any) -> str | None:
+def _name_or_none(value: Any) -> str | None:
     """Return a str, or the one in an array of one element, as a str; None for anything else."""
     if isinstance(value, np.ndarray) and value.dtype.kind in "UT" and value.size == 1:
         value = value.item()
     return str(value) if isinstance(value, str) else None
 
 
-def _checked_id(value: Any, i: int) -> int:
+def _check_id(value: Any, i: int) -> int:
     if isinstance(value, int) and not -(1 << 63) <= value < 1 << 63:
         raise ValueError(f"patch_id must fit in int64, got {value} in sample {i}")
     array = np.asarray(arrays.to_numpy(value) if arrays.library_of(value) else value)

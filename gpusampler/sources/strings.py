@@ -9,13 +9,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gpusampler.core import arrays
-from gpusampler.core.progress_bar import Bar
-from gpusampler.core.text import shown
+from gpusampler.core.progress_bar import ProgressBar
+from gpusampler.core.text import short_repr
 from gpusampler.sources.base import BLOCK, PatchIds
-from gpusampler.sources.column_checks import is_missing, missing
+from gpusampler.sources.checks import is_missing, raise_missing
 
-Factored = tuple[NDArray[Any], Sequence[str]]
-"""For each sample a place in a list of names, and that list: in any order, some perhaps unused."""
+Factorized = tuple[NDArray[Any], Sequence[str]]
+"""An index a sample into a list of names, and that list: in any order, some perhaps unused."""
 
 
 class NamedIds(PatchIds):
@@ -25,8 +25,8 @@ class NamedIds(PatchIds):
 
     Parameters
     ----------
-    factor : callable
-        ``factor(start, stop)``: `Factored`; it raises if a name is missing.
+    factorize : callable
+        ``factorize(start, stop)``: `Factorized`; it raises if a name is missing.
     size : int
     modified, seekable
         As in `PatchIds`.
@@ -36,7 +36,7 @@ class NamedIds(PatchIds):
     Examples
     --------
     >>> names = ["sand", "clay", "sand"]
-    >>> ids = NamedIds(lambda start, stop: factor_list(names[start:stop], start), 3)
+    >>> ids = NamedIds(lambda start, stop: factorize_list(names[start:stop], start), 3)
     >>> ids.names, ids.read(0, 3).tolist()
     (('clay', 'sand'), [1, 0, 1])
     """
@@ -45,27 +45,27 @@ class NamedIds(PatchIds):
 
     def __init__(
         self,
-        factor: Callable[[int, int], Factored],
+        factorize: Callable[[int, int], Factorized],
         size: int,
         *,
         modified: int | None = None,
         seekable: bool = True,
         progress: bool = False,
     ) -> None:
-        self._factor = factor
+        self._factorize = factorize
         self.size = size
         self.modified = modified
         self.seekable = seekable
-        found: set[str] = set()
-        with Bar(size, "patch names", "samples", progress) as shown_bar:
+        names: set[str] = set()
+        with ProgressBar(size, "patch names", "samples", progress) as bar:
             for start in range(0, size, BLOCK):
                 stop = min(start + BLOCK, size)
-                codes, labels = factor(start, stop)
-                found.update(labels[i] for i in used(codes, len(labels)))
-                shown_bar.update(stop - start)
-        self.names = tuple(sorted(found))
-        self._places = {name: place for place, name in enumerate(self.names)}
-        self._type = np.dtype(arrays.narrowest("numpy", len(self.names))[0])
+                codes, labels = factorize(start, stop)
+                names.update(labels[i] for i in used_codes(codes, len(labels)))
+                bar.update(stop - start)
+        self.names = tuple(sorted(names))
+        self._id_of_name = {name: i for i, name in enumerate(self.names)}
+        self._id_dtype = np.dtype(arrays.narrowest_dtype("numpy", len(self.names))[0])
 
     def read(self, start: int, stop: int) -> NDArray[Any]:
         """Return the places of the names of samples ``start .. stop - 1``; see `PatchIds.read`.
@@ -76,20 +76,20 @@ class NamedIds(PatchIds):
             If a name is there that was not when the names were collected.
         """
         if start == stop:
-            return np.empty(0, self._type)
-        codes, labels = self._factor(start, stop)
-        places = np.array([self._places.get(label, -1) for label in labels], np.int64)
-        found = places[codes]
-        if found.min() < 0:
-            at = int(found.argmin())
+            return np.empty(0, self._id_dtype)
+        codes, labels = self._factorize(start, stop)
+        id_of_label = np.array([self._id_of_name.get(label, -1) for label in labels], np.int64)
+        ids = id_of_label[codes]
+        if ids.min() < 0:
+            i = int(ids.argmin())
             raise OSError(
                 "source must stay as it is while it is read, got the new name "
-                f"{labels[int(codes[at])]!r} in sample {start + at}"
+                f"{labels[int(codes[i])]!r} in sample {start + i}"
             )
-        return found.astype(self._type)
+        return ids.astype(self._id_dtype)
 
 
-class CodedIds(PatchIds):
+class CategoricalIds(PatchIds):
     """Names whose places are in memory.
 
     Parameters
@@ -104,27 +104,27 @@ class CodedIds(PatchIds):
 
     def __init__(self, codes: NDArray[Any], labels: Sequence[str]) -> None:
         self.size = int(codes.shape[0])
-        there = used(codes, len(labels))
-        there = there[np.argsort(np.array([labels[i] for i in there], dtype=object))]
-        self.names = tuple(labels[i] for i in there)
-        places = np.zeros(len(labels), arrays.narrowest("numpy", len(self.names))[0])
-        places[there] = np.arange(len(there))
-        self._codes = places[codes]
+        used = used_codes(codes, len(labels))
+        used = used[np.argsort(np.array([labels[i] for i in used], dtype=object))]
+        self.names = tuple(labels[i] for i in used)
+        id_of_label = np.zeros(len(labels), arrays.narrowest_dtype("numpy", len(self.names))[0])
+        id_of_label[used] = np.arange(len(used))
+        self._ids = id_of_label[codes]
 
     def read(self, start: int, stop: int) -> NDArray[Any]:
         """Return the places of the names of samples ``start .. stop - 1``."""
-        part: NDArray[Any] = self._codes[start:stop]
-        return part
+        ids: NDArray[Any] = self._ids[start:stop]
+        return ids
 
 
-def used(codes: NDArray[Any], labels: int) -> NDArray[np.int64]:
+def used_codes(codes: NDArray[Any], num_labels: int) -> NDArray[np.int64]:
     """Return which of a number of labels some code stands for, ascending."""
-    there = np.zeros(labels, np.bool_)
-    there[codes] = True
-    return np.flatnonzero(there)
+    is_used = np.zeros(num_labels, np.bool_)
+    is_used[codes] = True
+    return np.flatnonzero(is_used)
 
 
-def factor_list(values: list[Any], first: int) -> Factored:
+def factorize_list(values: list[Any], first: int) -> Factorized:
     """Factor names in a list, which may be bytes of UTF-8 too.
 
     Raises
@@ -134,24 +134,25 @@ def factor_list(values: list[Any], first: int) -> Factored:
     ValueError
         If one is missing, or is no UTF-8; ``first`` is the sample of ``values[0]``.
     """
-    if not all(issubclass(kind, (str, bytes)) for kind in set(map(type, values))):
-        for place, value in enumerate(values):
+    if not all(issubclass(t, (str, bytes)) for t in set(map(type, values))):
+        for i, value in enumerate(values):
             if is_missing(value):
-                missing(first + place)
+                raise_missing(first + i)
             if not isinstance(value, (str, bytes)):
                 raise TypeError(
                     "ids must be all names or all integers, "
-                    f"got {shown(value)} in sample {first + place}"
+                    f"got {short_repr(value)} in sample {first + i}"
                 )
-    distinct = dict.fromkeys(values)
+    code_of_value = dict.fromkeys(values)
     labels = []
-    for code, value in enumerate(distinct):
-        distinct[value] = code
+    for code, value in enumerate(code_of_value):
+        code_of_value[value] = code
         try:
             labels.append(value.decode() if isinstance(value, bytes) else str(value))
         except UnicodeDecodeError:
+            sample = first + values.index(value)
             raise ValueError(
-                f"ids must be UTF-8, got {shown(value)} in sample {first + values.index(value)}"
+                f"ids must be UTF-8, got {short_repr(value)} in sample {sample}"
             ) from None
-    codes = np.fromiter(map(distinct.__getitem__, values), np.int64, len(values))
+    codes = np.fromiter(map(code_of_value.__getitem__, values), np.int64, len(values))
     return codes, labels

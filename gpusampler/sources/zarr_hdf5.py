@@ -5,24 +5,26 @@ from __future__ import annotations
 import os
 from typing import Any
 
-from gpusampler.sources.base import BLOCK, PatchIds
-from gpusampler.sources.column_checks import (
-    LISTED,
-    checked_shape,
-    chosen_column,
-    imported,
-    is_a,
-    no_column,
-    wrong_type,
-)
-from gpusampler.sources.column_reader import ColumnIds, Load, Pieces
-from gpusampler.sources.strings import NamedIds, factor_list
+import numpy as np
+from numpy.typing import NDArray
 
-_PIECE = 1 << 16
+from gpusampler.sources.base import BLOCK, IntegerIds, Load, PatchIds
+from gpusampler.sources.checks import (
+    check_no_column,
+    check_shape,
+    choose_column,
+    import_library,
+    is_instance,
+    list_names,
+    wrong_dtype_error,
+)
+from gpusampler.sources.strings import NamedIds, factorize_list
+
+_MIN_READ = 1 << 16
 """Ids that are read at least; a chunk may be far smaller."""
 
 
-def chunked_ids(source: Any, column: Any, progress: bool) -> PatchIds | None:
+def zarr_hdf5_ids(source: Any, column: Any, progress: bool) -> PatchIds | None:
     """Return the ids in an array or a group of zarr or h5py; None for anything else.
 
     Raises
@@ -30,15 +32,15 @@ def chunked_ids(source: Any, column: Any, progress: bool) -> PatchIds | None:
     TypeError, ValueError
         If they are neither integers nor names, not 1-D, or none; if a column is due, or is none.
     """
-    if is_a(source, "zarr", "Array", "Group"):
+    if is_instance(source, "zarr", "Array", "Group"):
         return _zarr_ids(source, column, f"a zarr {type(source).__name__}", None, progress)
-    if is_a(source, "h5py", "Dataset", "Group"):
-        found = _hdf5_array(source, column, f"an HDF5 {type(source).__name__}")
+    if is_instance(source, "h5py", "Dataset", "Group"):
+        dataset = _hdf5_array(source, column, f"an HDF5 {type(source).__name__}")
         try:
-            modified = os.stat(found.file.filename).st_mtime_ns
+            modified = os.stat(dataset.file.filename).st_mtime_ns
         except OSError:
             modified = None
-        return _array_ids(found, lambda start, stop: found[start:stop], modified, progress)
+        return _array_ids(dataset, lambda start, stop: dataset[start:stop], modified, progress)
     return None
 
 
@@ -50,9 +52,9 @@ def zarr_path_ids(path: str, column: Any, progress: bool) -> PatchIds:
     RuntimeError
         If zarr is not installed.
     TypeError, ValueError
-        As by `chunked_ids`, or if this is no Zarr.
+        As by `zarr_hdf5_ids`, or if this is no Zarr.
     """
-    zarr = imported("zarr", "zarr", path)
+    zarr = import_library("zarr", "zarr", path)
     try:
         source = zarr.open(path, mode="r")
     except PermissionError:
@@ -73,11 +75,11 @@ def hdf5_path_ids(path: str, column: Any, progress: bool) -> PatchIds:
     OSError
         If it is no HDF5 file, or is cut off.
     TypeError, ValueError
-        As by `chunked_ids`.
+        As by `zarr_hdf5_ids`.
     """
-    h5py = imported("h5py", "hdf5", path)
+    h5py = import_library("h5py", "hdf5", path)
 
-    def opened() -> Any:
+    def open_file() -> Any:
         try:
             return h5py.File(path, "r")
         except PermissionError:
@@ -85,93 +87,128 @@ def hdf5_path_ids(path: str, column: Any, progress: bool) -> PatchIds:
         except OSError as error:
             raise OSError(f"source must be a whole HDF5 file, got {path!r}: {error}") from error
 
-    with opened() as file:
-        found = _hdf5_array(file, column, repr(path))
-        name = found.name
+    with open_file() as file:
+        dataset = _hdf5_array(file, column, repr(path))
+        name = dataset.name
         modified = os.stat(path).st_mtime_ns
 
         def load(start: int, stop: int) -> Any:
-            with opened() as file:
+            with open_file() as file:
                 return file[name][start:stop]
 
-        return _array_ids(found, load, modified, progress)
+        return _array_ids(dataset, load, modified, progress)
 
 
-def _zarr_ids(source: Any, column: Any, what: str, path: str | None, progress: bool) -> PatchIds:
-    if is_a(source, "zarr", "Group"):
+def _zarr_ids(source: Any, column: Any, label: str, path: str | None, progress: bool) -> PatchIds:
+    if is_instance(source, "zarr", "Group"):
         names = sorted(source.array_keys())
-        column = _chosen_array(source, names, sorted(source.group_keys()), column, what)
+        column = _chosen_array(source, names, sorted(source.group_keys()), column, label)
         source = source[column]
-        if not is_a(source, "zarr", "Array"):
-            raise ValueError(f"column must be an array of {what}, got the group {column!r}")
+        if not is_instance(source, "zarr", "Array"):
+            raise ValueError(f"column must be an array of {label}, got the group {column!r}")
         path = None if path is None else os.path.join(path, column.strip("/"))
     else:
-        no_column(column, what)
-    modified = None if path is None else _newest(path)
+        check_no_column(column, label)
+    modified = None if path is None else _last_modified(path)
     return _array_ids(source, lambda start, stop: source[start:stop], modified, progress)
 
 
-def _newest(folder: str) -> int:
+def _last_modified(folder: str) -> int:
     """Return when a file in a folder was changed last."""
     newest = os.stat(folder).st_mtime_ns
-    for place, _, files in os.walk(folder):
+    for directory, _, files in os.walk(folder):
         for name in files:
-            newest = max(newest, os.stat(os.path.join(place, name)).st_mtime_ns)
+            newest = max(newest, os.stat(os.path.join(directory, name)).st_mtime_ns)
     return newest
 
 
-def _hdf5_array(source: Any, column: Any, what: str) -> Any:
-    if is_a(source, "h5py", "Dataset"):
-        no_column(column, what)
+def _hdf5_array(source: Any, column: Any, label: str) -> Any:
+    if is_instance(source, "h5py", "Dataset"):
+        check_no_column(column, label)
         return source
-    names = [name for name, item in source.items() if is_a(item, "h5py", "Dataset")]
-    groups = [name for name, item in source.items() if is_a(item, "h5py", "Group")]
-    column = _chosen_array(source, names, groups, column, what)
-    found = source[column]
-    if not is_a(found, "h5py", "Dataset"):
-        raise ValueError(f"column must be a dataset of {what}, got the group {column!r}")
-    return found
+    names = [name for name, item in source.items() if is_instance(item, "h5py", "Dataset")]
+    groups = [name for name, item in source.items() if is_instance(item, "h5py", "Group")]
+    column = _chosen_array(source, names, groups, column, label)
+    item = source[column]
+    if not is_instance(item, "h5py", "Dataset"):
+        raise ValueError(f"column must be a dataset of {label}, got the group {column!r}")
+    return item
 
 
-def _chosen_array(source: Any, names: list[str], groups: list[str], column: Any, what: str) -> Any:
-    """Return the array to read in a group: as by `chosen_column`, or by a path."""
+def _chosen_array(source: Any, names: list[str], groups: list[str], column: Any, label: str) -> Any:
+    """Return the array to read in a group: as by `choose_column`, or by a path."""
     try:
         if isinstance(column, str) and "/" in column and column in source:
             return column
     # Zarr refuses "..", for one.
     except ValueError as error:
-        raise ValueError(f"column must be a path in {what}, got {column!r}: {error}") from error
+        raise ValueError(f"column must be a path in {label}, got {column!r}: {error}") from error
     try:
-        return chosen_column(names, column, what)
+        return choose_column(names, column, label)
     except ValueError as error:
         if not groups:
             raise
-        listed = ", ".join(map(repr, groups[:LISTED])) + (", ..." if len(groups) > LISTED else "")
         raise ValueError(
-            f"{error}; it has groups too ({listed}), whose arrays are named '{groups[0]}/...'"
+            f"{error}; it has groups too ({list_names(groups)}), whose arrays are named "
+            f"'{groups[0]}/...'"
         ) from None
 
 
 def _array_ids(array: Any, load: Load, modified: int | None, progress: bool) -> PatchIds:
-    size = checked_shape(array.shape)
+    size = check_shape(array.shape)
     dtype, chunks = array.dtype, array.chunks
     if chunks:
-        load = Pieces(load, size, -(-_PIECE // chunks[0]) * chunks[0])
+        load = _ChunkCache(load, size, -(-_MIN_READ // chunks[0]) * chunks[0])
     # A chunk is decoded whole, however little is asked for.
     seekable = not chunks or chunks[0] <= BLOCK
     # HDF5 gives strings as objects; zarr's may be T, of variable length.
     if dtype.kind in "UST" or (dtype.kind == "O" and _holds_text(array)):
         return NamedIds(
-            lambda start, stop: factor_list(load(start, stop).tolist(), start),
+            lambda start, stop: factorize_list(load(start, stop).tolist(), start),
             size,
             modified=modified,
             seekable=seekable,
             progress=progress,
         )
     if dtype.kind not in "iu":
-        raise wrong_type(dtype)
-    return ColumnIds(load, size, dtype.name, modified=modified, seekable=seekable)
+        raise wrong_dtype_error(dtype)
+    return IntegerIds(load, size, dtype.name, modified=modified, seekable=seekable)
 
 
 def _holds_text(array: Any) -> bool:
     return isinstance(array[0], (str, bytes))
+
+
+class _ChunkCache:
+    """Any stretch of values, read at the borders of chunks; none is decoded twice in a row.
+
+    Parameters
+    ----------
+    load : callable
+        ``load(start, stop)``, where both are multiples of ``chunk``, or ``stop`` is ``size``.
+    size, chunk : int
+    """
+
+    def __init__(self, load: Load, size: int, chunk: int) -> None:
+        self._load = load
+        self._size = size
+        self._chunk = chunk
+        self._last: tuple[int, NDArray[Any]] = (0, np.empty(0, np.int64))
+
+    def __call__(self, start: int, stop: int) -> NDArray[Any]:
+        """Return the values of samples ``start .. stop - 1``."""
+        first, values = self._last
+        head = values[:0]
+        if first <= start < first + values.shape[0]:
+            head = values[start - first : stop - first]
+            start += head.shape[0]
+            if start == stop:
+                return head
+        chunk = self._chunk
+        first, end = start // chunk * chunk, min(self._size, -(-stop // chunk) * chunk)
+        values = self._load(first, end)
+        last = (end - 1) // chunk * chunk
+        # A copy: a view would keep all that was read in memory.
+        self._last = last, values[last - first :].copy()
+        tail = values[start - first : stop - first]
+        return np.concatenate([head, tail]) if head.shape[0] else tail

@@ -18,8 +18,8 @@ GROUPS = PatchGroups.from_counts([5, 40, 3])
 
 @pytest.mark.parametrize("name", ["mps", "xpu"])
 def test_a_device_that_is_not_there_is_refused_at_once(name):
-    there = getattr(torch, name, None)
-    if there is not None and there.is_available():
+    module = getattr(torch, name, None)
+    if module is not None and module.is_available():
         pytest.skip(f"{name} is there")
     with pytest.raises(RuntimeError, match=f"device must be there: .*got '{name}'"):
         PatchBatchSampler([1, 1, 2], 2, device=name)
@@ -34,17 +34,17 @@ def test_cpu_with_an_index_is_the_host():
     assert devices.parse_device("cpu:0") == devices.parse_device("cpu") == Device("torch", "cpu")
 
 
-@pytest.mark.usefixtures("elsewhere")
+@pytest.mark.usefixtures("cpu_as_device")
 class TestPlanElsewhere:
     def test_takes_what_the_host_takes(self):
         plan = EpochPlan(GROUPS, 4, 1, device="cpu")
         slots = np.arange(plan.num_batches)[::-1]
-        wanted = EpochPlan(GROUPS, 4, 1).evaluate(3, slots)
-        for given in (slots, torch.from_numpy(slots.astype(np.int32)), slots.tolist()):
-            found = plan.evaluate(3, given)
-            for ours, theirs in zip(found, wanted, strict=True):
-                assert isinstance(ours, torch.Tensor)
-                np.testing.assert_array_equal(ours.numpy(), theirs)
+        expected = EpochPlan(GROUPS, 4, 1).evaluate(3, slots)
+        for slot_argument in (slots, torch.from_numpy(slots.astype(np.int32)), slots.tolist()):
+            result = plan.evaluate(3, slot_argument)
+            for field, expected_field in zip(result, expected, strict=True):
+                assert isinstance(field, torch.Tensor)
+                np.testing.assert_array_equal(field.numpy(), expected_field)
 
     def test_refuses_what_the_host_refuses(self):
         plan = EpochPlan(GROUPS, 4, 1, device="cpu")
@@ -68,18 +68,18 @@ class TestPlanElsewhere:
     @pytest.mark.parametrize("interleave", [True, False])
     def test_hands_out_the_same_batches(self, interleave):
         ids = np.random.default_rng(0).integers(0, 9, 500)
-        there = PatchBatchSampler(ids, 8, seed=5, device="cpu", interleave=interleave)
+        sampler = PatchBatchSampler(ids, 8, seed=5, device="cpu", interleave=interleave)
         host = PatchBatchSampler(ids, 8, seed=5, interleave=interleave)
-        assert list(there) == list(host)
+        assert list(sampler) == list(host)
 
     def test_a_worker_makes_them_on_the_host(self, monkeypatch):
         plan = EpochPlan(GROUPS, 4, 1, device="cpu")
-        wanted = EpochPlan(GROUPS, 4, 1).evaluate(0, [0, 1])
-        monkeypatch.setattr(devices, "in_worker", lambda: True)
-        found = pickle.loads(pickle.dumps(plan)).evaluate(0, [0, 1])
-        for ours, theirs in zip(found, wanted, strict=True):
-            assert isinstance(ours, np.ndarray)
-            np.testing.assert_array_equal(ours, theirs)
+        expected = EpochPlan(GROUPS, 4, 1).evaluate(0, [0, 1])
+        monkeypatch.setattr(devices, "is_in_worker", lambda: True)
+        result = pickle.loads(pickle.dumps(plan)).evaluate(0, [0, 1])
+        for field, expected_field in zip(result, expected, strict=True):
+            assert isinstance(field, np.ndarray)
+            np.testing.assert_array_equal(field, expected_field)
 
 
 def test_a_tensor_batch_takes_only_itself_along():
@@ -89,14 +89,14 @@ def test_a_tensor_batch_takes_only_itself_along():
 
 def test_two_epochs_of_patch_order_are_kept():
     plan = EpochPlan(PatchGroups.from_counts([3] * 50), 2, 0, interleave=False)
-    first = plan._patches_of(0)
-    plan._patches_of(1)
-    assert plan._patches_of(0) is first
-    plan._patches_of(2)
-    plan._patches_of(3)
-    again = plan._patches_of(0)
-    assert again is not first
-    np.testing.assert_array_equal(again[0], first[0])
+    first = plan._patch_order(0)
+    plan._patch_order(1)
+    assert plan._patch_order(0) is first
+    plan._patch_order(2)
+    plan._patch_order(3)
+    second = plan._patch_order(0)
+    assert second is not first
+    np.testing.assert_array_equal(second[0], first[0])
 
 
 @pytest.mark.parametrize(
@@ -140,9 +140,9 @@ class TestDefaultDevice:
         monkeypatch.setattr(torch.cuda, "is_available", initialises)
         assert devices.default_device() == Device("torch", "cuda:0")
         # Ranks of one machine will each take a GPU of their own; or see only that one.
-        for local_rank, own in (("1", "cuda:1"), ("2", "cuda:0"), ("x", "cuda:0")):
+        for local_rank, device in (("1", "cuda:1"), ("2", "cuda:0"), ("x", "cuda:0")):
             monkeypatch.setenv("LOCAL_RANK", local_rank)
-            assert devices.default_device() == Device("torch", own)
+            assert devices.default_device() == Device("torch", device)
 
     @pytest.mark.usefixtures("two_gpus")
     def test_is_the_gpu_that_the_process_uses(self, monkeypatch):
@@ -152,7 +152,7 @@ class TestDefaultDevice:
 
     @pytest.mark.usefixtures("two_gpus")
     def test_is_the_host_in_a_worker(self, monkeypatch):
-        monkeypatch.setattr(devices, "in_worker", lambda: True)
+        monkeypatch.setattr(devices, "is_in_worker", lambda: True)
         assert devices.default_device() == devices.HOST
 
     def test_is_the_host_where_there_is_no_gpu(self, monkeypatch):

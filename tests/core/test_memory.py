@@ -13,8 +13,8 @@ import pytest
 from gpusampler import PatchBatchSampler
 from gpusampler.core import memory
 from gpusampler.core.devices import HOST, Device
-from gpusampler.core.memory import GrowthWatch, check_room, free_bytes
-from gpusampler.core.text import human
+from gpusampler.core.memory import GrowthWatch, check_free_memory, free_bytes
+from gpusampler.core.text import format_bytes
 
 MB = 1 << 20
 GB = 1 << 30
@@ -73,19 +73,21 @@ class TestFree:
     def test_nothing_is_known_where_there_is_no_proc(self, monkeypatch, tmp_path):
         monkeypatch.setattr(memory, "PROC", tmp_path)
         assert free_bytes(HOST) is None
-        assert memory.resident() is memory.anonymous() is memory.peak_resident() is None
-        check_room(1 << 60, HOST, "a table", "nothing")
-        GrowthWatch().look()
+        assert memory.resident_bytes() is memory.anonymous_bytes() is None
+        assert memory.peak_resident_bytes() is None
+        check_free_memory(1 << 60, HOST, "a table", "nothing")
+        GrowthWatch().check()
         assert free_bytes(Device("torch", "mps:0")) is None
 
     @linux
     def test_here(self):
         free = free_bytes(HOST)
         assert 0 < free <= os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-        before = memory.anonymous()
-        held = np.ones(64 * MB // 8)
-        assert memory.anonymous() - before == pytest.approx(held.nbytes, abs=4 * MB)
-        assert memory.anonymous() < memory.resident() <= memory.peak_resident() + MB
+        before = memory.anonymous_bytes()
+        array = np.ones(64 * MB // 8)
+        assert memory.anonymous_bytes() - before == pytest.approx(array.nbytes, abs=4 * MB)
+        resident = memory.resident_bytes()
+        assert memory.anonymous_bytes() < resident <= memory.peak_resident_bytes() + MB
 
 
 class TestRoom:
@@ -95,14 +97,14 @@ class TestRoom:
 
     def test_more_than_half_is_warned_of_with_both_figures_and_what_to_do(self):
         with pytest.warns(UserWarning, match="will take") as warned:
-            check_room(4 * GB + 1, HOST, "the order of 2 samples", "keep it in int32")
+            check_free_memory(4 * GB + 1, HOST, "the order of 2 samples", "keep it in int32")
         assert str(warned[0].message) == (
             "the order of 2 samples will take 4.0 GiB of the 8.0 GiB that are free on numpy, more "
             "than half; keep it in int32"
         )
 
     def test_half_is_not(self):
-        check_room(4 * GB, HOST, "a table", "nothing")
+        check_free_memory(4 * GB, HOST, "a table", "nothing")
 
 
 @pytest.mark.parametrize(
@@ -116,12 +118,12 @@ class TestRoom:
     ],
 )
 def test_bytes_as_a_person_says_them(count, said):
-    assert human(count) == said
+    assert format_bytes(count) == said
 
 
 @pytest.fixture
 def said_nothing_yet(monkeypatch):
-    monkeypatch.setattr(memory, "_said_growth", [])
+    monkeypatch.setattr(memory, "_growth_warned", [])
 
 
 @pytest.mark.usefixtures("said_nothing_yet")
@@ -130,27 +132,27 @@ class TestGrowth:
     def size(self, monkeypatch):
         """The process's memory, as the test says."""
         size = [GB]
-        monkeypatch.setattr(memory, "anonymous", lambda: size[0])
+        monkeypatch.setattr(memory, "anonymous_bytes", lambda: size[0])
         return size
 
     def epochs(self, sampler, size, grown: list[int]) -> list[int]:
         """Run epochs that end with so much more memory; return where it was warned."""
         warned = []
         for epoch, more in enumerate(grown):
-            with warnings.catch_warnings(record=True) as found:
+            with warnings.catch_warnings(record=True) as result:
                 warnings.simplefilter("always")
                 list(sampler)
-            if found:
-                assert len(found) == 1
-                warned.append((epoch, str(found[0].message), found[0].filename))
+            if result:
+                assert len(result) == 1
+                warned.append((epoch, str(result[0].message), result[0].filename))
             size[0] += more
         return warned
 
     def test_growing_is_warned_of_once(self, size):
         sampler = PatchBatchSampler([1, 1, 2], 2, seed=0)
-        ((epoch, said, file),) = self.epochs(sampler, size, [40 * MB] * 12)
+        ((epoch, message, file),) = self.epochs(sampler, size, [40 * MB] * 12)
         assert epoch == 5
-        assert "in each of the last 5 epochs, from 1.0 GiB to 1.2 GiB, 40.0 MiB an epoch" in said
+        assert "in each of the last 5 epochs, from 1.0 GiB to 1.2 GiB, 40.0 MiB an epoch" in message
         assert file == __file__
         # Another sampler of the process has the same memory.
         assert self.epochs(PatchBatchSampler([1, 2], 2, seed=0), size, [40 * MB] * 12) == []
@@ -188,9 +190,9 @@ class TestGrowth:
     @linux
     def test_memory_that_is_really_kept(self):
         sampler = PatchBatchSampler([1, 1, 2], 2, seed=0)
-        kept = []
+        arrays = []
         with pytest.warns(UserWarning, match="has grown in each of the last 5 epochs"):
-            kept += [np.ones(40 * MB // 8) for _ in range(7) for _batch in sampler]
+            arrays += [np.ones(40 * MB // 8) for _ in range(7) for _batch in sampler]
 
     @linux
     def test_a_look_reads_one_file(self, monkeypatch):
@@ -209,6 +211,6 @@ def test_what_is_small_is_not_worth_the_question(monkeypatch):
         raise AssertionError
 
     monkeypatch.setattr("gpusampler.core.memory.free_bytes", asked)
-    check_room((1 << 20) - 1, HOST, "a table", "nothing")
+    check_free_memory((1 << 20) - 1, HOST, "a table", "nothing")
     with pytest.raises(AssertionError):
-        check_room(1 << 20, HOST, "a table", "nothing")
+        check_free_memory(1 << 20, HOST, "a table", "nothing")

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 
 from gpusampler.core.devices import Device
-from gpusampler.core.transfer import Ready
+from gpusampler.core.transfer import ReadyArrays
 
 torch = pytest.importorskip("torch")
 
@@ -38,7 +38,7 @@ class Array:
 
 @pytest.fixture
 def cuda(monkeypatch):
-    """torch.cuda as `Ready` sees it: which stream is current, and whether it is captured."""
+    """torch.cuda as `ReadyArrays` sees it: which stream is current, and whether it is captured."""
     state = SimpleNamespace(current=Stream(1), capturing=False)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: state.current)
     monkeypatch.setattr(torch.cuda, "Event", Event)
@@ -48,7 +48,7 @@ def cuda(monkeypatch):
 
 def test_the_stream_that_made_them_waits_for_nothing(cuda):
     array = Array()
-    ready = Ready(Device("torch", "cuda:0"), [array])
+    ready = ReadyArrays(Device("torch", "cuda:0"), [array])
     ready.wait()
     assert cuda.current.waited == []
     assert array.used_on == []
@@ -56,7 +56,7 @@ def test_the_stream_that_made_them_waits_for_nothing(cuda):
 
 def test_another_stream_waits_once_and_keeps_them_in_memory(cuda):
     first, array = cuda.current, Array()
-    ready = Ready(Device("torch", "cuda:0"), [array])
+    ready = ReadyArrays(Device("torch", "cuda:0"), [array])
     cuda.current = second = Stream(2)
     ready.wait()
     ready.wait()
@@ -69,7 +69,7 @@ def test_another_stream_waits_once_and_keeps_them_in_memory(cuda):
 
 
 def test_a_captured_graph_waits_for_nothing_but_is_not_known_by_that(cuda):
-    ready = Ready(Device("torch", "cuda:0"), [Array()])
+    ready = ReadyArrays(Device("torch", "cuda:0"), [Array()])
     cuda.current, cuda.capturing = Stream(2), True
     ready.wait()
     assert cuda.current.waited == []
@@ -81,4 +81,4 @@ def test_a_captured_graph_waits_for_nothing_but_is_not_known_by_that(cuda):
 @pytest.mark.parametrize("device", [Device("torch", "cpu"), Device("numpy")])
 def test_the_host_has_no_streams(device, monkeypatch):
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: pytest.fail("no stream"))
-    Ready(device, [object()]).wait()
+    ReadyArrays(device, [object()]).wait()

@@ -1,7 +1,7 @@
 """Side streams: what travels to the host a block ahead is right, however late it arrives.
 
-`LateSide` stands for a GPU's side stream: it copies as late as it may, and finds memory that is
-used too early.
+`LateSideStream` stands for a GPU's side stream: it copies as late as it may, and finds memory that
+is used too early.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ import torch
 from gpusampler import EpochPlan, PatchBatchSampler
 from gpusampler.core import devices, transfer
 from gpusampler.core.devices import Device
-from gpusampler.core.transfer import ToHost, side_of
+from gpusampler.core.transfer import HostTransfer, side_stream
 from gpusampler.sampler import batches as batches_module
-from support.fake_streams import LateSide, TooEarlyError, late_sides, names_of
+from support.fake_streams import LateSideStream, TooEarlyError, entries_named, late_side_streams
 from support.libraries import make_library
 from support.strategies import IDS, make, quiet, through_json
 
@@ -28,9 +28,9 @@ LIBRARIES = pytest.mark.parametrize("pinned", ["numpy", "torch"])
 
 
 @pytest.fixture
-def sides(monkeypatch, elsewhere):
-    """The side streams that are made, each a `LateSide`."""
-    with late_sides(monkeypatch, batches_module) as made:
+def sides(monkeypatch, cpu_as_device):
+    """The side streams that are made, each a `LateSideStream`."""
+    with late_side_streams(monkeypatch, batches_module) as made:
         yield made
 
 
@@ -38,7 +38,7 @@ def sides(monkeypatch, elsewhere):
 def small_blocks(monkeypatch):
     """Blocks of a few batches, so that an epoch has many of them."""
     monkeypatch.setattr(EpochPlan, "block_lanes", property(lambda plan: 24))
-    monkeypatch.setattr(batches_module, "FIRST_SLOTS", 8)
+    monkeypatch.setattr(batches_module, "FIRST_LOCATED_SLOTS", 8)
 
 
 def there(**settings) -> PatchBatchSampler:
@@ -55,10 +55,10 @@ class TestLateSide:
 
     @LIBRARIES
     def test_copies_only_when_it_must(self, pinned):
-        side = LateSide(pinned)
+        side = LateSideStream(pinned)
         sources = [torch.arange(3) + 10 * i for i in range(3)]
-        targets = [side.pinned(3, "int64") for _ in sources]
-        events = [side.to_host(*pair) for pair in zip(sources, targets, strict=True)]
+        targets = [side.allocate_pinned(3, "int64") for _ in sources]
+        events = [side.copy_to_host(*pair) for pair in zip(sources, targets, strict=True)]
         sources[0] += 1
         assert not (set(np.asarray(targets[0]).tolist()) & {0, 1, 2, 3})
         events[1].synchronize()
@@ -68,9 +68,9 @@ class TestLateSide:
 
     @LIBRARIES
     def test_finds_memory_that_is_written_too_early(self, pinned):
-        side = LateSide(pinned)
-        array, target = torch.arange(3), side.pinned(3, "int64")
-        event = side.to_host(array, target)
+        side = LateSideStream(pinned)
+        array, target = torch.arange(3), side.allocate_pinned(3, "int64")
+        event = side.copy_to_host(array, target)
         target[1] = 7
         with pytest.raises(TooEarlyError, match="written while it was to be copied to"):
             event.synchronize()
@@ -78,32 +78,32 @@ class TestLateSide:
     @LIBRARIES
     @pytest.mark.parametrize("waited", [False, True])
     def test_finds_memory_that_is_refilled_too_early(self, pinned, waited):
-        side = LateSide(pinned)
-        source = side.pinned(3, "int64")
+        side = LateSideStream(pinned)
+        source = side.allocate_pinned(3, "int64")
         source[:] = 1
-        array, event = side.to_device(source, (3,))
+        array, event = side.copy_to_device(source, (3,))
         if waited:
             # Only the device waited: the host knows nothing.
-            side.wait_for(event, array)
+            side.wait_for_copy(event, array)
             assert array.tolist() == [1, 1, 1]
         with pytest.raises(TooEarlyError, match="used while a copy had it"):
-            side.to_device(source, (3,))
+            side.copy_to_device(source, (3,))
         source[0] = 2
         with pytest.raises(TooEarlyError, match="written while it was to be copied from"):
             event.synchronize()
 
     def test_finds_arrays_that_are_dropped_too_early(self):
-        side = LateSide()
-        target = side.pinned(3, "int64")
-        event = side.to_host(torch.arange(3), target)
+        side = LateSideStream()
+        target = side.allocate_pinned(3, "int64")
+        event = side.copy_to_host(torch.arange(3), target)
         with pytest.raises(TooEarlyError, match="freed before it was copied"):
             event.synchronize()
 
     @LIBRARIES
     def test_finds_memory_that_is_given_back_too_early(self, pinned):
-        side = LateSide(pinned)
-        array, target = torch.arange(3), side.pinned(3, "int64")
-        side.to_host(array, target)
+        side = LateSideStream(pinned)
+        array, target = torch.arange(3), side.allocate_pinned(3, "int64")
+        side.copy_to_host(array, target)
         del target
         with pytest.raises(TooEarlyError, match="given back while a copy had it"):
             side.check()
@@ -114,25 +114,25 @@ class TestToHost:
     @pytest.mark.parametrize("dtype", ["int64", "int32", "float32"])
     def test_arrays_arrive_in_order_and_stay_until_the_next_send_but_one(self, pinned, dtype):
         rng = np.random.default_rng(0)
-        side = LateSide(pinned)
-        pipe = ToHost(side)
+        side = LateSideStream(pinned)
+        pipe = HostTransfer(side)
         arrays_sent = [
             torch.tensor(rng.integers(0, 99, size), dtype=getattr(torch, dtype))
             for size in rng.integers(0, 30, 40)
         ]
-        wanted = [array.numpy().copy() for array in arrays_sent]
+        expected = [array.numpy().copy() for array in arrays_sent]
         pipe.send(arrays_sent.pop(0))
-        for place in range(len(wanted)):
+        for i in range(len(expected)):
             if arrays_sent:
                 # Nobody but the pipe keeps it.
                 pipe.send(arrays_sent.pop(0))
-            found = pipe.take()
-            assert found.dtype == dtype
-            np.testing.assert_array_equal(found, wanted[place])
+            result = pipe.take()
+            assert result.dtype == dtype
+            np.testing.assert_array_equal(result, expected[i])
         assert side.in_use == 0
 
     def test_what_was_taken_stays_while_one_more_is_sent(self):
-        pipe = ToHost(LateSide())
+        pipe = HostTransfer(LateSideStream())
         pipe.send(torch.arange(4))
         first = pipe.take()
         pipe.send(torch.arange(4) + 4)
@@ -140,14 +140,14 @@ class TestToHost:
 
     @LIBRARIES
     def test_two_buffers_serve_all_arrays_and_grow_when_they_must(self, pinned):
-        side = LateSide(pinned)
-        pipe = ToHost(side)
+        side = LateSideStream(pinned)
+        pipe = HostTransfer(side)
         for size in (3, 3, 2, 3, 10, 1, 9, 4, 10):
             pipe.send(torch.arange(size))
             assert pipe.take().tolist() == list(range(size))
         # The fifth array is too large for the first buffer, the eighth fits into the second, where
         # the second to last but one needed four places.
-        assert names_of(side.log, "pinned") == [
+        assert entries_named(side.log, "pinned") == [
             ("pinned", 3),
             ("pinned", 3),
             ("pinned", 10),
@@ -155,7 +155,7 @@ class TestToHost:
         ]
 
     def test_a_third_array_is_refused_until_one_is_taken(self):
-        pipe = ToHost(LateSide())
+        pipe = HostTransfer(LateSideStream())
         pipe.send(torch.arange(2))
         pipe.send(torch.arange(3))
         for _ in range(2):
@@ -167,8 +167,8 @@ class TestToHost:
 
     @LIBRARIES
     def test_buffers_are_not_given_back_while_a_copy_has_them(self, pinned):
-        side = LateSide(pinned)
-        pipe = ToHost(side)
+        side = LateSideStream(pinned)
+        pipe = HostTransfer(side)
         pipe.send(torch.arange(2))
         pipe.send(torch.arange(3))
         del pipe
@@ -180,7 +180,7 @@ class TestToHost:
 
 @pytest.mark.parametrize("name", ["numpy", "torch"])
 def test_the_host_has_no_side_stream(name):
-    assert side_of(devices.parse_device(make_library(name).device)) is None
+    assert side_stream(devices.parse_device(make_library(name).device)) is None
 
 
 @pytest.mark.gpu
@@ -188,20 +188,20 @@ def test_the_host_has_no_side_stream(name):
 def test_the_streams_of_a_gpu_carry_both_ways(name):
     library = make_library(name)
     device = devices.parse_device(library.device)
-    side = side_of(device)
-    pipe = ToHost(side)
+    side = side_stream(device)
+    pipe = HostTransfer(side)
     rng = np.random.default_rng(0)
-    wanted = [rng.integers(0, 1 << 60, size) for size in rng.integers(1, 1 << 20, 12)]
-    pipe.send(library.array(wanted[0]))
-    for place, values in enumerate(wanted):
-        if place + 1 < len(wanted):
-            pipe.send(library.array(wanted[place + 1]))
+    expected = [rng.integers(0, 1 << 60, size) for size in rng.integers(1, 1 << 20, 12)]
+    pipe.send(library.array(expected[0]))
+    for i, values in enumerate(expected):
+        if i + 1 < len(expected):
+            pipe.send(library.array(expected[i + 1]))
         np.testing.assert_array_equal(pipe.take(), values)
-    for values in wanted:
-        pinned = side.pinned(values.size, "int64")
+    for values in expected:
+        pinned = side.allocate_pinned(values.size, "int64")
         np.asarray(pinned)[:] = values
-        array, event = side.to_device(pinned, (values.size, 1))
-        side.wait_for(event, array)
+        array, event = side.copy_to_device(pinned, (values.size, 1))
+        side.wait_for_copy(event, array)
         doubled = array * 2
         np.testing.assert_array_equal(library.host(doubled)[:, 0], values * 2)
         event.synchronize()
@@ -235,36 +235,36 @@ def test_batches_that_travel_are_those_of_the_host(sides, monkeypatch, settings,
     ranks = settings.get("num_replicas", 1) > 1
     host = quiet(IDS, **settings)
     monkeypatch.setattr(EpochPlan, "block_lanes", property(lambda plan: lanes))
-    ours = quiet(IDS, device="cpu", output=output, **settings)
-    kind = {"list": list, "numpy": np.ndarray, "tensor": torch.Tensor}[output]
+    sampler = quiet(IDS, device="cpu", output=output, **settings)
+    batch_type = {"list": list, "numpy": np.ndarray, "tensor": torch.Tensor}[output]
     for epoch in (0, 1):
         if ranks:
-            ours.set_epoch(epoch)
+            sampler.set_epoch(epoch)
             host.set_epoch(epoch)
         # All of them are kept until they are compared.
-        found = list(ours)
-        assert {type(batch) for batch in found} == {kind}
+        result = list(sampler)
+        assert {type(batch) for batch in result} == {batch_type}
         if output != "list":
-            assert {str(batch.dtype).rpartition(".")[2] for batch in found} == {"int64"}
-        assert plain(found) == list(host)
-        assert len(found) == len(ours)
+            assert {str(batch.dtype).rpartition(".")[2] for batch in result} == {"int64"}
+        assert plain(result) == list(host)
+        assert len(result) == len(sampler)
     assert len(sides) == 2
     if lanes == 1:
         # A block is a batch at least.
-        assert len(names_of(sides[0].log, "to_host")) == len(host)
+        assert len(entries_named(sides[0].log, "to_host")) == len(host)
 
 
 def test_large_epochs_travel_in_blocks_of_all_sizes(sides):
     ids = np.random.default_rng(1).integers(0, 40, 200_000)
     host = PatchBatchSampler(ids, 16, seed=3)
     for output in ("list", "numpy"):
-        ours = PatchBatchSampler(ids, 16, seed=3, device="cpu", output=output)
+        sampler = PatchBatchSampler(ids, 16, seed=3, device="cpu", output=output)
         for epoch in range(2):
-            found = plain(ours)
-            assert found == [batch.indices.tolist() for batch in host.batches(epoch)]
-    assert len(names_of(sides[0].log, "to_host")) > 5
+            result = plain(sampler)
+            assert result == [batch.indices.tolist() for batch in host.batches(epoch)]
+    assert len(entries_named(sides[0].log, "to_host")) > 5
     # Two buffers, however they grow: each is at least as large as what it was made for.
-    sizes = [size for _, size in names_of(sides[0].log, "pinned")]
+    sizes = [size for _, size in entries_named(sides[0].log, "pinned")]
     assert sizes[::2] == sorted(sizes[::2])
     assert sizes[1::2] == sorted(sizes[1::2])
 
@@ -273,11 +273,11 @@ def test_large_epochs_travel_in_blocks_of_all_sizes(sides):
 @pytest.mark.parametrize("output", ["list", "numpy", "tensor"])
 def test_batches_that_are_kept_never_change(sides, output):
     iterator = iter(there(output=output))
-    kept, copies = [], []
+    batches, copies = [], []
     for batch in iterator:
-        kept.append(batch)
+        batches.append(batch)
         copies.append([int(i) for i in batch])
-        assert plain(kept) == copies
+        assert plain(batches) == copies
 
 
 @pytest.mark.usefixtures("small_blocks")
@@ -296,18 +296,18 @@ def test_a_block_is_evaluated_and_sent_before_the_one_before_it_is_waited_for(
     evaluated = []
     original = EpochPlan.batches_at
 
-    def batches_at(plan, epoch, at):
+    def batches_at(plan, epoch, slots):
         sides[-1].log.append(("evaluate", len(evaluated)))
-        evaluated.append(at.size.size)
-        return original(plan, epoch, at)
+        evaluated.append(slots.size.size)
+        return original(plan, epoch, slots)
 
     monkeypatch.setattr(EpochPlan, "batches_at", batches_at)
-    ours = there(output=output)
-    iterator = iter(ours)
+    sampler = there(output=output)
+    iterator = iter(sampler)
     next(iterator)
     handed_out = 1
     # The first needs the second on its way; nothing beyond that is begun.
-    assert names_of(sides[0].log, "evaluate", "to_host", "synchronize") == [
+    assert entries_named(sides[0].log, "evaluate", "to_host", "synchronize") == [
         ("evaluate", 0),
         ("to_host", 0),
         ("evaluate", 1),
@@ -317,20 +317,20 @@ def test_a_block_is_evaluated_and_sent_before_the_one_before_it_is_waited_for(
     for _ in iterator:
         handed_out += 1
         block = int(np.searchsorted(np.cumsum(evaluated), handed_out))
-        assert len(evaluated) == len(names_of(sides[0].log, "to_host"))
-        waited = names_of(sides[0].log, "synchronize")[-1][1]
+        assert len(evaluated) == len(entries_named(sides[0].log, "to_host"))
+        waited = entries_named(sides[0].log, "synchronize")[-1][1]
         assert waited == block
-        assert len(evaluated) - 1 == block + 1 or handed_out > len(ours) - evaluated[-1]
+        assert len(evaluated) - 1 == block + 1 or handed_out > len(sampler) - evaluated[-1]
     blocks = len(evaluated)
     assert blocks > 4
-    wanted = [("evaluate", 0), ("to_host", 0)]
+    expected = [("evaluate", 0), ("to_host", 0)]
     for block in range(blocks):
         if block + 1 < blocks:
-            wanted += [("evaluate", block + 1), ("to_host", block + 1)]
-        wanted.append(("synchronize", block))
-    assert names_of(sides[0].log, "evaluate", "to_host", "synchronize") == wanted
+            expected += [("evaluate", block + 1), ("to_host", block + 1)]
+        expected.append(("synchronize", block))
+    assert entries_named(sides[0].log, "evaluate", "to_host", "synchronize") == expected
     # A buffer is replaced by a larger one only.
-    pinned = [size for _, size in names_of(sides[0].log, "pinned")]
+    pinned = [size for _, size in entries_named(sides[0].log, "pinned")]
     assert len(pinned) <= 4
     assert all(size > min(pinned[:at]) for at, size in enumerate(pinned) if at > 1)
 
@@ -338,56 +338,58 @@ def test_a_block_is_evaluated_and_sent_before_the_one_before_it_is_waited_for(
 @pytest.mark.usefixtures("small_blocks")
 @pytest.mark.parametrize("output", ["list", "numpy", "tensor"])
 def test_state_and_length_count_only_what_was_handed_out(sides, output):
-    ours, host = there(output=output), make()
-    ours.set_epoch(2)
-    whole = [batch.indices.tolist() for batch in host.batches(2)]
-    iterator = iter(ours)
-    assert len(iterator) == len(whole)
-    for count in range(len(whole) + 1):
-        state = through_json(ours.state_dict())
+    sampler, host = there(output=output), make()
+    sampler.set_epoch(2)
+    epoch_batches = [batch.indices.tolist() for batch in host.batches(2)]
+    iterator = iter(sampler)
+    assert len(iterator) == len(epoch_batches)
+    for count in range(len(epoch_batches) + 1):
+        state = through_json(sampler.state_dict())
         assert state == iterator.state_dict()
         assert (state["epoch"], state["slot"]) == (2, count)
-        assert len(iterator) == len(whole) - count
+        assert len(iterator) == len(epoch_batches) - count
         # Here and on the host, by the sampler and by the iterator.
         for resumed in (there(output=output), make()):
             resumed.load_state_dict(state)
-            rest = whole[count:] if count < len(whole) else list(host.batches(3))
-            assert len(iter(resumed)) == len(rest)
-            if count < len(whole):
-                assert plain(resumed) == rest
+            remaining = (
+                epoch_batches[count:] if count < len(epoch_batches) else list(host.batches(3))
+            )
+            assert len(iter(resumed)) == len(remaining)
+            if count < len(epoch_batches):
+                assert plain(resumed) == remaining
         gone_on = iter(there(output=output))
         gone_on.load_state_dict(state)
-        assert plain(gone_on) == whole[count:]
-        if count < len(whole):
-            assert plain([next(iterator)]) == [whole[count]]
+        assert plain(gone_on) == epoch_batches[count:]
+        if count < len(epoch_batches):
+            assert plain([next(iterator)]) == [epoch_batches[count]]
     assert next(iterator, None) is None
     assert next(iterator, None) is None
     assert len(iterator) == 0
-    assert ours.state_dict()["slot"] == len(whole)
+    assert sampler.state_dict()["slot"] == len(epoch_batches)
 
 
 @pytest.mark.usefixtures("small_blocks")
 @pytest.mark.parametrize("drawn", [1, 7, 13])
 def test_a_pass_may_be_left_anywhere(sides, drawn):
-    ours = there(output="numpy")
-    iterator = iter(ours)
-    kept = [next(iterator) for _ in range(drawn)]
+    sampler = there(output="numpy")
+    iterator = iter(sampler)
+    batches = [next(iterator) for _ in range(drawn)]
     assert sides[0].in_use > 0
     del iterator
     # The sampler still knows the pass that began last.
-    assert plain(ours) == [batch.indices.tolist() for batch in make().batches(1)]
+    assert plain(sampler) == [batch.indices.tolist() for batch in make().batches(1)]
     gc.collect()
     assert sides[0].log[-1][0] == "finish"
     assert sides[0].in_use == 0
-    assert plain(kept) == list(make())[:drawn]
+    assert plain(batches) == list(make())[:drawn]
 
 
 @pytest.mark.usefixtures("small_blocks")
 def test_an_iterator_that_goes_on_elsewhere_drops_what_was_on_its_way(sides):
     state = make()
     state = iter(state).state_dict(step=5)
-    ours = there()
-    iterator = iter(ours)
+    sampler = there()
+    iterator = iter(sampler)
     next(iterator)
     iterator.load_state_dict(state)
     assert len(iterator) == 19
@@ -397,33 +399,33 @@ def test_an_iterator_that_goes_on_elsewhere_drops_what_was_on_its_way(sides):
 
 @pytest.mark.usefixtures("small_blocks")
 def test_passes_beside_one_another_have_buffers_of_their_own(sides):
-    ours = there(output="numpy")
-    first, second = iter(ours), iter(ours)
+    sampler = there(output="numpy")
+    first, second = iter(sampler), iter(sampler)
     pairs = list(zip(first, second, strict=True))
     host = make()
-    for place, epoch in enumerate((0, 1)):
-        found = plain(pair[place] for pair in pairs)
-        assert found == [batch.indices.tolist() for batch in host.batches(epoch)]
+    for i, epoch in enumerate((0, 1)):
+        result = plain(pair[i] for pair in pairs)
+        assert result == [batch.indices.tolist() for batch in host.batches(epoch)]
     assert len(sides) == 2
 
 
 def test_batches_on_the_device_do_not_travel(sides):
-    found = list(there().batches())
-    assert {type(batch.indices) for batch in found} == {torch.Tensor}
-    assert plain(batch.indices for batch in found) == list(make())
+    result = list(there().batches())
+    assert {type(batch.indices) for batch in result} == {torch.Tensor}
+    assert plain(batch.indices for batch in result) == list(make())
     assert sides == []
 
 
 def test_a_worker_works_on_the_host_without_a_stream(sides, monkeypatch):
-    ours = there()
-    monkeypatch.setattr(devices, "in_worker", lambda: True)
-    assert list(ours) == list(make())
+    sampler = there()
+    monkeypatch.setattr(devices, "is_in_worker", lambda: True)
+    assert list(sampler) == list(make())
     assert sides == []
 
 
-def test_a_device_without_streams_hands_out_the_same(elsewhere):
-    # Such as torch's "mps": `side_of` knows none, and copies wait.
-    assert side_of(Device("torch", "cpu")) is None
+def test_a_device_without_streams_hands_out_the_same(cpu_as_device):
+    # Such as torch's "mps": `side_stream` knows none, and copies wait.
+    assert side_stream(Device("torch", "cpu")) is None
     for output in ("list", "numpy", "tensor"):
         assert plain(there(output=output)) == list(make())
 
@@ -431,9 +433,9 @@ def test_a_device_without_streams_hands_out_the_same(elsewhere):
 def test_a_device_has_one_side_stream(monkeypatch):
     # Memory that is given back stays with the stream it was made on: a new one each epoch would
     # hold more and more.
-    monkeypatch.setattr(transfer, "TorchSide", lambda device: object())
-    side_of.cache_clear()
+    monkeypatch.setattr(transfer, "TorchSideStream", lambda device: object())
+    side_stream.cache_clear()
     device = Device("torch", "cuda:0")
-    assert side_of(device) is side_of(device)
-    assert side_of(device) is not side_of(Device("torch", "cuda:1"))
-    side_of.cache_clear()
+    assert side_stream(device) is side_stream(device)
+    assert side_stream(device) is not side_stream(Device("torch", "cuda:1"))
+    side_stream.cache_clear()

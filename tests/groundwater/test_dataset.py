@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 import pickle
 import shutil
-import subprocess
-import sys
 import threading
 from pathlib import Path
 
@@ -20,6 +18,7 @@ from torch.utils.data import DataLoader
 from gpusampler import PatchBatchSampler
 from gpusampler.groundwater import COLUMNS, GWPatchDataset, Normalize, collate_fn
 from gpusampler.groundwater.windows import Windows
+from support.processes import run_python
 
 STEPS = 20
 SIZES = {10: (5, 2), 2: (3, 4), -7: (4, 0)}  # id: core points, ghost points
@@ -31,10 +30,10 @@ def write_patch(
     rng = np.random.default_rng([seed, core, ghost])
     folder = root / f"patch_{patch_id}"
     folder.mkdir(parents=True)
-    for kind, points in (("core", core), ("ghost", ghost)):
-        np.save(folder / f"{kind}_coords.npy", rng.uniform(0, 50, (points, 3)))
+    for prefix, points in (("core", core), ("ghost", ghost)):
+        np.save(folder / f"{prefix}_coords.npy", rng.uniform(0, 50, (points, 3)))
         obs = rng.normal([5.0, 100.0, 900.0], [1.0, 0.1, 30.0], (steps, points, 3))
-        np.save(folder / f"{kind}_obs.npy", obs.astype(np.float32))
+        np.save(folder / f"{prefix}_obs.npy", obs.astype(np.float32))
     return folder
 
 
@@ -45,10 +44,10 @@ def root(tmp_path: Path) -> Path:
     return tmp_path / "data"
 
 
-def same(left: dict, right: dict) -> bool:
-    return list(left) == list(right) and all(
+def same(first: dict, right: dict) -> bool:
+    return list(first) == list(right) and all(
         torch.equal(value, right[key]) if isinstance(value, torch.Tensor) else value == right[key]
-        for key, value in left.items()
+        for key, value in first.items()
     )
 
 
@@ -64,18 +63,18 @@ def same(left: dict, right: dict) -> bool:
     stride=st.none() | st.integers(1, 7),
 )
 def test_windows_keep_to_their_part(steps, inputs, outputs, ratio, gap, stride):
-    parts = {
+    windows_by_split = {
         split: Windows(steps, inputs, outputs, split, ratio, gap, stride)
         for split in ("train", "val", "all")
     }
-    cut = parts["train"].cut
+    cut = windows_by_split["train"].cut
     assert abs(cut - (1 - ratio) * steps) < 1
     for split, (low, high) in {
         "train": (0, cut),
         "val": (cut + gap, steps),
         "all": (0, steps),
     }.items():
-        windows = parts[split]
+        windows = windows_by_split[split]
         starts = windows.starts()
         assert len(starts) == windows.count
         if len(starts) == 0:
@@ -94,10 +93,10 @@ def test_windows_keep_to_their_part(steps, inputs, outputs, ratio, gap, stride):
 )
 def test_every_step_is_an_output_once(steps, inputs, outputs, gap):
     windows = Windows(steps, inputs, outputs, "all")
-    seen = (windows.starts()[:, None] + inputs + np.arange(outputs)).ravel()
+    output_steps = (windows.starts()[:, None] + inputs + np.arange(outputs)).ravel()
     # All steps after the first input, but for the tail that no whole window reaches.
-    assert seen.tolist() == list(range(inputs, inputs + windows.count * outputs))
-    assert steps - (seen[-1] + 1) < outputs
+    assert output_steps.tolist() == list(range(inputs, inputs + windows.count * outputs))
+    assert steps - (output_steps[-1] + 1) < outputs
 
 
 def test_the_cut_survives_rounding():
@@ -108,9 +107,9 @@ def test_the_cut_survives_rounding():
 
 def test_training_is_the_same_whatever_the_gap(root):
     assert len(GWPatchDataset(root, 2, 1, gap=3)) == len(GWPatchDataset(root, 2, 1))
-    near = GWPatchDataset(root, 1, 1, split="val").windows
-    far = GWPatchDataset(root, 1, 1, split="val", gap=2).windows
-    assert (near.first, far.first, far.last) == (16, 18, 20)
+    without_gap = GWPatchDataset(root, 1, 1, split="val").windows
+    with_gap = GWPatchDataset(root, 1, 1, split="val", gap=2).windows
+    assert (without_gap.first, with_gap.first, with_gap.last) == (16, 18, 20)
 
 
 # Samples
@@ -130,12 +129,12 @@ def test_samples_are_the_files_windows(root):
         folder = root / f"patch_{ids[index]}"
         assert sample["patch_id"] == ids[index]
         assert type(sample["patch_id"]) is int
-        for kind in ("core", "ghost"):
-            obs = np.load(folder / f"{kind}_obs.npy")
-            assert np.array_equal(sample[f"{kind}_in"], obs[start : start + 4])
-            assert np.array_equal(sample[f"{kind}_out"], obs[start + 4 : start + 6])
-            coords = np.load(folder / f"{kind}_coords.npy").astype(np.float32)
-            assert np.array_equal(sample[f"{kind}_coords"], coords)
+        for prefix in ("core", "ghost"):
+            obs = np.load(folder / f"{prefix}_obs.npy")
+            assert np.array_equal(sample[f"{prefix}_in"], obs[start : start + 4])
+            assert np.array_equal(sample[f"{prefix}_out"], obs[start + 4 : start + 6])
+            coords = np.load(folder / f"{prefix}_coords.npy").astype(np.float32)
+            assert np.array_equal(sample[f"{prefix}_coords"], coords)
         for key, value in sample.items():
             if key != "patch_id":
                 assert value.dtype == torch.float32
@@ -158,10 +157,10 @@ def test_target_columns_by_name_and_position(root):
 @pytest.mark.parametrize("kind", [list, np.array, torch.tensor])
 def test_getitems_equals_getitem(root, kind):
     dataset = GWPatchDataset(root, 3, 1)
-    asked = [5, -1, 0, 30, 5, 17]
-    many = dataset.__getitems__(kind(asked))
-    assert len(many) == len(asked)
-    assert all(same(sample, dataset[i]) for sample, i in zip(many, asked, strict=True))
+    indices = [5, -1, 0, 30, 5, 17]
+    many = dataset.__getitems__(kind(indices))
+    assert len(many) == len(indices)
+    assert all(same(sample, dataset[i]) for sample, i in zip(many, indices, strict=True))
     assert dataset.__getitems__(kind([])) == []
 
 
@@ -297,8 +296,7 @@ def test_loader_with_the_sampler(root, workers, start):
 
 def test_importing_it_does_not_import_torch():
     code = "import sys, gpusampler.groundwater; print('torch' in sys.modules)"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "False"
+    assert run_python("-c", code).stdout.strip() == "False"
 
 
 # Collating
@@ -568,18 +566,18 @@ def test_statistics_are_those_of_the_training_part(root, monkeypatch):
 
     monkeypatch.setattr(statistics, "_BLOCK_VALUES", 40)  # several blocks a patch
     for split in ("train", "val", "all"):
-        found = Normalize.from_dataset(GWPatchDataset(root, 2, 1, split=split))
+        normalize = Normalize.from_dataset(GWPatchDataset(root, 2, 1, split=split))
         values = np.concatenate(
             [
                 np.load(path)[:16].astype(np.float64).reshape(-1, 3)
                 for path in sorted(root.rglob("core_obs.npy"))
             ]
         )
-        np.testing.assert_allclose(found.mean, values.mean(0), rtol=1e-13)
-        np.testing.assert_allclose(found.std, values.std(0), rtol=1e-12)
+        np.testing.assert_allclose(normalize.mean, values.mean(0), rtol=1e-13)
+        np.testing.assert_allclose(normalize.std, values.std(0), rtol=1e-12)
         points = np.concatenate([np.load(path) for path in root.rglob("*_coords.npy")])
-        assert np.array_equal(found.low, points.min(0))
-        assert np.array_equal(found.high, points.max(0))
+        assert np.array_equal(normalize.low, points.min(0))
+        assert np.array_equal(normalize.high, points.max(0))
 
 
 @settings(deadline=None, max_examples=25)
@@ -593,11 +591,11 @@ def test_streaming_equals_numpy(tmp_path_factory, offset, scale, block):
     np.save(folder / "core_obs.npy", obs)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(statistics, "_BLOCK_VALUES", block)
-        found = Normalize.from_dataset(GWPatchDataset(root, 2, 1))
+        normalize = Normalize.from_dataset(GWPatchDataset(root, 2, 1))
     train = obs[:16].reshape(-1, 3)
     tolerance = 1e-12 * (abs(offset) + scale)
-    np.testing.assert_allclose(found.mean, train.mean(0), rtol=0, atol=tolerance)
-    np.testing.assert_allclose(found.std, train.std(0), rtol=1e-6, atol=tolerance)
+    np.testing.assert_allclose(normalize.mean, train.mean(0), rtol=0, atol=tolerance)
+    np.testing.assert_allclose(normalize.std, train.std(0), rtol=1e-6, atol=tolerance)
 
 
 def test_validation_values_play_no_part(root):
@@ -612,9 +610,9 @@ def test_validation_values_play_no_part(root):
 def test_scaled_samples_have_mean_0_and_std_1(root):
     plain = GWPatchDataset(root, 1, 1)
     dataset = GWPatchDataset(root, 1, 1, transform=Normalize.from_dataset(plain))
-    seen = torch.cat([dataset[i]["core_out"].reshape(-1, 3) for i in range(len(dataset))])
-    assert torch.allclose(seen.mean(0), torch.zeros(3), atol=0.1)
-    assert torch.allclose(seen.std(0), torch.ones(3), atol=0.1)
+    outputs = torch.cat([dataset[i]["core_out"].reshape(-1, 3) for i in range(len(dataset))])
+    assert torch.allclose(outputs.mean(0), torch.zeros(3), atol=0.1)
+    assert torch.allclose(outputs.std(0), torch.ones(3), atol=0.1)
 
 
 @pytest.mark.parametrize("targets", [None, ["pressure"], ["pressure", "mass_concentration"]])
@@ -627,8 +625,8 @@ def test_inverse_gives_the_units_back(root, targets):
         for key, columns in (("core_in", COLUMNS), ("core_out", None), ("ghost_out", None)):
             back = normalize.inverse(scaled[key], columns)
             assert torch.allclose(back, sample[key], rtol=1e-6, atol=1e-5)
-    one = normalize.inverse(normalize(sample)["core_in"][..., 1:2], "head")
-    assert torch.allclose(one, sample["core_in"][..., 1:2], rtol=1e-6)
+    head = normalize.inverse(normalize(sample)["core_in"][..., 1:2], "head")
+    assert torch.allclose(head, sample["core_in"][..., 1:2], rtol=1e-6)
 
 
 def test_normalize_leaves_the_sample_alone(root):

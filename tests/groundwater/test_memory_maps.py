@@ -6,7 +6,6 @@ import errno
 import io
 import os
 import shutil
-import subprocess
 import sys
 import threading
 from pathlib import Path
@@ -19,7 +18,8 @@ from torch.utils.data import DataLoader
 
 from gpusampler import PatchBatchSampler
 from gpusampler.groundwater import GWPatchDataset, Normalize, folder
-from gpusampler.groundwater.reader import _read
+from gpusampler.groundwater.reader import _read_windows
+from support.processes import run_python
 
 FILES = ("core_coords", "core_obs", "ghost_coords", "ghost_obs")
 linux = pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="counts in /proc")
@@ -29,9 +29,9 @@ def write_patch(root: Path, patch_id: int, core: int = 3, ghost: int = 1, steps:
     rng = np.random.default_rng(abs(patch_id))
     path = root / f"patch_{patch_id}"
     path.mkdir(parents=True)
-    for kind, points in (("core", core), ("ghost", ghost)):
-        np.save(path / f"{kind}_coords.npy", rng.normal(size=(points, 3)))
-        np.save(path / f"{kind}_obs.npy", rng.normal(size=(steps, points, 3)).astype("f4"))
+    for prefix, points in (("core", core), ("ghost", ghost)):
+        np.save(path / f"{prefix}_coords.npy", rng.normal(size=(points, 3)))
+        np.save(path / f"{prefix}_obs.npy", rng.normal(size=(steps, points, 3)).astype("f4"))
     return path
 
 
@@ -64,11 +64,8 @@ def open_maps(root: Path) -> int:
 
 def run(code: str, *arguments: object) -> list[str]:
     """Run code in a process of its own, which may be killed; return the lines it printed."""
-    command = [sys.executable, "-c", code, *map(str, arguments)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
-    done = subprocess.run(command, capture_output=True, text=True, env=environment)
-    assert done.returncode == 0, f"ended with {done.returncode}: {done.stderr[-2000:]}"
-    return done.stdout.splitlines()
+    variables = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
+    return run_python("-c", code, *arguments, **variables).stdout.splitlines()
 
 
 # What is read
@@ -99,16 +96,16 @@ def test_batches_equal_the_files_bit_for_bit(tmp_path, dtype, order):
                 patch, window = divmod(row, len(starts))
                 path, first = dataset.patches[patch].path, starts[window]
                 assert sample["patch_id"] == dataset.patches[patch].patch_id
-                for kind in ("core", "ghost"):
-                    obs = np.load(path / f"{kind}_obs.npy").astype(np.float32)
+                for prefix in ("core", "ghost"):
+                    obs = np.load(path / f"{prefix}_obs.npy").astype(np.float32)
                     cut, last = first + inputs, first + inputs + outputs
                     for part, expected in (
                         ("in", obs[first:cut]),
                         ("out", obs[cut:last][..., columns]),
                     ):
-                        found = sample[f"{kind}_{part}"]
-                        assert found.is_contiguous()
-                        assert found.numpy().tobytes() == expected.tobytes()
+                        values = sample[f"{prefix}_{part}"]
+                        assert values.is_contiguous()
+                        assert values.numpy().tobytes() == expected.tobytes()
 
 
 class Recorder:
@@ -130,10 +127,10 @@ def test_steps_are_read_once_and_forwards(length):
     rng = np.random.default_rng(length)
     for size in (0, 1, 2, 5, 30):
         obs, starts = Recorder(60), rng.integers(0, 60 - length + 1, size)
-        found = _read(obs, starts, length)
+        windows = _read_windows(obs, starts, length)
         steps = starts[:, None] + np.arange(length)
-        assert found.dtype == np.float32
-        assert np.array_equal(found, obs.array[steps])
+        assert windows.dtype == np.float32
+        assert np.array_equal(windows, obs.array[steps])
         assert obs.read == np.unique(steps).tolist()
 
 
@@ -142,16 +139,16 @@ def test_samples_of_a_batch_share_no_value(tmp_path):
     dataset = GWPatchDataset(tmp_path, 4, 2, stride=1)
     rows = [3, 3, 4, 2, 9]
     untouched = dataset.__getitems__(rows)
-    for place in range(len(rows)):
+    for row in range(len(rows)):
         samples = dataset.__getitems__(rows)
-        for key, value in samples[place].items():
+        for key, value in samples[row].items():
             if isinstance(value, torch.Tensor):
                 value.fill_(-1.0)
                 for other in range(len(rows)):
-                    for name, left in untouched[other].items():
-                        if name != "patch_id" and (other, name) != (place, key):
-                            assert torch.equal(samples[other][name], left)
-                value.copy_(untouched[place][key])
+                    for name, tensor in untouched[other].items():
+                        if name != "patch_id" and (other, name) != (row, key):
+                            assert torch.equal(samples[other][name], tensor)
+                value.copy_(untouched[row][key])
 
 
 # What stays open
@@ -163,12 +160,12 @@ def test_open_files_and_maps_are_bounded(tmp_path):
         write_patch(tmp_path, patch_id)
     dataset = GWPatchDataset(tmp_path, 4, 1, max_open_patches=3)
     assert open_files(tmp_path) == open_maps(tmp_path) == 0  # the constructor leaves none
-    most = 0
+    max_open = 0
     for rows in PatchBatchSampler(dataset, 5, seed=0, device="numpy", progress=False):
         dataset.__getitems__(rows)
-        most = max(most, open_files(tmp_path))
+        max_open = max(max_open, open_files(tmp_path))
         assert open_maps(tmp_path) <= 4 * 3
-    assert most == 4 * 3
+    assert max_open == 4 * 3
     dataset.__getitems__(np.random.default_rng(0).permutation(len(dataset)))
     Normalize.from_dataset(dataset)
     assert open_files(tmp_path) == open_maps(tmp_path) == 4 * 3
@@ -438,9 +435,9 @@ def test_bars_for_what_takes_long(tmp_path, monkeypatch, after, progress):
     terminal = Terminal()
     monkeypatch.setattr("sys.stderr", terminal)
     monkeypatch.setattr(tqdm.tqdm, "monitor_interval", 0)
-    monkeypatch.setattr("gpusampler.core.progress_bar.BAR_AFTER", after)
+    monkeypatch.setattr("gpusampler.core.progress_bar.SHOW_AFTER_SECONDS", after)
     dataset = GWPatchDataset(tmp_path, 2, 1, progress=progress)
     Normalize.from_dataset(dataset, progress=progress)
-    shown = terminal.getvalue()
-    for what in ("reading headers", "statistics"):
-        assert (what in shown) == (progress and after == 0)
+    terminal_text = terminal.getvalue()
+    for label in ("reading headers", "statistics"):
+        assert (label in terminal_text) == (progress and after == 0)

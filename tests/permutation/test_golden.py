@@ -1,7 +1,7 @@
 """Golden vectors of permutation version 1: any change here changes every user's batches.
 
-The files were written by `make_golden` from `oracle`, a transcription of the design into Python
-integers that shares nothing with the package.
+The files were written by `make_golden` from `oracle`, which computes in Python integers and
+shares nothing with the package.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from gpusampler import CostBudget, EpochPlan, PatchGroups
-from gpusampler.permutation import numpy_impl, ranges
+from gpusampler.permutation import numpy_impl, position_ranges
 from gpusampler.permutation.reference import VERSION, Grid, derive_key, grid_of, grids_of, permute
 from support import make_golden, oracle
 from support.optional_torch import every_namespace, torch
@@ -63,7 +63,7 @@ def test_file_covers_the_edges():
 
 
 def test_file_of_steps_covers_the_edges():
-    found = [
+    result = [
         (oracle.Settings(**epoch["settings"]), len(epoch["batches"])) for epoch in STEPS["epochs"]
     ]
     for kind, uneven, interleave in [
@@ -73,22 +73,24 @@ def test_file_of_steps_covers_the_edges():
         ("same_patch", "drop", True),
         ("same_patch", "drop", False),
     ]:
-        those = [
-            s for s, _ in found if (s.steps, s.uneven, s.interleave) == (kind, uneven, interleave)
+        matching = [
+            s for s, _ in result if (s.steps, s.uneven, s.interleave) == (kind, uneven, interleave)
         ]
-        assert {s.partial for s in those} == {"keep", "drop", "pad"}
-        assert {s.step_width for s in those} >= ({1, 2, 3} if uneven == "drop" else {1, 2, 3, 4, 5})
-        assert {s.shuffle_patches for s in those} == {True, False}
-        assert {s.shuffle_within_batches for s in those} == {True, False}
+        assert {s.partial for s in matching} == {"keep", "drop", "pad"}
+        assert {s.step_width for s in matching} >= (
+            {1, 2, 3} if uneven == "drop" else {1, 2, 3, 4, 5}
+        )
+        assert {s.shuffle_patches for s in matching} == {True, False}
+        assert {s.shuffle_within_batches for s in matching} == {True, False}
     shuffled = {
         (min(total // s.step_width, 2), total % s.step_width > 0)
-        for s, total in found
+        for s, total in result
         if s.steps == "balanced" and s.shuffle_patches and s.step_width > 1
     }
     # No full step, one, or several; with a short one, or none.
     assert shuffled >= {(0, True), (1, True), (2, False), (2, True)}
-    assert any(total // s.step_width > 32 and total % s.step_width for s, total in found)
-    costs = [cost for s, _ in found for cost in s.patch_costs or ()]
+    assert any(total // s.step_width > 32 and total % s.step_width for s, total in result)
+    costs = [cost for s, _ in result for cost in s.patch_costs or ()]
     assert max(costs) > 1e150
     assert min(costs) < 1e-299
     assert any(cost % 1 and cost > 1 for cost in costs)
@@ -96,29 +98,29 @@ def test_file_of_steps_covers_the_edges():
 
 def test_file_of_mixing_covers_the_edges():
     epochs = MIXING["epochs"]
-    found = [oracle.Settings(**epoch["settings"]) for epoch in epochs]
-    kinds = Counter((s.steps, s.uneven, s.interleave) for s in found if s.mixed)
+    result = [oracle.Settings(**epoch["settings"]) for epoch in epochs]
+    kinds = Counter((s.steps, s.uneven, s.interleave) for s in result if s.mixed)
     assert len(kinds) == 2 + 1 + 4
     assert all(kinds[kind] >= 8 for kind in kinds)
-    assert len({(s.partial, s.steps, s.uneven, s.interleave) for s in found}) == 3 * len(kinds)
+    assert len({(s.partial, s.steps, s.uneven, s.interleave) for s in result}) == 3 * len(kinds)
     assert {epoch["epoch"] for epoch in epochs} == {0, 1, 5, 2**32, 2**63 - 1}
-    assert {s.step_width for s in found if s.steps == "same_patch"} == {1, 2, 3, 4, 5}
+    assert {s.step_width for s in result if s.steps == "same_patch"} == {1, 2, 3, 4, 5}
     for flag in ("shuffle_patches", "shuffle_within_batches"):
-        assert {getattr(s, flag) for s in found} == {True, False}
+        assert {getattr(s, flag) for s in result} == {True, False}
     # One size or a list; with weights, with a length, with both; with neither, a list only.
-    given = {
-        (isinstance(s.batch_size, list), s.weights is None, s.epoch_batches is None) for s in found
+    weights_by_kind = {
+        (isinstance(s.batch_size, list), s.weights is None, s.epoch_batches is None) for s in result
     }
-    assert given == {*product((True, False), repeat=3)} - {(False, True, True)}
-    assert any(s.mixed and isinstance(s.batch_size, list) and 0 in s.batch_size for s in found)
+    assert weights_by_kind == {*product((True, False), repeat=3)} - {(False, True, True)}
+    assert any(s.mixed and isinstance(s.batch_size, list) and 0 in s.batch_size for s in result)
     # Patches that are gone through several times, once, in part; passes that wrap around.
     passes = Counter()
-    for epoch, settings in zip(epochs, found, strict=True):
+    for epoch, settings in zip(epochs, result, strict=True):
         if settings.mixed:
             sizes = list(map(len, expected_by_patch(epoch["ids"]).values()))
-            own = list(map(len, oracle.own_batches(sizes, settings)))
-            slots = oracle.slots_of(own, settings)
-            for nb, m in zip(own, slots, strict=True):
+            batches_per_pass = list(map(len, oracle.own_batches(sizes, settings)))
+            slots = oracle.slots_of(batches_per_pass, settings)
+            for nb, m in zip(batches_per_pass, slots, strict=True):
                 if nb:
                     passes[(m > nb) - (m < nb), m % nb > 0] += 1
                     passes["wrapped"] += (epoch["epoch"] + 1) * m // nb > 2**64
@@ -147,7 +149,7 @@ def test_reference(xp, vector):
 
 
 @pytest.mark.parametrize(
-    "vector", [v for v in PERMUTATIONS if v["n"] <= numpy_impl.WIDEST], ids=named
+    "vector", [v for v in PERMUTATIONS if v["n"] <= numpy_impl.MAX_N], ids=named
 )
 def test_lanes_one(vector):
     n = vector["n"]
@@ -160,14 +162,14 @@ def test_lanes_one(vector):
 def test_lanes_runs(vectors):
     vectors = [vector for vector in vectors if vector["n"] < 2**31]
     # Every position is a run of its own, all sizes and keys in one call.
-    wanted = [
+    expected = [
         (x, vector["n"], *vector["key"], image)
         for vector in vectors
         for x, image in zip(positions(vector), vector["images"], strict=True)
     ]
-    x, n, k0, k1, images = np.array(wanted, np.int64).T
+    x, n, k0, k1, images = np.array(expected, np.int64).T
     grid = Grid(*(np.array(side) for side in zip(*(grid_of(int(m)) for m in n), strict=True)))
-    samples, starts = ranges.permute_runs(
+    samples, starts = position_ranges.permute_ranges(
         x, np.ones_like(x), n, (k0, k1), grid, np.zeros_like(x), None
     )
     assert samples[starts].tolist() == images.tolist()
@@ -255,7 +257,7 @@ def test_epochs_a_batch_at_a_time(epoch):
         cursor.seek(epoch["epoch"], slots[0])
         for slot in slots:
             assert cursor.position() == (epoch["epoch"], slot)
-            found = cursor()
+            result = cursor()
             patch, samples = batches[slot]
-            assert found.indices[: len(samples)].tolist() == samples
-            assert patch_ids[int(found.group)] == patch
+            assert result.indices[: len(samples)].tolist() == samples
+            assert patch_ids[int(result.group)] == patch

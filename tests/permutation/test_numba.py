@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import os
 import re
-import subprocess
 import sys
 import tracemalloc
-from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
 import numpy as np
@@ -16,10 +13,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gpusampler import PatchBatchSampler, PatchGroups
-from gpusampler.permutation import numpy_impl, ranges
+from gpusampler.permutation import numpy_impl, position_ranges
 from gpusampler.permutation.numba import jit
 from gpusampler.permutation.reference import grid_of, grids_of
 from support.paths import TESTS
+from support.processes import run_python
 
 pytest.importorskip("numba", reason="Numba is not installed")
 
@@ -31,9 +29,9 @@ def form() -> ModuleType:
     return jit.Compiled("1").form(1)
 
 
-def using(monkeypatch: pytest.MonkeyPatch, setting: str, **given: str) -> jit.Compiled:
+def using(monkeypatch: pytest.MonkeyPatch, setting: str, **options: str) -> jit.Compiled:
     """Let this process decide anew."""
-    compiled = jit.Compiled(setting, **given)
+    compiled = jit.Compiled(setting, **options)
     monkeypatch.setattr(jit, "compiled_form", compiled.form)
     return compiled
 
@@ -44,7 +42,7 @@ def rows_of(samples, starts, lengths):
 
 def permuted(first, lengths, n, key, base, order):
     grid = grids_of(np, n)
-    samples, starts = ranges.permute_runs(first, lengths, n, key, grid, base, order)
+    samples, starts = position_ranges.permute_ranges(first, lengths, n, key, grid, base, order)
     assert samples.dtype == np.int64
     assert samples.size == lengths.sum()
     return rows_of(samples, starts, lengths)
@@ -80,14 +78,14 @@ def test_samples_are_looked_up_in_any_order(monkeypatch, dtype, mapped):
     order = rng.permutation(counts.sum()).astype(dtype)
     order.flags.writeable = not mapped
     starts = np.cumsum(counts) - counts
-    which = rng.integers(0, 4, 300)
+    patch = rng.integers(0, 4, 300)
     lengths = rng.integers(1, 400, 300)
     key = tuple(rng.integers(0, 2**32, 300) for _ in range(2))
-    given = (rng.integers(0, counts[which]), lengths, counts[which], key, starts[which], order)
+    arguments = (rng.integers(0, counts[patch]), lengths, counts[patch], key, starts[patch], order)
     using(monkeypatch, "0")
-    expected = permuted(*given)
+    expected = permuted(*arguments)
     using(monkeypatch, "1")
-    assert permuted(*given) == expected
+    assert permuted(*arguments) == expected
 
 
 @pytest.mark.parametrize("n", [*EDGES, 2**32 - 1, 2**32])
@@ -109,23 +107,23 @@ def test_positions_of_one_permutation_take_no_memory_but_for_the_result(monkeypa
     using(monkeypatch, "1")
     tracemalloc.start()
     try:
-        found = numpy_impl.permute_one(x, n, (1, 2), grid_of(n))
+        result = numpy_impl.permute_one(x, n, (1, 2), grid_of(n))
         peak = tracemalloc.get_traced_memory()[1]
     finally:
         tracemalloc.stop()
     assert peak < 2 * x.nbytes
-    assert np.array_equal(found, expected)
+    assert np.array_equal(result, expected)
 
 
 def test_a_split_has_the_same_parts(monkeypatch):
     groups = PatchGroups.from_counts([3, 50, 1500, 70_000])
-    parts = []
+    splits = []
     for setting in ("0", "1"):
         using(monkeypatch, setting)
         for by in ("sample", "patch"):
-            parts.append([part.order for part in groups.split([0.5, 0.5], by=by, seed=3)])
-            parts[-1] = [None if order is None else order.tolist() for order in parts[-1]]
-    assert parts[:2] == parts[2:]
+            splits.append([part.order for part in groups.split([0.5, 0.5], by=by, seed=3)])
+            splits[-1] = [None if order is None else order.tolist() for order in splits[-1]]
+    assert splits[:2] == splits[2:]
 
 
 def epoch_of(output="list"):
@@ -157,8 +155,7 @@ def test_little_work_does_not_import_numba():
         "for epoch in range(3): list(PatchBatchSampler([i % 7 for i in range(5000)], 8, seed=0))\n"
         "assert 'numba' not in sys.modules"
     )
-    environment = {**os.environ, jit.VARIABLE: ""}
-    subprocess.run([sys.executable, "-c", code], check=True, env=environment)
+    run_python("-c", code, **{jit.VARIABLE: ""})
 
 
 def test_never_means_never(monkeypatch):
@@ -178,19 +175,19 @@ def test_at_once_needs_numba(monkeypatch):
 
 
 def test_a_form_that_is_wrong_is_not_used(monkeypatch, form):
-    def off_by_one(out, *given):
-        form.runs(out, *given)
+    def off_by_one(out, *arguments):
+        form.runs(out, *arguments)
         out[-1] += 1
 
     monkeypatch.setitem(sys.modules, "wrong_runs", SimpleNamespace(runs=off_by_one))
     using(monkeypatch, "0")
     expected = list(PatchBatchSampler([1, 1, 2, 2, 2], 2, seed=0))
     compiled = using(monkeypatch, "1", module="wrong_runs")
-    with pytest.warns(UserWarning, match="NumPy evaluates .* differ from the reference") as told:
-        found = list(PatchBatchSampler([1, 1, 2, 2, 2], 2, seed=0))
-    assert len(told) == 1
+    with pytest.warns(UserWarning, match="NumPy evaluates .* differ from the reference") as warned:
+        result = list(PatchBatchSampler([1, 1, 2, 2, 2], 2, seed=0))
+    assert len(warned) == 1
     assert compiled.form(1) is None
-    assert found == expected
+    assert result == expected
 
 
 compiles_again = pytest.mark.slow("compiles everything again")
@@ -220,16 +217,11 @@ def test_every_constant_is_looked_at(constant):
         "except UserWarning as said: print(said)\n"
     )
 
-    def said(change: int) -> str:
-        return subprocess.run(
-            [sys.executable, "-c", code, str(change)],
-            capture_output=True,
-            text=True,
-            env={**os.environ, "NUMBA_DISABLE_JIT": "1"},
-        ).stdout
+    def printed(change: int) -> str:
+        return run_python("-c", code, change, NUMBA_DISABLE_JIT="1").stdout
 
-    assert said(0) == "gpusampler.permutation.numba.jit_runs\n"
-    assert "differ from the reference" in said(-2)
+    assert printed(0) == "gpusampler.permutation.numba.jit_runs\n"
+    assert "differ from the reference" in printed(-2)
 
 
 @pytest.mark.parametrize("way", ["_permute_run", "_permute_tile", "_small_images"])
@@ -243,13 +235,8 @@ def test_every_way_through_it_is_looked_at(way):
         "try: jit._check(jit_runs)\n"
         "except RuntimeError as said: print(said)\n"
     )
-    done = subprocess.run(
-        [sys.executable, "-c", code, way],
-        capture_output=True,
-        text=True,
-        env={**os.environ, "NUMBA_DISABLE_JIT": "1"},
-    )
-    assert "differ from the reference" in done.stdout, done.stderr
+    process = run_python("-c", code, way, NUMBA_DISABLE_JIT="1")
+    assert "differ from the reference" in process.stdout, process.stderr
 
 
 def test_a_compiler_that_fails_leaves_numpy(monkeypatch):
@@ -267,27 +254,19 @@ def test_a_compiler_that_is_switched_off_is_not_used():
         "list(PatchBatchSampler([1, 1, 2], 2))\n"
         "print(jit.compiled_form(0))\n"
     )
-    done = subprocess.run(
-        [sys.executable, "-W", "error", "-c", code],
-        check=True,
-        capture_output=True,
-        text=True,
-        env={**os.environ, jit.VARIABLE: "", "NUMBA_DISABLE_JIT": "1"},
-    )
-    assert done.stdout == "None\n"
+    variables = {jit.VARIABLE: "", "NUMBA_DISABLE_JIT": "1"}
+    assert run_python("-W", "error", "-c", code, **variables).stdout == "None\n"
 
 
 @pytest.mark.slow("a process of its own compiles everything")
-def test_without_a_folder_for_a_cache_it_compiles_all_the_same(tmp_path):
-    package = tmp_path / "gpusampler"
-    package.symlink_to(Path(jit.__file__).parent)
+def test_without_a_folder_for_a_cache_it_compiles_all_the_same():
     code = (
         "from numba.core import caching\n"
         "caching.CacheImpl._locator_classes = []\n"
         "from gpusampler.permutation.numba import jit\n"
         "assert jit.Compiled('1').form(1) is not None\n"
     )
-    subprocess.run([sys.executable, "-c", code], check=True, cwd=tmp_path)
+    run_python("-c", code)
 
 
 FILES = [
@@ -305,11 +284,6 @@ OTHERS = "not torch and not compile and not kernel"
 def test_what_numpy_is_tested_for():
     """Whole files of tests, on the compiled form."""
     files = [TESTS / f"{name}.py" for name in FILES]
-    done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-x", "-n", "0", "-k", OTHERS, *files],
-        env={**os.environ, jit.VARIABLE: "1"},
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stdout[-8000:] + done.stderr
-    assert int(re.search(r"(\d+) passed", done.stdout)[1]) > 300
+    options = ["-q", "-x", "-n", "0", "-k", OTHERS]
+    process = run_python("-m", "pytest", *options, *files, **{jit.VARIABLE: "1"})
+    assert int(re.search(r"(\d+) passed", process.stdout)[1]) > 300

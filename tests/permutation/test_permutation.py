@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gpusampler.permutation import numpy_impl
-from gpusampler.permutation.ranges import permute_runs
+from gpusampler.permutation.position_ranges import permute_ranges
 from gpusampler.permutation.reference import (
     SMALL,
     Grid,
@@ -37,13 +37,15 @@ forms = st.sampled_from([1, 2, 31, 32, 33, 34, 1023, 1024, 1025, 65535, 65536, 6
 scales = st.integers(1, 61).flatmap(lambda bits: st.integers(1, 2**bits))
 
 
-def sizes(most: int) -> st.SearchStrategy[int]:
-    return (scales | edges | forms).filter(lambda n: 1 <= n <= most)
+def sizes(max_size: int) -> st.SearchStrategy[int]:
+    return (scales | edges | forms).filter(lambda n: 1 <= n <= max_size)
 
 
-def lanes_up_to(most: int, count: int = 20) -> st.SearchStrategy[list[tuple[int, int, int, int]]]:
+def lanes_up_to(
+    max_size: int, count: int = 20
+) -> st.SearchStrategy[list[tuple[int, int, int, int]]]:
     """Lists of (x, n, k0, k1)."""
-    lane = sizes(most).flatmap(
+    lane = sizes(max_size).flatmap(
         lambda n: st.tuples(st.integers(0, n - 1) | st.just(n - 1), st.just(n), words, words)
     )
     return st.lists(lane, min_size=1, max_size=count)
@@ -61,20 +63,20 @@ def by_reference(xp: Any, rows: list[Any], smallest: int, largest: int) -> list[
 @every_namespace
 @given(seed=uint64, purpose=st.integers(1, 5), pass_=int63, group=int63)
 def test_key_is_the_oracles(xp, seed, purpose, pass_, group):
-    wanted = oracle.derive(seed, purpose, pass_, group)
-    assert derive_key(seed, purpose, pass_, group) == wanted
+    expected = oracle.derive(seed, purpose, pass_, group)
+    assert derive_key(seed, purpose, pass_, group) == expected
     key = derive_key(seed, purpose, xp.asarray([[pass_]]), xp.asarray([group, group]))
     assert [tuple(word.shape) for word in key] == [(1, 2), (1, 2)]
-    assert [word.tolist() for word in key] == [[[word, word]] for word in wanted]
+    assert [word.tolist() for word in key] == [[[word, word]] for word in expected]
 
 
 @every_namespace
 @given(n=st.lists(sizes(2**62 - 1), min_size=1, max_size=20))
 def test_grids_are_exact(xp, n):
     grids = grids_of(xp, xp.asarray(n))
-    for at, size in enumerate(n):
+    for i, size in enumerate(n):
         a, b, rem = grid_of(size)
-        assert tuple(int(side[at]) for side in grids) == (a, b, rem)
+        assert tuple(int(side[i]) for side in grids) == (a, b, rem)
         assert (a - 1) ** 2 < size <= a * a or size == 1
         assert (a - 1) * b + rem == size
         assert 1 <= rem <= b <= a < 2**31 + 1
@@ -103,8 +105,8 @@ def test_sizes_and_keys_broadcast(xp, n, key, data):
     column = xp.asarray([[n], [n]])
     pair = tuple(xp.asarray([[word], [word ^ 1]]) for word in key)
     images = permute(xp, xp.asarray(x)[None, :], column, pair, grids_of(xp, column), n, n)
-    wanted = [[oracle.permuted(i, n, (key[0] ^ f, key[1] ^ f)) for i in x] for f in (0, 1)]
-    assert images.tolist() == wanted
+    expected = [[oracle.permuted(i, n, (key[0] ^ f, key[1] ^ f)) for i in x] for f in (0, 1)]
+    assert images.tolist() == expected
 
 
 @given(n=sizes(2**32), key=keys, data=st.data())
@@ -123,11 +125,11 @@ def test_bijective(n, key):
 
 
 def runs(rows: list[tuple[int, int, int, int, int]], base: list[int], order: Any) -> list[Any]:
-    """`permute_runs` of rows (first, length, n, k0, k1): one list of samples a row."""
+    """`permute_ranges` of rows (first, length, n, k0, k1): one list of samples a row."""
     columns = np.array(rows, np.int64).reshape(-1, 5).T
     first, lengths, n, k0, k1 = (np.ascontiguousarray(column) for column in columns)
     grid = grids_of(array_api_compat.numpy, n)
-    samples, starts = permute_runs(
+    samples, starts = permute_ranges(
         first, lengths, n, (k0, k1), grid, np.array(base, np.int64), order
     )
     assert samples.size == lengths.sum()
@@ -153,10 +155,10 @@ run_rows = st.lists(
 @given(rows=run_rows, data=st.data())
 def test_runs_of_any_sizes_wrap_and_may_be_empty(rows, data):
     base = [data.draw(st.integers(0, 2**40)) for _ in rows]
-    wanted = [
+    expected = [
         [start + i for i in run_by_oracle(*row)] for row, start in zip(rows, base, strict=True)
     ]
-    assert runs(rows, base, None) == wanted
+    assert runs(rows, base, None) == expected
 
 
 @pytest.mark.parametrize("small", [True, False])
@@ -182,11 +184,11 @@ def test_runs_beside_empty_ones(small, empty):
 def test_runs_look_up_the_order(dtype, rows):
     order = np.arange(1000, 1000 + 100 * len(rows), dtype=dtype)[::-1].copy()
     base = [100 * k for k in range(len(rows))]
-    wanted = [
+    expected = [
         [int(order[start + i]) for i in run_by_oracle(*row)]
         for row, start in zip(rows, base, strict=True)
     ]
-    assert runs(rows, base, order) == wanted
+    assert runs(rows, base, order) == expected
 
 
 @pytest.mark.parametrize("n", [7, 32, 33, 700, 5_000, 100_003])
@@ -200,8 +202,8 @@ def test_runs_longer_than_a_tile(n):
         (n - 1, numpy_impl.TILE + 1, n, 7, 8),
         (0, 2, 50, 3, 4),
     ]
-    found = runs(rows, [0] * len(rows), None)
-    for row, samples in zip(rows, found, strict=True):
+    result = runs(rows, [0] * len(rows), None)
+    for row, samples in zip(rows, result, strict=True):
         first, length, n, k0, k1 = row
         x = (first + np.arange(length)) % n
         key = (np.array([k0]), np.array([k1]))
@@ -209,14 +211,14 @@ def test_runs_longer_than_a_tile(n):
         grid = grids_of(array_api_compat.numpy, size)
         images = permute(array_api_compat.numpy, x, size, key, grid, n, n)
         assert samples == images.tolist()
-        for at in (0, length // 2, length - 1):
-            assert samples[at] == oracle.permuted((first + at) % n, n, (k0, k1))
+        for position in (0, length // 2, length - 1):
+            assert samples[position] == oracle.permuted((first + position) % n, n, (k0, k1))
 
 
 def test_runs_without_a_key_stay_where_they_are():
     zero = np.zeros(2, np.int64)
     n = np.array([5, 100])
-    samples, starts = permute_runs(
+    samples, starts = permute_ranges(
         np.array([3, 98]),
         np.array([4, 3]),
         n,
@@ -233,7 +235,7 @@ def test_runs_without_a_key_stay_where_they_are():
 def test_no_runs_at_all(keyed):
     none = np.zeros(0, np.int64)
     key = (none, none) if keyed else None
-    samples, starts = permute_runs(none, none, none, key, Grid(none, none, none), none, None)
+    samples, starts = permute_ranges(none, none, none, key, Grid(none, none, none), none, None)
     assert (samples.size, starts.size) == (0, 0)
 
 

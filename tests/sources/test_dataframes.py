@@ -33,17 +33,17 @@ FRAMES = ["pandas", "polars", "lazy", "arrow", "batch", "huggingface"]
 
 @pytest.mark.parametrize("kind", FRAMES)
 def test_columns_are_chosen(kind):
-    one = frames({"a": IDS})[kind]
-    assert read_patch_ids(one).read(0, 7).tolist() == IDS
+    single_column = frames({"a": IDS})[kind]
+    assert read_patch_ids(single_column).read(0, 7).tolist() == IDS
     several = frames({"a": [0] * 7, "b": IDS})[kind]
     assert read_patch_ids(several, "b").read(0, 7).tolist() == IDS
     with pytest.raises(ValueError, match=r"column must be given for .*, got None; it has 'a', 'b'"):
         read_patch_ids(several)
     with pytest.raises(ValueError, match=r"column must be one of 'a', 'b' of .*, got 'c'"):
         read_patch_ids(several, "c")
-    known = frames({"a": [0] * 7, "patch_id": IDS})[kind]
-    assert read_patch_ids(known).read(0, 7).tolist() == IDS
-    assert read_patch_ids(known, "a").read(0, 7).tolist() == [0] * 7
+    with_patch_id = frames({"a": [0] * 7, "patch_id": IDS})[kind]
+    assert read_patch_ids(with_patch_id).read(0, 7).tolist() == IDS
+    assert read_patch_ids(with_patch_id, "a").read(0, 7).tolist() == [0] * 7
 
 
 @pytest.mark.parametrize("kind", FRAMES)
@@ -95,9 +95,11 @@ def test_objects_of_other_types_are_named(value):
     for values in ([4, value, 7], [value]):
         array = np.empty(len(values), object)
         array[:] = values if value != [1] else [*values[:-2], [1], *values[2:]][: len(values)]
-        at = values.index(value)
+        position = values.index(value)
         for source in (array, pd.Series(array)):
-            with pytest.raises(TypeError, match=rf"ids must be integers, got .* in sample {at}"):
+            with pytest.raises(
+                TypeError, match=rf"ids must be integers, got .* in sample {position}"
+            ):
                 np.asarray(read_patch_ids(source))
 
 
@@ -112,7 +114,7 @@ def columns_with_a_gap(at, words):
         pa.array([1 if v is None else 0 for v in values]),
         pa.array([values[(at + 1) % 20], None], kind),
     )
-    found = {
+    result = {
         "object": pd.Series(values, dtype=object),
         "nullable": pd.Series(values, dtype="string" if words else "Int16"),
         "categorical": pd.Series(values).astype("category")
@@ -134,10 +136,10 @@ def columns_with_a_gap(at, words):
         ),
     }
     if words:
-        found["polars categorical"] = pl.Series(values, dtype=pl.Categorical)
-        found["nan"] = np.array([np.nan if v is None else v for v in values], dtype=object)
-        found["str"] = pd.Series(values, dtype="str")
-    return found
+        result["polars categorical"] = pl.Series(values, dtype=pl.Categorical)
+        result["nan"] = np.array([np.nan if v is None else v for v in values], dtype=object)
+        result["str"] = pd.Series(values, dtype="str")
+    return result
 
 
 @pytest.mark.parametrize("words", [False, True], ids=["integers", "names"])
@@ -146,8 +148,8 @@ def test_missing_ids_are_named_by_their_sample(at, words):
     for kind, source in columns_with_a_gap(at, words).items():
         with pytest.raises(ValueError) as caught:
             pytest.fail(f"{kind}: {read_patch_ids(source).read(at // 2, 20)}")
-        said = f"ids must have a value for every sample, got none in sample {at}"
-        assert (kind, str(caught.value)) == (kind, said)
+        message = f"ids must have a value for every sample, got none in sample {at}"
+        assert (kind, str(caught.value)) == (kind, message)
 
 
 @pytest.mark.parametrize("at", [7, 19])
@@ -290,16 +292,16 @@ def test_a_masked_array_without_a_gap():
 def test_orders_and_shards_of_huggingface_are_respected():
     datasets = library("datasets")
     plain = np.random.default_rng(0).integers(0, 9, 500)
-    whole = datasets.Dataset.from_dict({"patch_id": plain, "at": np.arange(500)})
+    dataset = datasets.Dataset.from_dict({"patch_id": plain, "at": np.arange(500)})
     for part in (
-        whole.shuffle(seed=3),
-        whole.select(range(5, 100, 7)),
-        whole.shuffle(seed=1).select(range(10, 90)),
-        whole.filter(lambda row: row["at"] % 3 == 1),
-        whole.shard(4, 2, contiguous=False),
-        whole.train_test_split(0.3, seed=0)["test"],
-        datasets.concatenate_datasets([whole.shuffle(seed=2), whole]),
-        whole.with_format("torch"),
+        dataset.shuffle(seed=3),
+        dataset.select(range(5, 100, 7)),
+        dataset.shuffle(seed=1).select(range(10, 90)),
+        dataset.filter(lambda row: row["at"] % 3 == 1),
+        dataset.shard(4, 2, contiguous=False),
+        dataset.train_test_split(0.3, seed=0)["test"],
+        datasets.concatenate_datasets([dataset.shuffle(seed=2), dataset]),
+        dataset.with_format("torch"),
     ):
         order = np.asarray(part.with_format("numpy")["at"][:])
         ids = read_patch_ids(part)
@@ -313,27 +315,27 @@ def test_no_other_column_of_huggingface_is_formatted():
     def never(batch):
         raise AssertionError("a row was formatted")
 
-    whole = datasets.Dataset.from_dict({"patch_id": IDS, "x": [0.5] * 7}).with_transform(never)
-    assert read_patch_ids(whole).read(0, 7).tolist() == IDS
+    dataset = datasets.Dataset.from_dict({"patch_id": IDS, "x": [0.5] * 7}).with_transform(never)
+    assert read_patch_ids(dataset).read(0, 7).tolist() == IDS
 
 
 def test_class_labels_of_huggingface_stay_integers():
     datasets = library("datasets")
     features = datasets.Features({"patch_id": datasets.ClassLabel(names=["a", "b"])})
-    whole = datasets.Dataset.from_dict({"patch_id": [1, 0, 1]}, features=features)
-    ids = read_patch_ids(whole)
+    dataset = datasets.Dataset.from_dict({"patch_id": [1, 0, 1]}, features=features)
+    ids = read_patch_ids(dataset)
     assert ids.names is None
     assert ids.read(0, 3).tolist() == [1, 0, 1]
 
 
 def test_what_huggingface_has_beside_a_dataset():
     datasets = library("datasets")
-    whole = datasets.Dataset(table([1, 2]))
-    splits = datasets.DatasetDict(train=whole, test=whole)
+    dataset = datasets.Dataset(table([1, 2]))
+    splits = datasets.DatasetDict(train=dataset, test=dataset)
     with pytest.raises(TypeError, match=r"must be one split, got a DatasetDict of 'train', 'test'"):
         read_patch_ids(splits)
     with pytest.raises(TypeError, match=r"\(a map-style dataset\), got an IterableDataset"):
-        read_patch_ids(whole.to_iterable_dataset())
+        read_patch_ids(dataset.to_iterable_dataset())
 
 
 # Datasets
@@ -361,9 +363,9 @@ def test_datasets_give_ids_of_every_kind(tmp_path):
         range(7),
         pd.DataFrame({"patch_id": IDS}),
     )
-    for given in kinds:
-        expected = np.arange(7) if isinstance(given, range) else IDS
-        assert np.asarray(read_patch_ids(Known(given))).tolist() == list(expected)
+    for ids in kinds:
+        expected = np.arange(7) if isinstance(ids, range) else IDS
+        assert np.asarray(read_patch_ids(Known(ids))).tolist() == list(expected)
     with pytest.raises(ValueError, match=r"Known has 7 samples, got ids of shape \(6,\)"):
         read_patch_ids(Known(pd.Series(IDS[1:])))
     np.save(tmp_path / "ids.npy", IDS[1:])
@@ -376,10 +378,10 @@ def test_datasets_give_ids_of_every_kind(tmp_path):
 def test_parts_of_datasets_with_ids_in_files(tmp_path):
     data = pytest.importorskip("torch.utils.data")
     np.save(tmp_path / "ids.npy", IDS)
-    known = Known(tmp_path / "ids.npy")
-    assert np.asarray(read_patch_ids(data.Subset(known, [6, 0, 2]))).tolist() == [9, 5, 2]
-    both = data.ConcatDataset([known, Known(np.array(IDS, np.int8))])
-    assert np.asarray(read_patch_ids(both)).tolist() == [*IDS, *IDS]
+    dataset = Known(tmp_path / "ids.npy")
+    assert np.asarray(read_patch_ids(data.Subset(dataset, [6, 0, 2]))).tolist() == [9, 5, 2]
+    concatenated = data.ConcatDataset([dataset, Known(np.array(IDS, np.int8))])
+    assert np.asarray(read_patch_ids(concatenated)).tolist() == [*IDS, *IDS]
 
 
 def test_a_dataset_takes_no_column():

@@ -11,7 +11,7 @@ import tqdm as tqdm_module
 
 from gpusampler import PatchBatchSampler, PatchGroups
 from gpusampler.sources.datasets import dataset_patch_ids
-from gpusampler.sources.sample_by_sample import THREADED_ABOVE
+from gpusampler.sources.sample_by_sample import THREAD_POOL_ABOVE
 from support.strategies import expected_by_patch, samples_by_patch
 
 IDS = np.array([5, 5, 2, 9, 2, 5, 9])
@@ -118,23 +118,23 @@ def wraps():
 
 
 @pytest.mark.parametrize("wrap", ["int", "numpy", "0-d array", "0-d tensor", "tensor of one"])
-@pytest.mark.parametrize("size", [7, THREADED_ABOVE + 1])
+@pytest.mark.parametrize("size", [7, THREAD_POOL_ABOVE + 1])
 def test_sample_values_of_every_type(wrap, size):
     ids = np.resize(IDS, size)
     assert groups_of(Samples(ids, wraps()[wrap])) == expected_by_patch(ids)
 
 
-@pytest.mark.parametrize("size", [THREADED_ABOVE, THREADED_ABOVE + 1, 20_000])
+@pytest.mark.parametrize("size", [THREAD_POOL_ABOVE, THREAD_POOL_ABOVE + 1, 20_000])
 def test_every_sample_is_read_once_and_by_threads_when_many(size):
     dataset = Samples(np.arange(size) % 13 - 4)
-    found = dataset_patch_ids(dataset)
-    np.testing.assert_array_equal(found, dataset.ids)
+    result = dataset_patch_ids(dataset)
+    np.testing.assert_array_equal(result, dataset.ids)
     assert sorted(dataset.asked) == list(range(size))
-    here = threading.current_thread().name
-    if size <= THREADED_ABOVE:
-        assert dataset.threads == {here}
+    thread_name = threading.current_thread().name
+    if size <= THREAD_POOL_ABOVE:
+        assert dataset.threads == {thread_name}
     else:
-        assert here not in dataset.threads
+        assert thread_name not in dataset.threads
         assert all(name.startswith("gpusampler-ids") for name in dataset.threads)
 
 
@@ -145,9 +145,9 @@ def pool_threads() -> list[str]:
 class Breaks(Samples):
     """Raises at one sample; a thread pool must then begin few others."""
 
-    def __init__(self, ids, at, error):
+    def __init__(self, ids, sample, error):
         super().__init__(ids)
-        self.at, self.error = at, error
+        self.at, self.error = sample, error
 
     def __getitem__(self, i):
         if i == self.at:
@@ -193,7 +193,7 @@ def test_no_thread_is_left_after_success():
     assert threading.active_count() == before
 
 
-@pytest.mark.parametrize("size", [9, THREADED_ABOVE + 9])
+@pytest.mark.parametrize("size", [9, THREAD_POOL_ABOVE + 9])
 @pytest.mark.parametrize(
     ("sample", "error", "match"),
     [
@@ -227,7 +227,7 @@ class Terminal(io.StringIO):
 def bar_of(monkeypatch, size: int, after: float | None = 0.0, **settings) -> str:
     terminal = Terminal()
     if after is not None:
-        monkeypatch.setattr("gpusampler.core.progress_bar.BAR_AFTER", after)
+        monkeypatch.setattr("gpusampler.core.progress_bar.SHOW_AFTER_SECONDS", after)
     monkeypatch.setattr("sys.stderr", terminal)
     # Its watching thread would outlive the test.
     monkeypatch.setattr(tqdm_module.tqdm, "monitor_interval", 0)
@@ -236,12 +236,12 @@ def bar_of(monkeypatch, size: int, after: float | None = 0.0, **settings) -> str
 
 
 def test_a_terminal_shows_a_bar_when_there_are_many(monkeypatch):
-    shown = bar_of(monkeypatch, 5000)
+    bar_text = bar_of(monkeypatch, 5000)
     # All that takes long has one.
-    for what in ("patch ids", "counting patches"):
-        assert what in shown
-    assert "5.00k/5.00k" in shown
-    assert "100%" in shown
+    for label in ("patch ids", "counting patches"):
+        assert label in bar_text
+    assert "5.00k/5.00k" in bar_text
+    assert "100%" in bar_text
 
 
 @pytest.mark.parametrize("settings", [{"progress": False}, {"after": None}])
@@ -256,9 +256,11 @@ def test_nothing_is_written_when_piped(capfd, progress):
 
 
 def test_empty_datasets():
-    for kind in (ByMethod, ByAttribute, Samples):
-        with pytest.raises(ValueError, match=f"at least one sample, got an empty {kind.__name__}"):
-            PatchBatchSampler(kind([]), 2)
+    for dataset_type in (ByMethod, ByAttribute, Samples):
+        with pytest.raises(
+            ValueError, match=f"at least one sample, got an empty {dataset_type.__name__}"
+        ):
+            PatchBatchSampler(dataset_type([]), 2)
 
 
 @pytest.mark.parametrize("kind", [ByMethod, ByAttribute])
@@ -337,52 +339,54 @@ def test_random_split_touches_no_sample(kind):
     data = pytest.importorskip("torch.utils.data")
     torch = pytest.importorskip("torch")
     ids = np.random.default_rng(0).integers(0, 4, 3000)
-    parts = data.random_split(kind(ids), [0.7, 0.3], torch.Generator().manual_seed(0))
-    for part in parts:
+    subsets = data.random_split(kind(ids), [0.7, 0.3], torch.Generator().manual_seed(0))
+    for part in subsets:
         assert groups_of(part) == expected_by_patch(ids[part.indices])
-    halves = data.random_split(parts[0], [0.5, 0.5], torch.Generator().manual_seed(1))
-    whole = np.array(parts[0].indices)
-    assert groups_of(halves[1]) == expected_by_patch(ids[whole[halves[1].indices]])
+    halves = data.random_split(subsets[0], [0.5, 0.5], torch.Generator().manual_seed(1))
+    indices = np.array(subsets[0].indices)
+    assert groups_of(halves[1]) == expected_by_patch(ids[indices[halves[1].indices]])
 
 
 def test_concatenations_touch_no_sample(library):
     data = pytest.importorskip("torch.utils.data")
     first, second = np.array([7, -1, 7], np.int32), np.array([2**40, 7])
-    both = data.ConcatDataset([ByMethod(library.array(first)), ByAttribute(library.array(second))])
+    concatenated = data.ConcatDataset(
+        [ByMethod(library.array(first)), ByAttribute(library.array(second))]
+    )
     ids = np.concatenate([first, second])
-    assert groups_of(both) == expected_by_patch(ids)
-    nested = data.ConcatDataset([data.Subset(both, [4, 0]), ByMethod([1]), both])
+    assert groups_of(concatenated) == expected_by_patch(ids)
+    nested = data.ConcatDataset([data.Subset(concatenated, [4, 0]), ByMethod([1]), concatenated])
     assert groups_of(nested) == expected_by_patch([7, 7, 1, *ids])
 
 
 def test_concatenations_of_signed_and_unsigned_ids():
     data = pytest.importorskip("torch.utils.data")
-    parts = [np.array([1, 2**62 + 1], np.uint64), np.array([-1, 2**62 + 1])]
-    both = data.ConcatDataset(list(map(ByMethod, parts)))
-    assert groups_of(both) == {-1: [2], 1: [0], 2**62 + 1: [1, 3]}
+    id_arrays = [np.array([1, 2**62 + 1], np.uint64), np.array([-1, 2**62 + 1])]
+    concatenated = data.ConcatDataset(list(map(ByMethod, id_arrays)))
+    assert groups_of(concatenated) == {-1: [2], 1: [0], 2**62 + 1: [1, 3]}
 
 
 def test_concatenations_with_an_empty_part():
     data = pytest.importorskip("torch.utils.data")
-    both = data.ConcatDataset([ByMethod([]), ByMethod([4, 4])])
-    assert len(both) == 2
-    assert groups_of(both) == {4: [0, 1]}
+    concatenated = data.ConcatDataset([ByMethod([]), ByMethod([4, 4])])
+    assert len(concatenated) == 2
+    assert groups_of(concatenated) == {4: [0, 1]}
 
 
 def test_a_concatenation_reads_only_the_part_that_cannot_tell():
     data = pytest.importorskip("torch.utils.data")
-    asked = Samples(np.array([3, 1]))
-    both = data.ConcatDataset([ByMethod(IDS), asked])
-    assert groups_of(both) == expected_by_patch([*IDS, 3, 1])
-    assert sorted(asked.asked) == [0, 1]
+    samples = Samples(np.array([3, 1]))
+    concatenated = data.ConcatDataset([ByMethod(IDS), samples])
+    assert groups_of(concatenated) == expected_by_patch([*IDS, 3, 1])
+    assert sorted(samples.asked) == [0, 1]
 
 
 def test_a_subset_of_a_dataset_that_cannot_tell_reads_its_own_samples_only():
     data = pytest.importorskip("torch.utils.data")
-    asked = Samples(np.arange(1000))
-    part = data.Subset(data.ConcatDataset([asked]), [500, 3])
+    samples = Samples(np.arange(1000))
+    part = data.Subset(data.ConcatDataset([samples]), [500, 3])
     assert groups_of(part) == {3: [1], 500: [0]}
-    assert sorted(asked.asked) == [3, 500]
+    assert sorted(samples.asked) == [3, 500]
 
 
 def test_floats_in_a_part_of_a_concatenation():

@@ -40,7 +40,7 @@ def plain_names():
 @pytest.fixture
 def small_pieces(monkeypatch):
     """Pieces of a few samples: borders everywhere."""
-    monkeypatch.setattr(zarr_hdf5, "_PIECE", 1)
+    monkeypatch.setattr(zarr_hdf5, "_MIN_READ", 1)
     monkeypatch.setattr(parquet, "BLOCK", 5)
 
 
@@ -66,8 +66,8 @@ def test_names(kind, tmp_path, small_pieces):
     assert ids.dtype == "str"
     assert ids.names == tuple(sorted(set(plain.tolist())))
     assert all(type(name) is str for name in ids.names)
-    places = np.searchsorted(np.array(ids.names), plain)
-    check_stretches(ids, places, [(3, 90), (0, N), (99, 100), (11, 13), (24, 24), (0, 5)])
+    expected = np.searchsorted(np.array(ids.names), plain)
+    check_stretches(ids, expected, [(3, 90), (0, N), (99, 100), (11, 13), (24, 24), (0, 5)])
 
 
 @pytest.mark.parametrize("words", [False, True], ids=["integers", "names"])
@@ -75,15 +75,15 @@ def test_names(kind, tmp_path, small_pieces):
 def test_any_stretch_in_any_order(kind, words, tmp_path, small_pieces):
     plain = plain_names() if words else plain_ids("int32")
     ids = read_patch_ids(EVERYWHERE[kind](plain, tmp_path))
-    places = np.searchsorted(np.array(ids.names), plain) if words else plain
+    expected = np.searchsorted(np.array(ids.names), plain) if words else plain
     ends = st.integers(0, N)
 
     @settings(max_examples=12, deadline=None, suppress_health_check=list(HealthCheck))
     @given(st.lists(st.tuples(ends, ends), min_size=1, max_size=6))
     def law(stretches):
-        for one, other in stretches:
-            start, stop = sorted((one, other))
-            np.testing.assert_array_equal(ids.read(start, stop), places[start:stop])
+        for stretch, other in stretches:
+            start, stop = sorted((stretch, other))
+            np.testing.assert_array_equal(ids.read(start, stop), expected[start:stop])
 
     law()
 
@@ -111,8 +111,8 @@ def test_files_say_when_they_were_changed(kind, tmp_path):
     named = {"parquet_folder": "parts", "zarr_folder": "ids.zarr", "zarr_group_folder": "group"}
     if kind in ("memory_map", "npy", "parquet", "hdf5", "hdf5_contiguous", *named):
         path = tmp_path / named[kind] if kind in named else next(tmp_path.iterdir())
-        inside = path / "patch_id" if kind == "zarr_group_folder" else path
-        last = sorted(p for p in inside.rglob("*") if p.is_file() and p.name[0] != "_")[-1:]
+        folder = path / "patch_id" if kind == "zarr_group_folder" else path
+        last = sorted(p for p in folder.rglob("*") if p.is_file() and p.name[0] != "_")[-1:]
         last = last[0] if kind in named else path
         os.utime(last, ns=(0, 10**18 + 10**9))
         source = np.load(path, mmap_mode="r") if kind == "memory_map" else path

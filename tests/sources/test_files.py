@@ -9,8 +9,6 @@ import mmap
 import os
 import pickle
 import shutil
-import subprocess
-import sys
 import tempfile
 import tracemalloc
 from concurrent.futures import ThreadPoolExecutor
@@ -21,6 +19,7 @@ import pytest
 
 from gpusampler import PatchBatchSampler, read_patch_ids
 from support.id_sources import hdf5, parquet, parquet_folder, table, zarr_group
+from support.processes import run_python
 
 MB = 1 << 20
 
@@ -29,12 +28,6 @@ def saved(tmp_path, values, name="ids.npy"):
     path = tmp_path / name
     np.save(path, np.asarray(values))
     return path
-
-
-def in_a_child(code, *arguments):
-    """What a program prints."""
-    command = [sys.executable, "-c", code, *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
 
 # .npy
@@ -73,9 +66,9 @@ def test_names_in_an_npy_file_are_read_in_blocks(tmp_path, monkeypatch):
 @pytest.mark.parametrize("gone", [1, 7, 800])
 def test_a_cut_npy_file_says_how_much_is_missing(tmp_path, gone):
     path = saved(tmp_path, np.arange(100))
-    whole = os.path.getsize(path)
-    os.truncate(path, whole - gone)
-    problem = rf"must have {whole} bytes, got {whole - gone}, so {gone} bytes are missing"
+    file_size = os.path.getsize(path)
+    os.truncate(path, file_size - gone)
+    problem = rf"must have {file_size} bytes, got {file_size - gone}, so {gone} bytes are missing"
     with pytest.raises(ValueError, match=problem):
         read_patch_ids(path)
 
@@ -186,16 +179,16 @@ def test_a_file_that_shrinks_under_a_map_is_an_error_and_no_crash(tmp_path, view
     mapped = np.load(path, mmap_mode="r")
     plain = np.array(view(mapped))
     ids = read_patch_ids(view(mapped))
-    at = np.flatnonzero(plain < 400_000)
-    start, stop = int(at.min()), int(at.max()) + 1
+    samples = np.flatnonzero(plain < 400_000)
+    start, stop = int(samples.min()), int(samples.max()) + 1
     np.testing.assert_array_equal(ids.read(0, ids.size), plain)
     os.truncate(path, 500_000 * 8)
     np.testing.assert_array_equal(ids.read(start, stop), plain[start:stop])
     with pytest.raises(OSError, match=r"must keep its length .*ids\.npy' must have .* got 4000000"):
         ids.read(0, ids.size)
-    at = np.flatnonzero(plain > 600_000)
+    samples = np.flatnonzero(plain > 600_000)
     with pytest.raises(OSError, match="must keep its length"):
-        ids.read(int(at.min()), int(at.max()) + 1)
+        ids.read(int(samples.min()), int(samples.max()) + 1)
 
 
 def test_a_plain_map_without_a_name(tmp_path):
@@ -292,15 +285,15 @@ def test_files_that_may_not_be_read(public_folder):
     paths = [saved(folder, [1]), parquet([1], folder), hdf5([1], folder, None)]
     closed = folder / "closed"
     closed.mkdir()
-    inside = saved(closed, [1])
-    parts = parquet_folder(np.arange(100), folder)
-    for path in (*paths, closed, parts / "a2.pq"):
+    npy_path = saved(closed, [1])
+    parquet_path = parquet_folder(np.arange(100), folder)
+    for path in (*paths, closed, parquet_path / "a2.pq"):
         path.chmod(0)
-    paths += [closed, inside, parts]
-    said = in_a_child(REFUSED, *paths).splitlines()
+    paths += [closed, npy_path, parquet_path]
+    lines = run_python("-c", REFUSED, *paths).stdout.splitlines()
     closed.chmod(0o700)
-    assert len(said) == 2 * len(paths)
-    for path, line in zip(np.repeat(paths, 2), said, strict=True):
+    assert len(lines) == 2 * len(paths)
+    for path, line in zip(np.repeat(paths, 2), lines, strict=True):
         assert "source must be readable: this user may not read it" in line
         assert "chmod a+r" in line
         assert str(path) in line
@@ -325,9 +318,9 @@ for make in (read_patch_ids, lambda path: PatchBatchSampler(path, 2)):
 def test_a_library_that_is_not_installed(tmp_path, name, module, extra):
     path = tmp_path / name
     path.mkdir() if name == "a.zarr" else path.write_text("nothing")
-    said = in_a_child(MISSING, module, path).splitlines()
+    lines = run_python("-c", MISSING, module, path).stdout.splitlines()
     line = f"source must be readable: {module} is not installed, got {str(path)!r}; "
-    assert said == [line + f"install gpusampler[{extra}]"] * 2
+    assert lines == [line + f"install gpusampler[{extra}]"] * 2
 
 
 def test_reading_what_needs_no_library_imports_none(tmp_path):
@@ -344,7 +337,7 @@ def test_reading_what_needs_no_library_imports_none(tmp_path):
         "print({'pyarrow', 'zarr', 'h5py', 'pandas', 'polars', 'datasets', 'torch', 'cupy'}"
         " & set(sys.modules))"
     )
-    assert in_a_child(code, saved(tmp_path, [3, 4])).strip() == "set()"
+    assert run_python("-c", code, saved(tmp_path, [3, 4])).stdout.strip() == "set()"
 
 
 # Columns
@@ -415,9 +408,9 @@ class Counted(io.FileIO):
         self.ranges = []
 
     def read(self, size=-1):
-        at = self.tell()
+        offset = self.tell()
         data = super().read(size)
-        self.ranges.append((at, at + len(data)))
+        self.ranges.append((offset, offset + len(data)))
         return data
 
 
@@ -425,23 +418,23 @@ def test_only_the_row_groups_and_the_column_that_are_asked_for_are_read(tmp_path
     pa, pq = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
     rng = np.random.default_rng(0)
     plain = rng.integers(0, 1 << 60, 40_000)
-    whole = pa.table({"x": rng.random(40_000), "patch_id": plain, "y": rng.random(40_000)})
+    columns = pa.table({"x": rng.random(40_000), "patch_id": plain, "y": rng.random(40_000)})
     path = tmp_path / "a.parquet"
-    pq.write_table(whole, path, row_group_size=10_000, compression="none", use_dictionary=False)
+    pq.write_table(columns, path, row_group_size=10_000, compression="none", use_dictionary=False)
     counted = Counted(path)
     file = pq.ParquetFile(pa.PythonFile(counted))
-    places = []
+    offsets = []
     for group in range(4):
         column = file.metadata.row_group(group).column(1)
-        places.append((column.data_page_offset, column.data_page_offset + 80_000))
+        offsets.append((column.data_page_offset, column.data_page_offset + 80_000))
     counted.ranges.clear()
     ids = read_patch_ids(file)
     assert not ids.seekable
     assert sum(stop - start for start, stop in counted.ranges) < 10_000
-    for asked, group in (((20_500, 20_510), 2), ((29_000, 30_000), 2), ((5, 10_000), 0)):
+    for stretch, group in (((20_500, 20_510), 2), ((29_000, 30_000), 2), ((5, 10_000), 0)):
         counted.ranges.clear()
-        np.testing.assert_array_equal(ids.read(*asked), plain[slice(*asked)])
-        start, stop = places[group]
+        np.testing.assert_array_equal(ids.read(*stretch), plain[slice(*stretch)])
+        start, stop = offsets[group]
         for first, last in counted.ranges:
             assert start - 200 <= first <= last <= stop + 200
     # The second stretch above lay in the group that the first had decoded.
@@ -456,12 +449,12 @@ def test_only_the_row_groups_and_the_column_that_are_asked_for_are_read(tmp_path
 
 
 def test_a_large_row_group_is_decoded_in_batches_and_once(tmp_path, monkeypatch):
-    from gpusampler.sources import parquet as room
+    from gpusampler.sources import parquet as parquet_module
 
     pa, pq = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
     path = tmp_path / "a.parquet"
     pq.write_table(pa.table({"patch_id": np.arange(10_000)}), path)
-    monkeypatch.setattr(room, "BLOCK", 1000)
+    monkeypatch.setattr(parquet_module, "BLOCK", 1000)
     file = pq.ParquetFile(path)
     begun, batches = [], []
 
@@ -474,7 +467,7 @@ def test_a_large_row_group_is_decoded_in_batches_and_once(tmp_path, monkeypatch)
                 batches.append(len(batch))
                 yield batch
 
-    ids = room._ids([Watched], ["a"], None, None, False)
+    ids = parquet_module._column_ids([Watched], ["a"], None, None, False)
     assert ids.read(0, 10).tolist() == list(range(10))
     assert batches == [1000]
     for first in range(10, 9000, 70):
@@ -576,39 +569,39 @@ def test_datasets_of_another_format_are_refused(tmp_path):
 
 def watched_chunks(monkeypatch, ids):
     """The stretches that a reader asks its library for."""
-    asked = []
+    reads = []
     pieces = ids._load
     load = pieces._load
 
     def watched(start, stop):
-        asked.append((start, stop))
+        reads.append((start, stop))
         return load(start, stop)
 
     monkeypatch.setattr(pieces, "_load", watched)
-    return asked
+    return reads
 
 
 @pytest.mark.parametrize("kind", ["zarr", "hdf5"])
 def test_chunks_are_decoded_once_and_only_where_asked(tmp_path, monkeypatch, kind):
     from gpusampler.sources import zarr_hdf5
 
-    monkeypatch.setattr(zarr_hdf5, "_PIECE", 20)
+    monkeypatch.setattr(zarr_hdf5, "_MIN_READ", 20)
     values = np.arange(100)
     source = zarr_group(values, tmp_path) if kind == "zarr" else hdf5(values, tmp_path)
     ids = read_patch_ids(source)
-    asked = watched_chunks(monkeypatch, ids)
+    reads = watched_chunks(monkeypatch, ids)
     assert ids.read(50, 60).tolist() == list(range(50, 60))
     # Chunks of 12, at least 20 at once: 24.
-    assert asked == [(48, 72)]
+    assert reads == [(48, 72)]
     assert ids.read(60, 75).tolist() == list(range(60, 75))
-    assert asked[1:] == [(72, 96)]
-    asked.clear()
+    assert reads[1:] == [(72, 96)]
+    reads.clear()
     np.testing.assert_array_equal(np.concatenate([b for _, b in ids.blocks(size=7)]), values)
-    assert asked == [(0, 24), (24, 48), (48, 72), (72, 96), (96, 100)]
+    assert reads == [(0, 24), (24, 48), (48, 72), (72, 96), (96, 100)]
     ids.read(0, 90)
     # Of what was read only the last piece stays, not a view that keeps all of it.
-    assert ids._load._kept[1].shape == (24,)
-    assert ids._load._kept[1].base is None
+    assert ids._load._last[1].shape == (24,)
+    assert ids._load._last[1].base is None
 
 
 def test_a_chunk_larger_than_a_block_is_dear(tmp_path, monkeypatch):

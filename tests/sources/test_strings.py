@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 
 from gpusampler import PatchBatchSampler, read_patch_ids
 from gpusampler.sources import strings
-from gpusampler.sources.sample_by_sample import THREADED_ABOVE
-from gpusampler.sources.strings import CodedIds, NamedIds, factor_list
+from gpusampler.sources.sample_by_sample import THREAD_POOL_ABOVE
+from gpusampler.sources.strings import CategoricalIds, NamedIds, factorize_list
 from support.id_sources import arrow_chunks, parquet
 
 NAMES = ["b", "a", "b", "C", "a", "b"]
@@ -33,7 +33,7 @@ def test_names_come_back_as_they_were(given_names):
 
 @given(st.lists(st.sampled_from("abc"), min_size=1, max_size=30), st.integers(1, 9))
 def test_blocks_of_names_join(given_names, size):
-    ids = NamedIds(lambda a, b: factor_list(given_names[a:b], a), len(given_names))
+    ids = NamedIds(lambda a, b: factorize_list(given_names[a:b], a), len(given_names))
     joined = np.concatenate([block for _, block in ids.blocks(size=size)])
     assert [ids.names[i] for i in joined] == given_names
 
@@ -95,14 +95,14 @@ def test_categories_of_other_things():
 
 def test_other_strings_of_arrow():
     pa = pytest.importorskip("pyarrow")
-    for kind in (pa.large_string(), pa.string_view()):
-        check(read_patch_ids(pa.array(NAMES, kind)), NAMES)
+    for arrow_type in (pa.large_string(), pa.string_view()):
+        check(read_patch_ids(pa.array(NAMES, arrow_type)), NAMES)
 
 
 def test_a_name_that_appears_later_is_an_error():
-    there = list(NAMES)
-    ids = NamedIds(lambda a, b: factor_list(there[a:b], a), 6)
-    there[4] = "new"
+    names = list(NAMES)
+    ids = NamedIds(lambda a, b: factorize_list(names[a:b], a), 6)
+    names[4] = "new"
     assert ids.read(0, 4).tolist() == [2, 1, 2, 0]
     with pytest.raises(OSError, match=r"must stay as it is .* got the new name 'new' in sample 4"):
         ids.read(2, 6)
@@ -116,14 +116,14 @@ def test_a_million_names_are_read_in_about_a_second(kind):
         source = np.array(source)
     elif kind == "arrow":
         source = pytest.importorskip("pyarrow").array(source)
-    taken = []
+    seconds = []
     for _ in range(2):
         start = time.perf_counter()
         ids = read_patch_ids(source)
-        taken.append(time.perf_counter() - start)
+        seconds.append(time.perf_counter() - start)
     assert len(ids.names) == 5000
     # 0.1 to 0.3 s alone; a loop over the samples in Python takes more.
-    assert min(taken) < 1.5
+    assert min(seconds) < 1.5
 
 
 def test_only_distinct_names_are_kept(monkeypatch):
@@ -133,22 +133,24 @@ def test_only_distinct_names_are_kept(monkeypatch):
     tracemalloc.start()
     try:
         ids = read_patch_ids(source)
-        kept, peak = tracemalloc.get_traced_memory()
+        current, peak = tracemalloc.get_traced_memory()
     finally:
         tracemalloc.stop()
     assert ids.size == 1_000_000
-    assert kept < 20_000
+    assert current < 20_000
     assert peak < 2_000_000
 
 
 def test_files_are_read_once_for_their_names(tmp_path, monkeypatch):
-    from gpusampler.sources import parquet as room
+    from gpusampler.sources import parquet as parquet_module
 
     path = parquet(np.array(NAMES * 50), tmp_path)
     begun = []
-    begin = room._Column._begin
+    begin_group = parquet_module._ColumnReader._begin_group
     monkeypatch.setattr(
-        room._Column, "_begin", lambda self, group: (begun.append(group), begin(self, group))
+        parquet_module._ColumnReader,
+        "_begin_group",
+        lambda self, group: (begun.append(group), begin_group(self, group)),
     )
     monkeypatch.setattr(strings, "BLOCK", 7)
     check(read_patch_ids(path), NAMES * 50)
@@ -178,12 +180,12 @@ def test_a_bar_is_shown_when_it_takes_long(monkeypatch, slow, progress):
     monkeypatch.setattr("sys.stderr", terminal)
     monkeypatch.setattr(tqdm_module.tqdm, "monitor_interval", 0)
     # On a busy machine anything may take 0.02 s.
-    monkeypatch.setattr("gpusampler.core.progress_bar.BAR_AFTER", 0.02 if slow else 60)
+    monkeypatch.setattr("gpusampler.core.progress_bar.SHOW_AFTER_SECONDS", 0.02 if slow else 60)
     monkeypatch.setattr(strings, "BLOCK", 1)
 
     def factor(start, stop):
         time.sleep(0.02 if slow else 0)
-        return factor_list(NAMES[start:stop], start)
+        return factorize_list(NAMES[start:stop], start)
 
     NamedIds(factor, 6, progress=progress)
     assert ("patch names" in terminal.text) == (slow and progress)
@@ -223,7 +225,7 @@ class Known(Samples):
         raise AssertionError("touched")
 
 
-@pytest.mark.parametrize("size", [7, THREADED_ABOVE + 1, 20_000])
+@pytest.mark.parametrize("size", [7, THREAD_POOL_ABOVE + 1, 20_000])
 def test_samples_may_have_names(size):
     given_names = np.resize(np.array([*NAMES, "only at the end of this"]), size).tolist()
     for wrap in (str, np.str_, np.array):
@@ -232,7 +234,7 @@ def test_samples_may_have_names(size):
         assert sorted(dataset.asked) == list(range(size))
 
 
-@pytest.mark.parametrize("size", [9, THREADED_ABOVE + 9])
+@pytest.mark.parametrize("size", [9, THREAD_POOL_ABOVE + 9])
 def test_samples_have_names_or_integers_all_of_them(size):
     for wrong in (3, None, 0.5, b"a", ["a"]):
         values = ["a"] * size
@@ -274,22 +276,22 @@ def test_the_first_sample_says_of_which_kind_they_are():
 
 def test_parts_of_datasets_with_names():
     data = pytest.importorskip("torch.utils.data")
-    known = Known(NAMES)
+    dataset = Known(NAMES)
     # "C" is in no sample of this part.
-    part = read_patch_ids(data.Subset(known, [5, 1, 0]))
+    part = read_patch_ids(data.Subset(dataset, [5, 1, 0]))
     check(part, ["b", "a", "b"])
-    nested = data.Subset(data.Subset(known, [3, 1, 0]), [2, 0])
+    nested = data.Subset(data.Subset(dataset, [3, 1, 0]), [2, 0])
     check(read_patch_ids(nested), ["b", "C"])
-    both = data.ConcatDataset([Known(["z", "b"]), known, Samples(["a", "k"])])
-    check(read_patch_ids(both), ["z", "b", *NAMES, "a", "k"])
-    told = data.ConcatDataset([Known(["z", "b"]), known])
-    check(read_patch_ids(data.Subset(told, [6, 0])), ["a", "z"])
+    concatenated = data.ConcatDataset([Known(["z", "b"]), dataset, Samples(["a", "k"])])
+    check(read_patch_ids(concatenated), ["z", "b", *NAMES, "a", "k"])
+    names_dataset = data.ConcatDataset([Known(["z", "b"]), dataset])
+    check(read_patch_ids(data.Subset(names_dataset, [6, 0])), ["a", "z"])
     with pytest.raises(TypeError, match="names in every part or in none"):
-        read_patch_ids(data.ConcatDataset([known, Known([1, 2])]))
+        read_patch_ids(data.ConcatDataset([dataset, Known([1, 2])]))
 
 
 def test_coded_names_take_any_order():
-    ids = CodedIds(np.array([2, 0, 2]), ["b", "unused", "a"])
+    ids = CategoricalIds(np.array([2, 0, 2]), ["b", "unused", "a"])
     assert ids.names == ("a", "b")
     assert ids.read(0, 3).tolist() == [0, 1, 0]
     assert ids.read(1, 2).dtype == np.uint8

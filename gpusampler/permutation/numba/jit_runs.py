@@ -154,7 +154,8 @@ def runs(out, table, permuted):
     ----------
     out : int64 array, shape (T,)
     table : int64 array, shape (9, K)
-        The columns of `gpusampler.permutation.ranges.Runs`; the lengths add up to T.
+        The columns of `gpusampler.permutation.position_ranges.PositionRanges`; the
+        lengths add up to T.
     permuted : bool
         Whether the positions are permuted at all; if not, key and grid may be anything.
     """
