@@ -23,7 +23,9 @@ os.environ.setdefault("GPUSAMPLER_COMPILED", "0")
 
 import numpy as np
 
+from benchmarks.markdown import table as markdown_table
 from gpusampler import PatchBatchSampler
+from gpusampler.core.text import format_table
 from gpusampler.permutation.numba import jit
 
 SAMPLES = 2_000_000
@@ -198,14 +200,7 @@ def rows_of(found: list[Found]) -> list[list[str]]:
 
 def text_of(rows: list[list[str]], markdown: bool) -> str:
     """Return the table, aligned or in Markdown."""
-    if markdown:
-        out = ["| " + " | ".join(row) + " |" for row in rows]
-        return "\n".join([out[0], "|" + "---|" * len(rows[0]), *out[1:]])
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return "\n".join(
-        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
-        for row in rows
-    )
+    return markdown_table(rows[0], rows[1:]) if markdown else format_table(rows, "<")
 
 
 def draw(found: list[Found], path: Path) -> None:

@@ -33,7 +33,7 @@ from benchmarks.yardsticks import (
 )
 from gpusampler import PatchBatchSampler, PatchGroups, PatchTensorLoader, Temperature
 from gpusampler.groups.census import Census
-from gpusampler.groups.counting_sort import Scatter
+from gpusampler.groups.counting_sort import OrderWriter
 from gpusampler.permutation.numba import jit
 from gpusampler.sampler import batches as batches_module
 
@@ -240,7 +240,7 @@ def placed() -> Callable[[], Any]:
     census.add(ids)
     found = census.result()
     order = np.empty(ids.size, np.int32)
-    return lambda: Scatter(found, order, None, checked=False).add(ids)
+    return lambda: OrderWriter(found, order, None, verify=False).add(ids)
 
 
 def sparse_ids() -> Any:

@@ -26,6 +26,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import numpy as np
 
+from benchmarks import markdown
 from gpusampler import PatchBatchSampler
 from gpusampler.permutation.numba import jit
 from gpusampler.permutation.reference import key_of
@@ -125,7 +126,7 @@ def stages(ids: np.ndarray, size: int, rounds: int) -> dict[Any, float]:
                         (name, what), lambda cut=cut, block=block: deque(cut(plan, block), maxlen=0)
                     )
                 handed = iterator.EpochIterator(
-                    sampler._progress, lambda share: _Once(lists), epoch=3
+                    sampler._tracker, lambda share: _Once(lists), epoch=3
                 )
                 best.time((name, "handed out"), lambda handed=handed: drain(handed))
     return {key: took / count for key, took in best.seconds.items()}
@@ -145,7 +146,7 @@ class _Once:
 BEGINNING = """
 import time, sys
 import numpy
-from gpusampler import jit
+from gpusampler.permutation.numba import jit
 times = [time.process_time()]
 import numba
 times.append(time.process_time())
@@ -180,8 +181,8 @@ def beginning() -> dict[str, float]:
 
 def print_epochs(took: dict[Any, float], batches: dict[int, int]) -> None:
     """Print the table of epochs."""
-    print("| an epoch as | by | seconds | against ungrouped | µs a batch | above a list iterator |")
-    print("|---|---|---|---|---|---|")
+    names = "an epoch as", "by", "seconds", "against ungrouped", "µs a batch"
+    print(markdown.head([*names, "above a list iterator"]))
     for size in SIZES:
         ungrouped, plain = took["ungrouped", size], took["plain", size]
         rows = [("lists", "torch, ungrouped", ungrouped)]
@@ -193,10 +194,8 @@ def print_epochs(took: dict[Any, float], batches: dict[int, int]) -> None:
         for output, name, seconds in rows:
             each = seconds / batches[size] * 1e6
             above = (seconds - plain) / batches[size] * 1e6
-            print(
-                f"| {output} of {size} | {name} | {seconds:.3f} | {seconds / ungrouped:.3f} "
-                f"| {each:.2f} | {above:.2f} |"
-            )
+            times = f"{seconds:.3f}", f"{seconds / ungrouped:.3f}", f"{each:.2f}", f"{above:.2f}"
+            print(markdown.row([f"{output} of {size}", name, *times]))
 
 
 def draw(found: dict[int, dict[Any, float]], path: Path) -> None:
@@ -250,15 +249,13 @@ def main(arguments: list[str] | None = None) -> None:
     print_epochs(epochs(ids, asked.rounds), batches)
     found = {size: stages(ids, size, asked.rounds) for size in SIZES}
     heads = [f"{size}, {name}" for size in SIZES for name in forms()]
-    print(f"\nµs a batch\n\n| part | {' | '.join(heads)} |")
-    print("|---" * (len(heads) + 1) + "|")
+    print(f"\nµs a batch\n\n{markdown.head(['part', *heads])}")
     for part in dict.fromkeys(part for _, part in found[SIZES[0]]):
         took = [found[size][name, part] * 1e6 for size in SIZES for name in forms()]
-        print(f"| {part} | {' | '.join(f'{one:.3f}' for one in took)} |")
+        print(markdown.row([part, *(f"{one:.3f}" for one in took)]))
     if find_spec("numba"):
-        print("\n| to begin with | seconds |\n|---|---|")
-        for what, seconds in beginning().items():
-            print(f"| {what} | {seconds:.2f} |")
+        rows = [(what, f"{seconds:.2f}") for what, seconds in beginning().items()]
+        print(f"\n{markdown.table(('to begin with', 'seconds'), rows)}")
     if asked.picture:
         draw(found, asked.picture)
 

@@ -13,6 +13,7 @@ import time
 import tracemalloc
 from collections.abc import Callable
 
+from benchmarks import markdown
 from gpusampler import PatchBatchSampler, PatchGroups
 
 RANKS, RESUMED_RANKS = 1024, 768
@@ -73,7 +74,7 @@ def line(rank: int) -> str:
             next(iter(fresh))
 
         cells += [f"{best_ms(load):.3f}", f"{best_ms(first, before=load):.2f}"]
-    return f"| {' | '.join(cells)} |"
+    return markdown.row(cells)
 
 
 def main() -> None:
@@ -86,11 +87,10 @@ def main() -> None:
         f"{batches:,} batches an epoch, {RANKS:,} ranks\n"
     )
     states = [sampler_of(0).state_dict(step=step) for step in STEPS]
-    resumes = "".join(
-        f" load at slot {state['slot']:,}, ms | first batch, ms |" for state in states
-    )
-    print(f"| rank | steps | slots | memory, kB |{resumes}")
-    print("|" + "---|" * (4 + 2 * len(STEPS)))
+    names = ["rank", "steps", "slots", "memory, kB"]
+    for state in states:
+        names += [f"load at slot {state['slot']:,}, ms", "first batch, ms"]
+    print(markdown.head(names))
     for rank in SHOWN:
         print(line(rank), flush=True)
     print(f"\nthe state as JSON: {max(len(json.dumps(state)) for state in states)} bytes")

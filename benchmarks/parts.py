@@ -63,7 +63,7 @@ def merged_upwards(classes: Any, sizes: Any, num_patches: int, *rest: Any) -> An
 def changed(**values: Any) -> Iterator[None]:
     """Change constants of the rule for a while."""
     # What is a class is said in another room.
-    places = {name: steps if name == "CLASS_BITS" else cost_bins for name in values}
+    places = {name: steps if name == "MANTISSA_BITS" else cost_bins for name in values}
     before = {name: getattr(place, name) for name, place in places.items()}
     for name, value in values.items():
         setattr(places[name], name, value)
@@ -75,12 +75,12 @@ def changed(**values: Any) -> Iterator[None]:
 
 
 RULES: dict[str, dict[str, Any]] = {
-    "one size a patch": {"_last_of_parts": lambda c, s, *rest: np.diff(c.patches, append=-1) != 0},
-    "1/8 octave, merged upwards": {"_last_of_parts": merged_upwards},
-    "any that saves a batch": {"LEAST_BATCHES": 1},
-    "this rule, 2 bits": {"CLASS_BITS": 2},
+    "one size a patch": {"_bin_ends": lambda c, s, *rest: np.diff(c.patches, append=-1) != 0},
+    "1/8 octave, merged upwards": {"_bin_ends": merged_upwards},
+    "any that saves a batch": {"MIN_COUNTED_BATCHES": 1},
+    "this rule, 2 bits": {"MANTISSA_BITS": 2},
     "this rule": {},
-    "this rule, 4 bits": {"CLASS_BITS": 4, "KINDS": 512},
+    "this rule, 4 bits": {"MANTISSA_BITS": 4, "MAX_SIZE_CLASSES": 512},
 }
 
 
@@ -155,7 +155,7 @@ def main() -> None:
         groups = PatchGroups.from_ids(random.integers(0, patches, 10**7))
         budget = CostBudget(max(800.0, float(costs.max())), sample_costs=costs)
         start = time.perf_counter()
-        cost_bins.parts_of(groups, budget, partial)
+        cost_bins.cut_into_bins(groups, budget, partial)
         took = time.perf_counter() - start
         print(f"\n1e7 samples of {patches} patches: {took:.2f} s", end="")
     print()

@@ -26,9 +26,9 @@ from types import CodeType
 from typing import Any, NamedTuple
 
 LIMIT = 1.01
-WATCHED = re.compile(r"recorder\.range\(|self\._(handing_out|evaluating|travelling)\b")
+WATCHED = re.compile(r"recorder\.range\(|self\._\w+_range\b")
 """What the ranges' `with` statements enter."""
-COUNTED = re.compile(r"self\._(recorder\.(iterators|batches)|growth\.look)")
+COUNTED = re.compile(r"self\._(recorder\.(iterators|batches)|growth\.check)")
 """What else is done for figures: a count of batches, the living iterators, an epoch's memory."""
 
 
@@ -75,7 +75,7 @@ class Cut(ast.NodeTransformer):
     visit_Expr = visit_AugAssign = statement
 
     def visit_Assign(self, node: ast.Assign) -> Any:
-        if ast.unparse(node.value) == "self._recorder.watch":
+        if ast.unparse(node.value) == "self._recorder.watcher":
             self.removed.append(ast.unparse(node))
             node.value = ast.Constant(None)
         return node

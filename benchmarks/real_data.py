@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from benchmarks import markdown
 from benchmarks.make_data import OUT
 from gpusampler import CostBudget, PatchBatchSampler, Temperature
 
@@ -186,9 +187,7 @@ def print_atoms(rows: list[Padding]) -> None:
     atoms = sizes_of("molecules")
     print(f"\n{atoms.size} molecules and atoms\n")
     sizes, counts = np.unique(atoms, return_counts=True)
-    print("| atoms | " + " | ".join(map(str, sizes)) + " |")
-    print("|---" * (sizes.size + 1) + "|")
-    print("| molecules | " + " | ".join(map(str, counts)) + " |\n")
+    print(markdown.table(["atoms", *sizes], [["molecules", *counts]]) + "\n")
     print(
         "| batches | an epoch has | padding, of atoms | padding, of pairs | "
         "largest batch, pairs | mean batch / largest |"

@@ -2,9 +2,9 @@
 
 Three parts: the share of a memory budget that batches of groundwater patches use (``memory``), the
 demo's training with and without a budget (``training``), and samplers of other projects that fill
-a budget, on the same lengths as ours (``peers``). Needs the ``demo`` extra; a peer that is not
-installed (``bench`` extra) is named as missing. Times are those of the processor, on one thread:
-other work on the machine disturbs them less.
+a budget, on the same lengths as ours (``peers``). Needs the ``demo`` extra and gstools; a peer that
+is not installed (``bench`` extra) is named as missing. Times are those of the processor, on one
+thread: other work on the machine disturbs them less.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import gc
 import json
 import multiprocessing
 import platform
+import sys
 import time
 from collections.abc import Callable, Mapping
 from importlib import metadata
@@ -23,8 +24,11 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks import peers_sizing
+from benchmarks import markdown, peers_sizing
 from gpusampler import CostBudget, PatchBatchSampler, PatchGroups
+
+# The simulation is not installed.
+sys.path.append(str(Path(__file__).parents[1] / "docs" / "examples"))
 
 FIXED = (1, 2, 4, 8, 16, 32, 64)
 """Fixed batch sizes; the budget of each is what its batch of the largest patch costs."""
@@ -45,22 +49,14 @@ def patch_points(preset: str) -> dict[str, list[int]]:
 
     The map is drawn and cut as the simulation does it, which does not need MODFLOW.
     """
-    from gpusampler.demo.aquifer import build_aquifer
-    from gpusampler.demo.patches import cut_patches
-    from gpusampler.demo.simulate import DEFAULT_SEED
-    from gpusampler.demo.simulation_settings import preset_settings
+    from groundwater_simulation.aquifer import build_aquifer
+    from groundwater_simulation.patches import cut_aquifer
+    from groundwater_simulation.settings import preset_settings
+    from groundwater_simulation.simulate import DEFAULT_SEED
 
     settings = preset_settings(preset)
     aquifer = build_aquifer(settings, DEFAULT_SEED)
-    patches = cut_patches(
-        aquifer.active,
-        aquifer.x,
-        aquifer.y,
-        settings.patch_sizes,
-        seed=DEFAULT_SEED,
-        rings=settings.ghost_rings,
-        neighbours=settings.ghost_neighbours,
-    )
+    patches = cut_aquifer(aquifer, settings, DEFAULT_SEED)
     core = [settings.n_layers * int(patch.core.sum()) for patch in patches]
     ghost = [settings.n_layers * int(patch.ghost.sum()) for patch in patches]
     return {"core": core, "core and ghost": [a + b for a, b in zip(core, ghost, strict=True)]}
@@ -109,7 +105,7 @@ def used(costs: np.ndarray, samples: int, fixed: int) -> dict[str, Any]:
 
 def memory() -> dict[str, Any]:
     """Measure the use of the budget on both presets, for all sizes and lengths of the series."""
-    from gpusampler.demo.simulation_settings import preset_settings
+    from groundwater_simulation.settings import preset_settings
 
     found: dict[str, Any] = {}
     for preset in ("small", "medium"):
@@ -266,12 +262,8 @@ def peers() -> dict[str, Any]:
     }
 
 
-def _table(head: str, rows: list[list[str]]) -> None:
-    print(head)
-    print("|" + "---|" * (head.count("|") - 1))
-    for row in rows:
-        print(f"| {' | '.join(row)} |")
-    print(flush=True)
+def _table(names: str, rows: list[list[str]]) -> None:
+    print(markdown.table(names.split(" | "), rows), end="\n\n", flush=True)
 
 
 def print_memory(found: Mapping[str, Any]) -> None:
@@ -295,8 +287,8 @@ def print_memory(found: Mapping[str, Any]) -> None:
             ]
         )
     _table(
-        "| patches, cost, series | points | samples a patch | batches, fixed | batches, budget | "
-        "fill, fixed | fill, budget | gain | possible | gain / possible |",
+        "patches, cost, series | points | samples a patch | batches, fixed | batches, budget | "
+        "fill, fixed | fill, budget | gain | possible | gain / possible",
         rows,
     )
     print("fill of the budget / gain over possible gain, by the fixed size that sets it\n")
@@ -304,7 +296,7 @@ def print_memory(found: Mapping[str, Any]) -> None:
         [name, *(f"{one['fill']:.2f} / {one['ratio']:.2f}" for one in case["by_size"])]
         for name, case in found.items()
     ]
-    _table(f"| patches, cost, series | {' | '.join(map(str, FIXED))} |", rows)
+    _table(f"patches, cost, series | {' | '.join(map(str, FIXED))}", rows)
 
 
 def print_training(found: Mapping[str, Any]) -> None:
@@ -328,8 +320,8 @@ def print_training(found: Mapping[str, Any]) -> None:
             ]
         )
     _table(
-        "| size | batches | steps an epoch | samples / s | against fixed | peak, MB | "
-        f"probe loss after {found['epochs']} epochs |",
+        "size | batches | steps an epoch | samples / s | against fixed | peak, MB | "
+        f"probe loss after {found['epochs']} epochs",
         rows,
     )
 
@@ -375,14 +367,14 @@ def print_peers(found: Mapping[str, Any]) -> None:
                 ]
             )
         _table(
-            "| sampler | bounds | batches | sum / budget | padded / budget | padding | "
-            "over: sum / padded | mixed | lost / repeated | too long, handed out |",
+            "sampler | bounds | batches | sum / budget | padded / budget | padding | "
+            "over: sum / padded | mixed | lost / repeated | too long, handed out",
             rows,
         )
         if workload is found["workloads"][1]:
             _table(
-                "| sampler | construct, ms | an epoch, ms | len() | batches of the second epoch | "
-                "second epoch | stopped in the middle, goes on with |",
+                "sampler | construct, ms | an epoch, ms | len() | batches of the second epoch | "
+                "second epoch | stopped in the middle, goes on with",
                 more,
             )
     for name in ("pyg_seconds_by_samples", "pyg_seconds_unshuffled", "pyg_too_long_at_the_end"):

@@ -16,6 +16,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from benchmarks import markdown
 from gpusampler import EpochPlan, PatchGroups
 from gpusampler.plan.epoch_plan import STEPS
 
@@ -174,21 +175,18 @@ def main(arguments: list[str] | None = None) -> None:
     print(f"{platform.machine()}, Python {platform.python_version()}, numpy {np.__version__}")
     print("time of an epoch, 1 = no rank ever waits")
     print(f"mean of {EPOCHS} epochs, and of {DRAWS} draws of lognormal costs\n")
-    print(
-        "| patches | ranks | free | balanced | same_patch | same_patch: batches that come again |"
-    )
-    print("|---|---|---|---|---|---|")
+    print(markdown.head(("patches", "ranks", *STEPS, "same_patch: batches that come again")))
     found = table(cases())
     for case, by_steps in found:
-        times = " | ".join(f"{one.time:.2f}" for one in by_steps.values())
-        print(f"| {case.name} | {case.ranks} | {times} | {by_steps['same_patch'].padding:.0%} |")
+        times = [f"{one.time:.2f}" for one in by_steps.values()]
+        padding = f"{by_steps['same_patch'].padding:.0%}"
+        print(markdown.row([case.name, case.ranks, *times, padding]))
     print(f"\nmicroseconds a slot, {BLOCK} slots at once, 8 ranks\n")
-    print("| patches | free | balanced | same_patch |")
-    print("|---|---|---|---|")
+    print(markdown.head(("patches", *STEPS)))
     for patches in PATCHES:
         workload = lognormal(patches, 1.0)
-        took = " | ".join(f"{microseconds(workload, steps, 8):.3f}" for steps in STEPS)
-        print(f"| {patches} | {took} |")
+        took = [f"{microseconds(workload, steps, 8):.3f}" for steps in STEPS]
+        print(markdown.row([patches, *took]))
     if asked.picture:
         draw(found, asked.picture)
 

@@ -11,7 +11,7 @@ import pytest
 
 from gpusampler import EpochPlan, PatchBatchSampler, PatchGroups, PatchTensorLoader
 from gpusampler.core import arrays, devices
-from support.libraries import cupy_cuda
+from support.libraries import has_cupy_cuda
 
 pytestmark = [
     pytest.mark.gpu,
@@ -34,7 +34,7 @@ every_order = pytest.mark.parametrize("order", ORDERS.values(), ids=ORDERS)
 
 @pytest.fixture
 def cupy():
-    if not cupy_cuda():
+    if not has_cupy_cuda():
         pytest.skip("cupy is not installed or sees no CUDA device")
     import cupy
 
@@ -100,14 +100,14 @@ def test_ids_stay_on_the_device(torch, monkeypatch, dtype):
 @pytest.mark.filterwarnings("ignore:partial='drop' leaves out")
 def test_lists_are_those_of_numpy(ids, epoch, partial, order):
     settings = {"seed": 1 << 63, "partial": partial, **order}
-    there = PatchBatchSampler(ids, BATCH, **settings)
-    here = PatchBatchSampler(IDS, BATCH, **settings)
-    assert there.plan.device != here.plan.device
-    for sampler in (there, here):
+    device_sampler = PatchBatchSampler(ids, BATCH, **settings)
+    host_sampler = PatchBatchSampler(IDS, BATCH, **settings)
+    assert device_sampler.plan.device != host_sampler.plan.device
+    for sampler in (device_sampler, host_sampler):
         sampler.set_epoch(epoch)
-    assert list(there) == list(here)
-    assert there.plan._evaluator().has_kernel
-    assert there.state_dict() == here.state_dict()
+    assert list(device_sampler) == list(host_sampler)
+    assert device_sampler.plan._evaluator().has_kernel
+    assert device_sampler.state_dict() == host_sampler.state_dict()
 
 
 @every_order
@@ -118,16 +118,16 @@ def test_kernel_reference_and_host_agree(request, device, order):
     plan = host.on(device)
     slots = np.random.default_rng(2).integers(0, plan.num_batches, 200)
     wanted = host.evaluate(7, slots)
-    there = arrays.to_device(slots, plan.device)
-    for found in (
+    device_slots = arrays.to_device(slots, plan.device)
+    for block in (
         plan.evaluate(7, slots),
-        plan.evaluate(7, there),
-        plan.evaluate_reference(7, there),
+        plan.evaluate(7, device_slots),
+        plan.evaluate_reference(7, device_slots),
     ):
-        for ours, theirs in zip(found, wanted, strict=True):
-            assert arrays.device_of(ours) == plan.device
-            np.testing.assert_array_equal(arrays.to_numpy(ours), theirs)
-    narrow = plan.evaluate(7, there, dtype="int32").indices
+        for actual, expected in zip(block, wanted, strict=True):
+            assert arrays.device_of(actual) == plan.device
+            np.testing.assert_array_equal(arrays.to_numpy(actual), expected)
+    narrow = plan.evaluate(7, device_slots, dtype="int32").indices
     assert arrays.dtype_name(narrow) == "int32"
     np.testing.assert_array_equal(arrays.to_numpy(narrow), wanted.indices)
     assert plan._evaluator().has_kernel
@@ -217,20 +217,20 @@ def test_two_current_streams(torch, order):
     host = host_plan(**order)
     plan = host.on("cuda")
     slots = np.arange(host.num_batches)
-    there = torch.from_numpy(slots).cuda()
-    plan.evaluate(0, there)
+    device_slots = torch.from_numpy(slots).cuda()
+    plan.evaluate(0, device_slots)
     torch.cuda.synchronize()
     streams = torch.cuda.Stream(), torch.cuda.Stream()
     for epoch in (1, 2):
-        found = []
+        results = []
         for number, stream in enumerate(streams):
             with torch.cuda.stream(stream):
                 if number == 0:
                     # The first stream is late with everything that it was given to do.
                     torch.cuda._sleep(200_000_000)
-                found.append(plan.evaluate(epoch, there).indices)
+                results.append(plan.evaluate(epoch, device_slots).indices)
         torch.cuda.synchronize()
-        for indices in found:
+        for indices in results:
             wanted = host.evaluate(epoch, slots).indices
             np.testing.assert_array_equal(indices.cpu().numpy(), wanted)
 
@@ -250,11 +250,11 @@ def test_cupy_on_a_stream_of_ones_own(cupy):
     stream = cupy.cuda.Stream(non_blocking=True)
     with stream:
         plan = host.on("cupy")
-        found = plan.evaluate(0, slots).indices
+        indices = plan.evaluate(0, slots).indices
         sampler = PatchBatchSampler(cupy.asarray(IDS), BATCH, seed=0)
         lists = list(sampler)
     stream.synchronize()
-    np.testing.assert_array_equal(found.get(), wanted)
+    np.testing.assert_array_equal(indices.get(), wanted)
     assert lists == list(PatchBatchSampler(IDS, BATCH, seed=0))
 
 
@@ -274,8 +274,8 @@ def test_arrays_go_over_without_a_copy(torch, cupy):
 
 def test_ids_of_cupy_for_torch_and_the_other_way_round(torch, cupy, ids):
     wanted = list(PatchBatchSampler(IDS, BATCH, seed=0))
-    for given, device in ((cupy.asarray(IDS), "cuda"), (ids, "cupy"), (IDS, "cupy")):
-        sampler = PatchBatchSampler(given, BATCH, seed=0, device=device)
+    for source, device in ((cupy.asarray(IDS), "cuda"), (ids, "cupy"), (IDS, "cupy")):
+        sampler = PatchBatchSampler(source, BATCH, seed=0, device=device)
         assert list(sampler) == wanted
         assert sampler.plan._evaluator().has_kernel
 
@@ -291,8 +291,8 @@ def test_a_sampler_goes_to_a_process_that_is_spawned(ids):
     sampler = PatchBatchSampler(ids, BATCH, seed=0)
     drained(sampler.batches(0))
     with multiprocessing.get_context("spawn").Pool(1) as pool:
-        found = pool.apply(as_lists, (pickle.dumps(sampler),))
-    assert found == list(PatchBatchSampler(IDS, BATCH, seed=0))
+        batches = pool.apply(as_lists, (pickle.dumps(sampler),))
+    assert batches == list(PatchBatchSampler(IDS, BATCH, seed=0))
 
 
 # torch's threads and CUDA's are no business of workers that touch neither.
@@ -310,10 +310,10 @@ def test_workers_that_are_forked(torch, ids):
     )
     for _ in range(2):
         epoch = sampler.epoch
-        found = [batch.tolist() for batch in loader]
-        here = PatchBatchSampler(IDS, BATCH, seed=0)
-        here.set_epoch(epoch)
-        assert found == list(here)
+        batches = [batch.tolist() for batch in loader]
+        host_sampler = PatchBatchSampler(IDS, BATCH, seed=0)
+        host_sampler.set_epoch(epoch)
+        assert batches == list(host_sampler)
 
 
 # Wrong use

@@ -25,14 +25,14 @@ def test_a_mapped_index_on_a_gpu_gives_the_same_batches(torch, tmp_path):
 
 def test_a_profile_says_what_travels_and_what_a_gpu_holds(torch):
     sampler = PatchBatchSampler(torch.from_numpy(IDS).cuda(), 64, seed=1)
-    held = torch.zeros(64 << 20, dtype=torch.uint8, device="cuda")
+    tensor = torch.zeros(64 << 20, dtype=torch.uint8, device="cuda")
     with sampler.profile() as profile:
         assert list(sampler) == EXPECTED
     rows = {row.name: row for row in profile.rows}
     assert rows["evaluate"].seconds > 0
     assert rows["transfer"].seconds > 0
     assert sum(row.share for row in profile.rows) == pytest.approx(1, abs=0.02)
-    assert profile.device_peak_bytes >= held.nbytes
+    assert profile.device_peak_bytes >= tensor.nbytes
     assert any(name.startswith("cuda") for name in sampler.stats().table_bytes)
 
 
@@ -49,8 +49,8 @@ def test_free_memory_is_what_the_driver_and_the_pool_have(torch):
     device = Device("torch", f"cuda:{torch.cuda.current_device()}")
     before = memory.free_bytes(device)
     assert 0 < before <= torch.cuda.get_device_properties(0).total_memory
-    held = torch.empty(1 << 30, dtype=torch.uint8, device="cuda")
-    assert before - memory.free_bytes(device) >= held.nbytes // 2
+    tensor = torch.empty(1 << 30, dtype=torch.uint8, device="cuda")
+    assert before - memory.free_bytes(device) >= tensor.nbytes // 2
 
 
 @pytest.mark.parametrize("left", [0, 1 << 20])

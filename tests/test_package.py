@@ -6,11 +6,8 @@ import ast
 import doctest
 import inspect
 import json
-import os
 import re
 import shutil
-import subprocess
-import sys
 from importlib import import_module
 from pathlib import Path
 
@@ -19,7 +16,7 @@ import pytest
 
 import gpusampler
 from support.paths import ROOT
-from support.processes import environment
+from support.processes import run_python
 
 PACKAGE = Path(gpusampler.__file__).parent
 
@@ -53,21 +50,21 @@ def lint_imports(folder: Path) -> str:
     """
     shutil.copy(ROOT / "pyproject.toml", folder)
     code = "from importlinter.cli import lint_imports_command; lint_imports_command()"
-    command = [sys.executable, "-c", code, "--no-cache"]
-    done = subprocess.run(command, cwd=folder, env=environment(), capture_output=True, text=True)
-    assert done.returncode in (0, 1), done.stderr
-    assert (done.returncode == 0) == (" 0 broken" in done.stdout), done.stdout + done.stderr
-    return done.stdout
+    process = run_python("-c", code, "--no-cache", cwd=folder, check=False)
+    assert process.returncode in (0, 1), process.stderr
+    report = process.stdout
+    assert (process.returncode == 0) == (" 0 broken" in report), report + process.stderr
+    return report
 
 
 def test_imports_run_down_only(tmp_path):
     pytest.importorskip("importlinter")
-    found = lint_imports(tmp_path)
-    assert " 0 broken" in found, found
+    report = lint_imports(tmp_path)
+    assert " 0 broken" in report, report
 
 
 @pytest.mark.parametrize(
-    ("module", "line", "told"),
+    ("module", "line", "message"),
     [
         ("core/log.py", "from gpusampler import PatchGroups", "gpusampler.core.log -> "),
         (
@@ -88,14 +85,14 @@ def test_imports_run_down_only(tmp_path):
         ),
     ],
 )
-def test_an_import_that_runs_up_is_found(tmp_path, module, line, told):
+def test_an_import_that_runs_up_is_found(tmp_path, module, line, message):
     pytest.importorskip("importlinter")
     ignored = shutil.ignore_patterns("__pycache__", "data")
     shutil.copytree(PACKAGE, tmp_path / "gpusampler", ignore=ignored)
     with (tmp_path / "gpusampler" / module).open("a") as file:
         # Lazy imports count, too.
         file.write(f"\n\ndef planted():\n    {line}\n")
-    assert re.search(told, lint_imports(tmp_path))
+    assert re.search(message, lint_imports(tmp_path))
 
 
 def test_modules_live_in_wings():
@@ -107,8 +104,8 @@ def test_the_arithmetic_knows_no_library():
     # Words in a comment or a docstring name nothing.
     naming = {}
     for path in files():
-        place = path.relative_to(PACKAGE)
-        if any(place.match(pattern) for pattern in NAME_LIBRARIES):
+        module = path.relative_to(PACKAGE)
+        if any(module.match(pattern) for pattern in NAME_LIBRARIES):
             continue
         nodes = list(ast.walk(ast.parse(path.read_text())))
         named = {node.id for node in nodes if isinstance(node, ast.Name)}
@@ -118,19 +115,12 @@ def test_the_arithmetic_knows_no_library():
             elif isinstance(node, ast.ImportFrom) and node.module:
                 named.add(node.module.split(".")[0])
         if named & {"torch", "cupy"}:
-            naming[str(place)] = named & {"torch", "cupy"}
+            naming[str(module)] = named & {"torch", "cupy"}
     assert naming == {}
 
 
 def in_a_new_process(code: str, **variables: str) -> str:
-    done = subprocess.run(
-        [sys.executable, "-c", code],
-        capture_output=True,
-        text=True,
-        check=True,
-        env={**os.environ, **variables},
-    )
-    return done.stdout
+    return run_python("-c", code, **variables).stdout
 
 
 def test_importing_the_package_imports_nothing_heavy():
@@ -154,7 +144,7 @@ def test_a_whole_epoch_on_numpy_imports_neither_torch_nor_cupy():
 
 
 def test_the_package_works_where_torch_is_not_installed():
-    said = in_a_new_process(
+    messages = in_a_new_process(
         "import sys; sys.modules['torch'] = sys.modules['cupy'] = None\n"
         "import gpusampler\n"
         "assert sum(map(len, gpusampler.PatchBatchSampler([1, 1, 2], 2))) == 3\n"
@@ -162,11 +152,11 @@ def test_the_package_works_where_torch_is_not_installed():
         "    try: gpusampler.PatchBatchSampler([1, 1, 2], 2, **settings)\n"
         "    except RuntimeError as error: print(error)\n"
     ).splitlines()
-    assert len(said) == 3
-    assert re.search("device .* torch is not installed, got 'cpu'.*gpusampler.torch", said[0])
-    assert re.search("device .* cupy is not installed, got 'cupy'", said[1])
+    assert len(messages) == 3
+    assert re.search("device .* torch is not installed, got 'cpu'.*gpusampler.torch", messages[0])
+    assert re.search("device .* cupy is not installed, got 'cupy'", messages[1])
     # The argument that was given is the one that is named.
-    assert re.search("output .* torch", said[2])
+    assert re.search("output .* torch", messages[2])
 
 
 @pytest.mark.serial("measures time")
@@ -237,7 +227,7 @@ def raises_something(function) -> bool:
     tree = ast.parse(inspect.cleandoc("\n" + inspect.getsource(function)))
     return any(
         isinstance(node, ast.Raise)
-        or (isinstance(node, ast.Call) and re.search(r"checked_\w+$", ast.unparse(node.func)))
+        or (isinstance(node, ast.Call) and re.search(r"check_\w+$", ast.unparse(node.func)))
         for node in ast.walk(tree)
     )
 

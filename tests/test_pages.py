@@ -8,7 +8,6 @@ from __future__ import annotations
 import inspect
 import io
 import re
-import subprocess
 import sys
 from contextlib import redirect_stdout
 from importlib import import_module
@@ -18,6 +17,7 @@ import pytest
 
 import gpusampler
 from support.paths import ROOT
+from support.processes import run_python
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 # Compares peaks of memory, which show where nothing was freed before.
@@ -40,10 +40,10 @@ def run(page: str, text: str) -> int:
             assert printed == block, f"{page}[{number}] is not what the block above it prints"
             printed, compared = None, compared + 1
             continue
-        said = io.StringIO()
-        with redirect_stdout(said):
+        printed_text = io.StringIO()
+        with redirect_stdout(printed_text):
             exec(compile(block, f"{page}[{number}]", "exec"), names)
-        printed = said.getvalue()
+        printed = printed_text.getvalue()
     return compared
 
 
@@ -63,7 +63,7 @@ def test_snippets_run(page, tmp_path, monkeypatch):
     (tmp_path / "docs").mkdir()
     (tmp_path / "docs" / "data").symlink_to(ROOT / "docs" / "data")
     if page.name in ALONE:
-        subprocess.run([sys.executable, "-W", "error", __file__, str(page)], check=True)
+        run_python("-W", "error", __file__, page, cwd=tmp_path)
     else:
         run(page.name, text)
 

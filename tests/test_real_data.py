@@ -62,38 +62,38 @@ class TestAnEpoch:
 
     def test_batches_are_the_same_on_every_library(self, ids, library):
         """Ids on a device; batches there, and as lists."""
-        theirs = PatchBatchSampler(library.array(ids), BATCH_SIZE, seed=7)
-        ours = PatchBatchSampler(ids, BATCH_SIZE, seed=7, device="numpy")
-        for mine, other in zip(ours.batches(3), theirs.batches(3), strict=True):
-            assert (mine.patch_id, mine.valid) == (other.patch_id, other.valid)
-            assert mine.indices.tolist() == library.host(other.indices).tolist()
-        ours.set_epoch(3)
-        theirs.set_epoch(3)
-        assert list(ours) == list(theirs)
+        device_sampler = PatchBatchSampler(library.array(ids), BATCH_SIZE, seed=7)
+        host_sampler = PatchBatchSampler(ids, BATCH_SIZE, seed=7, device="numpy")
+        for ours, theirs in zip(host_sampler.batches(3), device_sampler.batches(3), strict=True):
+            assert (ours.patch_id, ours.valid) == (theirs.patch_id, theirs.valid)
+            assert ours.indices.tolist() == library.host(theirs.indices).tolist()
+        host_sampler.set_epoch(3)
+        device_sampler.set_epoch(3)
+        assert list(host_sampler) == list(device_sampler)
 
     def test_budgets_make_the_same_batches_on_every_library(self, library):
         lengths = sizes_of("vowels")
         speakers = load("vowels")["speaker"].astype(np.int64)
         budget = CostBudget(256, sample_costs=lengths)
-        theirs = PatchBatchSampler(library.array(speakers), budget, seed=7)
-        ours = PatchBatchSampler(speakers, budget, seed=7)
-        assert lists(ours.batches(2)) == [
-            library.host(batch.indices).tolist() for batch in theirs.batches(2)
+        device_sampler = PatchBatchSampler(library.array(speakers), budget, seed=7)
+        host_sampler = PatchBatchSampler(speakers, budget, seed=7)
+        assert lists(host_sampler.batches(2)) == [
+            library.host(batch.indices).tolist() for batch in device_sampler.batches(2)
         ]
 
 
 class TestBudgets:
-    @pytest.mark.parametrize("by", ["all", "speaker", "speaker and length"])
-    @pytest.mark.parametrize("most", [29, 100, 256, 2000])
-    def test_padded_utterances_are_never_over(self, by, most):
+    @pytest.mark.parametrize("patch_kind", ["all", "speaker", "speaker and length"])
+    @pytest.mark.parametrize("budget", [29, 100, 256, 2000])
+    def test_padded_utterances_are_never_over(self, patch_kind, budget):
         lengths = sizes_of("vowels")
         speaker = load("vowels")["speaker"].astype(np.int64)
         patches = {"all": np.zeros_like(lengths), "speaker": speaker}
-        ids = patches.get(by, speaker * 100 + lengths)
-        sampler = PatchBatchSampler(ids, CostBudget(most, sample_costs=lengths), seed=3)
+        ids = patches.get(patch_kind, speaker * 100 + lengths)
+        sampler = PatchBatchSampler(ids, CostBudget(budget, sample_costs=lengths), seed=3)
         for epoch in range(2):
             batches = list(sampler.batches(epoch))
-            assert max(b.valid * lengths[b.indices].max() for b in batches) <= most
+            assert max(b.valid * lengths[b.indices].max() for b in batches) <= budget
             assert all((ids[batch.indices] == batch.patch_id).all() for batch in batches)
             assert (seen(ids.size, lists(batches)) == 1).all()
 
@@ -111,17 +111,17 @@ class TestBudgets:
     @pytest.mark.parametrize("settings", [{}, {"power_of_two": True}, {"max_batch_size": 6}])
     def test_pairs_and_triples_of_atoms_are_never_over(self, power, settings):
         atoms = sizes_of("molecules")
-        most = 4 * 14**power
-        budget = CostBudget(most, cost=lambda size: size**power, **settings)
+        max_cost = 4 * 14**power
+        budget = CostBudget(max_cost, cost=lambda size: size**power, **settings)
         sampler = PatchBatchSampler(atoms, budget, seed=3)
         sizes = sampler.plan.sizes_by_patch
         _, counts = np.unique(atoms, return_counts=True)
         for size, count, batch_size in zip(range(1, 15), counts, sizes, strict=True):
-            assert batch_size * size**power <= most
+            assert batch_size * size**power <= max_cost
             if not settings:
                 # The largest size within the budget, as far as there are molecules.
-                assert batch_size == min(most // size**power, count)
-        assert max(b.valid * b.patch_id**power for b in sampler.batches(0)) <= most
+                assert batch_size == min(max_cost // size**power, count)
+        assert max(b.valid * b.patch_id**power for b in sampler.batches(0)) <= max_cost
         assert sampler.coverage().exact
 
     def test_a_budget_uses_more_of_its_peak_than_a_number(self):
@@ -211,8 +211,8 @@ class TestSeries:
     @pytest.mark.parametrize("temperature", [2, 5, float("inf")])
     def test_weights_share_the_batches_out(self, storm, temperature):
         sampler = PatchBatchSampler(storm, 8, seed=0, weights=Temperature(temperature))
-        own = sampler.plan.own_batches_by_patch
-        share = own ** (1 / temperature)
+        own_batches = sampler.plan.own_batches_by_patch
+        share = own_batches ** (1 / temperature)
         ideal = len(sampler) * share / share.sum()
         shares = sampler.coverage(0).batches
         assert np.abs(shares - ideal).max() < 1
@@ -221,9 +221,9 @@ class TestSeries:
 
     def test_a_long_series_comes_round_exactly_and_a_short_one_many_times(self, storm):
         sampler = PatchBatchSampler(storm, 8, seed=0, weights=Temperature(float("inf")))
-        own, slots = sampler.plan.own_batches_by_patch, sampler.coverage(0).batches
-        longest, shortest = int(own.argmax()), int(np.bincount(storm).argmin())
-        epochs = int(np.lcm(own[longest], slots[longest]) // slots[longest])
+        own_batches, slots = sampler.plan.own_batches_by_patch, sampler.coverage(0).batches
+        longest, shortest = int(own_batches.argmax()), int(np.bincount(storm).argmin())
+        epochs = int(np.lcm(own_batches[longest], slots[longest]) // slots[longest])
         rows = [b.indices for epoch in range(epochs) for b in sampler.batches(epoch)]
         times = seen(storm.size, rows)
         assert len(set(times[storm == longest].tolist())) == 1
@@ -231,12 +231,12 @@ class TestSeries:
 
     def test_series_that_are_held_out_are_whole(self, storm):
         train, test = PatchGroups.from_ids(storm).split([0.8, 0.2], by="patch", seed=0)
-        parts = [
+        samples = [
             np.concatenate([b.indices for b in PatchBatchSampler.for_evaluation(p, 8).batches()])
             for p in (train, test)
         ]
-        assert not set(storm[parts[0]].tolist()) & set(storm[parts[1]].tolist())
-        assert sorted(np.concatenate(parts).tolist()) == list(range(storm.size))
+        assert not set(storm[samples[0]].tolist()) & set(storm[samples[1]].tolist())
+        assert sorted(np.concatenate(samples).tolist()) == list(range(storm.size))
 
     def test_names_are_ids(self, storm):
         names = load("storms")["name"]
@@ -275,16 +275,16 @@ class TestRanksAndStates:
         assert (total == 1).all()
 
     def test_a_run_that_stops_in_mid_epoch_goes_on(self, ids):
-        whole = PatchBatchSampler(ids, BATCH_SIZE, seed=5)
-        expected = [batch for _ in range(3) for batch in whole]
+        uninterrupted = PatchBatchSampler(ids, BATCH_SIZE, seed=5)
+        expected = [batch for _ in range(3) for batch in uninterrupted]
         sampler = PatchBatchSampler(ids, BATCH_SIZE, seed=5)
-        done = list(sampler)
+        batches_before = list(sampler)
         batches = iter(sampler)
-        done += [next(batches) for _ in range(len(sampler) // 3)]
+        batches_before += [next(batches) for _ in range(len(sampler) // 3)]
         state = json.loads(json.dumps(sampler.state_dict()))
         resumed = PatchBatchSampler(ids, BATCH_SIZE, seed=5)
         resumed.load_state_dict(state)
-        assert done + list(resumed) + list(resumed) == expected
+        assert batches_before + list(resumed) + list(resumed) == expected
 
     def test_a_state_goes_on_with_other_ranks_budget_and_weights(self):
         storm = ids_of("storms")
@@ -302,12 +302,12 @@ class TestRanksAndStates:
         expected = lists(sampler(1, 0).batches(0))
         four = [sampler(4, rank) for rank in range(4)]
         iterators = [iter(rank) for rank in four]
-        done = [next(iterator) for _ in range(100) for iterator in iterators]
+        batches_before = [next(iterator) for _ in range(100) for iterator in iterators]
         three = [sampler(3, rank) for rank in range(3)]
         for rank in three:
             rank.load_state_dict(four[0].state_dict())
-        rest = [batch for step in zip(*three, strict=True) for batch in step]
-        assert (done + rest)[: len(expected)] == expected
+        batches_after = [batch for step in zip(*three, strict=True) for batch in step]
+        assert (batches_before + batches_after)[: len(expected)] == expected
 
     def test_a_state_of_other_data_is_refused(self):
         state = PatchBatchSampler(ids_of("vowels"), BATCH_SIZE, seed=5).state_dict()
@@ -324,7 +324,7 @@ class TestRanksAndStates:
             took = []
             for epoch in range(10):
                 pairs = [b.valid * b.patch_id**2 for b in sampler.batches(epoch)]
-                took.append(sum(max(pairs[at : at + 4]) for at in range(0, len(pairs), 4)))
+                took.append(sum(max(pairs[i : i + 4]) for i in range(0, len(pairs), 4)))
             return float(np.mean(took)) * 4 / float((atoms**2).sum())
 
         balanced = waited("balanced", step_width=4, patch_costs=lambda size: size**2)

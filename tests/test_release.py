@@ -8,8 +8,6 @@ import hashlib
 import importlib.util
 import json
 import re
-import subprocess
-import sys
 import tarfile
 import zipfile
 from email import message_from_string
@@ -20,6 +18,7 @@ import pytest
 
 import gpusampler
 from support.paths import ROOT
+from support.processes import run_python
 
 PACKAGE = ROOT / "gpusampler"
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -51,15 +50,14 @@ def test_the_version_is_the_same_everywhere():
 
 def test_the_command_says_the_version():
     pytest.importorskip("click")
-    command = [sys.executable, "-m", "gpusampler", "--version"]
-    said = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    assert said == f"gpusampler, version {gpusampler.__version__}\n"
+    process = run_python("-m", "gpusampler", "--version")
+    assert process.stdout == f"gpusampler, version {gpusampler.__version__}\n"
 
 
 def test_the_licence_is_apaches_to_the_letter():
     assert sha256((ROOT / "docs" / "LICENSE").read_bytes()) == APACHE
-    found = metadata.metadata("gpusampler")
-    assert found["License-Expression"] == "Apache-2.0"
+    package_metadata = metadata.metadata("gpusampler")
+    assert package_metadata["License-Expression"] == "Apache-2.0"
     assert "license: Apache-2.0" in (ROOT / "docs/CITATION.cff").read_text().splitlines()
 
 
@@ -98,10 +96,9 @@ def test_the_core_that_versions_run_is_there():
 
 def built(folder: Path, out: Path, kind: str) -> Path:
     """Build the sdist or the wheel of a tree, with the hatchling that is installed."""
-    command = [sys.executable, "-m", "hatchling", "build", "-t", kind, "-d", str(out)]
-    subprocess.run(command, cwd=folder, check=True, capture_output=True)
-    (found,) = out.iterdir()
-    return found
+    run_python("-m", "hatchling", "build", "-t", kind, "-d", out, cwd=folder)
+    (path,) = out.iterdir()
+    return path
 
 
 @pytest.fixture(scope="module")
@@ -158,10 +155,10 @@ def test_the_wheel_holds_the_package_and_nothing_else(forms):
 def test_the_wheel_names_its_licence_and_holds_it(forms):
     wheel, _, _ = forms
     (text,) = (content for name, content in wheel.items() if name.endswith("dist-info/METADATA"))
-    found = message_from_string(text.decode())
-    assert found["License-Expression"] == "Apache-2.0"
-    assert found.get_all("License-File") == ["docs/LICENSE"]
-    assert found["Description-Content-Type"] == "text/markdown"
+    wheel_metadata = message_from_string(text.decode())
+    assert wheel_metadata["License-Expression"] == "Apache-2.0"
+    assert wheel_metadata.get_all("License-File") == ["docs/LICENSE"]
+    assert wheel_metadata["Description-Content-Type"] == "text/markdown"
     (licence,) = (content for name, content in wheel.items() if name.endswith(INSIDE))
     assert sha256(licence) == APACHE
 

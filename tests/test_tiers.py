@@ -43,10 +43,10 @@ def test_a_test_in_two_tiers_is_refused():
 )
 def test_tests_that_measure_or_share_a_gpu_have_one_process(monkeypatch, expression, alone):
     config = SimpleNamespace(option=SimpleNamespace(markexpr=expression))
-    monkeypatch.setattr(plugin, "torch_cuda", lambda: False)
-    monkeypatch.setattr(plugin, "cupy_cuda", lambda: False)
+    monkeypatch.setattr(plugin, "has_torch_cuda", lambda: False)
+    monkeypatch.setattr(plugin, "has_cupy_cuda", lambda: False)
     assert plugin.pytest_xdist_auto_num_workers(config) == (0 if alone else None)
-    monkeypatch.setattr(plugin, "torch_cuda", lambda: True)
+    monkeypatch.setattr(plugin, "has_torch_cuda", lambda: True)
     assert plugin.pytest_xdist_auto_num_workers(config) == 0
 
 
@@ -55,7 +55,7 @@ def report_of(test: str, took: float, quick: bool = True) -> SimpleNamespace:
 
 
 def test_what_takes_too_long_is_named_with_its_setup():
-    limit = plugin.MOST_SECONDS
+    limit = plugin.MAX_SECONDS
     reports = [
         report_of("setup and call", limit / 2),
         report_of("setup and call", limit / 2 + 1),
@@ -64,7 +64,7 @@ def test_what_takes_too_long_is_named_with_its_setup():
         report_of("call", limit + 2),
         SimpleNamespace(nodeid="deselected"),
     ]
-    assert plugin.too_slow(reports) == [("call", limit + 2), ("setup and call", limit + 1)]
+    assert plugin.slow_unmarked(reports) == [("call", limit + 2), ("setup and call", limit + 1)]
 
 
 def test_ci_runs_the_readmes_command_and_every_tier_but_the_battery():

@@ -254,7 +254,7 @@ def _play_device() -> None:
     """Let torch's "cpu" count as a device, with the Triton kernel where Triton is installed."""
     from gpusampler.core.devices import Device
     from gpusampler.plan.evaluators import select
-    from gpusampler.plan.evaluators.kernels.fused import Fused
+    from gpusampler.plan.evaluators.kernels.fused import KernelEvaluator
     from gpusampler.plan.evaluators.kernels.kernel_spec import triton_geometry
 
     Device.on_host = property(lambda device: device.library == "numpy")  # type: ignore[assignment]
@@ -264,13 +264,13 @@ def _play_device() -> None:
     if "triton" not in sys.modules:
         os.environ["TRITON_INTERPRET"] = "1"
 
-    def fused_on(tables: Any, device: Device, shuffles: Any) -> Fused | None:
+    def kernel_evaluator_on(tables: Any, device: Device, settings: Any) -> KernelEvaluator | None:
         if device.library == "numpy":
             return None
         launch = import_module("gpusampler.plan.evaluators.kernels.triton_batches").launch
-        return Fused(tables, device, shuffles, launch, triton_geometry)
+        return KernelEvaluator(tables, device, settings, launch, triton_geometry)
 
-    select.fused_on = fused_on
+    select.kernel_evaluator_on = kernel_evaluator_on
 
 
 def _why_no_cupy() -> str | None:

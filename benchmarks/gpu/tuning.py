@@ -14,8 +14,8 @@ from benchmarks.gpu.bench import Bench
 from benchmarks.gpu.record import Case
 from benchmarks.gpu.workload import Dataset, contiguous, gathered
 from gpusampler.core import arrays, devices
-from gpusampler.plan.evaluators.base import Shuffles
-from gpusampler.plan.evaluators.kernels.fused import Fused, Launch
+from gpusampler.plan.evaluators.base import EvaluatorSettings
+from gpusampler.plan.evaluators.kernels.fused import KernelEvaluator, Launch
 from gpusampler.plan.evaluators.kernels.kernel_spec import (
     Geometry,
     KernelSpec,
@@ -30,7 +30,7 @@ CUDA_ROWS = (8, 16, 32, 64)
 CUDA_COLUMNS = (16, 32, 64)
 CHECKED = 4096
 
-SHUFFLES = Shuffles(samples=True, batches=True, interleave=True, pad=False)
+SETTINGS = EvaluatorSettings(shuffle_samples=True, shuffle_batches=True, interleave=True, pad=False)
 
 
 def cases(bench: Bench) -> dict[str, list[Case]]:
@@ -79,14 +79,14 @@ def _datasets(bench: Bench) -> list[Dataset]:
     ]
 
 
-def _triton_tile(lanes: int, columns: int, form: KernelSpec, num_rows: int, width: int) -> Geometry:
+def _triton_tile(lanes: int, columns: int, spec: KernelSpec, num_rows: int, width: int) -> Geometry:
     rows = max(1, lanes // columns)
-    usual = triton_geometry(form, num_rows, width)
+    usual = triton_geometry(spec, num_rows, width)
     return Geometry(rows, columns, usual.span, (-(-num_rows // rows), usual.blocks[1]))
 
 
-def _cuda_tile(rows: int, columns: int, form: KernelSpec, num_rows: int, width: int) -> Geometry:
-    usual = cuda_geometry(form, num_rows, width)
+def _cuda_tile(rows: int, columns: int, spec: KernelSpec, num_rows: int, width: int) -> Geometry:
+    usual = cuda_geometry(spec, num_rows, width)
     return Geometry(rows, columns, usual.span, (-(-num_rows // rows), usual.blocks[1]))
 
 
@@ -108,11 +108,11 @@ class Trial:
     def run(self, tile: str, geometry: Callable[[KernelSpec, int, int], Geometry]) -> None:
         """Check and time one way to cut the launch."""
         self._bench.record.stop_if_late()
-        fused = Fused(self._tables, self._device, SHUFFLES, self._launch, geometry)
-        with devices.on(self._device):
+        evaluator = KernelEvaluator(self._tables, self._device, SETTINGS, self._launch, geometry)
+        with devices.device_context(self._device):
             xp, handle = arrays.namespace(self._device), devices.device_handle(self._device)
             slots = xp.arange(self._plan.num_batches, dtype=xp.int64, device=handle)
-            call = partial(fused.block, self._plan._streams, 0, slots)
+            call = partial(evaluator.block, self._plan._streams, 0, slots)
             found = arrays.to_numpy(call()[0][: self._wanted.shape[0]])
             name = f"{self._kind}, {tile}"
             right = bool(np.array_equal(found, self._wanted))

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from benchmarks import markdown
 from benchmarks.peers.cases import SERIES, Case
 from benchmarks.peers.ours import LISTED, UNGROUPED
 
@@ -34,8 +35,7 @@ BY_CHANCE = 0.01
 def table(head: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
     """Return a table in Markdown."""
     head = list(head)
-    lines = [head, ["---"] * len(head), *rows]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
+    return "\n".join(map(markdown.row, [head, ["---"] * len(head), *rows])) + "\n"
 
 
 def case_of(row: Row) -> Case:

@@ -19,7 +19,7 @@ BATCH_SIZE = 64
 
 _GROUP = """
 import sys
-import gpusampler.building
+import gpusampler.groups.index_build
 from gpusampler import PatchGroups
 gpusampler.groups.index_build.CHECKPOINT_SECONDS = float(sys.argv[3])
 print(PatchGroups.from_ids(sys.argv[1], path=sys.argv[2]))

@@ -1,6 +1,6 @@
 """The gate, with functions of the package made to take twice as long; `test_gate.py` runs it.
 
-python -m benchmarks.tests.slow_down gpusampler.plan.epoch_plan:permute_runs [...] -- [OPTIONS]
+python -m benchmarks.tests.slow_down gpusampler.plan.epoch_plan:permute_ranges [...] -- [OPTIONS]
 
 OPTIONS are those of the gate.
 """
@@ -41,10 +41,10 @@ def plant(place: str) -> None:
     call = getattr(owner, name)
     slow = slowed(call)
     setattr(owner, name, slow)
-    for found in [m for n, m in sys.modules.items() if n.partition(".")[0] == "gpusampler"]:
-        for key, value in list(vars(found).items()):
+    for module_object in [m for n, m in sys.modules.items() if n.partition(".")[0] == "gpusampler"]:
+        for key, value in list(vars(module_object).items()):
             if value is call:
-                setattr(found, key, slow)
+                setattr(module_object, key, slow)
             elif isinstance(value, dict):
                 value.update({k: slow for k, v in value.items() if v is call})
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 import warnings
@@ -12,17 +11,17 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from support.paths import ROOT
+
+from support.processes import run_python
 
 KEPT_BY_THE_REPLY = 12_000
 
 
-def run(*args: object, **env: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "benchmarks.gpu", *map(str, args)]
+def run(*arguments: object, **variables: str) -> subprocess.CompletedProcess[str]:
     # A machine that has a GPU rehearses as well.
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", **env}
-    env.pop("TRITON_INTERPRET", None)
-    return subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=900)
+    defaults = {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "TRITON_INTERPRET": None}
+    command = ["-m", "benchmarks.gpu", *arguments]
+    return run_python(*command, check=False, timeout=900, **{**defaults, **variables})
 
 
 @pytest.fixture
@@ -45,9 +44,9 @@ def rehearsal(tmp_path_factory):
     for needed in ("torch", "triton", "matplotlib"):
         pytest.importorskip(needed)
     out = tmp_path_factory.mktemp("proof") / "made" / "here"
-    done = run("--dry-run", "--out", out)
-    assert done.returncode == 0, done.stdout + done.stderr
-    return SimpleNamespace(done=done, out=out, path=next(out.glob("gpu-*.json")))
+    process = run("--dry-run", "--out", out)
+    assert process.returncode == 0, process.stdout + process.stderr
+    return SimpleNamespace(process=process, out=out, path=next(out.glob("gpu-*.json")))
 
 
 @pytest.fixture(scope="module")
@@ -105,7 +104,7 @@ def test_what_is_timed(found):
 
 @rehearsed
 def test_the_table_fits_into_a_reply(rehearsal):
-    printed = rehearsal.done.stdout
+    printed = rehearsal.process.stdout
     assert len(printed) < KEPT_BY_THE_REPLY
     assert "checks: " in printed
     assert printed.endswith("passed\n")
@@ -125,8 +124,8 @@ def test_goes_on_where_another_process_ended(rehearsal, found, tmp_path):
     left_out = {"grouping", "picture"}
     cases = [case for case in found["cases"] if case["name"] not in left_out]
     path.write_text(json.dumps({**found, "cases": cases}))
-    done = run("--dry-run", "--out", tmp_path, "--resume", path)
-    assert done.returncode == 0, done.stdout + done.stderr
+    process = run("--dry-run", "--out", tmp_path, "--resume", path)
+    assert process.returncode == 0, process.stdout + process.stderr
     again = json.loads(path.read_text())
     assert [case["name"] for case in again["cases"][len(cases) :]] == ["grouping", "picture"]
     assert again["checks"] == found["checks"]
@@ -137,20 +136,20 @@ def test_goes_on_where_another_process_ended(rehearsal, found, tmp_path):
 
 @pytest.mark.slow("a process that imports torch")
 def test_no_device_is_said_at_once(tmp_path):
-    done = run("--out", tmp_path / "none")
-    assert done.returncode == 2
-    assert "needs a CUDA device: torch" in done.stdout
+    process = run("--out", tmp_path / "none")
+    assert process.returncode == 2
+    assert "needs a CUDA device: torch" in process.stdout
     assert not (tmp_path / "none").exists()
 
 
 @pytest.mark.slow("a process that imports everything, to draw an empty picture")
 def test_a_budget_of_nothing_leaves_everything_out(tmp_path):
     pytest.importorskip("torch")
-    done = run("--dry-run", "--out", tmp_path, "--budget", 0)
-    assert done.returncode == 0, done.stdout + done.stderr
+    process = run("--dry-run", "--out", tmp_path, "--budget", 0)
+    assert process.returncode == 0, process.stdout + process.stderr
     cases = json.loads(next(tmp_path.glob("*.json")).read_text())["cases"]
     assert {case["status"] for case in cases[:-1]} == {"skipped"}
-    assert "skipped: identity" in done.stdout
+    assert "skipped: identity" in process.stdout
 
 
 def test_a_case_that_breaks_loses_nothing(package, tmp_path):

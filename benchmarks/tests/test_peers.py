@@ -4,16 +4,35 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
-import sys
 import time
 from pathlib import Path
 
 import numpy as np
 import pytest
+
 from support.paths import ROOT
+from support.processes import run_python
 
 pytest.importorskip("torch")
+
+from benchmarks.__main__ import main
+from benchmarks.peers.cases import Case
+from benchmarks.peers.correctness import Epoch, compared, counted
+from benchmarks.peers.measure import _judge
+from benchmarks.peers.peer import Peer, as_array, importer, missing, version
+from benchmarks.peers.pictures import draw
+from benchmarks.peers.registry import PEERS
+from benchmarks.peers.running import run
+from benchmarks.peers.tables import (
+    HEAD,
+    everything,
+    length,
+    members,
+    of_page,
+    of_series,
+    put_into,
+    unmeasured,
+)
 
 ON_LINUX = Path("/proc/self/clear_refs").exists()
 PATCH_OF = np.repeat([0, 1, 2], [7, 4, 1])
@@ -29,21 +48,19 @@ pytestmark = [
 class Planted:
     """Epochs as they are given, one after the other; ``len`` as it is given."""
 
-    def __init__(self, *epochs, said=None):
-        self.epochs, self.said, self.drawn = epochs, said, 0
+    def __init__(self, *epochs, length=None):
+        self.epochs, self.length, self.drawn = epochs, length, 0
 
     def __iter__(self):
         self.drawn += 1
         return iter(self.epochs[(self.drawn - 1) % len(self.epochs)])
 
     def __len__(self):
-        return len(self.epochs[0]) if self.said is None else self.said
+        return len(self.epochs[0]) if self.length is None else self.length
 
 
-def planted(make, **given):
-    from benchmarks.peers.peer import Peer, as_array
-
-    return Peer("planted", as_array, lambda work, seed: make(work), **given)
+def planted(make, **settings):
+    return Peer("planted", as_array, lambda work, seed: make(work), **settings)
 
 
 def one_patch_after_another(work, short=0):
@@ -58,16 +75,11 @@ def one_patch_after_another(work, short=0):
 
 
 def found_of(peer, limit=20.0):
-    from benchmarks.peers.cases import Case
-    from benchmarks.peers.running import run
-
     (row,) = run([peer], [Case(200, 4, 8)], limit, rounds=1)
     return row
 
 
 def test_a_right_epoch_has_nothing_to_report():
-    from benchmarks.peers.correctness import Epoch, counted
-
     assert counted(Epoch(RIGHT), PATCH_OF) == {
         "batches": 6,
         "empty": 0,
@@ -91,22 +103,16 @@ def test_a_right_epoch_has_nothing_to_report():
     ],
 )
 def test_what_is_lost_repeated_or_mixed_is_counted(batches, what):
-    from benchmarks.peers.correctness import Epoch, counted
-
     found = counted(Epoch(batches), PATCH_OF)
     assert {name: found[name] for name in what} == what
 
 
 def test_a_sample_that_there_is_not_is_an_error():
-    from benchmarks.peers.correctness import Epoch, counted
-
     with pytest.raises(ValueError, match="samples must be below 12, got 12"):
         counted(Epoch([*RIGHT, [12]]), PATCH_OF)
 
 
 def test_members_that_met_before_are_known_in_any_order():
-    from benchmarks.peers.correctness import Epoch, compared
-
     first = Epoch(RIGHT)
     assert compared(first, Epoch(RIGHT), PATCH_OF)["same_epoch"]
     turned = [batch[::-1] for batch in RIGHT[::-1]]
@@ -124,14 +130,12 @@ def test_members_that_met_before_are_known_in_any_order():
 
 
 def test_a_planted_sampler_is_found_out():
-    from benchmarks.peers.tables import length, members
-
     def right(work):
         return Planted(one_patch_after_another(work))
 
     def lossy(work):
         batches = one_patch_after_another(work)
-        return Planted(batches[2:], said=len(batches))
+        return Planted(batches[2:], length=len(batches))
 
     def mixing(work):
         samples = np.arange(work.patch_of.size)
@@ -149,8 +153,6 @@ def test_a_planted_sampler_is_found_out():
 
 
 def test_a_length_that_changes_with_the_epoch_is_not_right():
-    from benchmarks.peers.tables import length
-
     def shrinking(work):
         whole = one_patch_after_another(work)
         return Planted(whole, whole[1:])
@@ -174,10 +176,6 @@ def test_memory_is_what_is_held_at_most():
 
 @pytest.mark.slow("waits until a limit of time has passed")
 def test_what_takes_too_long_is_named_and_larger_cases_are_left_out():
-    from benchmarks.peers.cases import Case
-    from benchmarks.peers.running import run
-    from benchmarks.peers.tables import everything
-
     def endless(work):
         batches = one_patch_after_another(work)
         if work.patch_of.size >= 1000:
@@ -228,9 +226,6 @@ def test_what_breaks_is_named(make, why):
 
 
 def test_a_peer_that_is_not_there_is_named_with_the_reason(monkeypatch):
-    from benchmarks.peers.peer import importer, missing
-    from benchmarks.peers.tables import everything, unmeasured
-
     absent = planted(Planted, package="no-such-sampler", load=importer("no_such_sampler"))
     row = found_of(absent)
     assert row["missing"] == "no-such-sampler is not installed"
@@ -244,11 +239,6 @@ def test_a_peer_that_is_not_there_is_named_with_the_reason(monkeypatch):
 
 
 def test_peers_that_are_there_hand_out_what_they_promise():
-    from benchmarks.peers.cases import Case
-    from benchmarks.peers.measure import _judge
-    from benchmarks.peers.peer import version
-    from benchmarks.peers.registry import PEERS
-
     assert len({peer.name for peer in PEERS}) == len(PEERS)
     case = Case(600, 5, 16)
     # Importing takes seconds where there is much to import: only what needs nothing, and ours.
@@ -274,18 +264,15 @@ def quick(tmp_path_factory):
     folder = tmp_path_factory.mktemp("peers")
     page = folder / "page.md"
     page.write_text("# Page\n\n<!-- table: middle -->\nold\n<!-- end -->\n\nText.\n")
-    command = [sys.executable, "-m", "benchmarks", "--quick", "--peers", "mask", "clustered"]
+    command = ["-m", "benchmarks", "--quick", "--peers", "mask", "clustered"]
     command += ["--out", folder, "--pictures", folder / "img", "--markdown", page]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=240)
-    assert done.returncode == 0, done.stderr
+    process = run_python(*command, timeout=240)
     (written,) = folder.glob("peers-*.json")
-    return folder, done.stdout, json.loads(written.read_text())
+    return folder, process.stdout, json.loads(written.read_text())
 
 
 @tabled
 def test_one_table_is_printed_with_ratios(quick):
-    from benchmarks.peers.tables import HEAD
-
     _, printed, _ = quick
     rows = [line.strip("| ").split(" | ") for line in printed.splitlines() if line[:1] == "|"]
     assert rows[0] == list(HEAD)
@@ -331,8 +318,6 @@ def test_pictures_are_drawn(quick):
 
 @tabled
 def test_tables_are_put_into_the_page(quick, tmp_path):
-    from benchmarks.peers.tables import of_page, put_into
-
     folder, _, found = quick
     page = (folder / "page.md").read_text()
     assert page.startswith("# Page\n\n<!-- table: middle -->\n\n| sampler |")
@@ -349,8 +334,6 @@ def test_tables_are_put_into_the_page(quick, tmp_path):
 
 @tabled
 def test_a_file_of_figures_is_printed_again(quick, capsys):
-    from benchmarks.__main__ import main
-
     folder, printed, _ = quick
     (written,) = folder.glob("peers-*.json")
     main(["--read", str(written)])
@@ -359,9 +342,6 @@ def test_a_file_of_figures_is_printed_again(quick, capsys):
 
 @tabled
 def test_what_was_not_asked_for_is_left_empty(quick, tmp_path):
-    from benchmarks.peers.pictures import draw
-    from benchmarks.peers.tables import of_page, of_series
-
     *_, found = quick
     less = found | {"series": {"batch": found["series"]["batch"]}}
     assert len(draw(less, tmp_path)) == 3
@@ -370,16 +350,12 @@ def test_what_was_not_asked_for_is_left_empty(quick, tmp_path):
 
 
 def test_peers_are_chosen_by_part_of_a_name():
-    from benchmarks.__main__ import main
-
     with pytest.raises(SystemExit, match="--peers must name some of gpusampler, "):
         main(["--peers", "nonsense"])
 
 
 @tabled
 def test_the_pages_own_marks_are_tables(quick, tmp_path):
-    from benchmarks.peers.tables import of_page, put_into
-
     *_, found = quick
     page = tmp_path / "beside-others.md"
     page.write_text((ROOT / "docs/explanation/beside-others.md").read_text())

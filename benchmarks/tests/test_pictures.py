@@ -7,20 +7,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+
+from benchmarks import pictures
 from support.paths import ROOT
 
 pytest.importorskip("matplotlib")
 
 
-@pytest.fixture
-def pictures(monkeypatch):
-    from benchmarks import pictures
-
-    return pictures
-
-
 @pytest.mark.slow("draws every picture")
-def test_all_pictures_are_drawn_and_shown(pictures, tmp_path, capsys):
+def test_all_pictures_are_drawn_and_shown(tmp_path, capsys):
     pictures.main(["--out", str(tmp_path / "img")])
     drawn = {path.name for path in (tmp_path / "img").iterdir()}
     assert drawn == {f"{name}.png" for name in pictures.PICTURES}
@@ -33,14 +28,14 @@ def test_all_pictures_are_drawn_and_shown(pictures, tmp_path, capsys):
     assert drawn <= shown
 
 
-def test_shades_tell_patches_and_samples_apart(pictures):
+def test_shades_tell_patches_and_samples_apart():
     ids = pictures.tutorial_ids()
     colours = pictures.shades(ids)
     assert len(np.unique(colours, axis=0)) == ids.size
     assert pictures.places_of(np.array(["b", "a", "b"])).tolist() == [0, 0, 1]
 
 
-def test_the_tutorials_ids_are_those_of_the_pictures(pictures):
+def test_the_tutorials_ids_are_those_of_the_pictures():
     """The page shows the first of them."""
     page = (ROOT / "docs" / "tutorial.md").read_text()
     assert str(pictures.tutorial_ids()[:5]) in page

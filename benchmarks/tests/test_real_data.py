@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
+
 import numpy as np
 import pytest
-from support.paths import ROOT
 
 from benchmarks import real_data
 from benchmarks.real_data import load, sizes_of
+from support.paths import ROOT
 
 HOW_TO = ROOT / "docs" / "how-to"
 PAGES = ("length-buckets.md", "same-size-molecules.md", "ragged-groups.md")
@@ -22,9 +25,6 @@ def drawn(tmp_path_factory):
 @pytest.fixture(scope="module")
 def printed(drawn):
     """What the command prints, while it draws."""
-    import contextlib
-    import io
-
     out = io.StringIO()
     with contextlib.redirect_stdout(out):
         real_data.main(["--pictures", str(drawn)])

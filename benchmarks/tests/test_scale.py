@@ -6,16 +6,20 @@ import json
 
 import pytest
 
+from benchmarks.scale import measures
+from benchmarks.scale.__main__ import main
+from support.processes import environment
 
-@pytest.fixture
-def measures(monkeypatch):
-    from benchmarks.scale import measures
 
-    return measures
+@pytest.fixture(autouse=True)
+def _set_environment(monkeypatch):
+    """Let children that the benchmark starts import the package that this process has."""
+    for name, value in environment().items():
+        monkeypatch.setenv(name, value)
 
 
 @pytest.mark.slow("groups a file, killed on the way")
-def test_a_process_is_killed_and_another_goes_on(measures, tmp_path):
+def test_a_process_is_killed_and_another_goes_on(tmp_path):
     found = measures.killed(tmp_path, 3_000_000, patience=[0.0], checkpoint=0.0)
     assert found["codes"] == [-9, 0]
     assert found["patches"] == 500
@@ -23,7 +27,7 @@ def test_a_process_is_killed_and_another_goes_on(measures, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_1e12_samples_from_counts(measures):
+def test_1e12_samples_from_counts():
     found = measures.from_counts(10**12, 500)
     assert found["samples"] == 10**12
     assert found["of_one_patch"]
@@ -33,9 +37,7 @@ def test_1e12_samples_from_counts(measures):
 
 
 @pytest.mark.slow("the whole benchmark, on small files")
-def test_the_whole_is_printed_written_and_drawn(measures, tmp_path, capsys):
-    from benchmarks.scale.__main__ import main
-
+def test_the_whole_is_printed_written_and_drawn(tmp_path, capsys):
     some = ["linearity", "argsort", "drained", "opening", "asking"]
     main([*some, "--size", "2e6", "--out", str(tmp_path), "--picture", str(tmp_path / "p.png")])
     assert "exponent" in capsys.readouterr().out

@@ -4,36 +4,21 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
-from support.paths import ROOT
 
+from benchmarks import peers_sizing, sizing
 from gpusampler import CostBudget
+from support.processes import run_python
 from support.strategies import quiet
 
 
-@pytest.fixture
-def bench(monkeypatch):
-    from benchmarks import sizing
-
-    return sizing
-
-
-@pytest.fixture
-def peers(monkeypatch):
-    from benchmarks import peers_sizing
-
-    return peers_sizing
-
-
-def test_used_is_what_batches_hold(bench):
+def test_used_is_what_batches_hold():
     costs, fixed, samples = np.array([3.0, 10.0, 4.5]), 4, 37
     patch_of = np.repeat(range(3), samples)
-    found = bench.used(costs, samples, fixed)
+    found = sizing.used(costs, samples, fixed)
     for size, fill, batches in (
         (fixed, "fill_fixed", "batches_fixed"),
         (CostBudget(40, cost=costs), "fill", "batches"),
@@ -47,52 +32,49 @@ def test_used_is_what_batches_hold(bench):
     assert found["ratio"] == pytest.approx(found["gain"] / found["possible"])
 
 
-def test_where_sizes_come_out_even_all_of_the_gain_is_had(bench):
-    found = bench.used(np.array([1.0, 2.0, 4.0]), 64, 4)
+def test_where_sizes_come_out_even_all_of_the_gain_is_had():
+    found = sizing.used(np.array([1.0, 2.0, 4.0]), 64, 4)
     assert found["fill"] == 1
     assert found["gain"] == found["possible"] == pytest.approx(12 / 7)
     assert found["ratio"] == pytest.approx(1)
 
 
-def test_where_patches_fill_no_batch_the_gain_is_small(bench):
-    found = bench.used(np.array([1.0, 1.0, 100.0]), 10, 10)
+def test_where_patches_fill_no_batch_the_gain_is_small():
+    found = sizing.used(np.array([1.0, 1.0, 100.0]), 10, 10)
     assert found["batches"] == 3
     assert found["fill"] < 0.5
-    assert found["ratio"] < bench.WANTED
+    assert found["ratio"] < sizing.WANTED
 
 
 @pytest.mark.parametrize(("preset", "least", "most"), [("small", 46, 454), ("medium", 234, 1347)])
-def test_groundwater_patches_have_most_of_the_gain(bench, preset, least, most):
+def test_groundwater_patches_have_most_of_the_gain(preset, least, most):
     pytest.importorskip("gstools")
-    points = bench.patch_points(preset)
+    points = sizing.patch_points(preset)
     assert (min(points["core"]), max(points["core"])) == (least, most)
     for of_patches in points.values():
-        found = bench.used(np.array(of_patches, float), bench.samples_of(365), 8)
-        assert bench.WANTED <= found["ratio"] <= 1
-        assert found["fill"] >= bench.WANTED
+        found = sizing.used(np.array(of_patches, float), sizing.samples_of(365), 8)
+        assert sizing.WANTED <= found["ratio"] <= 1
+        assert found["fill"] >= sizing.WANTED
 
 
-def test_the_small_preset_is_the_committed_data(bench):
+def test_the_small_preset_is_the_committed_data():
     pytest.importorskip("gstools")
     from gpusampler import GWPatchDataset
     from gpusampler.demo.embedded import small_data
 
     dataset = GWPatchDataset(small_data(), 6, 1, stride=1)
-    assert bench.patch_points("small")["core and ghost"] == [*dataset.patch_costs().values()]
-    assert bench.samples_of(60) * 9 == len(dataset)
+    assert sizing.patch_points("small")["core and ghost"] == [*dataset.patch_costs().values()]
+    assert sizing.samples_of(60) * 9 == len(dataset)
 
 
 @pytest.mark.slow("trains twice, in a process of its own")
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="reads Linux's /proc")
-def test_training_takes_fewer_steps_at_the_same_peak(bench, capsys):
+def test_training_takes_fewer_steps_at_the_same_peak(capsys):
     pytest.importorskip("neuralop")
     # This process has memory to spare, in which a peak would not show.
     code = "import json; from benchmarks import sizing; print(json.dumps(sizing.training((8,), 1)))"
-    done = subprocess.run(
-        [sys.executable, "-c", code], cwd=ROOT, check=True, stdout=subprocess.PIPE, text=True
-    )
-    found = json.loads(done.stdout)
-    bench.print_training(found)
+    found = json.loads(run_python("-c", code).stdout)
+    sizing.print_training(found)
     assert "| 8 | budget | 16 |" in capsys.readouterr().out
     fixed, budget = found["rows"]
     assert (fixed["steps"], budget["steps"]) == (54, 16)
@@ -101,16 +83,15 @@ def test_training_takes_fewer_steps_at_the_same_peak(bench, capsys):
     assert 0 < budget["probe_loss"] < 2
 
 
-def test_a_child_that_dies_is_an_error(bench):
-
+def test_a_child_that_dies_is_an_error():
     with pytest.raises(RuntimeError, match="must send its result"):
-        bench.in_child(lambda: os._exit(3))
+        sizing.in_child(lambda: os._exit(3))
 
 
-def test_what_is_counted_of_batches(peers):
+def test_what_is_counted_of_batches():
     lengths = np.array([1, 2, 3, 4, 11])
-    workload = peers.Workload("tiny", lengths, np.array([0, 0, 1, 1, 1]), 10)
-    found = peers.filled(workload, [[0, 1], [2, 3], [3, 1], [], [4]])
+    workload = peers_sizing.Workload("tiny", lengths, np.array([0, 0, 1, 1, 1]), 10)
+    found = peers_sizing.filled(workload, [[0, 1], [2, 3], [3, 1], [], [4]])
     assert found["batches"] == 5
     assert found["empty_batches"] == 1
     assert found["fill"] == pytest.approx((3 + 7 + 6 + 11) / 40)
@@ -120,12 +101,12 @@ def test_what_is_counted_of_batches(peers):
     assert (found["most"], found["most_padded"]) == (11, 11)
     assert (found["lost"], found["repeated"], found["mixed"]) == (0, 2, 1)
     assert (found["too_long"], found["too_long_in_batches"]) == (1, 1)
-    assert peers.filled(workload, [[0], [1]])["lost"] == 2
+    assert peers_sizing.filled(workload, [[0], [1]])["lost"] == 2
 
 
-def test_our_batches_of_lengths_are_within_the_budget(peers):
-    workload = peers.some_too_long(3000)
-    (found,) = peers.compare(workload, rounds=1, peers=peers.PEERS[:1])
+def test_our_batches_of_lengths_are_within_the_budget():
+    workload = peers_sizing.some_too_long(3000)
+    (found,) = peers_sizing.compare(workload, rounds=1, peers=peers_sizing.PEERS[:1])
     assert found["name"].startswith("gpusampler")
     assert found["over_budget"] == found["over_budget_padded"] == 0
     assert found["mixed"] == found["lost"] == found["repeated"] == 0
@@ -135,29 +116,29 @@ def test_our_batches_of_lengths_are_within_the_budget(peers):
     assert found["resume"] == "the same batches"
 
 
-def test_peers_that_are_there_are_run(peers):
-    workload = peers.in_patches(1500, patches=5)
-    for peer in peers.PEERS[1:]:
-        if peers.version(peer.package) is None:
+def test_peers_that_are_there_are_run():
+    workload = peers_sizing.in_patches(1500, patches=5)
+    for peer in peers_sizing.PEERS[1:]:
+        if peers_sizing.version(peer.package) is None:
             continue
-        found = peers.measured(peer, workload, rounds=1)
+        found = peers_sizing.measured(peer, workload, rounds=1)
         assert found["lost"] == found["repeated"] == 0
         assert found["resume"] in ("no state_dict", "the same batches")
         assert 0 < found["fill"] <= 1
 
 
 @pytest.mark.slow("the whole benchmark, on few samples")
-def test_the_whole_is_printed_written_and_drawn(bench, peers, monkeypatch, capsys, tmp_path):
+def test_the_whole_is_printed_written_and_drawn(monkeypatch, capsys, tmp_path):
     pytest.importorskip("gstools")
     pytest.importorskip("matplotlib")
-    monkeypatch.setattr(bench, "FIXED", (2, 8))
-    monkeypatch.setattr(bench, "STEPS", (365,))
-    monkeypatch.setattr(peers, "ROUNDS", 1)
-    monkeypatch.setattr(bench, "SAMPLES", 1500)
+    monkeypatch.setattr(sizing, "FIXED", (2, 8))
+    monkeypatch.setattr(sizing, "STEPS", (365,))
+    monkeypatch.setattr(peers_sizing, "ROUNDS", 1)
+    monkeypatch.setattr(sizing, "SAMPLES", 1500)
     # Whether or not it is installed here.
-    monkeypatch.setitem(peers._MODULES, peers.LHOTSE, "no_such_module")
+    monkeypatch.setitem(peers_sizing._MODULES, peers_sizing.LHOTSE, "no_such_module")
     picture = tmp_path / "sizing.png"
-    bench.main(["memory", "peers", "--out", str(tmp_path), "--picture", str(picture)])
+    sizing.main(["memory", "peers", "--out", str(tmp_path), "--picture", str(picture)])
     assert picture.read_bytes().startswith(b"\x89PNG")
     out = capsys.readouterr().out
     assert "| lhotse SimpleCutSampler | lhotse is not installed |" in out
@@ -169,14 +150,14 @@ def test_the_whole_is_printed_written_and_drawn(bench, peers, monkeypatch, capsy
     assert len(found["memory"]) == 2 * 2 * 2
     assert {one["fixed"] for one in found["memory"]["small, core, 60 steps"]["by_size"]} == {2, 8}
     names = [peer["name"] for peer in found["peers"]["workloads"][0]["peers"]]
-    assert names == [peer.name for peer in peers.PEERS]
+    assert names == [peer.name for peer in peers_sizing.PEERS]
     assert found["peers"]["versions"]["lhotse"] is None
 
 
-def test_wrong_parts_are_refused(bench, capsys):
+def test_wrong_parts_are_refused(capsys):
     with pytest.raises(SystemExit):
-        bench.main(["nonsense"])
+        sizing.main(["nonsense"])
     assert "parts must be among memory, training, peers, got nonsense" in capsys.readouterr().err
     with pytest.raises(SystemExit):
-        bench.main(["training", "--picture", "p.png"])
+        sizing.main(["training", "--picture", "p.png"])
     assert "--picture must go with the parts memory and peers" in capsys.readouterr().err

@@ -5,30 +5,24 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from benchmarks import steps as bench
 from gpusampler import PatchGroups
 from support.strategies import quiet
 
 STEPS = ("free", "balanced", "same_patch")
 
 
-@pytest.fixture
-def bench(monkeypatch):
-    from benchmarks import steps
-
-    return steps
-
-
 @pytest.mark.parametrize("steps", STEPS)
-def test_waiting_is_what_ranks_wait(bench, steps):
+def test_waiting_is_what_ranks_wait(steps):
     counts, costs = [90, 33, 50, 7], np.array([1.0, 4.5, 2.0, 9.0])
     workload = bench.Workload(PatchGroups.from_counts(counts), costs, 4)
     width = {} if steps == "free" else {"step_width": 3}
-    given = {"patch_costs": costs} if steps == "balanced" else {}
+    costing = {"patch_costs": costs} if steps == "balanced" else {}
     patch_of = np.repeat(range(4), counts)
     took, batches = [], 0
     for epoch in range(2):
         ranks = [
-            quiet(patch_of, 4, seed=0, num_replicas=3, rank=r, steps=steps, **width, **given)
+            quiet(patch_of, 4, seed=0, num_replicas=3, rank=r, steps=steps, **width, **costing)
             for r in range(3)
         ]
         for sampler in ranks:
@@ -36,19 +30,19 @@ def test_waiting_is_what_ranks_wait(bench, steps):
         together = [*zip(*ranks, strict=True)]
         batches = ranks[0].plan.num_batches
         took.append(sum(max(costs[patch_of[b]].sum() for b in step) for step in together))
-    found = bench.waiting(workload, steps, 3, epochs=2)
-    assert found.time == pytest.approx(np.mean(took) / (np.array(counts) @ costs / 3))
-    own = 23 + 9 + 13 + 2
-    assert found.padding == pytest.approx(batches / own - 1)
+    waiting = bench.waiting(workload, steps, 3, epochs=2)
+    assert waiting.time == pytest.approx(np.mean(took) / (np.array(counts) @ costs / 3))
+    own_batches = 23 + 9 + 13 + 2
+    assert waiting.padding == pytest.approx(batches / own_batches - 1)
 
 
-def test_ranks_whose_batches_all_cost_the_same_do_not_wait(bench):
+def test_ranks_whose_batches_all_cost_the_same_do_not_wait():
     workload = bench.Workload(PatchGroups.from_counts([32, 64]), np.array([2.0, 2.0]), 4)
     for steps in STEPS:
         assert bench.waiting(workload, steps, 8) == (1.0, 0.0)
 
 
-def test_the_table_and_the_picture(bench, capsys, monkeypatch, tmp_path):
+def test_the_table_and_the_picture(capsys, monkeypatch, tmp_path):
     pytest.importorskip("torch")
     pytest.importorskip("matplotlib")
     monkeypatch.setattr(bench, "PATCHES", (12,))

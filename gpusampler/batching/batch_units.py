@@ -1,56 +1,47 @@
-"""What batches are cut from: patches, or the classes of cost that they are cut into."""
+"""BatchUnits: what batches are cut from, whole patches or the cost bins of patches."""
 
 from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-import numpy as np
 from numpy.typing import NDArray
 
-from gpusampler.batching.batch_sizes import one_of, sizes_of
-from gpusampler.batching.cost_bins import parts_of
+from gpusampler.batching.batch_sizes import batch_sizes_of, common_size
+from gpusampler.batching.cost_bins import cut_into_bins
 from gpusampler.batching.cost_budget import CostBudget
 from gpusampler.core.arrays import Int64
 from gpusampler.groups.fingerprint import combine, of_numbers
 from gpusampler.groups.patch_groups import PatchGroups
 
 
-def by_parent(values: NDArray[Any], parents: Int64 | None, gather: np.ufunc) -> NDArray[Any]:
-    """Gather numbers of classes, shape (P,), by patch, (G,): those of a patch lie side by side."""
-    if parents is None:
-        return values
-    found: NDArray[Any] = gather.reduceat(values, np.flatnonzero(np.diff(parents, prepend=-1)))
-    return found
-
-
-class Cut(NamedTuple):
-    """What the batches of a plan are cut from.
+class BatchUnits(NamedTuple):
+    """What the batches of a plan are cut from: patches, or cost bins of patches.
 
     Attributes
     ----------
     groups : PatchGroups
-        The patches, or the classes of cost that they are cut into.
+        The patches, or the cost bins that they are cut into.
     sizes : int64 array, shape (P,)
         Batch size of each; 0: left out.
-    one_size : int, or None
+    common_size : int, or None
         Where it is the same for all.
     costs : float64 array, shape (P,), or None
         Of a sample, where a budget knows it.
-    parents : int64 array, shape (P,), or None
-        The patch of each class, ascending.
-    by_sample : bool
+    patch_of_bin : int64 array, shape (P,), or None
+        The patch of each cost bin, ascending.
+    has_sample_costs : bool
         The costs are the largest of samples that differ.
     """
 
     groups: PatchGroups
     sizes: Int64
-    one_size: int | None
+    common_size: int | None
     costs: NDArray[Any] | None
-    parents: Int64 | None
-    by_sample: bool = False
+    patch_of_bin: Int64 | None
+    has_sample_costs: bool = False
 
     @classmethod
-    def of(cls, groups: PatchGroups, batch_size: Any, partial: str) -> Cut:
+    def of(cls, groups: PatchGroups, batch_size: Any, partial: str) -> BatchUnits:
         """Cut patches as a batch size asks for.
 
         Parameters
@@ -62,19 +53,19 @@ class Cut(NamedTuple):
         Raises
         ------
         TypeError, ValueError
-            As by `sizes_of` and `parts_of`.
+            As by `batch_sizes_of` and `cut_into_bins`.
         """
         if isinstance(batch_size, CostBudget) and batch_size.sample_costs is not None:
-            parts = parts_of(groups, batch_size, partial)
-            if parts.groups.num_patches == groups.num_patches:
-                # Nothing was cut: the samples of a class are in the order of its patch.
-                return cls(groups, parts.sizes, one_of(parts.sizes), parts.costs, None, True)
-            return cls(parts.groups, parts.sizes, None, parts.costs, parts.parents, True)
-        sizes = sizes_of(batch_size, groups, partial)
-        return cls(groups, sizes.sizes, sizes.one_size, sizes.costs, None)
+            bins = cut_into_bins(groups, batch_size, partial)
+            if bins.groups.num_patches == groups.num_patches:
+                # Nothing was cut: the samples of a bin are in the order of its patch.
+                return cls(groups, bins.sizes, common_size(bins.sizes), bins.costs, None, True)
+            return cls(bins.groups, bins.sizes, None, bins.costs, bins.patch_of_bin, True)
+        sizes = batch_sizes_of(batch_size, groups, partial)
+        return cls(groups, sizes.sizes, sizes.common_size, sizes.costs, None)
 
     @property
     def fingerprint(self) -> int:
-        """A 64-bit number of the sizes, and of which samples are in which class."""
+        """A 64-bit number of the sizes, and of which samples are in which cost bin."""
         sizes = of_numbers(self.sizes)
-        return sizes if self.parents is None else combine(sizes, self.groups.fingerprint)
+        return sizes if self.patch_of_bin is None else combine(sizes, self.groups.fingerprint)

@@ -1,29 +1,29 @@
-"""Classes of cost inside a patch: batches of samples that cost nearly the same.
+"""Cost bins: the samples of a patch cut by cost, for batches whose samples cost nearly the same.
 
 Where samples of one patch differ in cost (lengths, say), packing them one by one into batches of
 equal cost would be no pure function of (seed, epoch, slot) at O(1): where a batch begins would
 depend on all that come before it, and how many there are would change from epoch to epoch. So each
-patch is cut into parts by cost, once; a part has one batch size, that of its largest cost, and is
+patch is cut into bins by cost, once; a bin has one batch size, that of its largest cost, and is
 from there on what a patch is: permuted by itself, cut into batches of its size. No batch costs more
 than its size times that largest cost, which is within the budget, padded or not.
 
-**Where parts begin.** Each sample would be allowed batches of some size if all cost what it does:
+**Where bins begin.** Each sample would be allowed batches of some size if all cost what it does:
 the largest within the budget, as `CostBudget` rounds it. Samples whose sizes agree in their four
 leading bits (all sizes up to 16, eight in every octave from there on) stay together: below 16 they
 lose nothing by it. Of all ways to cut the row of these classes, from the cheapest to the costliest,
-into parts, that with the fewest batches is taken, where a part of a single batch counts as two, as
-it would have the same members in every epoch; among equals, the one whose costliest part is the
-longest (and so on, down to the cheapest), which has few parts. Under ``partial="drop"`` samples
+into bins, that with the fewest batches is taken, where a bin of a single batch counts as two, as
+it would have the same members in every epoch; among equals, the one whose costliest bin is the
+longest (and so on, down to the cheapest), which has few bins. Under ``partial="drop"`` samples
 that fill no batch count as well: three times the batches that they would fill. Sizes and exact
-comparisons decide: every machine cuts alike. Samples over the budget are a part of their own.
+comparisons decide: every machine cuts alike. Samples over the budget are a bin of their own.
 
-**What it costs.** A batch's members are of one part. A patch has at most eight parts for each
+**What it costs.** A batch's members are of one bin. A patch has at most eight bins for each
 octave of sizes, in practice about the square root of its batches. Measured with a mean batch of 8
-samples (``python -m benchmarks.parts``): the share of the budget that batches use, parts of a
-patch, and the share of samples in parts of one batch.
+samples (``python -m benchmarks.parts``): the share of the budget that batches use, bins of a
+patch, and the share of samples in bins of one batch.
 
 =====================  ==========  ==================  ==================  ==================
-patches                one size    1/8 octave, merged  as many parts as    this rule
+patches                one size    1/8 octave, merged  as many bins as     this rule
                                    upwards             save a batch
 =====================  ==========  ==================  ==================  ==================
 10 of 500, lognormal   0.12  1  0  0.80  19.3  0.06    0.83  10.9  0.02    0.83  10.7  0.00
@@ -31,37 +31,36 @@ patches                one size    1/8 octave, merged  as many parts as    this 
 100 of 100, lognormal  0.19  1  0  0.67  10.2  0.30    0.74   5.8  0.17    0.72   5.0  0.00
 =====================  ==========  ==================  ==================  ==================
 
-Three leading bits use up to 0.04 less of the budget, five up to 0.03 more in more parts.
+Three leading bits use up to 0.04 less of the budget, five up to 0.03 more in more bins.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 import numpy as np
 from numpy.typing import NDArray
 
-from gpusampler.batching.cost_budget import LARGEST, CostBudget
-from gpusampler.batching.costs import MOST, on_host
-from gpusampler.batching.steps import CLASS_BITS, class_of
+from gpusampler.batching.cost_budget import MAX_BATCH_SIZE, CostBudget
+from gpusampler.batching.costs import COST_LIMIT, check_numbers
+from gpusampler.batching.steps import MANTISSA_BITS, leading_bits
 from gpusampler.core import arrays
 from gpusampler.core.arrays import Int64
-from gpusampler.core.text import shown
 from gpusampler.groups.counting_sort import INT32_SAMPLES
 from gpusampler.groups.patch_groups import PatchGroups
-from gpusampler.groups.subsets import by_group, places_of
+from gpusampler.groups.subsets import expand_runs, sort_by_group
 
 CHUNK = 1 << 18
 """Samples (or pairs of classes) that are worked on at once."""
 
-PATCHES = 1 << 14
+PATCHES_PER_BLOCK = 1 << 14
 """Patches that are worked on at once, at most: there are counters for each of their classes."""
 
-LEAST_BATCHES = 2
-"""A part of fewer batches counts as one of so many."""
+MIN_COUNTED_BATCHES = 2
+"""A bin of fewer batches counts as one of so many."""
 
-LEFT_OUT = 3.0
+DROP_PENALTY = 3.0
 """What a batch's worth of samples that "drop" leaves out counts, in batches.
 
 Measured with 100 patches of 100 lognormal lengths and a mean batch of 8, 4 % are left out with 3,
@@ -69,34 +68,34 @@ Measured with 100 patches of 100 lognormal lengths and a mean batch of 8, 4 % ar
 """
 
 
-KINDS = 32 << CLASS_BITS
+MAX_SIZE_CLASSES = 32 << MANTISSA_BITS
 """Room for the classes of a patch: eight for each of 31 octaves of sizes, and one over budget."""
 
 
-class Parts(NamedTuple):
-    """Patches cut into classes of cost.
+class CostBins(NamedTuple):
+    """Patches cut into bins by cost.
 
     Attributes
     ----------
     groups : PatchGroups
-        One group a part, with its number 0 .. P-1 for an id: parts of a patch side by side, the
+        One group a bin, with its number 0 .. P-1 for an id: bins of a patch side by side, the
         cheapest first, patches ascending; source, device and form as in the patches' groups, but
         that an order which belongs on a GPU lies on the host, for who needs it there to send.
-    parents : int64 array, shape (P,)
-        The patch of each part, as a place among the sorted patch ids.
+    patch_of_bin : int64 array, shape (P,)
+        The patch of each bin, as a place among the sorted patch ids.
     costs : float64 array, shape (P,)
-        The largest cost of a sample in each part.
+        The largest cost of a sample in each bin.
     sizes : int64 array, shape (P,)
-        Batch size of each part; 0 where its samples are over the budget, and skipped.
+        Batch size of each bin; 0 where its samples are over the budget, and skipped.
     """
 
     groups: PatchGroups
-    parents: Int64
+    patch_of_bin: Int64
     costs: NDArray[np.float64]
     sizes: Int64
 
 
-class _Classes(NamedTuple):
+class _SizeClasses(NamedTuple):
     """Samples of a patch that stay together: one row each, the cheapest of a patch first."""
 
     patches: Int64
@@ -104,8 +103,18 @@ class _Classes(NamedTuple):
     costs: NDArray[np.float64]
 
 
-def parts_of(groups: PatchGroups, budget: CostBudget, partial: str) -> Parts:
-    """Cut patches into classes of cost.
+def first_bins(patch_of_bin: Int64) -> Int64:
+    """Return the first bin of each patch, shape (G,); bins of a patch lie side by side."""
+    return np.flatnonzero(np.diff(patch_of_bin, prepend=-1))
+
+
+def reduce_by_patch(values: NDArray[Any], patch_of_bin: Int64 | None, ufunc: np.ufunc) -> Any:
+    """Reduce numbers of cost bins, shape (P,), to numbers of patches, (G,); None: they are that."""
+    return values if patch_of_bin is None else ufunc.reduceat(values, first_bins(patch_of_bin))
+
+
+def cut_into_bins(groups: PatchGroups, budget: CostBudget, partial: str) -> CostBins:
+    """Cut patches into bins by cost.
 
     Parameters
     ----------
@@ -123,119 +132,100 @@ def parts_of(groups: PatchGroups, budget: CostBudget, partial: str) -> Parts:
         If there are not as many as samples, one is not in (0, 2**512), or a sample is over the
         budget and is not to be skipped, or all are.
     """
-    costs = _checked_costs(budget.sample_costs, groups.source_size)
+    costs = check_numbers(budget.sample_costs, groups.source_size, "sample_costs", "sample")
     order = None if groups.order is None else arrays.to_numpy(groups.order)
-    classes, row = _classes_of(groups, order, costs, budget)
+    classes, class_of_sample = _sort_into_size_classes(groups, order, costs, budget)
     sizes = budget.sizes_for(classes.costs)
-    if bool((sizes == 0).any()):
-        _check_over_budget(groups, order, classes, sizes == 0, row, budget)
-    last = _last_of_parts(classes, sizes, groups.num_patches, budget, partial)
-    part: NDArray[Any] = (np.cumsum(last) - last).astype(row.dtype)[row]
-    samples = places_of(groups.starts, groups.counts) if order is None else order
-    found = by_group(samples, part)
-    refined: Any = found.order
-    if refined is not None:
-        narrow = np.int32 if groups.source_size < INT32_SAMPLES else np.int64
-        refined = refined.astype(narrow, copy=False)
+    samples = expand_runs(groups.starts, groups.counts) if order is None else order
+    is_over = sizes == 0
+    if bool(is_over.all() if budget.over_budget == "skip" else is_over.any()):
+        costs = _round_up(costs[samples])
+        _raise_over_budget(groups, samples, costs, is_over[class_of_sample], budget)
+    ends = _bin_ends(classes, sizes, groups.num_patches, budget, partial)
+    bin_of_class: NDArray[Any] = (np.cumsum(ends) - ends).astype(class_of_sample.dtype)
+    bin_of_sample = bin_of_class[class_of_sample]
+    sorted_groups = sort_by_group(samples, bin_of_sample)
+    bin_order: Any = sorted_groups.order
+    if bin_order is not None:
+        dtype = np.int32 if groups.source_size < INT32_SAMPLES else np.int64
+        bin_order = bin_order.astype(dtype, copy=False)
         if groups.device.on_host:
-            refined = arrays.to_device(refined, groups.device)
-    sizes, counts = sizes[last], found.counts
-    return Parts(
+            bin_order = arrays.to_device(bin_order, groups.device)
+    sizes, counts = sizes[ends], sorted_groups.counts
+    return CostBins(
         PatchGroups(
-            found.groups,
+            sorted_groups.groups,
             counts,
-            found.starts,
-            refined,
+            sorted_groups.starts,
+            bin_order,
             source_size=groups.source_size,
             device=groups.device,
         ),
-        classes.patches[last],
-        classes.costs[last],
+        classes.patches[ends],
+        classes.costs[ends],
         budget.sizes_of_use(sizes, counts, partial),
     )
 
 
-def _checked_costs(values: Any, size: int) -> NDArray[Any]:
-    """Return costs of samples as a NumPy array of numbers; which numbers is asked by block."""
-    if isinstance(values, np.ma.MaskedArray):
-        raise TypeError("sample_costs must have a value for every sample, got a masked array")
-    library = arrays.library_of(values)
-    if library is None:
-        try:
-            found = np.asarray(values)
-        except ValueError as error:
-            raise ValueError(f"sample_costs must be one number a sample: {error}") from error
-    elif not arrays.is_numbers(values):
-        raise TypeError(f"sample_costs must be numbers, one a sample, got {shown(values)}")
-    else:
-        found = on_host(values)
-    if found.dtype.kind not in "iuf":
-        raise TypeError(f"sample_costs must be numbers, one a sample, got {shown(values)}")
-    if found.shape != (size,):
-        raise ValueError(
-            f"sample_costs must be one number for each of the dataset's samples, shape ({size},), "
-            f"got shape {found.shape}"
-        )
-    return found
-
-
-def _rounded_up(values: NDArray[Any]) -> NDArray[np.float64]:
+def _round_up(values: NDArray[Any]) -> NDArray[np.float64]:
     """Return numbers as float64, none smaller than it was, lest a batch be over the budget."""
     if values.dtype.kind == "f":
         with np.errstate(over="ignore", under="ignore"):
-            found = values.astype(np.float64)
-        return np.nextafter(found, np.inf, out=found, where=found < values)
-    found = values.astype(np.float64)
-    if values.dtype.itemsize == 8 and bool((large := values > 1 << 53).any()):
+            rounded = values.astype(np.float64)
+        return np.nextafter(rounded, np.inf, out=rounded, where=rounded < values)
+    rounded = values.astype(np.float64)
+    if values.dtype.itemsize == 8 and bool((is_large := values > 1 << 53).any()):
         # With the lowest 11 bits cleared 53 are left, which float64 holds; so is the next such.
-        cut = values[large] >> 11 << 11
-        found[large] = cut.astype(np.float64) + 2048.0 * (cut < values[large])
-    return found
+        truncated = values[is_large] >> 11 << 11
+        rounded[is_large] = truncated.astype(np.float64) + 2048.0 * (truncated < values[is_large])
+    return rounded
 
 
-def _classes_of(
+def _sort_into_size_classes(
     groups: PatchGroups, order: NDArray[Any] | None, costs: NDArray[Any], budget: CostBudget
-) -> tuple[_Classes, NDArray[Any]]:
+) -> tuple[_SizeClasses, NDArray[Any]]:
     """Return the classes of all patches, and the class of each sample in the groups' order."""
-    row = np.empty(groups.num_samples, np.int32 if groups.num_samples < INT32_SAMPLES else np.int64)
-    found: list[tuple[Int64, Int64, NDArray[np.float64]]] = []
-    rows = 0
+    dtype = np.int32 if groups.num_samples < INT32_SAMPLES else np.int64
+    class_of_sample = np.empty(groups.num_samples, dtype)
+    blocks: list[tuple[Int64, Int64, NDArray[np.float64]]] = []
+    num_classes = 0
     offsets = groups.offsets
     for first, last, start, stop in _blocks(offsets):
         bounds = np.clip(offsets[first : last + 1], start, stop)
         counts = np.diff(bounds)
         if order is None:
-            begin = groups.starts[first:last] + bounds[:-1] - offsets[first:last]
-            samples: NDArray[Any] = places_of(begin, counts)
+            starts = groups.starts[first:last] + bounds[:-1] - offsets[first:last]
+            samples: NDArray[Any] = expand_runs(starts, counts)
         else:
             samples = order[start:stop]
-        cost = _rounded_up(costs[samples])
-        _check_each(cost, costs, samples)
-        kind = _kinds(budget.sizes_for(cost))
-        lowest = int(kind.min())
-        width = int(kind.max()) - lowest + 1
-        key = np.repeat(np.arange(last - first) * width - lowest, counts) + kind
-        met = np.bincount(key)
-        there = np.flatnonzero(met)
-        number = np.zeros(met.size, row.dtype)
-        number[there] = np.arange(there.size)
-        here = number[key]
-        largest = np.zeros(there.size)
-        np.maximum.at(largest, here, cost)
-        row[start:stop] = here + rows
-        rows += there.size
-        patch, kind_met = np.divmod(there, width)
-        found.append(((first + patch) * KINDS + lowest + kind_met, met[there], largest))
-    keys, counts, largest = map(np.concatenate, zip(*found, strict=True))
+        cost = _round_up(costs[samples])
+        _check_cost_range(cost, costs, samples)
+        size_class = _size_class_of(budget.sizes_for(cost))
+        first_class = int(size_class.min())
+        span = int(size_class.max()) - first_class + 1
+        key = np.repeat(np.arange(last - first) * span - first_class, counts) + size_class
+        class_counts = np.bincount(key)
+        nonempty = np.flatnonzero(class_counts)
+        index_of_key = np.zeros(class_counts.size, class_of_sample.dtype)
+        index_of_key[nonempty] = np.arange(nonempty.size)
+        block_class = index_of_key[key]
+        max_costs = np.zeros(nonempty.size)
+        np.maximum.at(max_costs, block_class, cost)
+        class_of_sample[start:stop] = block_class + num_classes
+        num_classes += nonempty.size
+        patch, offset = np.divmod(nonempty, span)
+        keys = (first + patch) * MAX_SIZE_CLASSES + first_class + offset
+        blocks.append((keys, class_counts[nonempty], max_costs))
+    keys, counts, max_costs = map(np.concatenate, zip(*blocks, strict=True))
     if bool((keys[1:] <= keys[:-1]).any()):
         # A patch was worked on in several blocks.
-        keys, number = np.unique(keys, return_inverse=True)
-        in_blocks, of_blocks = counts, largest
-        counts, largest = np.zeros(keys.size, np.int64), np.zeros(keys.size)
-        np.add.at(counts, number, in_blocks)
-        np.maximum.at(largest, number, of_blocks)
-        row = number.astype(row.dtype)[row]
-    return _Classes(keys // KINDS, counts, largest), row
+        keys, index_of_key = np.unique(keys, return_inverse=True)
+        block_counts, block_max_costs = counts, max_costs
+        counts, max_costs = np.zeros(keys.size, np.int64), np.zeros(keys.size)
+        np.add.at(counts, index_of_key, block_counts)
+        np.maximum.at(max_costs, index_of_key, block_max_costs)
+        class_of_sample = index_of_key.astype(class_of_sample.dtype)[class_of_sample]
+    return _SizeClasses(keys // MAX_SIZE_CLASSES, counts, max_costs), class_of_sample
 
 
 def _blocks(offsets: Int64) -> Iterator[tuple[int, int, int, int]]:
@@ -250,114 +240,116 @@ def _blocks(offsets: Int64) -> Iterator[tuple[int, int, int, int]]:
     while first + 1 < offsets.size:
         start = int(offsets[first])
         last = int(np.searchsorted(offsets, start + CHUNK, side="right")) - 1
-        last = min(max(last, first + 1), first + PATCHES)
-        for begin in range(start, int(offsets[last]), CHUNK):
-            yield first, last, begin, min(begin + CHUNK, int(offsets[last]))
+        last = min(max(last, first + 1), first + PATCHES_PER_BLOCK)
+        for block_start in range(start, int(offsets[last]), CHUNK):
+            yield first, last, block_start, min(block_start + CHUNK, int(offsets[last]))
         first = last
 
 
-def _kinds(sizes: Int64) -> Int64:
+def _size_class_of(sizes: Int64) -> Int64:
     """Return which class samples of some batch sizes are in: the cheapest first, 0 sizes last."""
-    of_largest = int(class_of(np.array([float(LARGEST)]))[0])
-    of_smallest = int(class_of(np.array([1.0]))[0])
-    kind = of_largest - class_of(sizes.astype(np.float64))
-    return np.minimum(kind, of_largest - of_smallest + 1)
+    largest_bits = int(leading_bits(np.array([float(MAX_BATCH_SIZE)]))[0])
+    smallest_bits = int(leading_bits(np.array([1.0]))[0])
+    size_class = largest_bits - leading_bits(sizes.astype(np.float64))
+    return np.minimum(size_class, largest_bits - smallest_bits + 1)
 
 
-def _check_each(cost: NDArray[np.float64], costs: NDArray[Any], samples: NDArray[Any]) -> None:
+def _check_cost_range(
+    cost: NDArray[np.float64], costs: NDArray[Any], samples: NDArray[Any]
+) -> None:
     """Raise ValueError unless all costs of some samples are in (0, 2**512)."""
-    wrong = ~((cost > 0) & (cost < MOST))
-    if bool(wrong.any()):
-        sample = int(samples[wrong].min())
+    out_of_range = ~((cost > 0) & (cost < COST_LIMIT))
+    if bool(out_of_range.any()):
+        sample = int(samples[out_of_range].min())
         raise ValueError(
             f"sample_costs must be > 0 and < 2**512, got {costs[sample]} for sample {sample}"
         )
 
 
-def _check_over_budget(
+def _raise_over_budget(
     groups: PatchGroups,
-    order: NDArray[Any] | None,
-    classes: _Classes,
-    over: NDArray[np.bool_],
-    row: NDArray[Any],
+    samples: NDArray[Any],
+    costs: NDArray[np.float64],
+    is_over: NDArray[np.bool_],
     budget: CostBudget,
-) -> None:
-    """Raise ValueError as classes are over the budget, unless others are not and these skipped."""
-    if budget.over_budget != "error" and not bool(over.all()):
-        return
-    samples = places_of(groups.starts, groups.counts) if order is None else order
-    costs = _rounded_up(_checked_costs(budget.sample_costs, groups.source_size)[samples])
+) -> NoReturn:
+    """Raise the ValueError for samples over the budget; arrays are in the groups' order."""
     if budget.over_budget != "error":
         raise ValueError(
             "max_cost must be enough for at least one sample, got none: "
             f"{budget.refusal(float(costs.min()))}"
         )
-    at = np.flatnonzero(over[row])
-    first = int(at[samples[at].argmin()])
-    label = groups.labels[classes.patches[row[first]]]
+    positions = np.flatnonzero(is_over)
+    first = int(positions[samples[positions].argmin()])
+    label = groups.labels[np.searchsorted(groups.offsets, first, side="right") - 1]
     raise ValueError(
-        f"max_cost must be enough for every sample, got {at.size} of {groups.num_samples} over the "
-        f"budget, sample {samples[first]} of patch {label} first: "
+        f"max_cost must be enough for every sample, got {positions.size} of {groups.num_samples} "
+        f"over the budget, sample {samples[first]} of patch {label} first: "
         f"{budget.refusal(float(costs[first]))}; over_budget='skip' leaves them out"
     )
 
 
-def _last_of_parts(
-    classes: _Classes, sizes: Int64, num_patches: int, budget: CostBudget, partial: str
+def _bin_ends(
+    classes: _SizeClasses, sizes: Int64, num_patches: int, budget: CostBudget, partial: str
 ) -> NDArray[np.bool_]:
-    """Return which classes are the costliest of a part: boolean, shape (R,)."""
+    """Return which classes are the costliest of a bin: boolean, shape (R,)."""
     first = np.searchsorted(classes.patches, np.arange(num_patches))
-    within = np.add.reduceat(sizes > 0, first, dtype=np.int64)
+    num_within = np.add.reduceat(sizes > 0, first, dtype=np.int64)
     # Those over the budget, of which a patch has one class, stay by themselves.
-    last = sizes == 0
-    last[(first + within - 1)[within == 1]] = True
+    ends = sizes == 0
+    ends[(first + num_within - 1)[num_within == 1]] = True
     # The widest first, so that those side by side have about as many classes.
-    several = np.flatnonzero(within > 1)
-    several = several[np.argsort(-within[several], kind="stable")]
-    while several.size:
-        side_by_side = max(1, CHUNK // int(within[several[0]]))
-        some, several = several[:side_by_side], several[side_by_side:]
-        last[_ends(first[some], within[some], classes.counts, sizes, budget, partial)] = True
-    return np.asarray(last)
+    patches = np.flatnonzero(num_within > 1)
+    patches = patches[np.argsort(-num_within[patches], kind="stable")]
+    while patches.size:
+        patches_per_chunk = max(1, CHUNK // int(num_within[patches[0]]))
+        chunk, patches = patches[:patches_per_chunk], patches[patches_per_chunk:]
+        chunk_classes = first[chunk], num_within[chunk]
+        ends[_optimal_bin_ends(*chunk_classes, classes.counts, sizes, budget, partial)] = True
+    return np.asarray(ends)
 
 
-def _ends(
-    first: Int64, numbers: Int64, counts: Int64, sizes: Int64, budget: CostBudget, partial: str
+def _optimal_bin_ends(
+    first: Int64, num_classes: Int64, counts: Int64, sizes: Int64, budget: CostBudget, partial: str
 ) -> Int64:
-    """Return the classes that end the parts of some patches, by dynamic programming.
+    """Return the classes that end the bins of some patches, by dynamic programming.
 
-    ``first`` and ``numbers``: of each patch's classes, which ``counts`` and ``sizes`` tell of.
+    ``first`` and ``num_classes``: of each patch's classes, which ``counts`` and ``sizes`` tell of.
     """
-    widest = int(numbers.max())
-    place = np.arange(widest)
-    there = place < numbers[:, None]
-    at = first[:, None] + np.where(there, place, 0)
+    max_classes = int(num_classes.max())
+    columns = np.arange(max_classes)
+    is_class = columns < num_classes[:, None]
+    rows = first[:, None] + np.where(is_class, columns, 0)
     # Beyond a patch's classes are others of one sample each; nobody asks for what comes of them.
-    size = np.where(there, sizes[at], 1)
-    before = np.zeros((first.size, widest + 1), np.int64)
-    np.cumsum(np.where(there, counts[at], 1), axis=1, out=before[:, 1:])
-    least = np.zeros(before.shape)
-    begin = np.zeros(before.shape, np.int64)
-    for end in range(1, widest + 1):
-        held = before[:, end, None] - before[:, :end]
-        value = least[:, :end] + _worth(held, size[:, end - 1, None], budget, partial)
-        # Of equals, the first: the longest part.
-        begin[:, end] = value.argmin(axis=1)
-        least[:, end] = np.take_along_axis(value, begin[:, end, None], axis=1)[:, 0]
-    # Back from the last part to the first.
-    ends, patch, stop = [], np.arange(first.size), numbers
+    size = np.where(is_class, sizes[rows], 1)
+    samples_before = np.zeros((first.size, max_classes + 1), np.int64)
+    np.cumsum(np.where(is_class, counts[rows], 1), axis=1, out=samples_before[:, 1:])
+    min_penalty = np.zeros(samples_before.shape)
+    best_start = np.zeros(samples_before.shape, np.int64)
+    for end in range(1, max_classes + 1):
+        num_samples = samples_before[:, end, None] - samples_before[:, :end]
+        penalty = _bin_penalty(num_samples, size[:, end - 1, None], budget, partial)
+        penalty = min_penalty[:, :end] + penalty
+        # Of equals, the first: the longest bin.
+        best_start[:, end] = penalty.argmin(axis=1)
+        min_penalty[:, end] = np.take_along_axis(penalty, best_start[:, end, None], axis=1)[:, 0]
+    # Back from the last bin to the first.
+    ends, patch, stop = [], np.arange(first.size), num_classes
     while patch.size:
         ends.append(first[patch] + stop - 1)
-        stop = begin[patch, stop]
+        stop = best_start[patch, stop]
         patch, stop = patch[stop > 0], stop[stop > 0]
     return np.concatenate(ends)
 
 
-def _worth(held: Int64, size: Int64, budget: CostBudget, partial: str) -> NDArray[np.float64]:
-    """Return what parts of some samples and batch sizes count."""
+def _bin_penalty(
+    num_samples: Int64, size: Int64, budget: CostBudget, partial: str
+) -> NDArray[np.float64]:
+    """Return what bins of some samples and batch sizes count, in batches."""
     if partial != "drop":
         # Quotients of numbers below 2**31 are never rounded to an integer that they are not.
-        return np.asarray(np.maximum(np.ceil(held / size), LEAST_BATCHES))
-    used = budget.sizes_of_use(size, held, partial)
-    whole, left = np.divmod(held, used)
-    return np.asarray(np.maximum(whole, LEAST_BATCHES) + LEFT_OUT * (left / used))
+        return np.asarray(np.maximum(np.ceil(num_samples / size), MIN_COUNTED_BATCHES))
+    useful_size = budget.sizes_of_use(size, num_samples, partial)
+    num_batches, num_left = np.divmod(num_samples, useful_size)
+    penalty = np.maximum(num_batches, MIN_COUNTED_BATCHES) + DROP_PENALTY * (num_left / useful_size)
+    return np.asarray(penalty)

@@ -9,15 +9,15 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from gpusampler.batching.costs import MOST, checked_numbers
+from gpusampler.batching.costs import COST_LIMIT, check_numbers
 from gpusampler.core import arrays
 from gpusampler.core.arrays import Int64
-from gpusampler.core.text import shown
-from gpusampler.core.validation import checked_bool, checked_choice, checked_int
+from gpusampler.core.text import short_repr
+from gpusampler.core.validation import check_bool, check_choice, check_int, check_real
 
 OverBudget = Literal["error", "skip"]
 OVER_BUDGET = ("error", "skip")
-LARGEST = (1 << 31) - 1
+MAX_BATCH_SIZE = (1 << 31) - 1
 
 
 @dataclass(frozen=True, eq=False)
@@ -78,28 +78,30 @@ class CostBudget:
 
     def __post_init__(self) -> None:
         """Check what does not depend on patches."""
-        _check_max_cost(self.max_cost)
+        check_real(self.max_cost, "max_cost", "be > 0 and < 2**512", lambda x: 0 < x < COST_LIMIT)
         if self.cost is not None and self.sample_costs is not None:
             raise ValueError(
                 "sample_costs must be left out where cost is given: a sample costs what those of "
                 "its patch do, or what it says itself"
             )
-        least = checked_int(self.min_batch_size, "min_batch_size", least=1, below=LARGEST + 1)
+        min_size = check_size(self.min_batch_size, "min_batch_size")
         if self.max_batch_size is not None:
-            most = checked_int(self.max_batch_size, "max_batch_size", least=1, below=LARGEST + 1)
-            if most < least:
-                raise ValueError(f"max_batch_size must be >= min_batch_size={least}, got {most}")
-        checked_int(self.multiple_of, "multiple_of", least=1, below=LARGEST + 1)
-        checked_bool(self.power_of_two, "power_of_two")
+            max_size = check_size(self.max_batch_size, "max_batch_size")
+            if max_size < min_size:
+                raise ValueError(
+                    f"max_batch_size must be >= min_batch_size={min_size}, got {max_size}"
+                )
+        check_size(self.multiple_of, "multiple_of")
+        check_bool(self.power_of_two, "power_of_two")
         if self.power_of_two and self.multiple_of & (self.multiple_of - 1):
             raise ValueError(
                 "multiple_of must be a power of two where power_of_two=True, got "
                 f"{self.multiple_of}"
             )
-        checked_choice(self.over_budget, "over_budget", OVER_BUDGET)
+        check_choice(self.over_budget, "over_budget", OVER_BUDGET)
         if self.calibration is not None and not isinstance(self.calibration, Mapping):
-            raise TypeError(f"calibration must be a mapping, got {shown(self.calibration)}")
-        if not self._rounded_down(np.array([self._most]))[0] >= self.min_batch_size:
+            raise TypeError(f"calibration must be a mapping, got {short_repr(self.calibration)}")
+        if not self._rounded_down(np.array([self._largest_size]))[0] >= self.min_batch_size:
             raise ValueError(
                 "max_batch_size must be at least the smallest size that the others allow, got "
                 f"none between {self._bounds}"
@@ -110,7 +112,7 @@ class CostBudget:
         if not isinstance(other, CostBudget):
             return NotImplemented
         names = [name for name in self.__dataclass_fields__ if name != "calibration"]
-        return all(_alike(getattr(self, name), getattr(other, name)) for name in names)
+        return all(_is_equal(getattr(self, name), getattr(other, name)) for name in names)
 
     # Costs may be arrays and mappings, which have none either.
     __hash__ = None  # type: ignore[assignment]
@@ -129,17 +131,17 @@ class CostBudget:
             The largest ``size`` with ``size * cost <= max_cost`` in float64 arithmetic, and below
             2**31, rounded as the budget says.
         """
-        most = float(self.max_cost)
+        max_cost = float(self.max_cost)
         # A quotient is rounded, so the product decides: the floor may be one off either way.
         with np.errstate(over="ignore"):
-            ratio = np.floor(np.minimum(most / costs, float(LARGEST)))
-        ratio += (ratio + 1) * costs <= most
-        ratio -= ratio * costs > most
-        found = np.minimum(ratio, float(LARGEST)).astype(np.int64)
+            ratio = np.floor(np.minimum(max_cost / costs, float(MAX_BATCH_SIZE)))
+        ratio += (ratio + 1) * costs <= max_cost
+        ratio -= ratio * costs > max_cost
+        sizes = np.minimum(ratio, float(MAX_BATCH_SIZE)).astype(np.int64)
         if self.max_batch_size is not None:
-            found = np.minimum(found, self.max_batch_size)
-        found = self._rounded_down(found)
-        return np.where(found < self.min_batch_size, 0, found)
+            sizes = np.minimum(sizes, self.max_batch_size)
+        sizes = self._rounded_down(sizes)
+        return np.where(sizes < self.min_batch_size, 0, sizes)
 
     def sizes_of_use(self, sizes: Int64, counts: Int64, partial: str) -> Int64:
         """Return sizes no larger than patches of ``counts`` samples have a use for.
@@ -148,10 +150,10 @@ class CostBudget:
         only a wider table, or more to fill up.
         """
         if partial == "drop":
-            down = self._rounded_down(np.minimum(sizes, counts))
-            return np.where(down < self.min_batch_size, sizes, down)
-        up = self._rounded_up(np.maximum(counts, self.min_batch_size))
-        return np.minimum(sizes, up)
+            rounded_down = self._rounded_down(np.minimum(sizes, counts))
+            return np.where(rounded_down < self.min_batch_size, sizes, rounded_down)
+        rounded_up = self._rounded_up(np.maximum(counts, self.min_batch_size))
+        return np.minimum(sizes, rounded_up)
 
     def _rounded_down(self, sizes: Int64) -> Int64:
         if self.power_of_two:
@@ -164,27 +166,27 @@ class CostBudget:
 
     def refusal(self, cost: float) -> str:
         """Return why a sample of some cost is over the budget."""
-        fits = int(CostBudget(self.max_cost).sizes_for(np.array([cost]))[0])
+        max_size = int(CostBudget(self.max_cost).sizes_for(np.array([cost]))[0])
         # The cost with all its digits: the last one may be what is too much.
         return (
-            f"max_cost={self.max_cost} allows up to {fits} samples of cost {cost} in a batch, and "
-            f"none of these sizes is right by {self._bounds}"
+            f"max_cost={self.max_cost} allows up to {max_size} samples of cost {cost} in a batch, "
+            f"and none of these sizes is right by {self._bounds}"
         )
 
     @property
-    def _most(self) -> int:
-        return LARGEST if self.max_batch_size is None else int(self.max_batch_size)
+    def _largest_size(self) -> int:
+        return MAX_BATCH_SIZE if self.max_batch_size is None else int(self.max_batch_size)
 
     @property
     def _bounds(self) -> str:
-        wanted = [f"min_batch_size={self.min_batch_size}"]
+        bounds = [f"min_batch_size={self.min_batch_size}"]
         if self.multiple_of > 1:
-            wanted.append(f"multiple_of={self.multiple_of}")
+            bounds.append(f"multiple_of={self.multiple_of}")
         if self.power_of_two:
-            wanted.append("power_of_two=True")
+            bounds.append("power_of_two=True")
         if self.max_batch_size is not None:
-            wanted.append(f"max_batch_size={self.max_batch_size}")
-        return ", ".join(wanted)
+            bounds.append(f"max_batch_size={self.max_batch_size}")
+        return ", ".join(bounds)
 
     def to_dict(self) -> dict[str, Any]:
         """Return the budget as plain values that JSON can hold.
@@ -209,10 +211,10 @@ class CostBudget:
             plain["cost"] = [[_plain(key), _plain(cost[key])] for key in list(cost.keys())]
             plain["cost_by"] = "patch id"
         elif cost is not None:
-            plain["cost"] = _listed(cost)
+            plain["cost"] = _to_list(cost)
             plain["cost_by"] = "place"
         if self.sample_costs is not None:
-            plain["sample_costs"] = _listed(self.sample_costs)
+            plain["sample_costs"] = _to_list(self.sample_costs)
         if self.calibration is not None:
             plain["calibration"] = dict(self.calibration)
         return {"max_cost": _plain(self.max_cost), **plain, "over_budget": self.over_budget}
@@ -227,19 +229,24 @@ class CostBudget:
             If it is no such mapping, or its values are none of a budget.
         """
         if not isinstance(saved, Mapping) or "max_cost" not in saved:
-            raise TypeError(f"saved must come from CostBudget.to_dict, got {shown(saved)}")
-        given = dict(saved)
-        by = given.pop("cost_by", None)
-        if by is not None and by not in ("patch id", "place"):
-            raise ValueError(f"cost_by must be 'patch id' or 'place', got {shown(by)}")
-        if by is not None and given.get("cost") is None:
-            raise ValueError(f"cost must be there where cost_by={by!r} is, got none")
-        if by == "patch id":
-            given["cost"] = _by_patch_id(given["cost"])
-        unknown = sorted(set(given) - set(cls.__dataclass_fields__))
+            raise TypeError(f"saved must come from CostBudget.to_dict, got {short_repr(saved)}")
+        arguments = dict(saved)
+        cost_by = arguments.pop("cost_by", None)
+        if cost_by is not None and cost_by not in ("patch id", "place"):
+            raise ValueError(f"cost_by must be 'patch id' or 'place', got {short_repr(cost_by)}")
+        if cost_by is not None and arguments.get("cost") is None:
+            raise ValueError(f"cost must be there where cost_by={cost_by!r} is, got none")
+        if cost_by == "patch id":
+            arguments["cost"] = _by_patch_id(arguments["cost"])
+        unknown = sorted(set(arguments) - set(cls.__dataclass_fields__))
         if unknown:
             raise TypeError(f"saved must come from CostBudget.to_dict, got unknown {unknown}")
-        return cls(**given)
+        return cls(**arguments)
+
+
+def check_size(value: Any, name: str) -> int:
+    """Return a number of samples in a batch as an int, or raise TypeError or ValueError."""
+    return check_int(value, name, low=1, high=MAX_BATCH_SIZE + 1)
 
 
 def check_over_budget(
@@ -247,35 +254,23 @@ def check_over_budget(
 ) -> None:
     """Raise ValueError if patches are over the budget, unless they are to be skipped.
 
-    ``sizes``, ``costs`` and ``labels``: shape (G,), of each patch, or of each class of one.
+    ``sizes``, ``costs`` and ``labels``: shape (G,), of each patch.
     """
-    over = np.flatnonzero(sizes == 0)
-    if over.size == 0:
+    patches = np.flatnonzero(sizes == 0)
+    if patches.size == 0:
         return
-    first = int(over[0])
+    first = int(patches[0])
     if budget.over_budget == "error":
         raise ValueError(
-            f"max_cost must be enough for every patch, got {over.size} of {sizes.size} over the "
-            f"budget, patch {labels[first]} first: {budget.refusal(float(costs[first]))}; "
+            f"max_cost must be enough for every patch, got {patches.size} of {sizes.size} over "
+            f"the budget, patch {labels[first]} first: {budget.refusal(float(costs[first]))}; "
             "over_budget='skip' leaves them out"
         )
-    if over.size == sizes.size:
+    if patches.size == sizes.size:
         raise ValueError(
             f"max_cost must be enough for at least one patch, got none: "
             f"{budget.refusal(float(costs.min()))}"
         )
-
-
-def _check_max_cost(value: Any) -> None:
-    if isinstance(value, (bool, np.bool_)) or not isinstance(
-        value, (int, float, np.integer, np.floating)
-    ):
-        raise TypeError(f"max_cost must be a number, got {shown(value)}")
-    # NumPy would make its narrower types of the bound, which they cannot hold; an int may be more
-    # than a float holds.
-    number = value if isinstance(value, int) else float(value)
-    if not 0 < number < MOST:
-        raise ValueError(f"max_cost must be > 0 and < 2**512, got {shown(value)}")
 
 
 def _bit_length(values: Int64) -> Int64:
@@ -288,7 +283,8 @@ def _by_patch_id(pairs: Any) -> dict[Any, Any]:
         return dict(pairs)
     except (TypeError, ValueError) as error:
         raise ValueError(
-            f"cost must be pairs of patch id and cost where cost_by='patch id', got {shown(pairs)}"
+            "cost must be pairs of patch id and cost where cost_by='patch id', got "
+            f"{short_repr(pairs)}"
         ) from error
 
 
@@ -297,19 +293,18 @@ def _plain(value: Any) -> Any:
     return value.item() if hasattr(value, "item") else value
 
 
-def _alike(ours: Any, theirs: Any) -> bool:
+def _is_equal(a: Any, b: Any) -> bool:
     """Return whether two arguments of a budget are equal: numbers, mappings, functions, arrays."""
-    kinds = (Mapping, str, int, float, np.generic, type(None))
-    if isinstance(ours, kinds) or isinstance(theirs, kinds) or callable(ours) or callable(theirs):
-        return bool(ours is theirs or ours == theirs)
-    ours, theirs = (
+    plain_types = (Mapping, str, int, float, np.generic, type(None))
+    if any(isinstance(value, plain_types) or callable(value) for value in (a, b)):
+        return bool(a is b or a == b)
+    a, b = (
         np.asarray(arrays.to_numpy(values) if arrays.library_of(values) else values)
-        for values in (ours, theirs)
+        for values in (a, b)
     )
-    return bool(np.array_equal(ours, theirs))
+    return bool(np.array_equal(a, b))
 
 
-def _listed(values: Any) -> list[Any]:
-    count = len(values)
-    found: list[Any] = checked_numbers(values, count, "cost", "sample").tolist()
-    return found
+def _to_list(values: Any) -> list[Any]:
+    numbers = check_numbers(values, len(values), "cost", "sample")
+    return list(numbers.astype(np.float64).tolist())

@@ -3,7 +3,7 @@
 A patch with as many slots as it has batches is gone through once an epoch. One with more starts
 another pass, under a fresh permutation; one with fewer goes on in the next epoch where it stopped
 in this one. Both follow from one line: the j-th slot of the patch in an epoch is its batch number
-``t = epoch * slots + j`` since the beginning, and ``divmod(t, own batches)`` is the pass and the
+``t = epoch * slots + j`` since the beginning, and ``divmod(t, own_batches)`` is the pass and the
 batch in it.
 """
 
@@ -16,16 +16,17 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from gpusampler.batching.costs import costs_by_patch
+from gpusampler.batching.cost_bins import first_bins, reduce_by_patch
+from gpusampler.batching.costs import positive_by_patch
 from gpusampler.core.arrays import Int64
-from gpusampler.core.text import shown
-from gpusampler.core.validation import checked_int
+from gpusampler.core.text import short_repr
+from gpusampler.core.validation import check_int, check_real
 from gpusampler.groups.patch_groups import PatchGroups
 
-EXACT = 1 << 52
+WEIGHT_SUM = 1 << 52
 """Weights are integers that add up to about this much: a sum that float64 and int64 hold."""
 
-MOST_BATCHES = 1 << 60
+EPOCH_BATCHES_LIMIT = 1 << 60
 """Batches of an epoch are fewer."""
 
 
@@ -59,12 +60,7 @@ class Temperature:
 
     def __post_init__(self) -> None:
         """Check the number."""
-        if isinstance(self.t, (bool, np.bool_)) or not isinstance(
-            self.t, (int, float, np.integer, np.floating)
-        ):
-            raise TypeError(f"t must be a number, got {shown(self.t)}")
-        if not self.t > 0:
-            raise ValueError(f"t must be > 0, got {self.t}")
+        check_real(self.t, "t", "be > 0", lambda x: x > 0)
 
     def weights(self, own: Int64) -> NDArray[np.float64]:
         """Return the weights of patches that have ``own`` batches each, shape (G,); 0 for none."""
@@ -77,19 +73,19 @@ class Temperature:
         return np.where(own > 0, np.ldexp(np.rint(mantissa * 2.0**32), exponent - 32), 0.0)
 
 
-def checked_epoch_batches(value: Any) -> int | None:
+def check_epoch_batches(value: Any) -> int | None:
     """Return the batches of an epoch as an int, None if they are left out, or raise."""
     if value is None:
         return None
-    return checked_int(value, "epoch_batches", least=1, below=MOST_BATCHES)
+    return check_int(value, "epoch_batches", low=1, high=EPOCH_BATCHES_LIMIT)
 
 
 def slots_by_patch(
     weights: Any,
     epoch_batches: int | None,
     groups: PatchGroups,
-    own: Int64,
-    parents: Int64 | None = None,
+    own_batches: Int64,
+    patch_of_bin: Int64 | None = None,
 ) -> Int64:
     """Return the slots of each patch in an epoch.
 
@@ -100,11 +96,11 @@ def slots_by_patch(
     epoch_batches : int, optional
         Slots of an epoch; default: all patches' own batches.
     groups : PatchGroups
-    own : int64 array, shape (P,)
-        Batches that each patch, or each class of cost of one, is cut into; those without any take
-        no part.
-    parents : int64 array, shape (P,), optional
-        The patch of each class, ascending; a patch's slots are shared out by its classes' batches.
+    own_batches : int64 array, shape (P,)
+        Batches that each patch, or each cost bin of one, is cut into; those without any take no
+        part.
+    patch_of_bin : int64 array, shape (P,), optional
+        The patch of each bin, ascending; a patch's slots are shared out by its bins' batches.
 
     Returns
     -------
@@ -116,40 +112,44 @@ def slots_by_patch(
     TypeError, ValueError
         If an argument is not as described, or there are fewer slots than patches.
     """
-    parts = (own > 0).astype(np.int64)
-    taking_part = int(parts.sum())
-    given = checked_epoch_batches(epoch_batches)
-    total = int(own.sum()) if given is None else given
-    if total < taking_part:
-        what = "patches" if parents is None else "classes of cost that patches are cut into, those"
+    min_slots = (own_batches > 0).astype(np.int64)
+    num_taking_part = int(min_slots.sum())
+    total = check_epoch_batches(epoch_batches)
+    total = int(own_batches.sum()) if total is None else total
+    if total < num_taking_part:
+        units = "patches"
+        if patch_of_bin is not None:
+            units = "classes of cost that patches are cut into, those"
         raise ValueError(
-            f"epoch_batches must be at least the number of {what} that have a batch, "
-            f"{taking_part}, got {total}"
+            f"epoch_batches must be at least the number of {units} that have a batch, "
+            f"{num_taking_part}, got {total}"
         )
-    of_patches, least, first = own, parts, np.arange(own.size)
-    if parents is not None:
-        first = np.flatnonzero(np.diff(parents, prepend=-1))
-        of_patches, least = np.add.reduceat(own, first), np.add.reduceat(parts, first)
-    shares = apportion(as_integers(_weights(weights, groups, of_patches)), total, least)
-    return shares if parents is None else apportion_each(own, shares, first, parts)
+    patch_batches, patch_min_slots = (
+        reduce_by_patch(values, patch_of_bin, np.add) for values in (own_batches, min_slots)
+    )
+    patch_weights = integer_weights(_check_weights(weights, groups, patch_batches))
+    shares = apportion(patch_weights, total, patch_min_slots)
+    if patch_of_bin is None:
+        return shares
+    return apportion_each(own_batches, shares, first_bins(patch_of_bin), min_slots)
 
 
-def _weights(weights: Any, groups: PatchGroups, own: Int64) -> NDArray[np.float64]:
+def _check_weights(weights: Any, groups: PatchGroups, own_batches: Int64) -> NDArray[np.float64]:
     """Return the weights of patches, 0 where they have no batch."""
     if weights is None:
-        return own.astype(np.float64)
+        return own_batches.astype(np.float64)
     if isinstance(weights, Temperature):
-        return weights.weights(own)
+        return weights.weights(own_batches)
     if callable(weights) and not hasattr(weights, "keys"):
         raise TypeError(
             "weights must be a mapping from patch ids, numbers by ascending patch id, or a "
-            f"Temperature, got {shown(weights)}"
+            f"Temperature, got {short_repr(weights)}"
         )
-    return np.where(own > 0, costs_by_patch(weights, groups, "weights"), 0.0)
+    return np.where(own_batches > 0, positive_by_patch(weights, groups, "weights"), 0.0)
 
 
-def pass_and_batch(epoch: Any, j: Any, slots: Any, own: Any) -> tuple[Any, Any]:
-    """Return ``divmod(epoch * slots + j, own)``: the pass over a patch, and the batch in it.
+def pass_and_batch(epoch: Any, j: Any, slots: Any, own_batches: Any) -> tuple[Any, Any]:
+    """Return ``divmod(epoch * slots + j, own_batches)``: the pass over a patch and the batch in it.
 
     The product is beyond 64 bits; what is multiplied here is not, but for the pass itself, which is
     taken modulo 2**64, as int64 arrays of every library wrap around. Keys read the 64 bits.
@@ -158,33 +158,34 @@ def pass_and_batch(epoch: Any, j: Any, slots: Any, own: Any) -> tuple[Any, Any]:
     ----------
     epoch : int, or 0-d int64 array
         0 .. 2**63 - 1.
-    j, slots, own : int64 arrays of one shape
+    j, slots, own_batches : int64 arrays of one shape
         The slot among the patch's ``slots`` of an epoch, and its own batches, 1 .. 2**31 - 1.
     """
-    turns, left = epoch // own, epoch % own
-    times, rest = slots // own, slots % own
-    begun = left * rest
-    place = begun % own + j
-    return epoch * times + turns * rest + begun // own + place // own, place % own
+    epoch_quotient, epoch_remainder = epoch // own_batches, epoch % own_batches
+    slot_quotient, slot_remainder = slots // own_batches, slots % own_batches
+    product = epoch_remainder * slot_remainder
+    batch = product % own_batches + j
+    passes = epoch * slot_quotient + epoch_quotient * slot_remainder
+    return passes + product // own_batches + batch // own_batches, batch % own_batches
 
 
-def as_integers(weights: NDArray[np.float64]) -> Int64:
+def integer_weights(weights: NDArray[np.float64]) -> Int64:
     """Return weights as integers in the same ratio, whose sum is at most about 2**52.
 
     Integral ones of a small sum stay as they are; others are multiplied by a power of two, which
     is exact, and rounded. The sum that decides is rounded once, so that all machines agree.
     """
     total = math.fsum(weights.tolist())
-    if total <= EXACT and bool((weights == np.floor(weights)).all()):
+    if total <= WEIGHT_SUM and bool((weights == np.floor(weights)).all()):
         return weights.astype(np.int64)
     exponent = math.frexp(total)[1]
     return np.rint(np.ldexp(weights, 52 - exponent)).astype(np.int64)
 
 
-def apportion(weights: Int64, total: int, least: Int64) -> Int64:
+def apportion(weights: Int64, total: int, minimum: Int64) -> Int64:
     """Share out a total in proportion to weights: at least so much each, within 1 of the share.
 
-    Who would get less than its least gets that, and the others share the rest: whole parts first,
+    Who would get less than its minimum gets that, and the others share the rest: whole parts first,
     what is left over one each by the largest remainders (Hamilton's method), the lower place at a
     tie.
 
@@ -193,8 +194,8 @@ def apportion(weights: Int64, total: int, least: Int64) -> Int64:
     weights : int64 array, shape (G,)
         0 or more, of a sum below 2**62.
     total : int
-        At least the sum of ``least``, below 2**60.
-    least : int64 array, shape (G,)
+        At least the sum of ``minimum``, below 2**60.
+    minimum : int64 array, shape (G,)
         0: gets nothing.
 
     Returns
@@ -202,35 +203,35 @@ def apportion(weights: Int64, total: int, least: Int64) -> Int64:
     int64 array, shape (G,)
         They add up to ``total``.
     """
-    return apportion_each(weights, np.array([total]), np.zeros(1, np.int64), least)
+    return apportion_each(weights, np.array([total]), np.zeros(1, np.int64), minimum)
 
 
-def apportion_each(weights: Int64, totals: Int64, first: Int64, least: Int64) -> Int64:
+def apportion_each(weights: Int64, totals: Int64, first: Int64, minimum: Int64) -> Int64:
     """`apportion` several totals, each among neighbours: those from ``first`` on, shape (S,)."""
-    shares = np.where(least > 0, least, 0)
-    among = np.repeat(np.arange(first.size), np.diff(first, append=weights.size))
-    free = least > 0
+    shares = np.where(minimum > 0, minimum, 0)
+    owners = np.repeat(np.arange(first.size), np.diff(first, append=weights.size))
+    is_free = minimum > 0
     while True:
-        rest = totals - np.add.reduceat(np.where(free, 0, shares), first)
-        divisor = np.add.reduceat(np.where(free, weights, 0), first)
-        place = np.flatnonzero(free)
-        owner = among[place]
-        whole, left = _divided(weights[place], rest[owner], divisor[owner])
-        few = whole < least[place]
-        if not few.any():
+        remaining = totals - np.add.reduceat(np.where(is_free, 0, shares), first)
+        weight_sums = np.add.reduceat(np.where(is_free, weights, 0), first)
+        free = np.flatnonzero(is_free)
+        owner = owners[free]
+        quotient, remainder = _divmod_product(weights[free], remaining[owner], weight_sums[owner])
+        below_minimum = quotient < minimum[free]
+        if not below_minimum.any():
             break
-        free[place[few]] = False
-    shares[place] = whole
+        is_free[free[below_minimum]] = False
+    shares[free] = quotient
     # The rest of each total goes to its largest remainders.
-    over = rest - np.add.reduceat(np.where(free, shares, 0), first)
-    by_rest = np.lexsort((-left, owner))
-    place, owner = place[by_rest], owner[by_rest]
-    met = np.searchsorted(owner, np.arange(first.size))
-    shares[place] += np.arange(place.size) - met[owner] < over[owner]
+    leftover = remaining - np.add.reduceat(np.where(is_free, shares, 0), first)
+    by_remainder = np.lexsort((-remainder, owner))
+    free, owner = free[by_remainder], owner[by_remainder]
+    first_of_total = np.searchsorted(owner, np.arange(first.size))
+    shares[free] += np.arange(free.size) - first_of_total[owner] < leftover[owner]
     return shares
 
 
-def _divided(weights: Int64, totals: Int64, divisors: Int64) -> tuple[Int64, Int64]:
+def _divmod_product(weights: Int64, totals: Int64, divisors: Int64) -> tuple[Int64, Int64]:
     """Return ``divmod(weights * totals, divisors)``, whose products are beyond 64 bits.
 
     The quotient is guessed in float64, good to 2**-50, and what it lacks is worked out modulo
@@ -238,12 +239,12 @@ def _divided(weights: Int64, totals: Int64, divisors: Int64) -> tuple[Int64, Int
     steps, may add up to more than float64 holds.)
     """
     divisors = np.maximum(divisors, 1)
-    if bool((divisors > 2 * EXACT).any()):
-        listed = zip(weights.tolist(), totals.tolist(), divisors.tolist(), strict=True)
-        pairs = [divmod(weight * total, divisor) for weight, total, divisor in listed]
-        found = np.array(pairs, np.int64).reshape(-1, 2)
-        return found[:, 0], found[:, 1]
+    if bool((divisors > 2 * WEIGHT_SUM).any()):
+        rows = zip(weights.tolist(), totals.tolist(), divisors.tolist(), strict=True)
+        pairs = [divmod(weight * total, divisor) for weight, total, divisor in rows]
+        results = np.array(pairs, np.int64).reshape(-1, 2)
+        return results[:, 0], results[:, 1]
     guess = np.floor(weights.astype(np.float64) * (totals / divisors)).astype(np.int64)
-    left = weights * totals - guess * divisors
-    more = left // divisors
-    return guess + more, left - more * divisors
+    remainder = weights * totals - guess * divisors
+    correction = remainder // divisors
+    return guess + correction, remainder - correction * divisors

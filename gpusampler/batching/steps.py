@@ -3,7 +3,7 @@
 A step is a run of slots, one for each rank (or micro-batch) that works on it. Under "free" a step
 is a single slot and batches come in any order. Under "same_patch" the batches of a step are of one
 patch. Under "balanced" they cost nearly the same: the grouped plan one level up, where batches are
-the samples, classes of cost the patches, and a step is the batch.
+the samples, cost buckets the patches, and a step is the batch.
 """
 
 from __future__ import annotations
@@ -23,12 +23,14 @@ from gpusampler.permutation.reference import Grid, grids_of, keyed_hash
 
 StepsKind = Literal["free", "balanced", "same_patch"]
 STEPS = ("free", "balanced", "same_patch")
+Uneven = Literal["pad", "drop"]
+UNEVENS = ("pad", "drop")
 
-CLASS_BITS = 3
-"""Classes of cost in an octave, as a power of two: costs of a class differ by 1/8 at most.
+MANTISSA_BITS = 3
+"""Cost buckets in an octave, as a power of two: costs in a bucket differ by 1/8 at most.
 
 Measured with lognormal costs of 50 to 500 patches on 8 ranks, the slowest rank's time is 3 % above
-the mean's with 3 bits, 6 % with 2, and 1 % with 4, where a class holds half as many patches.
+the mean's with 3 bits, 6 % with 2, and 1 % with 4, where a bucket holds half as many patches.
 """
 
 SHORT_STEP_ROUND = 62
@@ -59,18 +61,18 @@ class StepLayout(NamedTuple):
         return cls(width, full, short)
 
     @property
-    def has_an_order(self) -> bool:
+    def has_step_order(self) -> bool:
         """Whether there are steps to be permuted."""
         return self.full > 1 or (self.full == 1 and self.short > 0)
 
-    def places(
+    def batch_indices(
         self,
         xp: Any,
         slots: Any,
         key: tuple[Any, Any],
         permute_steps: Callable[[Any], Any],
     ) -> Any:
-        """Return the places in the natural order of batches that slots lead to.
+        """Return the indices, in the natural order of batches, that slots lead to.
 
         Parameters
         ----------
@@ -91,35 +93,35 @@ class StepLayout(NamedTuple):
         if not self.short:
             return image * self.width + within
         # The short step's batches begin anywhere in the natural order, and go on round its end:
-        # each place is as often among them as any other, and so bears as often what uneven="drop"
+        # each batch is as often among them as any other, and so bears as often what uneven="drop"
         # leaves out. The full steps are cut from the others.
         total = self.full * self.width + self.short
-        first = keyed_hash(key, SHORT_STEP_ROUND, 0) * min(total, (1 << 31) - 1) >> 32
-        beyond = first + self.short - total
-        place = image * self.width + within + beyond * (beyond > 0)
-        place = place + xp.where(place >= first, self.short, 0)
-        return xp.where(step == self.full, (first + within) % total, place)
+        short_start = keyed_hash(key, SHORT_STEP_ROUND, 0) * min(total, (1 << 31) - 1) >> 32
+        overflow = short_start + self.short - total
+        index = image * self.width + within + overflow * (overflow > 0)
+        index = index + xp.where(index >= short_start, self.short, 0)
+        return xp.where(step == self.full, (short_start + within) % total, index)
 
 
 @dataclass(frozen=True)
-class CostClasses:
+class CostBuckets:
     """Batches in the order of what they cost; int64 arrays on one device.
 
-    The natural order goes class by class, from the cheapest on, and run by run: a run is the whole
+    The natural order goes bucket by bucket, cheapest first, and run by run: a run is the whole
     batches of a patch, or its short one.
 
     Attributes
     ----------
     offsets, counts : arrays, shape (C,)
-        Batches before each class, and in it.
+        Batches before each bucket, and in it.
     grid : Grid of arrays
-        Sides of each class's permutation.
+        Sides of each bucket's permutation.
     run_offsets, run_groups, run_first : arrays, shape (R,)
         Batches before each run, the patch it is of, and its first batch of that patch.
     smallest, largest : int
-        Batches of the smallest and of the largest class.
+        Batches of the smallest and of the largest bucket.
     fingerprint : int
-        Of which batches are in which class: 64 bits.
+        Of which batches are in which bucket: 64 bits.
     """
 
     offsets: Any
@@ -135,7 +137,7 @@ class CostClasses:
     @classmethod
     def build(
         cls, counts: Int64, sizes: Int64, batches: Int64, partial: str, costs: NDArray[np.float64]
-    ) -> CostClasses:
+    ) -> CostBuckets:
         """Sort a plan's batches by cost.
 
         Parameters
@@ -146,78 +148,73 @@ class CostClasses:
         costs : float64 array, shape (G,)
             Of a sample of each patch.
         """
-        group = np.flatnonzero(batches)
-        size, number = sizes[group], batches[group]
-        last = size
+        groups = np.flatnonzero(batches)
+        size, num_batches = sizes[groups], batches[groups]
+        last_size = size
         if partial == "keep":
-            last = np.minimum(size, counts[group] - (number - 1) * size)
-        short = (last < size).astype(np.int64)
+            last_size = np.minimum(size, counts[groups] - (num_batches - 1) * size)
+        has_short = (last_size < size).astype(np.int64)
         # Two runs a patch, one of which may be empty.
-        run_groups = np.repeat(group, 2)
-        run_first = np.stack([np.zeros_like(number), number - short], axis=1).ravel()
-        run_counts = np.stack([number - short, short], axis=1).ravel()
-        length = np.stack([size, last], axis=1).ravel()
-        there = run_counts > 0
-        run_groups, run_first, run_counts = run_groups[there], run_first[there], run_counts[there]
-        kind = class_of(length[there] * costs[run_groups])
-        order = np.argsort(kind, kind="stable")
-        run_groups, run_first, run_counts = run_groups[order], run_first[order], run_counts[order]
-        first_run = np.flatnonzero(np.diff(kind[order], prepend=-1))
-        number_of_class = np.zeros(order.size, np.int64)
-        number_of_class[first_run[1:]] = 1
-        class_counts = np.add.reduceat(run_counts, first_run)
+        run_groups = np.repeat(groups, 2)
+        run_first = np.stack([np.zeros_like(num_batches), num_batches - has_short], axis=1).ravel()
+        run_counts = np.stack([num_batches - has_short, has_short], axis=1).ravel()
+        run_sizes = np.stack([size, last_size], axis=1).ravel()
+        nonempty = np.flatnonzero(run_counts)
+        cost_keys = leading_bits(run_sizes * costs[run_groups])[nonempty]
+        order = np.argsort(cost_keys, kind="stable")
+        run_groups, run_first, run_counts = (
+            column[nonempty[order]] for column in (run_groups, run_first, run_counts)
+        )
+        is_start = np.diff(cost_keys[order], prepend=-1) > 0
+        bucket_of_run = np.cumsum(is_start, dtype=np.int64) - 1
+        bucket_counts = np.add.reduceat(run_counts, np.flatnonzero(is_start))
         return cls(
-            offsets=np.cumsum(class_counts) - class_counts,
-            counts=class_counts,
-            grid=grids_of(arrays.namespace(HOST), class_counts),
+            offsets=np.cumsum(bucket_counts) - bucket_counts,
+            counts=bucket_counts,
+            grid=grids_of(arrays.namespace(HOST), bucket_counts),
             run_offsets=np.cumsum(run_counts) - run_counts,
             run_groups=run_groups,
             run_first=run_first,
-            smallest=int(class_counts.min()),
-            largest=int(class_counts.max()),
-            # What they cost is of no matter, only who shares a class.
-            fingerprint=of_order(np.cumsum(number_of_class), np.ones_like(order), order),
+            smallest=int(bucket_counts.min()),
+            largest=int(bucket_counts.max()),
+            # What they cost is of no matter, only who shares a bucket.
+            fingerprint=of_order(bucket_of_run, np.ones_like(order), order),
         )
 
     def members(self) -> list[Any]:
         """Return the arrays."""
-        runs = (self.run_offsets, self.run_groups, self.run_first)
-        return [self.offsets, self.counts, *self.grid, *runs]
+        return [*(getattr(self, name) for name in _BUCKET_ARRAYS), *self.grid]
 
-    def on(self, there: Callable[[Any], Any]) -> CostClasses:
-        """Return the same, each array taken elsewhere."""
-        return replace(
-            self,
-            offsets=there(self.offsets),
-            counts=there(self.counts),
-            grid=Grid(*map(there, self.grid)),
-            run_offsets=there(self.run_offsets),
-            run_groups=there(self.run_groups),
-            run_first=there(self.run_first),
-        )
+    def map_arrays(self, convert: Callable[[Any], Any]) -> CostBuckets:
+        """Return the same buckets with each array converted."""
+        converted = {name: convert(getattr(self, name)) for name in _BUCKET_ARRAYS}
+        return replace(self, grid=Grid(*map(convert, self.grid)), **converted)
 
-    def batch_at(self, xp: Any, place: Any) -> tuple[Any, Any]:
-        """Return the patch, and which batch of it, that stand at places of the natural order."""
-        run = last_at_most(xp, self.run_offsets, place)
-        return self.run_groups[run], self.run_first[run] + place - self.run_offsets[run]
+    def locate(self, xp: Any, index: Any) -> tuple[Any, Any]:
+        """Return the patch, and which batch of it, at indices in the natural order."""
+        run = search_offsets(xp, self.run_offsets, index)
+        return self.run_groups[run], self.run_first[run] + index - self.run_offsets[run]
 
-    def class_at(self, xp: Any, place: Any) -> Any:
-        """Return the class that places of the natural order are in."""
-        return last_at_most(xp, self.offsets, place)
+    def bucket_of(self, xp: Any, index: Any) -> Any:
+        """Return the bucket of batches at indices in the natural order."""
+        return search_offsets(xp, self.offsets, index)
 
 
-def last_at_most(xp: Any, before: Any, place: Any) -> Any:
-    """Return the last index of ``before``, which ascends from 0, whose entry is not above a place.
+_BUCKET_ARRAYS = ("offsets", "counts", "run_offsets", "run_groups", "run_first")
 
-    It is an index whatever the place, as must be where places of a device are not inspected.
+
+def search_offsets(xp: Any, offsets: Any, values: Any) -> Any:
+    """Return the last index of ``offsets``, which ascend from 0, whose entry is not above a value.
+
+    It is an index whatever the value, as must be where values of a device are not inspected.
     """
-    return xp.searchsorted(before[1:], place, side="right")
+    return xp.searchsorted(offsets[1:], values, side="right")
 
 
-def class_of(cost: NDArray[np.float64]) -> Int64:
-    """Return a number that orders batches by cost, equal where costs are nearly equal.
+def leading_bits(values: NDArray[np.float64]) -> Int64:
+    """Return numbers that order values as they are, equal where values are nearly equal.
 
     The leading bits of a floating-point number, read as an integer: exact, so that every machine
     sorts alike, which a logarithm would not be.
     """
-    return np.asarray(cost, np.float64).view(np.int64) >> (52 - CLASS_BITS)
+    return np.asarray(values, np.float64).view(np.int64) >> (52 - MANTISSA_BITS)

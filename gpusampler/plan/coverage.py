@@ -9,12 +9,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from gpusampler.batching.batch_units import by_parent
+from gpusampler.batching.cost_bins import reduce_by_patch
 from gpusampler.core.arrays import Int64
 from gpusampler.plan.epoch_plan import EpochPlan
-from gpusampler.plan.mixture_coverage import counted_of_mixed
+from gpusampler.plan.mixture_coverage import repeated_and_missed_of_mixture
 
-_COUNTED = ("counts", "seen_once", "repeated", "missed", "batches")
+_COUNT_NAMES = ("counts", "seen_once", "repeated", "missed", "batches")
 
 
 @dataclass(frozen=True, eq=False)
@@ -55,12 +55,12 @@ class Coverage:
 
     def totals(self) -> dict[str, int]:
         """Return the sums over all patches, as plain integers."""
-        return {name: int(getattr(self, name).sum()) for name in _COUNTED}
+        return {name: int(getattr(self, name).sum()) for name in _COUNT_NAMES}
 
     def __iter__(self) -> Iterator[dict[str, int]]:
         """Yield one mapping a patch."""
         for group, patch_id in enumerate(self.patch_ids.tolist()):
-            row = {name: int(getattr(self, name)[group]) for name in _COUNTED}
+            row = {name: int(getattr(self, name)[group]) for name in _COUNT_NAMES}
             yield {"patch_id": patch_id, **row}
 
     def __len__(self) -> int:
@@ -71,8 +71,7 @@ class Coverage:
         """Return whether the other counts the same."""
         if not isinstance(other, Coverage):
             return NotImplemented
-        mine, theirs = vars(self), vars(other)
-        return all(np.array_equal(mine[name], theirs[name]) for name in mine)
+        return all(np.array_equal(value, vars(other)[name]) for name, value in vars(self).items())
 
     __hash__ = None  # type: ignore[assignment]
 
@@ -100,25 +99,26 @@ def coverage_of(plan: EpochPlan, epoch: int, slots_handed_out: int) -> Coverage:
         next, are worked out sample by sample.
     """
     tables, groups, total = plan.tables, plan.groups, plan.num_batches
-    few, many = sorted((slots_handed_out, total))
-    changed = plan.locate(epoch, np.arange(few, many, dtype=np.int64) % total)
+    first_changed, end_changed = sorted((slots_handed_out, total))
+    changed = plan.locate(epoch, np.arange(first_changed, end_changed, dtype=np.int64) % total)
     change = 1 if slots_handed_out > total else -1
     batches = tables.batches.copy()
     np.add.at(batches, changed.group, change)
-    if tables.shares is not None:
-        repeated, missed = counted_of_mixed(plan, epoch, changed, change)
+    if tables.slot_shares is not None:
+        repeated, missed = repeated_and_missed_of_mixture(plan, epoch, changed, change)
     else:
-        repeated, missed = _counted(plan)
+        repeated, missed = _repeated_and_missed(plan)
         for group in np.unique(changed.group).tolist():
             j, times = np.unique(changed.j[changed.group == group], return_counts=True)
             changes = dict(zip(j.tolist(), (change * times).tolist(), strict=True))
-            parts = _parts_of_patch(plan, group, changes)
-            held = sum(size for size, _ in parts)
-            repeated[group] = sum(size for size, times in parts if times > 1)
-            missed[group] = int(tables.counts[group]) - held
-            missed[group] += sum(size for size, times in parts if times == 0)
+            segments = _patch_segments(plan, group, changes)
+            num_covered = sum(size for size, _ in segments)
+            repeated[group] = sum(size for size, times in segments if times > 1)
+            missed[group] = int(tables.counts[group]) - num_covered
+            missed[group] += sum(size for size, times in segments if times == 0)
     repeated, missed, batches = (
-        by_parent(part, tables.parents, np.add) for part in (repeated, missed, batches)
+        reduce_by_patch(values, tables.patch_of_bin, np.add)
+        for values in (repeated, missed, batches)
     )
     return Coverage(
         patch_ids=groups.labels,
@@ -130,58 +130,56 @@ def coverage_of(plan: EpochPlan, epoch: int, slots_handed_out: int) -> Coverage:
     )
 
 
-def _counted(plan: EpochPlan) -> tuple[Int64, Int64]:
+def _repeated_and_missed(plan: EpochPlan) -> tuple[Int64, Int64]:
     """Samples of each patch that all slots of an epoch repeat, and those that they miss."""
     tables = plan.tables
-    counts, size, slots = tables.counts, tables.sizes, tables.batches
-    own = slots if tables.own is None else tables.own
+    counts, size, own_batches = tables.counts, tables.sizes, tables.own_batches
     # Under "drop" some samples are in no batch at all; under "pad" the last batch is filled up.
-    outside = np.maximum(counts - own * size, 0)
-    over = np.maximum(own * size - counts, 0) if plan.partial == "pad" else np.zeros_like(counts)
+    num_dropped = np.maximum(counts - own_batches * size, 0)
+    num_padded = np.maximum(own_batches * size - counts, 0) * (plan.partial == "pad")
     # A patch's batches are handed out this often, the first few once more.
-    rounds, more = np.divmod(slots, np.maximum(own, 1))
-    missed = np.where(rounds == 0, counts - more * size, outside)
+    rounds, extra = np.divmod(tables.batches, np.maximum(own_batches, 1))
+    missed = np.where(rounds == 0, counts - extra * size, num_dropped)
     # What the last batch is filled up with is of the first, as is what is handed out once more.
-    repeated = np.maximum(np.minimum(over, counts), more * size)
+    repeated = np.maximum(np.minimum(num_padded, counts), extra * size)
     repeated[rounds == 0] = 0
-    return np.where(rounds > 1, counts - outside, repeated), missed
+    return np.where(rounds > 1, counts - num_dropped, repeated), missed
 
 
-def _parts_of_patch(plan: EpochPlan, group: int, changes: dict[int, int]) -> list[tuple[int, int]]:
-    """Cut a patch into parts whose samples are all handed out equally often.
+def _patch_segments(plan: EpochPlan, group: int, changes: dict[int, int]) -> list[tuple[int, int]]:
+    """Cut a patch into segments whose samples are all handed out equally often.
 
     ``changes`` says how much oftener, or less often, some batches of the patch are handed out than
-    the plan has them. Returns (samples, times) of each part. Samples that no batch holds (under
+    the plan has them. Returns (samples, times) of each segment. Samples that no batch holds (under
     "drop") are in none.
     """
     tables = plan.tables
     count, size = int(tables.counts[group]), int(tables.sizes[group])
-    own = int((tables.batches if tables.own is None else tables.own)[group])
-    rounds, more = divmod(int(tables.batches[group]), own)
+    own_batches = int(tables.own_batches[group])
+    rounds, extra = divmod(int(tables.batches[group]), own_batches)
 
     def times_of(j: int) -> int:
-        return rounds + (j < more) + changes.get(j, 0)
+        return rounds + (j < extra) + changes.get(j, 0)
 
     filled = plan.partial == "pad"
-    last = own - 1
+    last = own_batches - 1
     if last == 0 and filled:
         # The only batch goes round the patch, perhaps several times.
-        turns, rest = divmod(size, count)
+        full_turns, remainder = divmod(size, count)
         times = times_of(0)
-        return [(rest, times * (turns + 1)), (count - rest, times * turns)]
-    over = own * size - count if filled else 0
+        return [(remainder, times * (full_turns + 1)), (count - remainder, times * full_turns)]
+    num_padded = own_batches * size - count if filled else 0
     # The last batch is filled up with the first samples of batch 0.
-    parts = [
-        (over, times_of(0) + times_of(last)),
-        (min(size, count) - over, times_of(0)),
+    segments = [
+        (num_padded, times_of(0) + times_of(last)),
+        (min(size, count) - num_padded, times_of(0)),
     ]
     if last > 0:
-        parts.append((min(size, count - last * size), times_of(last)))
+        segments.append((min(size, count - last * size), times_of(last)))
     between = [j for j in changes if 0 < j < last]
-    parts += [(size, times_of(j)) for j in between]
+    segments += [(size, times_of(j)) for j in between]
     # The others, of which the first few are handed out once more.
-    oftener = max(min(more, last) - 1, 0)
-    unchanged = oftener - sum(j < more for j in between)
-    parts.append((unchanged * size, rounds + 1))
-    parts.append(((max(last - 1, 0) - oftener - sum(j >= more for j in between)) * size, rounds))
-    return parts
+    oftener = max(min(extra, last) - 1, 0)
+    unchanged = oftener - sum(j < extra for j in between)
+    others = max(last - 1, 0) - oftener - sum(j >= extra for j in between)
+    return [*segments, (unchanged * size, rounds + 1), (others * size, rounds)]

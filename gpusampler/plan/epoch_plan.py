@@ -10,50 +10,40 @@ any order; nothing of the size of the dataset is made. Where batches are handed 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any, Literal, TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
-from gpusampler.batching.batch_units import Cut, by_parent
+from gpusampler.batching.batch_units import BatchUnits
+from gpusampler.batching.cost_bins import reduce_by_patch
 from gpusampler.batching.cost_budget import CostBudget
-from gpusampler.batching.costs import checked_costs
+from gpusampler.batching.costs import check_step_costs
 from gpusampler.batching.mixture import Temperature, pass_and_batch, slots_by_patch
-from gpusampler.batching.steps import STEPS, StepsKind
+from gpusampler.batching.short_batches import PARTIALS, Partial, returned_sizes
+from gpusampler.batching.steps import STEPS, UNEVENS, StepsKind, Uneven
 from gpusampler.batching.tables import PatchOrder, PatchTables
-from gpusampler.core import arrays, devices, log, memory, torch_compile
+from gpusampler.core import arrays, devices, memory, torch_compile
 from gpusampler.core.arrays import Int64
 from gpusampler.core.devices import HOST, Device
-from gpusampler.core.text import human
-from gpusampler.core.validation import (
-    as_array,
-    checked_bool,
-    checked_choice,
-    checked_int,
-    checked_seed,
-)
+from gpusampler.core.validation import as_array, check_bool, check_choice, check_int, check_seed
 from gpusampler.groups.fingerprint import of_numbers
 from gpusampler.groups.patch_groups import PatchGroups
 from gpusampler.permutation import numpy_impl
 from gpusampler.permutation.numba import jit
-from gpusampler.permutation.ranges import permute_runs
+from gpusampler.permutation.position_ranges import permute_ranges
 from gpusampler.permutation.reference import Grid, Streams, grid_of, key_of, permute
-from gpusampler.plan.evaluators.base import BatchBlock, BatchLocations, RaggedBlock, Shuffles
-from gpusampler.plan.evaluators.select import Evaluator
-
-Partial = Literal["keep", "drop", "pad"]
-PARTIALS = ("keep", "drop", "pad")
-Uneven = Literal["pad", "drop"]
-UNEVENS = ("pad", "drop")
-EPOCHS = 1 << 63
-T = TypeVar("T")
-
-INSTEAD = (
-    "keep ids of a patch side by side (no order is needed then), or write device='numpy': the "
-    "batches are the same"
+from gpusampler.plan.evaluators.base import (
+    BatchBlock,
+    BatchLocations,
+    EvaluatorSettings,
+    RaggedBlock,
 )
-FEWER_BYTES = "sort the dataset by patch, so that no order is needed"
-"""What to do where tables are large."""
+from gpusampler.plan.evaluators.memory_fallback import DEVICE_HINT, SORT_HINT, FullDevices
+from gpusampler.plan.evaluators.select import DeviceEvaluator
+
+EPOCH_LIMIT = 1 << 63
+T = TypeVar("T")
 
 
 class EpochPlan:
@@ -153,87 +143,88 @@ class EpochPlan:
         if not isinstance(groups, PatchGroups):
             raise TypeError(f"groups must be PatchGroups, got {type(groups).__name__}")
         self.groups = groups
-        self.seed = checked_seed(seed)
+        self.seed = check_seed(seed)
         self._streams = Streams.of(self.seed)
-        self.shuffle_within_batches = checked_bool(shuffle_within_batches, "shuffle_within_batches")
-        self.shuffle_patches = checked_bool(shuffle_patches, "shuffle_patches")
-        self.interleave = checked_bool(interleave, "interleave")
-        self.partial = checked_choice(partial, "partial", PARTIALS)
-        self.steps = checked_choice(steps, "steps", STEPS)
-        self.uneven = checked_choice(uneven, "uneven", UNEVENS)
+        self.shuffle_within_batches = check_bool(shuffle_within_batches, "shuffle_within_batches")
+        self.shuffle_patches = check_bool(shuffle_patches, "shuffle_patches")
+        self.interleave = check_bool(interleave, "interleave")
+        self.partial = check_choice(partial, "partial", PARTIALS)
+        self.steps = check_choice(steps, "steps", STEPS)
+        self.uneven = check_choice(uneven, "uneven", UNEVENS)
         if steps == "balanced" and not interleave:
             raise ValueError(
                 "interleave must be True under steps='balanced', got False: batches of equal cost "
                 "are of several patches"
             )
-        costs = checked_costs(patch_costs, groups, self.steps)
-        self._cut = Cut.of(groups, batch_size, self.partial)
-        self.batch_size = self._cut.one_size
+        costs = check_step_costs(patch_costs, groups, self.steps)
+        self._units = BatchUnits.of(groups, batch_size, self.partial)
+        self.batch_size = self._units.common_size
         if device is None:
             self.device = groups.device
         else:
             self.device = device if isinstance(device, Device) else devices.parse_device(device)
-        self._tables = self._tables_for(weights, epoch_batches, costs)
-        self._sizes_fingerprint = self._cut.fingerprint if self.batch_size is None else 0
-        self._take_steps(step_width)
+        self._tables = self._build_tables(weights, epoch_batches, costs)
+        self._sizes_fingerprint = self._units.fingerprint if self.batch_size is None else 0
+        self._set_step_width(step_width)
         self.max_batch_size = self._tables.max_batch_size
-        self._on_device: Evaluator | None = None
+        self._device_evaluator: DeviceEvaluator | None = None
         self._host_order: Any = None
         self._labels: Any = None
         self._patch_orders: dict[int, PatchOrder] = {}
         # Devices whose memory has run out; plans that are alike share what they have found out.
-        self._full: set[Device] = set()
+        self._full_devices = FullDevices()
 
-    def _tables_for(
+    def _build_tables(
         self, weights: Any, epoch_batches: int | None, costs: NDArray[np.float64] | None
     ) -> PatchTables:
         """Return the host tables, in steps of one slot."""
-        cut = self._cut
-        tables = PatchTables.build(cut.groups, cut.sizes, self.partial, cut.parents)
+        units = self._units
+        tables = PatchTables.build(units.groups, units.sizes, self.partial, units.patch_of_bin)
         if weights is not None or epoch_batches is not None:
-            tables = tables.mixed(
-                slots_by_patch(weights, epoch_batches, self.groups, tables.batches, cut.parents)
+            own_batches = tables.batches
+            tables = tables.with_slot_shares(
+                slots_by_patch(weights, epoch_batches, self.groups, own_batches, units.patch_of_bin)
             )
         if self.steps != "balanced":
             return tables
         if costs is None:
-            costs = np.ones(tables.counts.shape) if cut.costs is None else cut.costs
-        elif cut.parents is not None:
-            costs = costs[cut.parents]
-        return tables.balanced(self.partial, costs)
+            costs = np.ones(tables.counts.shape) if units.costs is None else units.costs
+        elif units.patch_of_bin is not None:
+            costs = costs[units.patch_of_bin]
+        return tables.with_buckets(self.partial, costs)
 
     @property
     def works_on_host(self) -> bool:
         """Whether NumPy does the work here."""
         # A DataLoader's worker must not touch a GPU: NumPy makes the same batches there.
-        return self.device.on_host or self.device in self._full or devices.in_worker()
+        return self.device.on_host or self.device in self._full_devices or devices.is_in_worker()
 
     @property
     def needs_upload(self) -> bool:
         """Whether `upload_tables` has something to do."""
-        return self._on_device is None and not self.works_on_host
+        return self._device_evaluator is None and not self.works_on_host
 
     @property
     def table_bytes(self) -> dict[str, int]:
         """What the plan takes on each device once it is in use: known before it is allocated."""
-        order = self._cut.groups._order_unchecked
+        order = self._units.groups._unchecked_order
         host = str(HOST)
         sizes = {host: self._tables.nbytes}
         if order is not None:
-            there = arrays.device_of(order)
-            name = host if there.on_host else str(there)
+            device = arrays.device_of(order)
+            name = host if device.on_host else str(device)
             sizes[name] = sizes.get(name, 0) + int(order.nbytes)
-        if self.works_on_host and order is not None and not arrays.device_of(order).on_host:
-            sizes[host] += int(order.nbytes)
-        if not self.works_on_host or self._on_device is not None:
+            if self.works_on_host and not device.on_host:
+                sizes[host] += int(order.nbytes)
+        if not self.works_on_host or self._device_evaluator is not None:
             name = str(self.device)
-            sizes[name] = sizes.get(name, 0) + self._bytes_to_send()
+            sizes[name] = sizes.get(name, 0) + self._upload_nbytes()
         return sizes
 
-    def _bytes_to_send(self) -> int:
-        order = self._cut.groups._order_unchecked
-        travels = order is not None and arrays.device_of(order) != self.device
-        return self._tables.nbytes_sent + (int(order.nbytes) if travels else 0)
+    def _upload_nbytes(self) -> int:
+        order = self._units.groups._unchecked_order
+        needs_upload = order is not None and arrays.device_of(order) != self.device
+        return self._tables.upload_nbytes + (int(order.nbytes) if needs_upload else 0)
 
     @property
     def block_lanes(self) -> int:
@@ -263,12 +254,12 @@ class EpochPlan:
             settings["batch_sizes"] = self._sizes_fingerprint
         if self.steps == "same_patch":
             settings["uneven"] = self.uneven
-        shares = self._tables.shares
-        if shares is not None:
-            settings["epoch_batches"] = int(shares.sum())
-            settings["weights"] = of_numbers(shares)
-        if self._tables.classes is not None:
-            settings["patch_costs"] = self._tables.classes.fingerprint
+        slot_shares = self._tables.slot_shares
+        if slot_shares is not None:
+            settings["epoch_batches"] = int(slot_shares.sum())
+            settings["weights"] = of_numbers(slot_shares)
+        if self._tables.buckets is not None:
+            settings["patch_costs"] = self._tables.buckets.fingerprint
         return settings
 
     @property
@@ -280,9 +271,9 @@ class EpochPlan:
     def sizes_by_patch(self) -> Int64:
         """Batch size of each patch: int64, shape (G,), on the host.
 
-        The largest where a patch is cut into classes of cost; 0 where it is over the budget.
+        The largest where a patch is cut into cost bins; 0 where it is over the budget.
         """
-        return np.asarray(self._by_patch(self._cut.sizes, np.maximum))
+        return np.asarray(self._by_patch(self._units.sizes, np.maximum))
 
     @property
     def batches_by_patch(self) -> Int64:
@@ -296,52 +287,48 @@ class EpochPlan:
     @property
     def own_batches_by_patch(self) -> Int64:
         """Batches that each patch is cut into: int64, shape (G,), on the host."""
-        own = self._tables.own
-        return self.batches_by_patch if own is None else np.asarray(self._by_patch(own, np.add))
+        return np.asarray(self._by_patch(self._tables.own_batches, np.add))
 
     @property
     def over_budget_by_patch(self) -> Int64:
         """Samples of each patch that are over the budget, and skipped: int64, shape (G,)."""
-        return self._counted(self._cut.sizes == 0)
+        return self._samples_by_patch(self._units.sizes == 0)
 
     @property
     def dropped_by_patch(self) -> Int64:
-        """Samples of each patch, or class of cost of it, that has no batch at all: int64, (G,).
+        """Samples of each patch, or cost bin of it, that has no batch at all: int64, (G,).
 
         As "drop" leaves out what fills none; not those that are over the budget.
         """
-        tables = self._tables
-        own = tables.batches if tables.own is None else tables.own
-        return self._counted(np.asarray((own == 0) & (self._cut.sizes > 0)))
+        return self._samples_by_patch((self._tables.own_batches == 0) & (self._units.sizes > 0))
 
     @property
     def without_steps_by_patch(self) -> Int64:
-        """Samples of each patch, or class of cost of it, whose batches fill no step: int64."""
+        """Samples of each patch, or cost bin of it, whose batches fill no step: int64."""
         tables = self._tables
-        own = tables.batches if tables.own is None else tables.own
-        return self._counted(np.asarray((tables.batches == 0) & (own > 0)))
+        return self._samples_by_patch((tables.batches == 0) & (tables.own_batches > 0))
 
-    def _counted(self, which: NDArray[np.bool_]) -> Int64:
+    def _samples_by_patch(self, mask: NDArray[np.bool_]) -> Int64:
         """Return the samples of each patch that are in certain groups."""
-        return np.asarray(self._by_patch(np.where(which, self._tables.counts, 0), np.add))
+        return np.asarray(self._by_patch(np.where(mask, self._tables.counts, 0), np.add))
 
     @property
     def costs_by_patch(self) -> NDArray[np.float64] | None:
         """Cost of a sample of each patch, of a `CostBudget`: float64, shape (G,); None without.
 
-        The largest where a patch is cut into classes of cost.
+        The largest where a patch is cut into cost bins.
         """
-        costs = self._cut.costs
+        costs = self._units.costs
         return None if costs is None else self._by_patch(costs, np.maximum)
 
     @property
     def costs_are_of_samples(self) -> bool:
         """Whether those are the largest of samples that differ: of ``sample_costs``."""
-        return self._cut.by_sample
+        return self._units.has_sample_costs
 
-    def _by_patch(self, values: Any, gather: np.ufunc) -> Any:
-        """Gather what is known of classes of cost by patch; they lie side by side."""
-        return by_parent(values, self._cut.parents, gather)
+    def _by_patch(self, values: Any, ufunc: np.ufunc) -> Any:
+        """Reduce numbers of cost bins to numbers of patches."""
+        return reduce_by_patch(values, self._units.patch_of_bin, ufunc)
 
     @property
     def labels(self) -> Any:
@@ -355,18 +342,18 @@ class EpochPlan:
         """Slots of a step; 1 under ``steps="free"``."""
         return self._tables.layout.width
 
-    def _take_steps(self, step_width: Any) -> None:
+    def _set_step_width(self, step_width: Any) -> None:
         """Cut epochs into steps of a width."""
-        width = checked_int(step_width, "step_width", least=1, below=1 << 31)
+        width = check_int(step_width, "step_width", low=1, high=1 << 31)
         if self.steps == "free" and width != 1:
             raise ValueError(
                 "step_width must be left out under steps='free', where a step is a single batch, "
                 f"got {width}; steps='balanced' and 'same_patch' have a use for it"
             )
         if self.steps == "same_patch":
-            self._tables = self._tables.in_steps_of_one_patch(width, self.uneven)
+            self._tables = self._tables.with_same_patch_steps(width, self.uneven)
         else:
-            self._tables = self._tables.in_steps(width)
+            self._tables = self._tables.with_step_width(width)
         self.num_batches = self._tables.num_batches
 
     def with_step_width(self, step_width: int) -> EpochPlan:
@@ -380,8 +367,8 @@ class EpochPlan:
         if step_width == self.step_width:
             return self
         plan = self._alike()
-        plan._take_steps(step_width)
-        plan._on_device = None
+        plan._set_step_width(step_width)
+        plan._device_evaluator = None
         plan._patch_orders = {}
         return plan
 
@@ -394,7 +381,7 @@ class EpochPlan:
             If ``seed`` is no integer in 0 .. 2**64 - 1.
         """
         plan = self._alike()
-        plan.seed = checked_seed(seed)
+        plan.seed = check_seed(seed)
         plan._streams = Streams.of(plan.seed)
         plan._patch_orders = {}
         return plan
@@ -418,7 +405,7 @@ class EpochPlan:
             return self
         plan = self._alike()
         plan.device = device
-        plan._on_device = None
+        plan._device_evaluator = None
         return plan
 
     def _alike(self) -> EpochPlan:
@@ -453,29 +440,28 @@ class EpochPlan:
         ValueError
             If one is out of range, ``slots`` is not 1-D, or ``dtype`` cannot hold the samples.
         """
-        epoch = checked_int(epoch, "epoch", least=0, below=EPOCHS)
-        checked_choice(dtype, "dtype", ("int64", "int32"))
+        epoch = check_int(epoch, "epoch", low=0, high=EPOCH_LIMIT)
+        check_choice(dtype, "dtype", ("int64", "int32"))
         if dtype == "int32" and self.groups.source_size > 1 << 31:
             raise ValueError(
                 "dtype must be 'int64' for more than 2**31 samples, got 'int32' for "
                 f"{self.groups.source_size}"
             )
         if self.works_on_host:
-            block = self._evaluate_on_host(epoch, self._checked_slots(slots))
+            block = self._evaluate_on_host(epoch, self._check_host_slots(slots))
             block = block._replace(indices=block.indices.astype(dtype, copy=False))
-            where = HOST if devices.in_worker() and not self.device.on_host else self.device
-            return BatchBlock(*(arrays.to_device(part, where) for part in block))
+            device = HOST if devices.is_in_worker() and not self.device.on_host else self.device
+            return BatchBlock(*(arrays.to_device(array, device) for array in block))
         # Checked before anything is sent: what is wrong with them is no matter of memory.
-        there = self._slots_checked(slots)
+        checked_slots = self._check_slots(slots)
 
-        def block_there(evaluator: Evaluator) -> tuple[Any, Any, Any]:
-            sent = self._slots_there(there)
-            order = self._order_of_patches(epoch)
-            return evaluator.block(self._streams, epoch, sent, order, dtype)
+        def evaluate_on_device(evaluator: DeviceEvaluator) -> BatchBlock:
+            device_slots, order = self._slots_on_device(checked_slots), self._patch_order(epoch)
+            return BatchBlock(*evaluator.block(self._streams, epoch, device_slots, order, dtype))
 
-        found = self._try_there(block_there)
+        device_block = self._try_on_device(evaluate_on_device)
         # The second time, the host does it.
-        return self.evaluate(epoch, slots, dtype) if found is None else BatchBlock(*found)
+        return self.evaluate(epoch, slots, dtype) if device_block is None else device_block
 
     def batch(self, epoch: Any, slot: Any) -> Any:
         """Return one batch, as a function that torch.compile and CUDA graphs can take in.
@@ -507,16 +493,22 @@ class EpochPlan:
         return self.batch_of_tensors(epoch, slot).indices
 
     def batch_of_tensors(self, epoch: Any, slot: Any) -> BatchBlock:
-        """Return `batch` with its length and its group, 0-d int64 tensors each."""
-        evaluator = self._on_device
-        if evaluator is None or not evaluator.prepared:
+        """Return `batch` with its length and its group, 0-d int64 tensors each.
+
+        Raises
+        ------
+        TypeError, ValueError, RuntimeError
+            As by `batch` and `prepare_batch`.
+        """
+        evaluator = self._device_evaluator
+        if evaluator is None or not evaluator.is_prepared:
             evaluator = self.prepare_batch()
         # Kinds only, which are known without the device, and while a graph is traced.
         torch_compile.check_counter(epoch, "epoch", self.device)
         torch_compile.check_counter(slot, "slot", self.device)
         return BatchBlock(*evaluator.batch(self._streams, epoch, slot))
 
-    def prepare_batch(self) -> Evaluator:
+    def prepare_batch(self) -> DeviceEvaluator:
         """Put on the device what `batch` needs; its first call does, unless it is compiled.
 
         Raises
@@ -554,148 +546,144 @@ class EpochPlan:
         """Return the batches that `locate` found (the second half of `evaluate_ragged`)."""
         samples = None
         if not self.works_on_host:
-            samples = self._try_there(lambda there: there.ragged(self._streams, epoch, at))
+            samples = self._try_on_device(lambda device: device.ragged(self._streams, epoch, at))
         if samples is None:
-            samples, starts = self._samples(epoch, at, at.size)
+            samples, starts = self._samples_on_host(epoch, at, at.size)
         else:
             starts = np.cumsum(at.size) - at.size
-        return RaggedBlock(samples, starts, at.size, at.length, self._patches_at(at))
+        return RaggedBlock(samples, starts, at.size, at.length, self._patches_of_batches(at))
 
     def locate(self, epoch: int, slots: Int64) -> BatchLocations:
         """Return which batch of which patch slots lead to: NumPy, on the small host tables."""
         tables = self._tables
-        if not self.interleave:
-            groups, before = self._patches_of(epoch)
-            place = np.searchsorted(before, slots, side="right") - 1
-            group, j = groups[place], slots - before[place]
+        patch_order = self._patch_order(epoch)
+        if patch_order is not None:
+            groups, offsets = patch_order
+            index = np.searchsorted(offsets, slots, side="right") - 1
+            group, j = groups[index], slots - offsets[index]
         else:
-            places = self._shuffled(epoch, slots) if self.shuffle_patches else slots
-            if tables.classes is None:
-                group = np.searchsorted(tables.batch_offsets, places, side="right") - 1
-                j = places - tables.batch_offsets[group]
+            batch_index = self._batch_indices(epoch, slots) if self.shuffle_patches else slots
+            if tables.buckets is None:
+                group = np.searchsorted(tables.batch_offsets, batch_index, side="right") - 1
+                j = batch_index - tables.batch_offsets[group]
             else:
-                group, j = tables.classes.batch_at(np, places)
+                group, j = tables.buckets.locate(np, batch_index)
         passes = None
-        if tables.shares is not None and tables.own is not None:
-            passes, j = pass_and_batch(epoch, j, tables.batches[group], tables.own[group])
-        elif tables.own is not None:
-            j = j % tables.own[group]
+        if tables.batches_per_pass is not None:
+            own_batches = tables.batches_per_pass[group]
+            if tables.slot_shares is None:
+                j = j % own_batches
+            else:
+                passes, j = pass_and_batch(epoch, j, tables.batches[group], own_batches)
         size = tables.sizes[group]
         length = np.minimum(size, tables.counts[group] - j * size)
-        handed_out = size if self.partial == "pad" else length
-        return BatchLocations(slots, group, j, length, handed_out, passes)
+        size = returned_sizes(size, length, self.partial)
+        return BatchLocations(slots, group, j, length, size, passes)
 
-    def _patches_at(self, at: BatchLocations) -> Int64:
+    def _patches_of_batches(self, locations: BatchLocations) -> Int64:
         """Return the patches that located batches are of."""
-        parents = self._tables.parents
-        return at.group if parents is None else np.asarray(parents[at.group])
+        group, patch_of_bin = locations.group, self._tables.patch_of_bin
+        return group if patch_of_bin is None else np.asarray(patch_of_bin[group])
 
-    def _shuffled(self, epoch: int, slots: Int64) -> Int64:
-        """Return the places in the natural order of batches that slots lead to."""
-        layout, classes = self._tables.layout, self._tables.classes
-        places = slots
-        if layout.has_an_order:
+    def _batch_indices(self, epoch: int, slots: Int64) -> Int64:
+        """Return the indices, in the natural order of batches, that slots lead to."""
+        layout, buckets = self._tables.layout, self._tables.buckets
+        index = slots
+        if layout.has_step_order:
             key = key_of(self._streams.batches, epoch, 0)
-            places = layout.places(
+            index = layout.batch_indices(
                 np, slots, key, lambda steps: _permute_on_host(steps, layout.full, key)
             )
-        if classes is None or slots.size == 0:
-            return places
-        which = classes.class_at(np, places)
-        before, n = classes.offsets[which], classes.counts[which]
-        key_of_class = key_of(self._streams.classes, epoch, which)
-        grid = Grid(*(side[which] for side in classes.grid))
-        within = places - before
-        if classes.largest >= 1 << 31:
-            xp, bounds = arrays.namespace(HOST), (classes.smallest, classes.largest)
-            return np.asarray(before + permute(xp, within, n, key_of_class, grid, *bounds))
-        one = np.ones_like(within)
-        image, at = permute_runs(within, one, n, key_of_class, grid, before, None)
-        return image[at]
+        if buckets is None or slots.size == 0:
+            return index
+        bucket = buckets.bucket_of(np, index)
+        offset, n = buckets.offsets[bucket], buckets.counts[bucket]
+        key = key_of(self._streams.buckets, epoch, bucket)
+        grid = Grid(*(side[bucket] for side in buckets.grid))
+        within = index - offset
+        if buckets.largest >= 1 << 31:
+            xp, bounds = arrays.namespace(HOST), (buckets.smallest, buckets.largest)
+            return np.asarray(offset + permute(xp, within, n, key, grid, *bounds))
+        ones = np.ones_like(within)
+        image, starts = permute_ranges(within, ones, n, key, grid, offset, None)
+        return image[starts]
 
-    def _order_of_patches(self, epoch: int) -> PatchOrder | None:
-        return None if self.interleave else self._patches_of(epoch)
-
-    def _patches_of(self, epoch: int) -> PatchOrder:
-        """Patches in an epoch's order, and the slots before each; the last two are kept."""
-        found = self._patch_orders.get(epoch)
-        if found is None:
+    def _patch_order(self, epoch: int) -> PatchOrder | None:
+        """Return an epoch's order of the patches, None if interleaved; the last two are cached."""
+        if self.interleave:
+            return None
+        patch_order = self._patch_orders.get(epoch)
+        if patch_order is None:
             tables = self._tables
             patches = np.arange(tables.num_patches, dtype=np.int64)
             if self.shuffle_patches:
                 key = key_of(self._streams.patches, epoch, 0)
                 patches = numpy_impl.permute_one(patches, patches.size, key, grid_of(patches.size))
-            numbers = np.arange(tables.counts.size, dtype=np.int64)
-            found = tables.ordered(arrays.namespace(HOST), patches, numbers)
+            group_numbers = np.arange(tables.counts.size, dtype=np.int64)
+            patch_order = tables.patch_order(arrays.namespace(HOST), patches, group_numbers)
             # Replaced, not changed: another thread may be reading.
-            self._patch_orders = {**dict([*self._patch_orders.items()][-1:]), epoch: found}
-        return found
+            self._patch_orders = {**dict([*self._patch_orders.items()][-1:]), epoch: patch_order}
+        return patch_order
 
     def _evaluate_on_host(self, epoch: int, slots: Int64) -> BatchBlock:
-        at = self.locate(epoch, slots)
+        locations = self.locate(epoch, slots)
         width = self.max_batch_size
-        samples, starts = self._samples(epoch, at, np.full(slots.size, width, np.int64))
+        sizes = np.full(slots.size, width, np.int64)
+        samples, starts = self._samples_on_host(epoch, locations, sizes)
         block = samples.reshape(slots.size, width)
         if bool((starts[1:] < starts[:-1]).any()):
             block = block[starts // width]
-        return BatchBlock(block, at.length, self._patches_at(at))
+        return BatchBlock(block, locations.length, self._patches_of_batches(locations))
 
-    def _samples(self, epoch: int, at: BatchLocations, sizes: Int64) -> tuple[Int64, Int64]:
-        """Samples of batches on the host, ``sizes`` of each, and where each batch starts."""
-        tables = self._tables
-        key = None
-        if self.shuffle_within_batches:
-            pass_ = epoch if at.passes is None else at.passes
-            key = key_of(self._streams.samples, pass_, at.group)
-        return permute_runs(
-            at.j * tables.sizes[at.group],
-            sizes,
-            tables.counts[at.group],
-            key,
-            Grid(*(side[at.group] for side in tables.grid)),
-            tables.starts[at.group],
-            self._order_on_host(),
-        )
-
-    def places_of_runs(
-        self, groups: Int64, passes: Int64, first: Int64, lengths: Int64, base: Int64
+    def _samples_on_host(
+        self, epoch: int, locations: BatchLocations, sizes: Int64
     ) -> tuple[Int64, Int64]:
-        """Return where runs of positions in passes over groups lead to, from ``base`` on.
+        """Samples of batches on the host, ``sizes`` of each, and where each batch starts."""
+        group, tables = locations.group, self._tables
+        passes = epoch if locations.passes is None else locations.passes
+        first, base = locations.j * tables.sizes[group], tables.starts[group]
+        return self.permute_positions(group, passes, first, sizes, base, self._order_on_host())
+
+    def permute_positions(
+        self, group: Int64, passes: Any, first: Int64, length: Int64, base: Int64, order: Any = None
+    ) -> tuple[Int64, Int64]:
+        """Return what ranges of positions in passes over groups are permuted to, from ``base`` on.
 
         Parameters
         ----------
-        groups, passes, first, lengths, base : int64 arrays, shape (K,)
-            Group, pass, first position and positions of each run, and where its group's samples
-            begin.
+        group, passes, first, length, base : int64 arrays, shape (K,)
+            Group, pass, first position and positions of each range, and where its group's samples
+            begin. ``passes`` may be one int.
+        order : integer array, shape (N,), optional
+            Looked up at the results.
 
         Returns
         -------
-        places : int64 array, shape (T,)
+        permuted : int64 array, shape (T,)
         starts : int64 array, shape (K,)
-            Where each run starts in ``places``.
+            Where each range starts in ``permuted``.
         """
-        tables = self._tables
         key = None
         if self.shuffle_within_batches:
-            key = key_of(self._streams.samples, passes, groups)
-        grid = Grid(*(side[groups] for side in tables.grid))
-        return permute_runs(first, lengths, tables.counts[groups], key, grid, base, None)
+            key = key_of(self._streams.samples, passes, group)
+        grid = Grid(*(side[group] for side in self._tables.grid))
+        return permute_ranges(first, length, self._tables.counts[group], key, grid, base, order)
 
     def _order_on_host(self) -> Any:
         # Asked for every time: a file that it is mapped from is looked at first.
-        order = self._cut.groups.order
+        order = self._units.groups.order
         if order is None or arrays.library_of(order) == "numpy":
             return order
         if self._host_order is None:
-            if devices.in_worker() and not arrays.device_of(order).on_host:
+            if devices.is_in_worker() and not arrays.device_of(order).on_host:
                 raise RuntimeError(
                     "ids must be on the host, or the loader's multiprocessing_context 'spawn', "
                     "where a worker of a DataLoader evaluates the plan, got an order on "
                     f"{arrays.device_of(order)}, which a forked worker cannot read"
                 )
             if not arrays.device_of(order).on_host:
-                what = "the order of the samples, which the host works with"
-                memory.check_room(int(order.nbytes), HOST, what, FEWER_BYTES)
+                purpose = "the order of the samples, which the host works with"
+                memory.check_free_memory(int(order.nbytes), HOST, purpose, SORT_HINT)
             self._host_order = arrays.to_numpy(order)
         return self._host_order
 
@@ -709,32 +697,32 @@ class EpochPlan:
         epoch : int
         slots : int64 array on the plan's device, shape (K,)
         """
-        order = self._order_of_patches(epoch)
-        return BatchBlock(*self._evaluator().block_by_reference(self._streams, epoch, slots, order))
+        order = self._patch_order(epoch)
+        return BatchBlock(*self._evaluator().block_by_arrays(self._streams, epoch, slots, order))
 
-    def _evaluator(self) -> Evaluator:
+    def _evaluator(self) -> DeviceEvaluator:
         """Return the evaluation on the plan's device; its tables are made at first use."""
-        if self._on_device is None:
-            shuffles = Shuffles(
-                samples=self.shuffle_within_batches,
-                batches=self.shuffle_patches,
+        if self._device_evaluator is None:
+            settings = EvaluatorSettings(
+                shuffle_samples=self.shuffle_within_batches,
+                shuffle_batches=self.shuffle_patches,
                 interleave=self.interleave,
                 pad=self.partial == "pad",
             )
-            what = f"the tables of {self.groups.num_samples} samples"
-            memory.check_room(self._bytes_to_send(), self.device, what, INSTEAD)
-            order = self._cut.groups.order
-            self._on_device = Evaluator(self._tables, self.device, order, shuffles)
-        return self._on_device
+            purpose = f"the tables of {self.groups.num_samples} samples"
+            memory.check_free_memory(self._upload_nbytes(), self.device, purpose, DEVICE_HINT)
+            order = self._units.groups.order
+            self._device_evaluator = DeviceEvaluator(self._tables, self.device, order, settings)
+        return self._device_evaluator
 
-    def upload_tables(self) -> Evaluator | None:
+    def upload_tables(self) -> DeviceEvaluator | None:
         """Put the tables on the device, if they are not there; None where they do not fit."""
-        return self._try_there(lambda evaluator: evaluator)
+        return self._try_on_device(lambda evaluator: evaluator)
 
-    def _try_there(self, run: Callable[[Evaluator], T]) -> T | None:
+    def _try_on_device(self, call: Callable[[DeviceEvaluator], T]) -> T | None:
         """Return what the device makes; None if it is full, and the host goes on."""
         try:
-            return run(self._evaluator())
+            return call(self._evaluator())
         except Exception as error:
             if not devices.is_out_of_memory(error):
                 raise
@@ -743,53 +731,41 @@ class EpochPlan:
 
     def fall_back_to_host(self, error: Exception) -> None:
         """Leave a device whose memory has run out, with one warning; the batches stay the same."""
-        if self.device in self._full:
+        if self.device in self._full_devices:
             return
-        self._full.add(self.device)
-        # What was begun may still read them.
-        devices.synchronize(self.device)
-        # A graph that was captured or compiled goes on to read them wherever they were.
-        if self._on_device is not None and not self._on_device.prepared:
-            self._on_device = None
-        free = memory.free_bytes(self.device)
-        left = "" if free is None else f", {human(free)} are free"
-        said = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
-        text = (
-            f"the memory of {self.device} has run out (the plan's tables take "
-            f"{human(self._bytes_to_send())} there{left}): batches are evaluated on the "
-            f"host from now on, the same ones, more slowly; {INSTEAD} ({said})"
-        )
-        log.logger.info("%s", text)
-        log.warn(text)
+        self._full_devices.add(self.device, self._upload_nbytes(), error)
+        # A graph that was captured or compiled goes on to read the tables where they were.
+        if self._device_evaluator is not None and not self._device_evaluator.is_prepared:
+            self._device_evaluator = None
 
-    def _slots_checked(self, slots: Any) -> Any:
+    def _check_slots(self, slots: Any) -> Any:
         """Return slots as they are to be sent: checked for their values if they are on the host."""
         if arrays.library_of(slots) is None or arrays.device_of(slots).on_host:
-            return self._checked_slots(slots)
-        self._check_kind(slots)
+            return self._check_host_slots(slots)
+        self._check_slots_type(slots)
         return slots
 
-    def _slots_there(self, slots: Any) -> Any:
+    def _slots_on_device(self, slots: Any) -> Any:
         """Return checked slots as int64 on the plan's device."""
         if arrays.library_of(slots) == "numpy":
             return arrays.upload(slots, self.device)
         slots = arrays.to_device(slots, self.device)
         xp = arrays.namespace(self.device)
         # Kernels read them side by side.
-        return arrays.contiguous(xp.astype(slots, xp.int64, copy=False))
+        return arrays.as_contiguous(xp.astype(slots, xp.int64, copy=False))
 
-    def _checked_slots(self, slots: Any) -> Int64:
+    def _check_host_slots(self, slots: Any) -> Int64:
         slots = arrays.to_numpy(as_array(slots, "slots"))
         if slots.size == 0 and slots.ndim == 1:
             return np.zeros(0, np.int64)
-        self._check_kind(slots)
+        self._check_slots_type(slots)
         for extreme in (int(slots.min()), int(slots.max())):
             if not 0 <= extreme < self.num_batches:
                 raise ValueError(f"slots must be in 0 .. {self.num_batches - 1}, got {extreme}")
         return np.asarray(slots, np.int64)
 
     @staticmethod
-    def _check_kind(slots: Any) -> None:
+    def _check_slots_type(slots: Any) -> None:
         if slots.ndim != 1:
             raise ValueError(f"slots must be 1-D, got shape {tuple(slots.shape)}")
         if not arrays.is_integer(slots):
@@ -798,7 +774,8 @@ class EpochPlan:
     def __getstate__(self) -> dict[str, Any]:
         """Travel without live device memory; it is rebuilt at first use."""
         state = self.__dict__.copy()
-        state.update(_on_device=None, _host_order=None, _labels=None, _patch_orders={}, _full=set())
+        state.update(_device_evaluator=None, _host_order=None, _labels=None)
+        state.update(_patch_orders={}, _full_devices=FullDevices())
         return state
 
     def __repr__(self) -> str:
@@ -812,6 +789,6 @@ def _permute_on_host(x: Int64, n: int, key: tuple[int, int]) -> Int64:
     if n == 1:
         return x
     grid = grid_of(n)
-    if n <= numpy_impl.WIDEST:
+    if n <= numpy_impl.MAX_N:
         return numpy_impl.permute_one(x, n, key, grid)
     return np.asarray(permute(arrays.namespace(HOST), x, n, key, grid, n, n))

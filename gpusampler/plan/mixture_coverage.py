@@ -9,16 +9,17 @@ from numpy.typing import NDArray
 
 from gpusampler.batching.mixture import pass_and_batch
 from gpusampler.core.arrays import Int64
+from gpusampler.groups.subsets import expand_runs
 from gpusampler.plan.epoch_plan import EpochPlan
 from gpusampler.plan.evaluators.base import BatchLocations
 
-LANES = 1 << 22
+CHUNK = 1 << 22
 """Samples, or positions, looked at together: tens of megabytes. (A patch's samples are counted as
 one: 4 bytes each, where an epoch goes from one pass over it into the next.)"""
 
 
-class Rows(NamedTuple):
-    """Runs of positions in passes over groups, handed out ``times``; int64 arrays, shape (K,)."""
+class PositionRanges(NamedTuple):
+    """Ranges of positions in passes over groups, handed out ``times``; int64 arrays, shape (K,)."""
 
     group: Int64
     passes: Int64
@@ -26,12 +27,12 @@ class Rows(NamedTuple):
     length: Int64
     times: Int64
 
-    def where(self, which: Int64 | slice) -> Rows:
-        """Return some of the rows."""
-        return Rows(*(column[which] for column in self))
+    def select(self, ranges: Int64 | slice) -> PositionRanges:
+        """Return some of the ranges."""
+        return PositionRanges(*(column[ranges] for column in self))
 
 
-def counted_of_mixed(
+def repeated_and_missed_of_mixture(
     plan: EpochPlan, epoch: int, changed: BatchLocations, change: int
 ) -> tuple[Int64, Int64]:
     """Return the samples of each group that an epoch repeats, and those that it misses.
@@ -52,112 +53,109 @@ def counted_of_mixed(
     """
     tables = plan.tables
     counts, sizes = tables.counts, tables.sizes
-    assert tables.own is not None  # as there are shares
-    own, slots = np.maximum(tables.own, 1), tables.batches
-    begun, b0 = pass_and_batch(epoch, np.zeros_like(slots), slots, own)
-    turns, b1 = np.divmod(b0 + slots, own)
-    one = turns == 0
-    whole = np.where(one, 0, turns - (b0 > 0))
+    # There are shares.
+    assert tables.batches_per_pass is not None
+    assert changed.passes is not None
+    own_batches, slots = np.maximum(tables.batches_per_pass, 1), tables.batches
+    first_pass, first_batch = pass_and_batch(epoch, np.zeros_like(slots), slots, own_batches)
+    num_ended, end = np.divmod(first_batch + slots, own_batches)
+    is_within = num_ended == 0
+    full = np.where(is_within, 0, num_ended - (first_batch > 0))
     # Begun by the epoch before, or by this one and left to the next: at most two parts of passes.
-    head_end = np.where(one, b1, own)
-    head_length = np.where(one | (b0 > 0), _positions(plan, head_end) - b0 * sizes, 0)
-    tail_length = np.where(one, 0, _positions(plan, b1))
+    head_end = np.where(is_within, end, own_batches)
+    head_length = _num_positions(plan, head_end) - first_batch * sizes
+    head_length = np.where(is_within | (first_batch > 0), head_length, 0)
+    tail_length = np.where(is_within, 0, _num_positions(plan, end))
     group = np.arange(counts.size, dtype=np.int64)
-    head = Rows(group, begun, b0 * sizes, head_length, np.ones_like(group))
-    tail = Rows(group, begun + turns, np.zeros_like(group), tail_length, np.ones_like(group))
+    zeros, ones = np.zeros_like(group), np.ones_like(group)
+    head = PositionRanges(group, first_pass, first_batch * sizes, head_length, ones)
+    tail = PositionRanges(group, first_pass + num_ended, zeros, tail_length, ones)
 
-    covered = _positions(plan, own)
-    even = covered == counts
-    parts = (head_length > 0).astype(np.int64) + (tail_length > 0)
-    part = head_length + tail_length
+    covered = _num_positions(plan, own_batches)
+    is_exact = covered == counts
+    num_partial = (head_length > 0).astype(np.int64) + (tail_length > 0)
+    partial = head_length + tail_length
     # Nothing is counted where a sample is in one run at most besides whole passes of all samples.
-    inside = np.where(even, parts <= 1, (parts + whole <= 1) & (covered <= counts))
+    exact, inexact = np.where(is_exact, full, 0), np.where(is_exact, 0, full)
+    is_closed = (num_partial + inexact <= 1) & (covered <= counts)
     # Two passes that hold all samples, some of them twice as "pad" fills up, repeat all.
-    inside |= (covered >= counts) & (whole > 1)
-    inside[changed.group] = False
-    once = np.where(whole > 0, covered, part)
-    missed = np.where(inside, np.maximum(counts - once, 0), 0)
-    repeated = np.where(whole > 1, counts, np.where(even & (whole == 1), part, 0))
-    repeated = np.where(inside, repeated, 0)
+    is_closed |= (covered >= counts) & (full > 1)
+    is_closed[changed.group] = False
+    num_seen = np.where(full > 0, covered, partial)
+    missed = np.where(is_closed, np.maximum(counts - num_seen, 0), 0)
+    repeated = np.where(full > 1, counts, np.where(is_exact & (full == 1), partial, 0))
+    repeated = np.where(is_closed, repeated, 0)
 
-    left = np.flatnonzero(~inside)
-    every = np.where(even, whole, 0)
-    several = np.where(even, 0, whole)
-    more = np.repeat(group, several)
-    nth = np.arange(more.size) - np.repeat(np.cumsum(several) - several, several)
-    between = Rows(
-        more,
-        begun[more] + (b0[more] > 0) + nth,
-        np.zeros_like(more),
-        covered[more],
-        np.ones_like(more),
-    )
-    extra = Rows(
+    counted = np.flatnonzero(~is_closed)
+    between = PositionRanges(group, zeros, zeros, covered, ones).select(np.repeat(group, inexact))
+    between = between._replace(passes=expand_runs(first_pass + (first_batch > 0), inexact))
+    extra = PositionRanges(
         changed.group,
-        _passes(changed, epoch),
+        changed.passes,
         changed.j * sizes[changed.group],
         changed.size,
         np.full(changed.group.shape, change, np.int64),
     )
-    rows = Rows(*map(np.concatenate, zip(head, tail, between, extra, strict=True)))
-    rows = rows.where(np.flatnonzero(~inside[rows.group] & (rows.length > 0)))
+    ranges = PositionRanges(*map(np.concatenate, zip(head, tail, between, extra, strict=True)))
+    ranges = ranges.select(np.flatnonzero(~is_closed[ranges.group] & (ranges.length > 0)))
     # By group, so that the rows of some groups are found without a look at all others.
-    rows = rows.where(np.argsort(rows.group, kind="stable"))
-    for first, last in _blocks(counts[left]):
-        these = left[first:last]
-        begin = np.searchsorted(rows.group, these[0])
-        end = np.searchsorted(rows.group, these[-1], side="right")
-        times = _times(plan, these, every[these], rows.where(slice(begin, end)))
-        starts = np.cumsum(counts[these]) - counts[these]
-        repeated[these] = np.add.reduceat(times > 1, starts, dtype=np.int64)
-        missed[these] = np.add.reduceat(times == 0, starts, dtype=np.int64)
+    ranges = ranges.select(np.argsort(ranges.group, kind="stable"))
+    for first, last in _blocks(counts[counted]):
+        block = counted[first:last]
+        start = np.searchsorted(ranges.group, block[0])
+        stop = np.searchsorted(ranges.group, block[-1], side="right")
+        times = _times_by_sample(plan, block, exact[block], ranges.select(slice(start, stop)))
+        starts = np.cumsum(counts[block]) - counts[block]
+        repeated[block] = np.add.reduceat(times > 1, starts, dtype=np.int64)
+        missed[block] = np.add.reduceat(times == 0, starts, dtype=np.int64)
     return repeated, missed
 
 
-def _passes(at: BatchLocations, epoch: int) -> Int64:
-    return np.full(at.group.shape, epoch, np.int64) if at.passes is None else at.passes
-
-
-def _positions(plan: EpochPlan, batches: Int64) -> Int64:
+def _num_positions(plan: EpochPlan, batches: Int64) -> Int64:
     """Return the positions that the first ``batches`` of each group hold."""
     tables = plan.tables
-    held: Int64 = batches * tables.sizes
-    return np.minimum(held, tables.counts) if plan.partial == "keep" else held
+    num_positions: Int64 = batches * tables.sizes
+    return np.minimum(num_positions, tables.counts) if plan.partial == "keep" else num_positions
 
 
 def _blocks(counts: Int64) -> list[tuple[int, int]]:
-    """Cut groups into runs of about `LANES` samples, of a group at least."""
+    """Cut groups into blocks of about `CHUNK` samples, of a group at least."""
     ends = np.cumsum(counts)
-    found, first = [], 0
+    blocks, first = [], 0
     while first < counts.size:
         before = int(ends[first - 1]) if first else 0
-        last = max(first + 1, int(np.searchsorted(ends, before + LANES, side="right")))
-        found.append((first, last))
+        last = max(first + 1, int(np.searchsorted(ends, before + CHUNK, side="right")))
+        blocks.append((first, last))
         first = last
-    return found
+    return blocks
 
 
-def _times(plan: EpochPlan, groups: Int64, every: Int64, mine: Rows) -> NDArray[np.int32]:
+def _times_by_sample(
+    plan: EpochPlan, groups: Int64, exact_passes: Int64, ranges: PositionRanges
+) -> NDArray[np.int32]:
     """Return how often the samples of some groups, ascending, are handed out, end to end.
 
-    ``mine`` are the rows of these groups.
+    ``ranges`` are those of these groups.
     """
     counts = plan.tables.counts[groups]
     starts = np.cumsum(counts) - counts
     # How many more than a few there are is of no matter; changes take off one a rank at most.
-    times = np.repeat(np.minimum(every, 1 << 30).astype(np.int32), counts)
-    # Long runs are cut, and runs are taken together, so that no array is much longer than that.
-    pieces = -(-mine.length // LANES)
-    nth = np.arange(int(pieces.sum())) - np.repeat(np.cumsum(pieces) - pieces, pieces)
-    mine = mine.where(np.repeat(np.arange(pieces.size), pieces))
-    skipped = nth * LANES
-    mine = mine._replace(
-        first=mine.first + skipped, length=np.minimum(mine.length - skipped, LANES)
+    times = np.repeat(np.minimum(exact_passes, 1 << 30).astype(np.int32), counts)
+    # Long ranges are cut, and ranges are taken together, so that no array is much longer than that.
+    num_pieces = -(-ranges.length // CHUNK)
+    skipped = expand_runs(np.zeros_like(num_pieces), num_pieces) * CHUNK
+    ranges = ranges.select(np.repeat(np.arange(num_pieces.size), num_pieces))
+    ranges = ranges._replace(
+        first=ranges.first + skipped, length=np.minimum(ranges.length - skipped, CHUNK)
     )
-    for first, last in _blocks(mine.length):
-        some = mine.where(np.arange(first, last))
-        base = starts[np.searchsorted(groups, some.group)]
-        places, at = plan.places_of_runs(some.group, some.passes, some.first, some.length, base)
-        ends = np.argsort(at, kind="stable")
-        np.add.at(times, places, np.repeat(some.times[ends], some.length[ends]).astype(np.int32))
+    for first, last in _blocks(ranges.length):
+        block = ranges.select(np.arange(first, last))
+        base = starts[np.searchsorted(groups, block.group)]
+        samples, block_starts = plan.permute_positions(
+            block.group, block.passes, block.first, block.length, base
+        )
+        order = np.argsort(block_starts, kind="stable")
+        np.add.at(
+            times, samples, np.repeat(block.times[order], block.length[order]).astype(np.int32)
+        )
     return times

@@ -11,7 +11,7 @@ from typing import Any
 
 ACCELERATE = "accelerate.data_loader"
 
-HANDS_ON = ("gpusampler.", "torch.utils.data.", "torchdata.", ACCELERATE)
+FORWARDING_MODULES = ("gpusampler.", "torch.utils.data.", "torchdata.", ACCELERATE)
 """Modules between a loader of Accelerate and the sampler that it was made with."""
 
 
@@ -42,22 +42,22 @@ def check_sharding(num_replicas: int, output: str) -> None:
     accelerate = sys.modules.get(ACCELERATE)
     if accelerate is None or (num_replicas == 1 and output == "list"):
         return
-    shard: Any = getattr(accelerate, "BatchSamplerShard", ())
-    dispatcher: Any = getattr(accelerate, "DataLoaderDispatcher", ())
+    shard_class: Any = getattr(accelerate, "BatchSamplerShard", ())
+    dispatcher_class: Any = getattr(accelerate, "DataLoaderDispatcher", ())
     frame: FrameType | None = sys._getframe(1)
-    own = True
+    is_direct_call = True
     while frame is not None:
         module = frame.f_globals.get("__name__", "")
         if module == ACCELERATE:
-            asking = frame.f_locals.get("self")
+            loader = frame.f_locals.get("self")
             # What runs inside a shard's iteration is what it shards, be it wrapped by others;
             # inside a dispatcher's run the dataset and the collation too, which may have samplers
             # of their own.
-            if isinstance(asking, shard):
-                _check_shard(int(asking.num_processes), num_replicas, output)
-            elif own and isinstance(asking, dispatcher):
-                _check_shard(int(asking.state.num_processes), num_replicas, "list")
-        own = own and module.startswith(HANDS_ON)
+            if isinstance(loader, shard_class):
+                _check_shard(int(loader.num_processes), num_replicas, output)
+            elif is_direct_call and isinstance(loader, dispatcher_class):
+                _check_shard(int(loader.state.num_processes), num_replicas, "list")
+        is_direct_call = is_direct_call and module.startswith(FORWARDING_MODULES)
         frame = frame.f_back
 
 

@@ -13,24 +13,30 @@ from numpy.typing import NDArray
 
 from gpusampler.batching.batch_sizes import check_batch_size
 from gpusampler.batching.cost_budget import CostBudget
-from gpusampler.batching.mixture import Temperature, checked_epoch_batches
-from gpusampler.batching.steps import STEPS, StepsKind
+from gpusampler.batching.mixture import Temperature, check_epoch_batches
+from gpusampler.batching.short_batches import Partial
+from gpusampler.batching.steps import STEPS, UNEVENS, StepsKind, Uneven
 from gpusampler.core import devices
 from gpusampler.core.arrays import Int64
 from gpusampler.core.log import warn
 from gpusampler.core.tracing import GROUP, Recorder
-from gpusampler.core.validation import checked_bool, checked_choice, checked_int, checked_seed
+from gpusampler.core.validation import check_bool, check_choice, check_int, check_seed
 from gpusampler.groups.from_source import groups_of
 from gpusampler.plan.coverage import Coverage, coverage_of
-from gpusampler.plan.epoch_plan import EPOCHS, UNEVENS, EpochPlan, Partial, Uneven
+from gpusampler.plan.epoch_plan import EpochPlan
 from gpusampler.sampler import profile as profile_module
 from gpusampler.sampler.accelerate_guard import check_sharding
 from gpusampler.sampler.batches import Batch, BatchReader, valid_counts
-from gpusampler.sampler.distributed import ProcessGroupWarning, checked_ranks, drawn_seed
+from gpusampler.sampler.distributed import ProcessGroupWarning, draw_seed, resolve_ranks
 from gpusampler.sampler.iterator import EpochIterator, Reader
 from gpusampler.sampler.profile import Profile
-from gpusampler.sampler.state import EpochTracker, RankShard, check_ranks
-from gpusampler.sources import dataset_costs
+from gpusampler.sampler.state import (
+    EpochTracker,
+    RankShard,
+    check_epoch,
+    check_num_batches,
+)
+from gpusampler.sources.datasets import dataset_patch_costs
 
 if TYPE_CHECKING:
     from gpusampler.sampler.cursor import BatchCursor
@@ -160,32 +166,32 @@ class PatchBatchSampler:
     ) -> None:
         # Cheap arguments are checked before a source is read, which may take minutes.
         check_batch_size(batch_size)
-        checked_epoch_batches(epoch_batches)
-        late_group = ProcessGroupWarning(defaulted=num_replicas is None)
-        num_replicas, rank = checked_ranks(num_replicas, rank)
+        check_epoch_batches(epoch_batches)
+        group_warning = ProcessGroupWarning(defaulted=num_replicas is None)
+        num_replicas, rank = resolve_ranks(num_replicas, rank)
         seed_given = seed is not None
-        seed = drawn_seed(num_replicas) if seed is None else checked_seed(seed)
-        checked_choice(uneven, "uneven", UNEVENS)
-        checked_choice(steps, "steps", STEPS)
-        step_width = _checked_step_width(step_width, steps, num_replicas)
-        self.output = checked_choice(output, "output", OUTPUTS)
+        seed = draw_seed(num_replicas) if seed is None else check_seed(seed)
+        check_choice(uneven, "uneven", UNEVENS)
+        check_choice(steps, "steps", STEPS)
+        step_width = _check_step_width(step_width, steps, num_replicas)
+        self.output = check_choice(output, "output", OUTPUTS)
         if output == "tensor" and not devices.has_torch():
             raise RuntimeError(
                 "output must be 'list' or 'numpy' where torch is not installed, got 'tensor'; "
                 "install gpusampler[torch]"
             )
-        auto = isinstance(device, str) and device == "auto"
-        where = None if auto else devices.parse_device(device)
-        checked_bool(progress, "progress")
+        is_auto = isinstance(device, str) and device == "auto"
+        plan_device = None if is_auto else devices.parse_device(device)
+        check_bool(progress, "progress")
         recorder = Recorder()
-        groups, placed = groups_of(source, recorder, progress=progress)
-        if where is None:
-            where = groups.device if placed else devices.default_device()
+        groups, has_device = groups_of(source, recorder, progress=progress)
+        if plan_device is None:
+            plan_device = groups.device if has_device else devices.default_device()
         if isinstance(batch_size, CostBudget):
             if batch_size.cost is None and batch_size.sample_costs is None:
-                batch_size = replace(batch_size, cost=dataset_costs.patch_costs(source))
+                batch_size = replace(batch_size, cost=dataset_patch_costs(source))
         elif patch_costs is None and steps == "balanced":
-            patch_costs = dataset_costs.patch_costs(source)
+            patch_costs = dataset_patch_costs(source)
         with recorder.range(GROUP):
             plan = EpochPlan(
                 groups,
@@ -201,14 +207,14 @@ class PatchBatchSampler:
                 patch_costs=patch_costs,
                 weights=weights,
                 epoch_batches=epoch_batches,
-                device=where,
+                device=plan_device,
             )
-            self._progress = EpochTracker(
-                plan, num_replicas, rank, uneven, seed_given, late_group, recorder=recorder
+            self._tracker = EpochTracker(
+                plan, num_replicas, rank, uneven, seed_given, group_warning, recorder=recorder
             )
-        self._warn_of_patches_left_out()
-        check_ranks(plan.num_batches, num_replicas, uneven)
-        self.sampler = EpochSetter(self._progress)
+        self._warn_of_omitted_patches()
+        check_num_batches(plan.num_batches, num_replicas, uneven)
+        self.sampler = EpochSetter(self._tracker)
 
     @classmethod
     def for_evaluation(
@@ -256,7 +262,7 @@ class PatchBatchSampler:
         >>> [[(batch.indices.tolist(), batch.valid) for batch in rank.batches()] for rank in ranks]
         [[([0, 1], 2), ([3], 1)], [([2], 1), ([0, 1], 0)]]
         """
-        checked_choice(partial, "partial", ("keep", "pad"))
+        check_choice(partial, "partial", ("keep", "pad"))
         sampler = cls(
             source,
             batch_size,
@@ -270,23 +276,23 @@ class PatchBatchSampler:
             output=output,
             progress=progress,
         )
-        sampler._progress.repeats_count = False
+        sampler._tracker.repeats_count = False
         return sampler
 
     @property
     def plan(self) -> EpochPlan:
         """The plan of every epoch; another one after a state with another drawn seed is loaded."""
-        return self._progress.plan
+        return self._tracker.plan
 
     @property
     def num_replicas(self) -> int:
         """Number of ranks that share an epoch."""
-        return self._progress.num_replicas
+        return self._tracker.num_replicas
 
     @property
     def rank(self) -> int:
         """Number of this rank, 0 .. num_replicas - 1."""
-        return self._progress.rank
+        return self._tracker.rank
 
     @property
     def seed(self) -> int:
@@ -304,12 +310,12 @@ class PatchBatchSampler:
     @property
     def epoch(self) -> int:
         """The epoch that the next iterator hands out."""
-        return self._progress.epoch
+        return self._tracker.epoch
 
     def __len__(self) -> int:
         """Return the number of batches of a full epoch on this rank; equal on every rank."""
         check_sharding(self.num_replicas, self.output)
-        return self._progress.steps_per_epoch
+        return self._tracker.steps_per_epoch
 
     def __iter__(self) -> Iterator[Any]:
         """Return an iterator over this rank's batches of the next epoch.
@@ -369,13 +375,12 @@ class PatchBatchSampler:
         TypeError, ValueError
             If ``epoch`` is no integer in 0 .. 2**63 - 1.
         """
-        epoch = checked_int(self.epoch if epoch is None else epoch, "epoch", least=0, below=EPOCHS)
-        return valid_counts(self._progress.share_of(epoch))
+        return valid_counts(self._tracker.shard_of(self._check_epoch(epoch)))
 
     def _iterate(
-        self, begin: Callable[[RankShard], Reader[T]], epoch: int | None = None
+        self, make_reader: Callable[[RankShard], Reader[T]], epoch: int | None = None
     ) -> EpochIterator[T]:
-        """Return an iterator over what a reader makes of this rank's share of an epoch.
+        """Return an iterator over what a reader makes of this rank's shard of an epoch.
 
         What `iter`, `batches` and `PatchTensorLoader` are made of; arguments as for
         `EpochIterator`.
@@ -386,8 +391,8 @@ class PatchBatchSampler:
             If ``epoch`` is no integer in 0 .. 2**63 - 1.
         """
         if epoch is not None:
-            epoch = checked_int(epoch, "epoch", least=0, below=EPOCHS)
-        return EpochIterator(self._progress, begin, epoch)
+            epoch = check_epoch(epoch)
+        return EpochIterator(self._tracker, make_reader, epoch)
 
     def cursor(self) -> BatchCursor:
         """Return a torch module that hands out this rank's batches inside compiled loops.
@@ -412,16 +417,16 @@ class PatchBatchSampler:
             )
         from gpusampler.sampler.cursor import BatchCursor
 
-        share = self._progress.pending()
+        shard = self._tracker.pending_shard()
         return BatchCursor(
-            share.plan.on(devices.on_torch(share.plan.device)),
-            epoch=share.epoch,
-            slot=share.slot,
+            shard.plan.on(devices.as_torch_device(shard.plan.device)),
+            epoch=shard.epoch,
+            slot=shard.slot,
             num_replicas=self.num_replicas,
             rank=self.rank,
-            uneven=self._progress.uneven,
-            seed_given=self._progress.seed_given,
-            repeats_count=self._progress.repeats_count,
+            uneven=self._tracker.uneven,
+            seed_given=self._tracker.seed_given,
+            repeats_count=self._tracker.repeats_count,
         )
 
     def set_epoch(self, epoch: int) -> None:
@@ -439,14 +444,14 @@ class PatchBatchSampler:
         UserWarning
             If a loaded position in the middle of another epoch is dropped.
         """
-        self._progress.set_epoch(epoch, stacklevel=2)
+        self._tracker.set_epoch(epoch, stacklevel=2)
 
     def reshuffle(self) -> None:
         """Skip an epoch: the next iterator hands out the one after the next.
 
         Every epoch is shuffled anew by itself; this is for loops that want another order now.
         """
-        self._progress.skip()
+        self._tracker.skip_epoch()
 
     def get_epoch_count(self) -> int:
         """Return `epoch`: how many epochs have been begun or skipped."""
@@ -471,8 +476,11 @@ class PatchBatchSampler:
         TypeError, ValueError
             If ``epoch`` is no integer in 0 .. 2**63 - 1.
         """
-        epoch = checked_int(self.epoch if epoch is None else epoch, "epoch", least=0, below=EPOCHS)
-        return coverage_of(self.plan, epoch, self._progress.steps_per_epoch * self.num_replicas)
+        num_slots = self._tracker.steps_per_epoch * self.num_replicas
+        return coverage_of(self.plan, self._check_epoch(epoch), num_slots)
+
+    def _check_epoch(self, epoch: int | None) -> int:
+        return check_epoch(self.epoch if epoch is None else epoch)
 
     def stats(self) -> Profile:
         """Return where the sampler's own time has gone since it was made.
@@ -492,7 +500,9 @@ class PatchBatchSampler:
         >>> stats.batches, stats.table_bytes["numpy"] > 0
         (3, True)
         """
-        return self._described(profile_module.since_made(self._progress.recorder, self.plan.device))
+        return self._add_table_bytes(
+            profile_module.profile_since_creation(self._tracker.recorder, self.plan.device)
+        )
 
     @contextmanager
     def profile(self) -> Iterator[Profile]:
@@ -524,12 +534,12 @@ class PatchBatchSampler:
         """
         profile = Profile()
         try:
-            with profile_module.profiled(self._progress.recorder, self.plan.device, profile):
+            with profile_module.profile_block(self._tracker.recorder, self.plan.device, profile):
                 yield profile
         finally:
-            self._described(profile)
+            self._add_table_bytes(profile)
 
-    def _described(self, profile: Profile) -> Profile:
+    def _add_table_bytes(self, profile: Profile) -> Profile:
         profile.table_bytes = self.plan.table_bytes
         return profile
 
@@ -554,7 +564,7 @@ class PatchBatchSampler:
         TypeError, ValueError
             If ``step`` is no integer, negative, or more than the pass has batches.
         """
-        return self._progress.state_dict(step)
+        return self._tracker.state_dict(step)
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Go on where a state was taken: the next iterator hands out the batches after it.
@@ -581,9 +591,9 @@ class PatchBatchSampler:
             If, under ``steps="same_patch"``, the rest of the epoch cannot be of one patch a step,
             because it was begun on other ranks.
         """
-        self._progress.load_state_dict(state_dict)
+        self._tracker.load_state_dict(state_dict)
 
-    def _warn_of_patches_left_out(self) -> None:
+    def _warn_of_omitted_patches(self) -> None:
         plan = self.plan
         skipped = plan.over_budget_by_patch
         if skipped.any():
@@ -592,58 +602,55 @@ class PatchBatchSampler:
                 f"{int((skipped > 0).sum())} of {plan.groups.num_patches} patches: a batch of them "
                 "would cost more than max_cost"
             )
-        whole = "a batch" if plan.batch_size is None else f"batch_size={plan.batch_size}"
-        self._warn_of_left_out(plan.dropped_by_patch, "partial='drop'", whole)
-        whole = f"step_width={plan.step_width} batches"
-        by = "uneven='drop' under steps='same_patch'"
-        self._warn_of_left_out(plan.without_steps_by_patch, by, whole)
+        unit = "a batch" if plan.batch_size is None else f"batch_size={plan.batch_size}"
+        self._warn_of_omitted(plan.dropped_by_patch, "partial='drop'", unit)
+        unit = f"step_width={plan.step_width} batches"
+        setting = "uneven='drop' under steps='same_patch'"
+        self._warn_of_omitted(plan.without_steps_by_patch, setting, unit)
 
-    def _warn_of_left_out(self, samples: Int64, by: str, smaller_than: str) -> None:
+    def _warn_of_omitted(self, samples: Int64, setting: str, unit: str) -> None:
         if samples.any():
-            of_patches = f"{int((samples > 0).sum())} of {samples.size} patches"
-            if self.plan.tables.parents is not None:
+            patches = f"{int((samples > 0).sum())} of {samples.size} patches"
+            if self.plan.tables.patch_of_bin is not None:
                 # Others of a patch's classes may be there.
-                of_patches = f"whole classes of cost of {of_patches}"
+                patches = f"whole classes of cost of {patches}"
             warn(
-                f"{by} leaves out {of_patches} ({int(samples.sum())} samples): they are smaller "
-                f"than {smaller_than}"
+                f"{setting} leaves out {patches} ({int(samples.sum())} samples): they are smaller "
+                f"than {unit}"
             )
 
     def __repr__(self) -> str:
         """Return sizes, epoch and settings."""
-        groups = self.plan.groups
-        ranks = f", rank {self.rank} of {self.num_replicas}" if self.num_replicas > 1 else ""
-        plan = self.plan
-        size = plan.batch_size
-        sized = f"up to {plan.max_batch_size}" if size is None else size
-        if plan.tables.shares is not None:
-            ranks += ", mixed by weights"
+        plan, groups = self.plan, self.plan.groups
+        size = f"up to {plan.max_batch_size}" if plan.batch_size is None else plan.batch_size
+        options = f", rank {self.rank} of {self.num_replicas}" if self.num_replicas > 1 else ""
+        if plan.tables.slot_shares is not None:
+            options += ", mixed by weights"
         if plan.steps != "free":
-            ranks += f", steps={plan.steps!r} of {plan.step_width}"
+            options += f", steps={plan.steps!r} of {plan.step_width}"
         return (
             f"PatchBatchSampler({groups.num_samples} samples, {groups.num_patches} patches, "
-            f"{self._progress.steps_per_epoch} batches of {sized}, "
-            f"epoch={self.epoch}, seed={self.seed}, partial={self.plan.partial!r}, "
-            f"device={str(self.plan.device)!r}{ranks})"
+            f"{self._tracker.steps_per_epoch} batches of {size}, epoch={self.epoch}, "
+            f"seed={self.seed}, partial={plan.partial!r}, device={str(plan.device)!r}{options})"
         )
 
 
 class EpochSetter:
     """Passes ``set_epoch`` on to a sampler, for frameworks that look for it on ``.sampler``."""
 
-    def __init__(self, progress: EpochTracker) -> None:
-        self._progress = progress
+    def __init__(self, tracker: EpochTracker) -> None:
+        self._tracker = tracker
 
     def set_epoch(self, epoch: int) -> None:
         """Do what `PatchBatchSampler.set_epoch` does."""
-        self._progress.set_epoch(epoch, stacklevel=2)
+        self._tracker.set_epoch(epoch, stacklevel=2)
 
 
-def _checked_step_width(step_width: int | None, steps: str, num_replicas: int) -> int:
+def _check_step_width(step_width: int | None, steps: str, num_replicas: int) -> int:
     """Return the slots of a step; the plan refuses what does not go with ``steps``."""
     if step_width is None:
         return 1 if steps == "free" else num_replicas
-    step_width = checked_int(step_width, "step_width", least=1, below=1 << 31)
+    step_width = check_int(step_width, "step_width", low=1, high=1 << 31)
     if steps != "free" and step_width % num_replicas:
         raise ValueError(
             f"step_width must be a multiple of num_replicas={num_replicas}, so that ranks begin "

@@ -12,14 +12,16 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from gpusampler.batching.steps import UNEVENS
 from gpusampler.core.devices import Device
-from gpusampler.core.validation import checked_choice, checked_int
-from gpusampler.plan.epoch_plan import EPOCHS, UNEVENS, EpochPlan
+from gpusampler.core.validation import check_choice, check_int
+from gpusampler.plan.epoch_plan import EpochPlan
 from gpusampler.sampler.state import (
+    check_epoch,
     check_fingerprint,
-    check_ranks,
+    check_num_batches,
     fingerprint_of,
-    steps_from,
+    remaining_steps,
     with_saved_seed,
 )
 
@@ -109,13 +111,13 @@ class BatchCursor(torch.nn.Module):
                 f"plan must be on a torch device, got {str(plan.device)!r}; plan.on('cpu') is the "
                 "same plan there"
             )
-        self.num_replicas = checked_int(num_replicas, "num_replicas", least=1, below=1 << 31)
-        self.rank = checked_int(rank, "rank", least=0, below=self.num_replicas)
-        self._uneven = checked_choice(uneven, "uneven", UNEVENS)
+        self.num_replicas = check_int(num_replicas, "num_replicas", low=1, high=1 << 31)
+        self.rank = check_int(rank, "rank", low=0, high=self.num_replicas)
+        self._uneven = check_choice(uneven, "uneven", UNEVENS)
         self._seed_given = seed_given
         self._repeats_count = repeats_count
         self._plan = plan
-        check_ranks(plan.num_batches, self.num_replicas, self._uneven)
+        check_num_batches(plan.num_batches, self.num_replicas, self._uneven)
         for name in ("epoch", "slot"):
             self.register_buffer(name, torch.zeros((), dtype=torch.int64, device=plan.device.name))
         self.seek(epoch, slot)
@@ -129,21 +131,21 @@ class BatchCursor(torch.nn.Module):
     @property
     def steps_per_epoch(self) -> int:
         """Calls that make up an epoch on this rank; equal on every rank."""
-        return self._steps_from(0)
+        return self._remaining_steps(0)
 
     def forward(self) -> CursorBatch:
         """Return this rank's next batch, and go on."""
         total, drop = self._plan.num_batches, self._uneven == "drop"
         # Few operations: each is a kernel of its own where nothing fuses them.
-        place = self.slot if self.num_replicas == 1 else self.slot + self.rank
-        own = place % total if self.num_replicas > 1 and not drop else place
-        block = self._plan.batch_of_tensors(self.epoch, own)
-        valid = block.lengths if self._repeats_count else block.lengths * (place < total)
+        rank_slot = self.slot if self.num_replicas == 1 else self.slot + self.rank
+        batch_slot = rank_slot % total if self.num_replicas > 1 and not drop else rank_slot
+        block = self._plan.batch_of_tensors(self.epoch, batch_slot)
+        valid = block.lengths if self._repeats_count else block.lengths * (rank_slot < total)
         self.slot.add_(self.num_replicas)
         # Under "drop" a step must have a slot for every rank.
-        done = self.slot > (total - self.num_replicas if drop else total - 1)
-        self.epoch.add_(done)
-        self.slot.masked_fill_(done, 0)
+        is_epoch_done = self.slot > (total - self.num_replicas if drop else total - 1)
+        self.epoch.add_(is_epoch_done)
+        self.slot.masked_fill_(is_epoch_done, 0)
         return CursorBatch(block.indices, valid, block.groups.reshape(1))
 
     def seek(self, epoch: int, slot: int = 0) -> None:
@@ -159,10 +161,10 @@ class BatchCursor(torch.nn.Module):
         TypeError, ValueError
             If one is no integer or out of range.
         """
-        epoch = checked_int(epoch, "epoch", least=0, below=EPOCHS)
-        slot = checked_int(slot, "slot", least=0, below=self._plan.num_batches + 1)
-        if self._steps_from(slot) == 0:
-            epoch, slot = checked_int(epoch + 1, "epoch", least=0, below=EPOCHS), 0
+        epoch = check_epoch(epoch)
+        slot = check_int(slot, "slot", low=0, high=self._plan.num_batches + 1)
+        if self._remaining_steps(slot) == 0:
+            epoch, slot = check_epoch(epoch + 1), 0
         self.epoch.fill_(epoch)
         self.slot.fill_(slot)
 
@@ -170,8 +172,8 @@ class BatchCursor(torch.nn.Module):
         """Return (epoch, slot) of the next call as integers; waits for the device."""
         return int(self.epoch), int(self.slot)
 
-    def _steps_from(self, slot: int) -> int:
-        return steps_from(slot, self._plan.num_batches, self.num_replicas, self._uneven)
+    def _remaining_steps(self, slot: int) -> int:
+        return remaining_steps(slot, self._plan.num_batches, self.num_replicas, self._uneven)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> BatchCursor:
         """Move with the module: the plan is evaluated where the buffers are."""
@@ -179,17 +181,17 @@ class BatchCursor(torch.nn.Module):
         for name in ("epoch", "slot"):
             # A module that is cast to another type casts its integers, too.
             setattr(self, name, getattr(self, name).to(torch.int64))
-        self._follow_buffers()
+        self._move_plan_to_buffers()
         return self
 
-    def _follow_buffers(self) -> None:
+    def _move_plan_to_buffers(self) -> None:
         self._plan = self._plan.on(Device("torch", str(self.epoch.device)))
         self._plan.prepare_batch()
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Arrive ready to be compiled: a plan travels without what it has on its device."""
         super().__setstate__(state)
-        self._follow_buffers()
+        self._move_plan_to_buffers()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> BatchCursor:
         """Copy the place; the plan, which never changes and may be large, is shared."""
@@ -210,25 +212,25 @@ class BatchCursor(torch.nn.Module):
         error_msgs: list[str],
     ) -> None:
         """Take over a saved place, of any number of ranks; one that is refused changes nothing."""
-        before, plan = self.position(), self._plan
-        known = len(missing_keys), len(error_msgs)
+        old_position, old_plan = self.position(), self._plan
+        num_errors = len(missing_keys), len(error_msgs)
         lists = missing_keys, unexpected_keys, error_msgs
         try:
             for name in ("epoch", "slot"):
-                _check_place(state_dict.get(prefix + name), name)
+                _check_integer_tensor(state_dict.get(prefix + name), name)
             # Copies what is in the state as it stands, and has it checked only then.
             super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, *lists)
-            self._follow_buffers()
+            self._move_plan_to_buffers()
             self.seek(*self.position())
         except (TypeError, ValueError):
-            self._plan = plan
-            self.seek(*before)
+            self._plan = old_plan
+            self.seek(*old_position)
             raise
         # What is missing or misshapen torch tells of later, when the rest has been copied: half a
         # place, or one that cannot be checked, is none, also where strict=False lets it be.
-        if (len(missing_keys), len(error_msgs)) != known:
-            self._plan = plan
-            self.seek(*before)
+        if (len(missing_keys), len(error_msgs)) != num_errors:
+            self._plan = old_plan
+            self.seek(*old_position)
 
     def get_extra_state(self) -> dict[str, Any]:
         """Return what a saved place must fit: the seed, ids and settings."""
@@ -259,7 +261,7 @@ class BatchCursor(torch.nn.Module):
         return f"{self._plan!r}, device={str(self._plan.device)!r}{ranks}"
 
 
-def _check_place(value: Any, name: str) -> None:
+def _check_integer_tensor(value: Any, name: str) -> None:
     """Raise TypeError if a saved place is a tensor of no integers: torch would cut them off."""
     if isinstance(value, Tensor) and (value.is_floating_point() or value.is_complex()):
         raise TypeError(f"{name} must be an integer tensor, got {value.dtype}")

@@ -28,30 +28,30 @@ class EpochIterator(Iterator[T], Generic[T]):
 
     Parameters
     ----------
-    progress : EpochTracker
-    begin : callable
-        Makes the reader of a share of an epoch.
+    tracker : EpochTracker
+    make_reader : callable
+        Makes the reader of a shard of an epoch.
     epoch : int, optional
         Default: the next one.
     """
 
     def __init__(
         self,
-        progress: EpochTracker,
-        begin: Callable[[RankShard], Reader[T]],
+        tracker: EpochTracker,
+        make_reader: Callable[[RankShard], Reader[T]],
         epoch: int | None = None,
     ) -> None:
-        self._progress = progress
-        self._begin = begin
+        self._tracker = tracker
+        self._make_reader = make_reader
         # A pass over a given epoch is nobody else's business.
-        self._share: RankShard | None = None if epoch is None else progress.share_of(epoch)
+        self._shard: RankShard | None = None if epoch is None else tracker.shard_of(epoch)
         self._reader: Reader[T] | None = None
-        self._taken = 0
-        self._ready: Iterator[T] = iter(())
+        self._num_read = 0
+        self._unwatched: Iterator[T] = iter(())
         # While a profile lasts, batches wait here instead, so that each is seen.
-        self._held: Iterator[T] = iter(())
-        self._recorder = progress.recorder
-        self._handing_out = progress.recorder.range(HAND_OUT)
+        self._watched: Iterator[T] = iter(())
+        self._recorder = tracker.recorder
+        self._hand_out_range = tracker.recorder.range(HAND_OUT)
 
     def __iter__(self) -> EpochIterator[T]:
         """Return itself."""
@@ -59,21 +59,21 @@ class EpochIterator(Iterator[T], Generic[T]):
 
     def __next__(self) -> T:
         """Return the next batch."""
-        for batch in self._ready:
+        for batch in self._unwatched:
             return batch
         return self._refill()
 
     def __len__(self) -> int:
         """Return the number of batches that remain on this rank."""
-        if self._share is None:
-            return self._progress.pending().steps
-        return self._share.steps - self._steps_done
+        if self._shard is None:
+            return self._tracker.pending_shard().steps
+        return self._shard.steps - self._num_returned
 
     @property
-    def _steps_done(self) -> int:
+    def _num_returned(self) -> int:
         # A list iterator knows what it still holds, so nothing is counted batch by batch; what a
         # reader has evaluated beyond it, or has on its way, has not been taken.
-        return self._taken - length_hint(self._ready) - length_hint(self._held)
+        return self._num_read - length_hint(self._unwatched) - length_hint(self._watched)
 
     def state_dict(self, step: int | None = None) -> dict[str, Any]:
         """Return the state after ``step`` batches of this iterator, or those drawn.
@@ -83,9 +83,9 @@ class EpochIterator(Iterator[T], Generic[T]):
         TypeError, ValueError
             If ``step`` is no integer or negative.
         """
-        if self._share is None:
-            return self._progress.pending_state(step)
-        return self._progress.state_after(self._share, self._steps_done if step is None else step)
+        if self._shard is None:
+            return self._tracker.pending_state(step)
+        return self._tracker.state_after(self._shard, self._num_returned if step is None else step)
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from a state of the sampler or of one of its iterators.
@@ -95,38 +95,38 @@ class EpochIterator(Iterator[T], Generic[T]):
         TypeError, ValueError
             As `PatchBatchSampler.load_state_dict` does.
         """
-        self._share = self._progress.bind_state(self, state)
+        self._shard = self._tracker.bind_state(self, state)
         self._reader = None
-        self._taken = 0
-        self._ready = self._held = iter(())
+        self._num_read = 0
+        self._unwatched = self._watched = iter(())
 
-    def hold(self) -> None:
+    def observe_each_batch(self) -> None:
         """Hand the batches that are ready out one by one, while a profile lasts."""
-        if length_hint(self._ready):
-            self._ready, self._held = iter(()), self._ready
+        if length_hint(self._unwatched):
+            self._unwatched, self._watched = iter(()), self._unwatched
 
     def _refill(self) -> T:
         """Return the next batch that is held, or take more from the reader."""
-        with self._handing_out:
-            if self._share is None:
-                self._share = self._progress.bind(self)
-            if not length_hint(self._held):
-                self._held = iter(self._read(self._share))
-            watch = self._recorder.watch
-            if watch is None:
-                self._ready, self._held = self._held, iter(())
-                return next(self._ready)
-            watch.batches += 1
-            return next(self._held)
+        with self._hand_out_range:
+            if self._shard is None:
+                self._shard = self._tracker.bind(self)
+            if not length_hint(self._watched):
+                self._watched = iter(self._read(self._shard))
+            watcher = self._recorder.watcher
+            if watcher is None:
+                self._unwatched, self._watched = self._watched, iter(())
+                return next(self._unwatched)
+            watcher.batches += 1
+            return next(self._watched)
 
-    def _read(self, share: RankShard) -> list[T]:
+    def _read(self, shard: RankShard) -> list[T]:
         """Take the next batches from the reader."""
         if self._reader is None:
-            self._reader = self._begin(share)
+            self._reader = self._make_reader(shard)
             self._recorder.iterators.add(self)
         batches = self._reader.read()
         if batches is None:
             raise StopIteration
-        self._taken += len(batches)
+        self._num_read += len(batches)
         self._recorder.batches += len(batches)
         return batches

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 from gpusampler.core import devices, memory
 from gpusampler.core.devices import Device
-from gpusampler.core.text import human
+from gpusampler.core.text import format_bytes, format_table
 from gpusampler.core.tracing import HAND_OUT, RANGES, Recorder
 
 YOUR_LOOP = "your_loop"
@@ -80,11 +80,19 @@ class Profile:
         self.device_peak_bytes: int | None = None
         self.table_bytes: dict[str, int] = {}
 
-    def _fill(self, spent: Mapping[str, tuple[int, float]], batches: int, wall: float) -> None:
-        self.batches, self.wall_seconds = batches, wall
+    def _fill(
+        self, spent: Mapping[str, tuple[int, float]], batches: int, wall_seconds: float
+    ) -> None:
+        self.batches, self.wall_seconds = batches, wall_seconds
         self.rows = [
-            Row(name, calls, took, took / max(batches, 1), took / wall if wall else 0.0)
-            for name, (calls, took) in spent.items()
+            Row(
+                name,
+                calls,
+                seconds,
+                seconds / max(batches, 1),
+                seconds / wall_seconds if wall_seconds else 0.0,
+            )
+            for name, (calls, seconds) in spent.items()
         ]
 
     def to_dict(self) -> dict[str, Any]:
@@ -93,29 +101,29 @@ class Profile:
 
     def __str__(self) -> str:
         """Return the table."""
-        lines = [f"{'':<10} {'calls':>9} {'seconds':>10} {'us/batch':>10} {'share':>7}"]
-        lines += [
-            f"{row.name:<10} {row.calls:>9} {row.seconds:>10.4f} {row.per_batch * 1e6:>10.2f} "
-            f"{row.share:>7.1%}"
-            for row in self.rows
-        ]
-        total = sum(row.share for row in self.rows)
         per_batch = self.wall_seconds / max(self.batches, 1)
-        lines.append(
-            f"{'all':<10} {'':>9} {self.wall_seconds:>10.4f} {per_batch * 1e6:>10.2f} {total:>7.1%}"
-        )
-        said = [f"{self.batches} batches"]
-        for what, size in (("host", self.host_peak_bytes), ("device", self.device_peak_bytes)):
+        total_share = sum(row.share for row in self.rows)
+        rows: list[Any] = [*self.rows, ("all", "", self.wall_seconds, per_batch, total_share)]
+        cells = [
+            (name, str(calls), f"{seconds:.4f}", f"{per_batch * 1e6:.2f}", f"{share:.1%}")
+            for name, calls, seconds, per_batch, share in rows
+        ]
+        # Padded: the columns of two profiles are equally wide.
+        header = " " * 10, "   calls", "  seconds", " us/batch", " share"
+        table = format_table(cells, "<>>>>", header=header)
+        facts = [f"{self.batches} batches"]
+        for name, size in (("host", self.host_peak_bytes), ("device", self.device_peak_bytes)):
             if size is not None:
-                said.append(f"{what} peak {human(size)}")
-        said += [f"tables {human(size)} on {on}" for on, size in self.table_bytes.items()]
-        return "\n".join([*lines, ", ".join(said)])
+                facts.append(f"{name} peak {format_bytes(size)}")
+        for name, size in self.table_bytes.items():
+            facts.append(f"tables {format_bytes(size)} on {name}")
+        return f"{table}\n{', '.join(facts)}"
 
     __repr__ = __str__
 
 
 class ProfileWatcher:
-    """The `telemetry.Watch` of a profile.
+    """The `RangeWatcher` of a profile.
 
     On a GPU, work goes on after the call that began it: the end of every range waits for it, and so
     does its beginning, for what the loop has begun.
@@ -123,52 +131,52 @@ class ProfileWatcher:
 
     def __init__(self, device: Device) -> None:
         self.batches = 0
-        self.pauses = 0
-        self.paused = 0.0
-        self.peak_seen = 0
-        self.device_peak_seen = 0
+        self.loop_calls = 0
+        self.loop_seconds = 0.0
+        self.max_host_bytes = 0
+        self.max_device_bytes = 0
         self._device = device
-        self._since = 0.0
+        self._loop_start = 0.0
 
     def begin(self) -> None:
         """Begin the loop's time."""
-        self.look()
+        self.measure_memory()
         devices.synchronize(self._device)
-        self._since = perf_counter()
+        self._loop_start = perf_counter()
 
-    def entered(self) -> float:
+    def enter(self) -> float:
         """Wait for what the loop has begun; its time ends here."""
         devices.synchronize(self._device)
         now = perf_counter()
-        self.pauses += 1
-        self.paused += now - self._since
+        self.loop_calls += 1
+        self.loop_seconds += now - self._loop_start
         return now
 
-    def leaving(self, name: str) -> None:
+    def before_exit(self, name: str) -> None:
         """Wait for what the range has begun."""
         devices.synchronize(self._device)
         # Batches are handed out too often for that.
         if name != HAND_OUT:
-            self.look()
+            self.measure_memory()
 
-    def left(self, now: float) -> None:
+    def after_exit(self, now: float) -> None:
         """Begin the loop's time again."""
-        self._since = now
+        self._loop_start = now
 
     def end(self) -> None:
         """End the loop's time for good."""
         devices.synchronize(self._device)
-        self.paused += perf_counter() - self._since
+        self.loop_seconds += perf_counter() - self._loop_start
 
-    def look(self) -> None:
+    def measure_memory(self) -> None:
         """See how much memory is taken."""
-        self.peak_seen = max(self.peak_seen, memory.resident() or 0)
-        taken = memory.taken_on_device(self._device) or 0
-        self.device_peak_seen = max(self.device_peak_seen, taken)
+        self.max_host_bytes = max(self.max_host_bytes, memory.resident_bytes() or 0)
+        device_bytes = memory.allocated_device_bytes(self._device) or 0
+        self.max_device_bytes = max(self.max_device_bytes, device_bytes)
 
 
 @contextmanager
-def profiled(recorder: Recorder, device: Device, profile: Profile) -> Iterator[None]:
+def profile_block(recorder: Recorder, device: Device, profile: Profile) -> Iterator[None]:
     """Look at a recorder until the block ends, and fill the profile then.
 
     Raises
@@ -176,46 +184,53 @@ def profiled(recorder: Recorder, device: Device, profile: Profile) -> Iterator[N
     RuntimeError
         If another profile of the same sampler has not ended.
     """
-    if recorder.watch is not None:
+    if recorder.watcher is not None:
         raise RuntimeError("profile must end before another of the same sampler begins")
-    highest, highest_there = memory.peak_resident(), memory.peak_on_device(device)
-    before = {row.name: (row.calls, row.seconds) for row in recorder.ranges}
-    looking = ProfileWatcher(device)
-    recorder.watch = looking
+    host_peak, device_peak = memory.peak_resident_bytes(), memory.peak_device_bytes(device)
+    before = _spent(recorder)
+    watcher = ProfileWatcher(device)
+    recorder.watcher = watcher
     for iterator in list(recorder.iterators):
-        iterator.hold()
-    looking.begin()
-    began = perf_counter()
+        iterator.observe_each_batch()
+    watcher.begin()
+    start = perf_counter()
     try:
         yield
     finally:
-        looking.end()
-        wall = perf_counter() - began
-        recorder.watch = None
-        looking.look()
+        watcher.end()
+        wall_seconds = perf_counter() - start
+        recorder.watcher = None
+        watcher.measure_memory()
         spent = {
-            row.name: (row.calls - before[row.name][0], row.seconds - before[row.name][1])
-            for row in recorder.ranges
+            name: (calls - before[name][0], seconds - before[name][1])
+            for name, (calls, seconds) in _spent(recorder).items()
         }
-        spent[YOUR_LOOP] = looking.pauses, looking.paused
-        profile.host_peak_bytes = _peak(highest, memory.peak_resident(), looking.peak_seen)
-        there = memory.peak_on_device(device)
-        profile.device_peak_bytes = _peak(highest_there, there, looking.device_peak_seen)
-        profile._fill(spent, looking.batches, wall)
+        spent[YOUR_LOOP] = watcher.loop_calls, watcher.loop_seconds
+        profile.host_peak_bytes = _peak(
+            host_peak, memory.peak_resident_bytes(), watcher.max_host_bytes
+        )
+        profile.device_peak_bytes = _peak(
+            device_peak, memory.peak_device_bytes(device), watcher.max_device_bytes
+        )
+        profile._fill(spent, watcher.batches, wall_seconds)
 
 
-def _peak(before: int | None, after: int | None, seen: int) -> int | None:
-    """Return a high-water mark if it rose, else the most that was seen."""
+def _spent(recorder: Recorder) -> dict[str, tuple[int, float]]:
+    return {row.name: (row.calls, row.seconds) for row in recorder.ranges}
+
+
+def _peak(before: int | None, after: int | None, sampled: int) -> int | None:
+    """Return a high-water mark if it rose, else the highest of the samples."""
     if before is not None and after is not None and after > before:
         return after
-    return seen or None
+    return sampled or None
 
 
-def since_made(recorder: Recorder, device: Device) -> Profile:
+def profile_since_creation(recorder: Recorder, device: Device) -> Profile:
     """Return what a recorder has counted."""
     profile = Profile()
-    spent = {row.name: (row.calls, row.seconds) for row in recorder.ranges}
+    spent = _spent(recorder)
     profile._fill(spent, recorder.batches, sum(spent[name][1] for name in RANGES))
-    profile.host_peak_bytes = memory.peak_resident()
-    profile.device_peak_bytes = _peak(0, memory.peak_on_device(device), 0)
+    profile.host_peak_bytes = memory.peak_resident_bytes()
+    profile.device_peak_bytes = _peak(0, memory.peak_device_bytes(device), 0)
     return profile

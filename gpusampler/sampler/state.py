@@ -11,26 +11,31 @@ import numpy as np
 from gpusampler.core.arrays import Int64
 from gpusampler.core.log import warn
 from gpusampler.core.memory import GrowthWatch
-from gpusampler.core.text import shown
+from gpusampler.core.text import short_repr
 from gpusampler.core.tracing import Recorder
-from gpusampler.core.validation import checked_int, checked_seed
+from gpusampler.core.validation import check_int, check_seed
 from gpusampler.permutation.reference import VERSION
-from gpusampler.plan.epoch_plan import EPOCHS, EpochPlan
+from gpusampler.plan.epoch_plan import EPOCH_LIMIT, EpochPlan
 from gpusampler.sampler.distributed import ProcessGroupWarning
 
 STATE_VERSION = 1
 STATE_KEYS = frozenset({"version", "epoch", "slot", "seed", "step_width", "fingerprint"})
 
 
-def steps_from(slot: int, num_batches: int, num_replicas: int, uneven: str) -> int:
+def remaining_steps(slot: int, num_batches: int, num_replicas: int, uneven: str) -> int:
     """Return how many batches a rank has from a global slot on; equal on all ranks."""
-    left = max(num_batches - slot, 0)
-    return -(-left // num_replicas) if uneven == "pad" else left // num_replicas
+    num_slots = max(num_batches - slot, 0)
+    return -(-num_slots // num_replicas) if uneven == "pad" else num_slots // num_replicas
 
 
-def check_ranks(num_batches: int, num_replicas: int, uneven: str) -> None:
+def check_epoch(epoch: Any, name: str = "epoch") -> int:
+    """Return an epoch, an integer in 0 .. 2**63 - 1."""
+    return check_int(epoch, name, low=0, high=EPOCH_LIMIT)
+
+
+def check_num_batches(num_batches: int, num_replicas: int, uneven: str) -> None:
     """Raise ValueError if an epoch has no batch for every rank."""
-    if steps_from(0, num_batches, num_replicas, uneven) == 0:
+    if remaining_steps(0, num_batches, num_replicas, uneven) == 0:
         raise ValueError(
             "num_replicas must be at most the number of batches under uneven='drop', got "
             f"{num_replicas} for {num_batches} batches"
@@ -39,7 +44,7 @@ def check_ranks(num_batches: int, num_replicas: int, uneven: str) -> None:
 
 def with_saved_seed(plan: EpochPlan, seed: Any, seed_given: bool) -> EpochPlan:
     """Return a plan under a saved seed; raise ValueError if another was given explicitly."""
-    seed = checked_seed(seed, "state_dict seed")
+    seed = check_seed(seed, "state_dict seed")
     if seed == plan.seed:
         return plan
     if seed_given:
@@ -49,15 +54,15 @@ def with_saved_seed(plan: EpochPlan, seed: Any, seed_given: bool) -> EpochPlan:
     return plan.with_seed(seed)
 
 
-def with_saved_width(plan: EpochPlan, step_width: Any) -> EpochPlan:
+def with_saved_step_width(plan: EpochPlan, step_width: Any) -> EpochPlan:
     """Return a plan in steps of a saved width, in which the epoch that was saved goes on."""
-    width = checked_int(step_width, "state_dict step_width", least=1, below=1 << 31)
+    width = check_int(step_width, "state_dict step_width", low=1, high=1 << 31)
     if plan.steps == "free" and width != 1:
         raise ValueError(f"state_dict step_width must be 1 under steps='free', got {width}")
     return plan.with_step_width(width)
 
 
-class Place(NamedTuple):
+class EpochPosition(NamedTuple):
     """Where a pass begins: a plan's epoch, and a global slot in it."""
 
     plan: EpochPlan
@@ -92,7 +97,7 @@ class RankShard(NamedTuple):
         return total if steps >= self.steps else min(self.slot + steps * self.num_replicas, total)
 
 
-class Pass(Protocol):
+class StatefulPass(Protocol):
     """A pass over an epoch that has begun: an iterator, seen from here."""
 
     def state_dict(self, step: int | None = None) -> dict[str, Any]:
@@ -102,7 +107,7 @@ class Pass(Protocol):
 class EpochTracker:
     """Epochs, ranks and state of a sampler.
 
-    The next pass binds a place. Its slot is 0 unless a state was loaded; the loaded place is
+    The next pass binds a position. Its slot is 0 unless a state was loaded; the loaded one is
     remembered until a pass binds it, so that `set_epoch` can tell its epoch from another. It has a
     plan of its own: an epoch that was begun in steps of some width goes on in them to its end.
 
@@ -114,7 +119,7 @@ class EpochTracker:
     uneven : {"pad", "drop"}
     seed_given : bool
         Whether the seed was explicit, so that a state of another is refused.
-    late_group : ProcessGroupWarning, optional
+    group_warning : ProcessGroupWarning, optional
         Asked when a pass begins.
     repeats_count : bool
         As in `RankShard`.
@@ -129,7 +134,7 @@ class EpochTracker:
         rank: int,
         uneven: str,
         seed_given: bool,
-        late_group: ProcessGroupWarning | None = None,
+        group_warning: ProcessGroupWarning | None = None,
         repeats_count: bool = True,
         recorder: Recorder | None = None,
     ) -> None:
@@ -140,170 +145,174 @@ class EpochTracker:
         self.seed_given = seed_given
         self.repeats_count = repeats_count
         self.recorder = Recorder() if recorder is None else recorder
-        self._late_group = late_group
+        self._group_warning = group_warning
         self._growth = GrowthWatch()
-        self._place = Place(plan, 0, 0)
-        self._loaded: Place | None = None
-        self._begun: Pass | None = None
-        self._passes = 0
-        self._epoch_chosen = False
-        self._warned = False
+        self._next_position = EpochPosition(plan, 0, 0)
+        self._loaded_position: EpochPosition | None = None
+        self._current_pass: StatefulPass | None = None
+        self._num_passes = 0
+        self._is_epoch_chosen = False
+        self._has_warned = False
         # Taken now, not at the first state_dict: it may need a pass over all samples.
         self._fingerprint = fingerprint_of(plan)
 
     @property
     def epoch(self) -> int:
         """The epoch of the next pass."""
-        return self._place.epoch
+        return self._next_position.epoch
 
     @property
     def steps_per_epoch(self) -> int:
         """Batches of a full epoch on this rank; equal on all ranks."""
-        return self.share_of(0).steps
+        return self.shard_of(0).steps
 
-    def share_of(self, epoch: int) -> RankShard:
-        """Return this rank's share of a whole epoch."""
-        return self._share(Place(self.plan, epoch, 0))
+    def shard_of(self, epoch: int) -> RankShard:
+        """Return this rank's shard of a whole epoch."""
+        return self._shard_from(EpochPosition(self.plan, epoch, 0))
 
-    def pending(self) -> RankShard:
-        """Return the share that the next pass will bind."""
-        return self._share(self._place)
+    def pending_shard(self) -> RankShard:
+        """Return the shard that the next pass will bind."""
+        return self._shard_from(self._next_position)
 
-    def _share(self, place: Place) -> RankShard:
-        steps = steps_from(place.slot, place.plan.num_batches, self.num_replicas, self.uneven)
+    def _shard_from(self, position: EpochPosition) -> RankShard:
+        steps = remaining_steps(
+            position.slot, position.plan.num_batches, self.num_replicas, self.uneven
+        )
         return RankShard(
-            *place, steps, self.num_replicas, self.rank, self.repeats_count, self.recorder
+            *position, steps, self.num_replicas, self.rank, self.repeats_count, self.recorder
         )
 
-    def bind(self, begun: Pass) -> RankShard:
+    def bind(self, epoch_pass: StatefulPass) -> RankShard:
         """Give the next epoch, from the pending slot on, to a pass that begins."""
-        if self._late_group is not None:
-            self._late_group.check(stacklevel=4)
-        self._growth.look()
+        if self._group_warning is not None:
+            self._group_warning.check(stacklevel=4)
+        self._growth.check()
         shuffled = self.plan.shuffle_within_batches or self.plan.shuffle_patches
-        unset = self._passes > 0 and not self._epoch_chosen
-        if self.num_replicas > 1 and shuffled and unset and not self._warned:
-            self._warned = True
+        is_epoch_unset = self._num_passes > 0 and not self._is_epoch_chosen
+        if self.num_replicas > 1 and shuffled and is_epoch_unset and not self._has_warned:
+            self._has_warned = True
             warnings.warn(
                 f"a second pass on {self.num_replicas} ranks without set_epoch: call "
                 "sampler.set_epoch(epoch) before each pass, or a rank that has drawn one batch "
                 "more often runs an epoch ahead of the others",
                 stacklevel=4,
             )
-        return self._bound(begun, self.pending())
+        return self._start_pass(epoch_pass, self.pending_shard())
 
-    def bind_state(self, begun: Pass, state: Mapping[str, Any]) -> RankShard:
+    def bind_state(self, epoch_pass: StatefulPass, state: Mapping[str, Any]) -> RankShard:
         """Give the epoch and the position of a state to a pass that goes on there."""
-        share = self._bound(begun, self._share(self._checked(state)))
+        shard = self._start_pass(epoch_pass, self._shard_from(self._parse_state(state)))
         # A finished epoch is no pass; the one after it needs no more choosing than after a load.
-        self._epoch_chosen = share.steps == 0
-        return share
+        self._is_epoch_chosen = shard.steps == 0
+        return shard
 
-    def _bound(self, begun: Pass, share: RankShard) -> RankShard:
-        self._place = Place(self.plan, share.epoch + 1, 0)
-        self._loaded, self._begun = None, begun
-        self._passes += 1
-        self._epoch_chosen = False
-        return share
+    def _start_pass(self, epoch_pass: StatefulPass, shard: RankShard) -> RankShard:
+        self._next_position = EpochPosition(self.plan, shard.epoch + 1, 0)
+        self._loaded_position, self._current_pass = None, epoch_pass
+        self._num_passes += 1
+        self._is_epoch_chosen = False
+        return shard
 
     def set_epoch(self, epoch: int, stacklevel: int) -> None:
         """Choose the epoch of the next pass."""
-        epoch = checked_int(epoch, "epoch", least=0, below=EPOCHS)
-        self._epoch_chosen, self._begun = True, None
-        loaded = self._loaded
+        epoch = check_epoch(epoch)
+        self._is_epoch_chosen, self._current_pass = True, None
+        loaded = self._loaded_position
         if loaded is not None and loaded.epoch == epoch:
-            self._place = loaded
+            self._next_position = loaded
             return
-        if loaded is not None and loaded.slot and self._share(loaded).steps:
+        if loaded is not None and loaded.slot and self._shard_from(loaded).steps:
             warnings.warn(
                 f"set_epoch({epoch}) drops the loaded position: epoch {loaded.epoch}, "
                 f"slot {loaded.slot}",
                 stacklevel=stacklevel + 1,
             )
-        self._loaded = None
-        self._place = Place(self.plan, epoch, 0)
+        self._loaded_position = None
+        self._next_position = EpochPosition(self.plan, epoch, 0)
 
-    def skip(self) -> None:
+    def skip_epoch(self) -> None:
         """Leave the next epoch out."""
-        self._loaded = self._begun = None
-        self._place = Place(self.plan, self.epoch + 1, 0)
+        self._loaded_position = self._current_pass = None
+        self._next_position = EpochPosition(self.plan, self.epoch + 1, 0)
 
     def state_dict(self, step: int | None = None) -> dict[str, Any]:
         """Return where the pass that began last is, or what the next one will bind."""
-        if self._begun is not None:
-            return self._begun.state_dict(step)
+        if self._current_pass is not None:
+            return self._current_pass.state_dict(step)
         return self.pending_state(step)
 
     def pending_state(self, step: int | None = None) -> dict[str, Any]:
         """Return the state of the next pass, after ``step`` of its batches."""
-        if step is None and self._loaded is not None:
-            return self.state_after(self._share(self._loaded), 0)
-        return self.state_after(self.pending(), 0 if step is None else step)
+        if step is None and self._loaded_position is not None:
+            return self.state_after(self._shard_from(self._loaded_position), 0)
+        return self.state_after(self.pending_shard(), 0 if step is None else step)
 
-    def state_after(self, share: RankShard, steps: int) -> dict[str, Any]:
-        """Return the state after some steps of a share: a fresh dictionary of plain values."""
-        steps = checked_int(steps, "step", least=0)
-        if steps > share.steps:
+    def state_after(self, shard: RankShard, steps: int) -> dict[str, Any]:
+        """Return the state after some steps of a shard: a fresh dictionary of plain values."""
+        steps = check_int(steps, "step", low=0)
+        if steps > shard.steps:
             raise ValueError(
-                f"step must be <= {share.steps}, the batches of this pass, got {steps}"
+                f"step must be <= {shard.steps}, the batches of this pass, got {steps}"
             )
-        # No step of a share is a share that has not begun, even if there are none to do.
-        slot = share.slot_after(steps) if steps else share.slot
+        # No step of a shard is a shard that has not begun, even if there are none to do.
+        slot = shard.slot_after(steps) if steps else shard.slot
         return {
             "version": STATE_VERSION,
-            "epoch": share.epoch,
-            "slot": slot if share.steps else share.plan.num_batches,
-            "seed": share.plan.seed,
-            "step_width": share.plan.step_width,
+            "epoch": shard.epoch,
+            "slot": slot if shard.steps else shard.plan.num_batches,
+            "seed": shard.plan.seed,
+            "step_width": shard.plan.step_width,
             "fingerprint": dict(self._fingerprint),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Let the next pass go on from a state; a finished one leads to the next epoch."""
-        place = self._checked(state)
-        self._begun = None
-        self._loaded = place
-        finished = self._share(place).steps == 0
-        self._place = Place(self.plan, place.epoch + 1, 0) if finished else place
-        self._epoch_chosen = True
+        position = self._parse_state(state)
+        self._current_pass = None
+        self._loaded_position = position
+        is_finished = self._shard_from(position).steps == 0
+        self._next_position = (
+            EpochPosition(self.plan, position.epoch + 1, 0) if is_finished else position
+        )
+        self._is_epoch_chosen = True
 
-    def _checked(self, state: Mapping[str, Any]) -> Place:
-        """Return the place of a state that fits, and take over its seed."""
+    def _parse_state(self, state: Mapping[str, Any]) -> EpochPosition:
+        """Return the position of a state that fits, and take over its seed."""
         if not isinstance(state, Mapping):
             raise TypeError(f"state_dict must be a mapping, got {type(state).__name__}")
         missing = sorted(STATE_KEYS - set(state))
         if missing:
             raise TypeError(f"state_dict must come from state_dict(): it lacks {missing}")
-        version = checked_int(state["version"], "state_dict version", least=1)
+        version = check_int(state["version"], "state_dict version", low=1)
         if version != STATE_VERSION:
             raise ValueError(
-                f"state_dict must have format version {STATE_VERSION}, got {shown(version)}"
+                f"state_dict must have format version {STATE_VERSION}, got {short_repr(version)}"
             )
         check_fingerprint(state["fingerprint"], self._fingerprint)
         plan = with_saved_seed(self.plan, state["seed"], self.seed_given)
-        begun = with_saved_width(plan, state["step_width"])
-        epoch = checked_int(state["epoch"], "state_dict epoch", least=0, below=EPOCHS)
-        slot = checked_int(state["slot"], "state_dict slot", least=0, below=begun.num_batches + 1)
+        saved_plan = with_saved_step_width(plan, state["step_width"])
+        epoch = check_epoch(state["epoch"], "state_dict epoch")
+        slot = check_int(state["slot"], "state_dict slot", low=0, high=saved_plan.num_batches + 1)
         self.plan = plan
-        place = Place(begun, epoch, slot)
-        self._warn_of_mixed_steps(place)
-        return place
+        position = EpochPosition(saved_plan, epoch, slot)
+        self._warn_of_mixed_steps(position)
+        return position
 
-    def _warn_of_mixed_steps(self, place: Place) -> None:
+    def _warn_of_mixed_steps(self, position: EpochPosition) -> None:
         """Warn if the ranks cut across the steps of one patch that an epoch was begun in."""
-        plan, ranks = place.plan, self.num_replicas
-        if plan.steps != "same_patch" or not self._share(place).steps:
+        plan, ranks = position.plan, self.num_replicas
+        if plan.steps != "same_patch" or not self._shard_from(position).steps:
             return
-        if plan.step_width % ranks or place.slot % ranks:
+        if plan.step_width % ranks or position.slot % ranks:
             warn(
-                f"epoch {place.epoch} was begun in steps of {plan.step_width} batches of one "
-                f"patch, which {ranks} ranks cut across from slot {place.slot} on: what they work "
-                "on at one time may be of two patches until that epoch is over"
+                f"epoch {position.epoch} was begun in steps of {plan.step_width} batches of one "
+                f"patch, which {ranks} ranks cut across from slot {position.slot} on: what they "
+                "work on at one time may be of two patches until that epoch is over"
             )
 
     def __getstate__(self) -> dict[str, Any]:
         """Travel without the pass that has begun: a copy begins at the next epoch."""
-        return {**self.__dict__, "_begun": None}
+        return {**self.__dict__, "_current_pass": None}
 
 
 def fingerprint_of(plan: EpochPlan) -> dict[str, Any]:
@@ -317,23 +326,23 @@ def fingerprint_of(plan: EpochPlan) -> dict[str, Any]:
     }
 
 
-def check_fingerprint(theirs: Any, ours: Mapping[str, Any]) -> None:
+def check_fingerprint(saved: Any, current: Mapping[str, Any]) -> None:
     """Raise, naming what differs, if a saved fingerprint is of other ids or settings."""
-    if not isinstance(theirs, Mapping):
-        raise TypeError(f"state_dict fingerprint must be a mapping, got {type(theirs).__name__}")
+    if not isinstance(saved, Mapping):
+        raise TypeError(f"state_dict fingerprint must be a mapping, got {type(saved).__name__}")
 
-    def said(by: Mapping[str, Any], name: str) -> str:
-        return shown(by[name]) if name in by else "absent"
+    def describe(fingerprint: Mapping[str, Any], name: str) -> str:
+        return short_repr(fingerprint[name]) if name in fingerprint else "absent"
 
     def differs(name: str) -> bool:
-        if name not in theirs or name not in ours:
+        if name not in saved or name not in current:
             return True
         # By type as well: 1 is neither True nor 1.0, and what has another type is not compared.
-        return type(theirs[name]) is not type(ours[name]) or bool(theirs[name] != ours[name])
+        return type(saved[name]) is not type(current[name]) or bool(saved[name] != current[name])
 
     differing = [
-        f"{name} is {said(theirs, name)} there and {said(ours, name)} here"
-        for name in {**ours, **theirs}
+        f"{name} is {describe(saved, name)} there and {describe(current, name)} here"
+        for name in {**current, **saved}
         if differs(name)
     ]
     if differing:

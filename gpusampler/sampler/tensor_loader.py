@@ -17,19 +17,19 @@ from gpusampler.core import arrays, devices
 from gpusampler.core.arrays import Int64
 from gpusampler.core.devices import HOST, Device
 from gpusampler.core.tracing import TRANSFER
-from gpusampler.core.transfer import Ahead, Event, Side, finish, side_of
+from gpusampler.core.transfer import Event, Prefetcher, SideStream, finish_copies, side_stream
 from gpusampler.plan.epoch_plan import EpochPlan
 from gpusampler.plan.evaluators.base import RaggedBlock
 from gpusampler.sampler.batch_sampler import PatchBatchSampler
-from gpusampler.sampler.batches import Blocks
+from gpusampler.sampler.batches import BlockReader
 from gpusampler.sampler.iterator import EpochIterator
 from gpusampler.sampler.state import RankShard
 
-GATHERED_ON_HOST = 1 << 20
-GATHERED_ON_DEVICE = 1 << 25
+HOST_GATHER_BYTES = 1 << 20
+DEVICE_GATHER_BYTES = 1 << 25
 """Bytes gathered at once, or a batch: what fits in a core's cache; what fills a GPU."""
 
-RESERVED = ("patch_id", "valid")
+RESERVED_NAMES = ("patch_id", "valid")
 
 TensorBatch = dict[str, Any]
 
@@ -88,14 +88,14 @@ class PatchTensorLoader:
             raise TypeError(f"sampler must be a PatchBatchSampler, got {type(sampler).__name__}")
         if not tensors:
             raise ValueError("tensors must be given by name, such as x=x, got none")
-        size = sampler.plan.groups.source_size
+        num_samples = sampler.plan.groups.source_size
         for name, tensor in tensors.items():
-            _check_tensor(name, tensor, size)
+            _check_tensor(name, tensor, num_samples)
         self.batch_sampler = sampler
-        self.device = _common_device(tensors, device)
+        self.device = _batch_device(tensors, device)
         # Many batches are one gather, so no gradient could go through one of them alone.
-        self._tensors = {name: _detached(tensor) for name, tensor in tensors.items()}
-        self._plans: tuple[EpochPlan, EpochPlan] | None = None
+        self._tensors = {name: _detach(tensor) for name, tensor in tensors.items()}
+        self._working_plans: tuple[EpochPlan, EpochPlan] | None = None
 
     def __len__(self) -> int:
         """Return the number of batches of a full epoch on this rank."""
@@ -110,7 +110,7 @@ class PatchTensorLoader:
         of the rows count (the rest, under ``partial="pad"``, fills the batch up). Batches share
         memory with one another, never with the tensors: a batch that is kept keeps a few others.
         """
-        return self.batch_sampler._iterate(self._begin)
+        return self.batch_sampler._iterate(self._make_reader)
 
     def set_epoch(self, epoch: int) -> None:
         """Choose the epoch of the next iterator, as `PatchBatchSampler.set_epoch` does.
@@ -151,17 +151,17 @@ class PatchTensorLoader:
         """
         self.batch_sampler.load_state_dict(state_dict)
 
-    def _begin(self, share: RankShard) -> TensorReader:
+    def _make_reader(self, shard: RankShard) -> TensorReader:
         # Kept: its tables, and the order of all samples, go there once and not every epoch.
-        plans = self._plans
-        if plans is None or plans[0] is not share.plan:
-            plans = share.plan, share.plan.on(working_device(self._tensors, self.device))
-            self._plans = plans
-        return TensorReader(share._replace(plan=plans[1]), self._tensors, self.device)
+        plans = self._working_plans
+        if plans is None or plans[0] is not shard.plan:
+            plans = shard.plan, shard.plan.on(working_device(self._tensors, self.device))
+            self._working_plans = plans
+        return TensorReader(shard._replace(plan=plans[1]), self._tensors, self.device)
 
     def __getstate__(self) -> dict[str, Any]:
         """Travel without the plan that is kept; it is made again at first use."""
-        return {**self.__dict__, "_plans": None}
+        return {**self.__dict__, "_working_plans": None}
 
     def __repr__(self) -> str:
         """Return the tensors and the sampler."""
@@ -170,132 +170,132 @@ class PatchTensorLoader:
 
 
 class TensorReader:
-    """The batches of a share of an epoch, rows of tensors, some at a time.
+    """The batches of a shard of an epoch, rows of tensors, some at a time.
 
     Parameters
     ----------
-    share : RankShard
+    shard : RankShard
         Its plan is on the `working_device`.
     tensors : dict of arrays
     device : Device
         Of the batches.
-    side : Side, optional
+    stream : SideStream, optional
         Where tensors on the host are to be on another device: default, the device's.
     """
 
     def __init__(
         self,
-        share: RankShard,
+        shard: RankShard,
         tensors: Mapping[str, Any],
         device: Device,
-        side: Side | None = None,
+        stream: SideStream | None = None,
     ) -> None:
         devices.check_not_in_worker(device)
-        resident = {n: t for n, t in tensors.items() if _is_at(t, device)}
-        travelling = {n: t for n, t in tensors.items() if n not in resident}
+        self._resident_tensors = {n: t for n, t in tensors.items() if _is_on(t, device)}
+        host_tensors = {n: t for n, t in tensors.items() if n not in self._resident_tensors}
         self._names = list(tensors)
-        self._resident = resident
-        self._plan = share.plan
+        self._plan = shard.plan
         self._device = device
-        row = sum(_row_bytes(tensor) for tensor in tensors.values())
-        at_once = GATHERED_ON_HOST if device.on_host else GATHERED_ON_DEVICE
-        self._parts = Parts(Blocks(share), max(1, at_once // max(row, 1)))
-        self._staging: Staging | None = None
-        if travelling:
-            side = side_of(device) if side is None else side
-            self._staging = Staging(travelling, device, side)
-        self._travelling = share.recorder.range(TRANSFER)
-        self._ahead: Ahead[tuple[RaggedBlock, Any]] = Ahead()
+        row_bytes = sum(_row_bytes(tensor) for tensor in tensors.values())
+        gather_bytes = HOST_GATHER_BYTES if device.on_host else DEVICE_GATHER_BYTES
+        max_rows = max(1, gather_bytes // max(row_bytes, 1))
+        self._chunk_reader = ChunkReader(BlockReader(shard), max_rows)
+        self._staging: StagingBuffers | None = None
+        if host_tensors:
+            stream = side_stream(device) if stream is None else stream
+            self._staging = StagingBuffers(host_tensors, device, stream)
+        self._transfer_range = shard.recorder.range(TRANSFER)
+        self._prefetcher: Prefetcher[tuple[RaggedBlock, Any]] = Prefetcher()
 
     def read(self) -> list[TensorBatch] | None:
         """Return the next batches, None after the last."""
         rows: dict[str, Any] = {}
         if self._staging is None:
-            part = self._parts.read()
+            chunk = self._chunk_reader.read()
         else:
-            # The part after it is on its way before this one is waited for.
-            part, sent = self._ahead.read(self._send) or (None, {})
-            with self._travelling:
+            # The chunk after it is on its way before this one is waited for.
+            chunk, sent = self._prefetcher.get_next(self._send) or (None, {})
+            with self._transfer_range:
                 rows = self._staging.take(sent)
-        if part is None:
+        if chunk is None:
             return None
-        if self._resident:
-            index = arrays.to_index(part.samples, self._device)
-            for name, tensor in self._resident.items():
-                rows[name] = arrays.take(tensor, index)
-        return self._cut(part, rows)
+        if self._resident_tensors:
+            index = arrays.to_index(chunk.samples, self._device)
+            for name, tensor in self._resident_tensors.items():
+                rows[name] = arrays.take_rows(tensor, index)
+        return self._make_batches(chunk, rows)
 
     def _send(self) -> tuple[RaggedBlock, Any] | None:
-        part = self._parts.read()
-        if part is None or self._staging is None:
+        chunk = self._chunk_reader.read()
+        if chunk is None or self._staging is None:
             return None
-        with self._travelling:
-            return part, self._staging.send(part.samples)
+        with self._transfer_range:
+            return chunk, self._staging.send(chunk.samples)
 
-    def _cut(self, part: RaggedBlock, rows: Mapping[str, Any]) -> list[TensorBatch]:
-        sizes = part.sizes.tolist()
-        columns = [arrays.split(rows[name], sizes) for name in self._names]
-        patch_ids = self._plan.labels[part.groups].tolist()
-        names = [*self._names, *RESERVED]
+    def _make_batches(self, chunk: RaggedBlock, rows: Mapping[str, Any]) -> list[TensorBatch]:
+        sizes = chunk.sizes.tolist()
+        columns = [arrays.split_rows(rows[name], sizes) for name in self._names]
+        patch_ids = self._plan.labels[chunk.groups].tolist()
+        names = [*self._names, *RESERVED_NAMES]
         return [
             dict(zip(names, values, strict=True))
-            for values in zip(*columns, patch_ids, part.lengths.tolist(), strict=True)
+            for values in zip(*columns, patch_ids, chunk.lengths.tolist(), strict=True)
         ]
 
 
-class Parts:
-    """Blocks of batches cut into parts of few rows, but a batch at least.
+class ChunkReader:
+    """Blocks of batches cut into chunks of few rows, but a batch at least.
 
     Indices are evaluated many at a time, whatever room their rows take.
     """
 
-    def __init__(self, blocks: Blocks, most_rows: int) -> None:
-        self._blocks = blocks
-        self._most_rows = most_rows
-        self._parts: Iterator[RaggedBlock] = iter(())
+    def __init__(self, block_reader: BlockReader, max_rows: int) -> None:
+        self._block_reader = block_reader
+        self._max_rows = max_rows
+        self._chunks: Iterator[RaggedBlock] = iter(())
 
     def read(self) -> RaggedBlock | None:
-        """Return the next part, with its samples in the order of its batches; None at the end."""
-        for part in self._parts:
-            return part
-        block = self._blocks.read()
+        """Return the next chunk, with its samples in the order of its batches; None at the end."""
+        for chunk in self._chunks:
+            return chunk
+        block = self._block_reader.read()
         if block is None:
             return None
-        self._parts = iter(self._cut(_in_order(block)))
-        return next(self._parts)
+        self._chunks = iter(self._split(_in_batch_order(block)))
+        return next(self._chunks)
 
-    def _cut(self, block: RaggedBlock) -> list[RaggedBlock]:
+    def _split(self, block: RaggedBlock) -> list[RaggedBlock]:
         ends = block.starts + block.sizes
-        parts = []
+        chunks = []
         start = 0
         while start < ends.size:
             first = int(block.starts[start])
-            stop = int(np.searchsorted(ends, first + self._most_rows, side="right"))
+            stop = int(np.searchsorted(ends, first + self._max_rows, side="right"))
             stop = max(stop, start + 1)
-            at = slice(start, stop)
-            part = RaggedBlock(
+            batches = slice(start, stop)
+            chunk = RaggedBlock(
                 block.samples[first : int(ends[stop - 1])],
-                block.starts[at] - first,
-                block.sizes[at],
-                block.lengths[at],
-                block.groups[at],
+                block.starts[batches] - first,
+                block.sizes[batches],
+                block.lengths[batches],
+                block.groups[batches],
             )
-            parts.append(part)
+            chunks.append(chunk)
             start = stop
-        return parts
+        return chunks
 
 
-def _in_order(block: RaggedBlock) -> RaggedBlock:
+def _in_batch_order(block: RaggedBlock) -> RaggedBlock:
     """Return a block with its batches end to end; the host puts patches of a kind side by side."""
     starts = np.cumsum(block.sizes) - block.sizes
     if np.array_equal(starts, block.starts):
         return block
-    places = np.repeat(block.starts - starts, block.sizes)
-    places += np.arange(places.size)
-    return block._replace(samples=block.samples[places], starts=starts)
+    locations = np.repeat(block.starts - starts, block.sizes)
+    locations += np.arange(locations.size)
+    return block._replace(samples=block.samples[locations], starts=starts)
 
 
-class Staging:
+class StagingBuffers:
     """Rows of tensors on the host, on their way to a device through pinned memory.
 
     Two sets of buffers: one is filled while the other's copy may be under way.
@@ -305,71 +305,73 @@ class Staging:
     tensors : dict of arrays
         On the host.
     device : Device
-    side : Side or None
+    stream : SideStream or None
         None where copies wait.
     """
 
-    SETS = 2
+    NUM_SETS = 2
 
-    def __init__(self, tensors: Mapping[str, Any], device: Device, side: Side | None) -> None:
+    def __init__(
+        self, tensors: Mapping[str, Any], device: Device, stream: SideStream | None
+    ) -> None:
         self._tensors = tensors
         self._device = device
-        self._side = side
-        self._buffers: list[dict[str, Any]] = [{} for _ in range(self.SETS)]
-        self._copies: list[list[Event]] = [[] for _ in range(self.SETS)]
+        self._stream = stream
+        self._buffers: list[dict[str, Any]] = [{} for _ in range(self.NUM_SETS)]
+        self._copies: list[list[Event]] = [[] for _ in range(self.NUM_SETS)]
         self._next = 0
 
-    def send(self, index: Int64) -> dict[str, tuple[Any, Event | None]]:
+    def send(self, samples: Int64) -> dict[str, tuple[Any, Event | None]]:
         """Gather rows and begin to copy them."""
-        which, self._next = self._next, (self._next + 1) % self.SETS
-        for copy in self._copies[which]:
+        buffer_set, self._next = self._next, (self._next + 1) % self.NUM_SETS
+        for copy in self._copies[buffer_set]:
             copy.synchronize()
-        self._copies[which] = []
+        self._copies[buffer_set] = []
         sent: dict[str, tuple[Any, Event | None]] = {}
         for name, tensor in self._tensors.items():
-            if self._side is None:
-                rows = arrays.take(tensor, arrays.to_index(index, arrays.device_of(tensor)))
+            if self._stream is None:
+                rows = arrays.take_rows(tensor, arrays.to_index(samples, arrays.device_of(tensor)))
                 sent[name] = arrays.to_device(rows, self._device), None
                 continue
-            shape = (index.size, *tensor.shape[1:])
-            pinned = self._pinned(self._side, which, name, prod(shape))
-            arrays.take_into(pinned, tensor, index)
-            there, event = self._side.to_device(pinned, shape)
-            sent[name] = there, event
-            self._copies[which].append(event)
+            shape = (samples.size, *tensor.shape[1:])
+            pinned = self._pinned_buffer(self._stream, buffer_set, name, prod(shape))
+            arrays.take_rows_into(pinned, tensor, samples)
+            device_rows, event = self._stream.copy_to_device(pinned, shape)
+            sent[name] = device_rows, event
+            self._copies[buffer_set].append(event)
         return sent
 
     def take(self, sent: Mapping[str, tuple[Any, Event | None]]) -> dict[str, Any]:
         """Return rows that were sent, for use on the current stream; the host does not wait."""
-        for there, event in sent.values():
-            if event is not None and self._side is not None:
-                self._side.wait_for(event, there)
-        return {name: there for name, (there, _) in sent.items()}
+        for device_rows, event in sent.values():
+            if event is not None and self._stream is not None:
+                self._stream.wait_for_copy(event, device_rows)
+        return {name: device_rows for name, (device_rows, _) in sent.items()}
 
     def __del__(self) -> None:
         """Give the buffers back only when no copy is under way: the last ones may still be."""
-        finish(self._side)
+        finish_copies(self._stream)
 
-    def _pinned(self, side: Side, which: int, name: str, size: int) -> Any:
-        buffer = self._buffers[which].get(name)
+    def _pinned_buffer(self, stream: SideStream, buffer_set: int, name: str, size: int) -> Any:
+        buffer = self._buffers[buffer_set].get(name)
         if buffer is None or int(buffer.shape[0]) < size:
-            buffer = side.pinned(size, arrays.dtype_name(self._tensors[name]))
-            self._buffers[which][name] = buffer
+            buffer = stream.allocate_pinned(size, arrays.dtype_name(self._tensors[name]))
+            self._buffers[buffer_set][name] = buffer
         return buffer[:size]
 
 
 def working_device(tensors: Mapping[str, Any], device: Device) -> Device:
     """Return where the indices of batches on ``device`` are needed."""
     # Rows that travel are gathered on the host.
-    return device if all(_is_at(tensor, device) for tensor in tensors.values()) else HOST
+    return device if all(_is_on(tensor, device) for tensor in tensors.values()) else HOST
 
 
-def _is_at(tensor: Any, device: Device) -> bool:
-    where = arrays.device_of(tensor)
-    return where == device or (where.on_host and device.on_host)
+def _is_on(tensor: Any, device: Device) -> bool:
+    tensor_device = arrays.device_of(tensor)
+    return tensor_device == device or (tensor_device.on_host and device.on_host)
 
 
-def _detached(tensor: Any) -> Any:
+def _detach(tensor: Any) -> Any:
     """Return the values of a tensor, in the same memory, without what led to them."""
     return tensor.detach() if hasattr(tensor, "detach") else tensor
 
@@ -379,45 +381,48 @@ def _row_bytes(tensor: Any) -> int:
     return size
 
 
-def _check_tensor(name: str, tensor: Any, size: int) -> None:
-    if name in RESERVED:
+def _check_tensor(name: str, tensor: Any, num_samples: int) -> None:
+    if name in RESERVED_NAMES:
         raise ValueError(f"tensors must not be named {name!r}: every batch has its own")
     if arrays.library_of(tensor) is None:
         raise TypeError(
             f"{name} must be a torch tensor or an array of NumPy or CuPy, "
             f"got {type(tensor).__name__}"
         )
-    if arrays.library_of(tensor) == "torch" and not arrays.is_numbers(tensor):
+    if arrays.library_of(tensor) == "torch" and not arrays.is_numeric(tensor):
         raise TypeError(
             f"{name} must be a dense tensor with values, got {tensor.layout} on {tensor.device}"
         )
-    rows = int(tensor.shape[0]) if len(tensor.shape) else None
-    if rows != size:
+    num_rows = int(tensor.shape[0]) if len(tensor.shape) else None
+    if num_rows != num_samples:
         raise ValueError(
-            f"{name} must have a row for each of {size} samples, got shape {tuple(tensor.shape)}"
+            f"{name} must have a row for each of {num_samples} samples, "
+            f"got shape {tuple(tensor.shape)}"
         )
 
 
-def _common_device(tensors: Mapping[str, Any], device: Any) -> Device:
+def _batch_device(tensors: Mapping[str, Any], device: Any) -> Device:
     """Return where batches are handed out."""
-    there = {name: arrays.device_of(tensor) for name, tensor in tensors.items()}
-    given = None if device is None else devices.parse_device(device)
-    away = {name: where for name, where in there.items() if not where.on_host}
-    wanted = given or next(iter(away.values()), HOST)
-    for name, where in away.items():
-        if where != wanted:
+    tensor_devices = {name: arrays.device_of(tensor) for name, tensor in tensors.items()}
+    gpu_devices = {name: d for name, d in tensor_devices.items() if not d.on_host}
+    if device is None:
+        batch_device = next(iter(gpu_devices.values()), HOST)
+    else:
+        batch_device = devices.parse_device(device)
+    for name, tensor_device in gpu_devices.items():
+        if tensor_device != batch_device:
             raise ValueError(
-                f"{name} must be on {wanted} or on the host, as the batches are to be there, "
-                f"got {where}"
+                f"{name} must be on {batch_device} or on the host, as the batches are to be there, "
+                f"got {tensor_device}"
             )
-    if wanted.on_host:
-        return wanted
+    if batch_device.on_host:
+        return batch_device
     # NumPy's objects, strings and masks may be handed out by NumPy, but go nowhere else.
     for name, tensor in tensors.items():
         dtype = arrays.dtype_name(tensor)
-        if not (arrays.is_numbers(tensor) and arrays.has_dtype(wanted.library, dtype)):
+        if not (arrays.is_numeric(tensor) and arrays.has_dtype(batch_device.library, dtype)):
             raise TypeError(
-                f"{name} must hold numbers that {wanted} has, and one for every element, "
+                f"{name} must hold numbers that {batch_device} has, and one for every element, "
                 f"got {type(tensor).__name__} of {dtype}"
             )
-    return wanted
+    return batch_device

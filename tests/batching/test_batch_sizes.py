@@ -46,15 +46,15 @@ class Budget(NamedTuple):
     costs: list[float]
     bounds: dict[str, Any]
 
-    def made(self, cost: Any = None, **given: Any) -> CostBudget:
+    def made(self, cost: Any = None, **arguments: Any) -> CostBudget:
         return CostBudget(
-            self.max_cost, self.costs if cost is None else cost, **self.bounds, **given
+            self.max_cost, self.costs if cost is None else cost, **self.bounds, **arguments
         )
 
     def sizes(self, counts: list[int], partial: str) -> list[int | None]:
         """The oracle's sizes: None where a patch is over the budget."""
         bounds = {
-            {"min_batch_size": "least", "max_batch_size": "most"}.get(name, name): value
+            {"min_batch_size": "minimum", "max_batch_size": "maximum"}.get(name, name): value
             for name, value in self.bounds.items()
         }
         return [
@@ -74,17 +74,17 @@ def budgets(draw: st.DrawFn, patches: int) -> Budget:
     if draw(st.booleans()):
         bounds["min_batch_size"] = draw(st.integers(1, 6))
     if draw(st.booleans()):
-        least = smallest_size(
+        min_size = smallest_size(
             bounds.get("min_batch_size", 1),
             bounds.get("multiple_of", 1),
             bounds.get("power_of_two", False),
         )
-        bounds["max_batch_size"] = draw(st.integers(least, least + 60))
+        bounds["max_batch_size"] = draw(st.integers(min_size, min_size + 60))
     # Near a whole number of samples of one of the patches, from either side.
-    near = draw(st.sampled_from(costs)) * draw(st.sampled_from([1, 2, 3, 7, 9, 16, 50, 77, 1000]))
+    total = draw(st.sampled_from(costs)) * draw(st.sampled_from([1, 2, 3, 7, 9, 16, 50, 77, 1000]))
     side = draw(st.sampled_from([-np.inf, None, None, np.inf]))
-    most = float(near) if side is None else float(np.nextafter(near, side))
-    return Budget(most, costs, bounds)
+    max_cost = float(total) if side is None else float(np.nextafter(total, side))
+    return Budget(max_cost, costs, bounds)
 
 
 # The size that a budget allows
@@ -98,33 +98,37 @@ def test_sizes_are_the_largest_within_the_budget(data, partial):
     )
     budget = data.draw(budgets(len(counts)))
     groups = PatchGroups.from_counts(counts)
-    wanted = budget.sizes(counts, partial)
-    if None in wanted:
-        first = wanted.index(None)
+    expected = budget.sizes(counts, partial)
+    if None in expected:
+        first = expected.index(None)
         with pytest.raises(ValueError, match=f"over the budget, patch {first} first"):
             EpochPlan(groups, budget.made(), 0, partial=partial)
-    assume(any(wanted))
+    assume(any(expected))
     plan = EpochPlan(groups, budget.made(over_budget="skip"), 0, partial=partial)
-    sizes, own = plan.sizes_by_patch.tolist(), plan.own_batches_by_patch.tolist()
-    for n, cost, size, batches, right in zip(counts, budget.costs, sizes, own, wanted, strict=True):
-        if not right:
+    sizes, own_batches = plan.sizes_by_patch.tolist(), plan.own_batches_by_patch.tolist()
+    for n, cost, size, batches, oracle_size in zip(
+        counts, budget.costs, sizes, own_batches, expected, strict=True
+    ):
+        if not oracle_size:
             # Over the budget, or too few samples for any batch under "drop".
             assert batches == 0
-            assert (size == 0) == (right is None)
+            assert (size == 0) == (oracle_size is None)
             continue
-        assert size == right
+        assert size == oracle_size
         assert batches == (n // size if partial == "drop" else -(-n // size))
         # In the words of the rule.
         bounds = budget.bounds
         assert size * float(cost) <= budget.max_cost
         assert size % bounds.get("multiple_of", 1) == 0
         assert not bounds.get("power_of_two") or size & (size - 1) == 0
-        least, most = bounds.get("min_batch_size", 1), bounds.get("max_batch_size") or TOP
-        assert least <= size <= most
+        min_size, max_size = bounds.get("min_batch_size", 1), bounds.get("max_batch_size") or TOP
+        assert min_size <= size <= max_size
         larger = 2 * size if bounds.get("power_of_two") else size + bounds.get("multiple_of", 1)
         enough = larger > n if partial == "drop" else size >= n
-        assert larger * float(cost) > budget.max_cost or larger > most or enough
-    skipped = [n if right is None else 0 for n, right in zip(counts, wanted, strict=True)]
+        assert larger * float(cost) > budget.max_cost or larger > max_size or enough
+    skipped = [
+        n if oracle_size is None else 0 for n, oracle_size in zip(counts, expected, strict=True)
+    ]
     assert plan.over_budget_by_patch.tolist() == skipped
     np.testing.assert_array_equal(plan.costs_by_patch, np.array(budget.costs, float))
 
@@ -170,7 +174,7 @@ def test_sizes_of_some(max_cost, cost, bounds, size):
 
 
 @pytest.mark.parametrize(
-    ("cost", "bounds", "said"),
+    ("cost", "bounds", "message"),
     [
         (100.00000000000001, {}, "allows up to 0 samples of cost 100.00000000000001 in a batch"),
         (10, {"min_batch_size": 11}, "10 samples of cost 10.0 in a batch, and none of these sizes"),
@@ -180,7 +184,7 @@ def test_sizes_of_some(max_cost, cost, bounds, size):
         (10, {"power_of_two": True, "multiple_of": 16}, "multiple_of=16"),
     ],
 )
-def test_over_the_budget(cost, bounds, said):
+def test_over_the_budget(cost, bounds, message):
     groups = PatchGroups.from_counts([20, 50], [1, 2])
 
     def sizes(cost_of_1: float, **choice: Any) -> list[int]:
@@ -191,10 +195,10 @@ def test_over_the_budget(cost, bounds, said):
         ValueError, match="max_cost must be enough for every patch, got "
     ) as refused:
         sizes(1e-3)
-    message = str(refused.value)
-    assert "got 1 of 2 over the budget, patch 2 first: max_cost=100 allows " in message
-    assert said in message
-    assert message.endswith("over_budget='skip' leaves them out")
+    error_text = str(refused.value)
+    assert "got 1 of 2 over the budget, patch 2 first: max_cost=100 allows " in error_text
+    assert message in error_text
+    assert error_text.endswith("over_budget='skip' leaves them out")
     assert [size > 0 for size in sizes(1e-3, over_budget="skip")] == [True, False]
     with pytest.raises(ValueError, match="max_cost must be enough for at least one patch, got non"):
         sizes(cost, over_budget="skip")
@@ -246,10 +250,10 @@ def test_what_says_that_no_batch_is_left_names_a_patch_that_is_too_small():
 )
 def test_a_size_is_no_larger_than_a_patch_has_a_use_for(partial, bounds, sizes):
     plan = quiet(IDS, CostBudget(20, [1] * 4, **bounds), partial=partial).plan
-    own = plan.own_batches_by_patch
+    own_batches = plan.own_batches_by_patch
     assert [
         size if batches else None
-        for size, batches in zip(plan.sizes_by_patch.tolist(), own.tolist(), strict=True)
+        for size, batches in zip(plan.sizes_by_patch.tolist(), own_batches.tolist(), strict=True)
     ] == sizes
     # A table is no wider than that.
     assert plan.max_batch_size == (
@@ -273,8 +277,8 @@ def test_no_batch_is_over_the_budget(data, partial, seed, epoch):
         assert len(batch.indices) * cost_of[batch.patch_id] <= budget.max_cost
         assert set(ids[batch.indices].tolist()) == {batch.patch_id}
     # Which batches they are.
-    wanted = oracle.Settings([size or 0 for size in sizes], partial)
-    batches = [samples for _, samples in oracle.epoch(ids.tolist(), seed, epoch, wanted)]
+    expected = oracle.Settings([size or 0 for size in sizes], partial)
+    batches = [samples for _, samples in oracle.epoch(ids.tolist(), seed, epoch, expected)]
     sampler.set_epoch(epoch)
     assert list(sampler) == batches
     # Skipped, dropped: both are missed, and all else is seen.
@@ -290,21 +294,23 @@ def test_sizes_by_patch_are_as_the_oracle_says(data, partial, seed, epoch):
     sizes = [data.draw(st.integers(1, 45)) for _ in patch_ids]
     assume(partial != "drop" or any(s <= n for s, n in zip(sizes, counts.tolist(), strict=True)))
     # Others may be there.
-    given = {**dict(zip(patch_ids.tolist(), sizes, strict=True)), 10**9: 3}
-    sampler = quiet(ids, given, seed=seed, partial=partial)
-    wanted = oracle.epoch(ids.tolist(), seed, epoch, oracle.Settings(sizes, partial))
-    found = [(batch.patch_id, batch.indices.tolist()) for batch in sampler.batches(epoch)]
-    assert found == wanted
+    arguments = {**dict(zip(patch_ids.tolist(), sizes, strict=True)), 10**9: 3}
+    sampler = quiet(ids, arguments, seed=seed, partial=partial)
+    expected = oracle.epoch(ids.tolist(), seed, epoch, oracle.Settings(sizes, partial))
+    result = [(batch.patch_id, batch.indices.tolist()) for batch in sampler.batches(epoch)]
+    assert result == expected
     valid = [batch.valid for batch in sampler.batches(epoch)]
-    lengths = [len(samples) for _, samples in wanted]
+    lengths = [len(samples) for _, samples in expected]
     if partial == "pad":
         # What fills up a last batch does not count.
         assert all(0 < counted <= length for counted, length in zip(valid, lengths, strict=True))
         assert sum(valid) == ids.size
     else:
         assert valid == lengths
-    there = quiet(torch.from_numpy(ids), given, seed=seed, partial=partial)
-    assert [(batch.patch_id, batch.indices.tolist()) for batch in there.batches(epoch)] == wanted
+    plan_on_cpu = quiet(torch.from_numpy(ids), arguments, seed=seed, partial=partial)
+    assert [
+        (batch.patch_id, batch.indices.tolist()) for batch in plan_on_cpu.batches(epoch)
+    ] == expected
     assert sampler.plan.max_batch_size == max(
         s if partial == "pad" else min(s, n)
         for s, n in zip(sizes, counts.tolist(), strict=True)
@@ -349,8 +355,8 @@ def test_evaluation_counts_every_sample_once(sizes, partial):
 def test_costs_are_taken_in_any_form():
     costs = [3, 1.5, 2, 7]
     by_id = dict(zip(IDS_ASCENDING, costs, strict=True))
-    wanted = PatchBatchSampler(IDS, CostBudget(21, costs), seed=1)
-    assert wanted.plan.sizes_by_patch.tolist() == [7, 14, 10, 3]
+    expected = PatchBatchSampler(IDS, CostBudget(21, costs), seed=1)
+    assert expected.plan.sizes_by_patch.tolist() == [7, 14, 10, 3]
     for cost in (
         np.array(costs),
         np.array(costs, np.float32),
@@ -360,9 +366,9 @@ def test_costs_are_taken_in_any_form():
         {**by_id, 77: 1},
         by_id.__getitem__,
     ):
-        found = PatchBatchSampler(IDS, CostBudget(21, cost=cost), seed=1)
-        assert found.plan.settings == wanted.plan.settings
-        assert list(found) == list(PatchBatchSampler(IDS, CostBudget(21, costs), seed=1))
+        result = PatchBatchSampler(IDS, CostBudget(21, cost=cost), seed=1)
+        assert result.plan.settings == expected.plan.settings
+        assert list(result) == list(PatchBatchSampler(IDS, CostBudget(21, costs), seed=1))
 
 
 class Dataset:
@@ -382,18 +388,18 @@ class Dataset:
 
 
 def test_the_datasets_costs_are_the_default():
-    found = PatchBatchSampler(Dataset(), CostBudget(21), seed=1)
-    assert found.plan.sizes_by_patch.tolist() == [7, 14, 10, 3]
-    assert found.plan.costs_by_patch.tolist() == [3, 1.5, 2, 7]
+    result = PatchBatchSampler(Dataset(), CostBudget(21), seed=1)
+    assert result.plan.sizes_by_patch.tolist() == [7, 14, 10, 3]
+    assert result.plan.costs_by_patch.tolist() == [3, 1.5, 2, 7]
     # What is given comes first.
-    given = PatchBatchSampler(Dataset(), CostBudget(21, [21, 7, 3, 10]), seed=1)
-    assert given.plan.sizes_by_patch.tolist() == [1, 3, 7, 2]
+    arguments = PatchBatchSampler(Dataset(), CostBudget(21, [21, 7, 3, 10]), seed=1)
+    assert arguments.plan.sizes_by_patch.tolist() == [1, 3, 7, 2]
     assert PatchBatchSampler(Dataset(), 4, seed=1).plan.costs_by_patch is None
     # Where there is neither.
-    said = "cost must be given in a CostBudget where no dataset says it by patch_costs"
-    with pytest.raises(ValueError, match=said):
+    costs = "cost must be given in a CostBudget where no dataset says it by patch_costs"
+    with pytest.raises(ValueError, match=costs):
         PatchBatchSampler(IDS, CostBudget(21))
-    with pytest.raises(ValueError, match=said):
+    with pytest.raises(ValueError, match=costs):
         EpochPlan(PatchGroups.from_ids(IDS), CostBudget(21), 0)
 
 
@@ -412,9 +418,9 @@ def test_balanced_steps_go_by_the_costs_of_the_budget():
     )
     # Others, if they are asked for.
     other = [1, 9, 1, 1]
-    asked = {"seed": 1, "steps": "balanced", "step_width": 3, "patch_costs": other}
-    assert list(PatchBatchSampler(IDS, CostBudget(21, costs), **asked)) == list(
-        PatchBatchSampler(IDS, sizes, **asked)
+    settings = {"seed": 1, "steps": "balanced", "step_width": 3, "patch_costs": other}
+    assert list(PatchBatchSampler(IDS, CostBudget(21, costs), **settings)) == list(
+        PatchBatchSampler(IDS, sizes, **settings)
     )
 
 
@@ -481,16 +487,16 @@ def test_a_budget_with_weights():
 )
 def test_a_budget_goes_through_json(budget):
     plain = budget.to_dict()
-    back = CostBudget.from_dict(json.loads(json.dumps(plain)))
-    assert back.to_dict() == plain
+    restored = CostBudget.from_dict(json.loads(json.dumps(plain)))
+    assert restored.to_dict() == plain
     if budget.cost is not None:
         names = list(budget.cost) if isinstance(budget.cost, dict) else [3, 9]
         ids = np.repeat(np.array(names), [30, 40])
-        plans = [quiet(ids, each, seed=0).plan for each in (budget, back)]
+        plans = [quiet(ids, each, seed=0).plan for each in (budget, restored)]
         assert plans[0].settings == plans[1].settings
     for name in ("min_batch_size", "max_batch_size", "multiple_of", "power_of_two", "over_budget"):
-        assert getattr(back, name) == getattr(budget, name)
-    assert (back.calibration is None) == (budget.calibration is None)
+        assert getattr(restored, name) == getattr(budget, name)
+    assert (restored.calibration is None) == (budget.calibration is None)
 
 
 def test_numbers_of_any_library_are_kept_as_plain_ones():
@@ -501,8 +507,8 @@ def test_numbers_of_any_library_are_kept_as_plain_ones():
         max_batch_size=np.int64(8),
         multiple_of=np.int32(2),
     )
-    back = CostBudget.from_dict(through_json(budget.to_dict()))
-    assert back == CostBudget(9.0, {3: 2.0, 9: 1.5}, max_batch_size=8, multiple_of=2)
+    restored = CostBudget.from_dict(through_json(budget.to_dict()))
+    assert restored == CostBudget(9.0, {3: 2.0, 9: 1.5}, max_batch_size=8, multiple_of=2)
     # Types that NumPy does not have are taken, too.
     plan = EpochPlan(
         PatchGroups.from_counts([5, 7]),
@@ -675,9 +681,9 @@ def test_bad_sizes(batch_size, error, match):
     ],
 )
 def test_budgets_that_differ_in_one_thing_are_not_equal(change):
-    given = {"max_cost": 5, "cost": {1: 2}, "max_batch_size": 64}
-    assert CostBudget(**given) == CostBudget(**given, calibration={"fixed": 1})
-    assert CostBudget(**given) != CostBudget(**{**given, **change})
+    arguments = {"max_cost": 5, "cost": {1: 2}, "max_batch_size": 64}
+    assert CostBudget(**arguments) == CostBudget(**arguments, calibration={"fixed": 1})
+    assert CostBudget(**arguments) != CostBudget(**{**arguments, **change})
 
 
 def test_the_counts_are_as_the_tables_above_say():

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gpusampler import EpochPlan, PatchBatchSampler, PatchGroups
-from gpusampler.sources import dataset_costs
+from gpusampler.sources.datasets import dataset_patch_costs
 from support import oracle
 from support.strategies import IDS, epoch_of, epochs, make, patchy_ids, quiet, seeds
 
@@ -46,24 +46,24 @@ FORMS = {
 
 @pytest.mark.parametrize("form", FORMS.values(), ids=FORMS)
 def test_costs_in_any_form_are_the_same(form):
-    wanted = balanced(COSTS)
-    found = balanced(form)
-    assert found.plan.settings == wanted.plan.settings
-    assert epoch_of(found, 3) == epoch_of(wanted, 3)
-    found.load_state_dict(wanted.state_dict())
+    expected = balanced(COSTS)
+    result = balanced(form)
+    assert result.plan.settings == expected.plan.settings
+    assert epoch_of(result, 3) == epoch_of(expected, 3)
+    result.load_state_dict(expected.state_dict())
     # And they do something.
-    assert epoch_of(wanted, 3) != epoch_of(make(**BALANCED), 3)
+    assert epoch_of(expected, 3) != epoch_of(make(**BALANCED), 3)
 
 
 @pytest.mark.parametrize("dtype", ["float64", "float32", "float16", "int64", "int8", "uint64"])
 def test_costs_of_any_library_and_type_are_the_same(library, dtype):
     whole = [3, 1, 2, 7]
-    given = library.array(np.array(whole, dtype))
+    arguments = library.array(np.array(whole, dtype))
     groups = library.array(IDS)
-    found = PatchBatchSampler(groups, 4, seed=1, **BALANCED, patch_costs=given)
-    wanted = balanced(dict(zip(sorted(COSTS), whole, strict=True)))
-    assert found.plan.settings == wanted.plan.settings
-    assert epoch_of(found, 3) == epoch_of(wanted, 3)
+    result = PatchBatchSampler(groups, 4, seed=1, **BALANCED, patch_costs=arguments)
+    expected = balanced(dict(zip(sorted(COSTS), whole, strict=True)))
+    assert result.plan.settings == expected.plan.settings
+    assert epoch_of(result, 3) == epoch_of(expected, 3)
 
 
 def test_costs_are_taken_when_they_are_given():
@@ -166,8 +166,8 @@ def test_a_dataset_says_what_its_patches_cost():
     assert epoch_of(from_dataset(Known(IDS, by_id(COSTS))), 1) == epoch_of(balanced(COSTS), 1)
     assert epoch_of(from_dataset(Known(IDS)), 1) == epoch_of(make(**BALANCED), 1)
     # What is given wins, and is all that is asked for.
-    given = from_dataset(Known(IDS, COSTS), patch_costs=np.ones(4))
-    assert epoch_of(given, 1) == epoch_of(make(**BALANCED), 1)
+    arguments = from_dataset(Known(IDS, COSTS), patch_costs=np.ones(4))
+    assert epoch_of(arguments, 1) == epoch_of(make(**BALANCED), 1)
 
 
 @pytest.mark.parametrize("steps", ["free", "same_patch"])
@@ -195,11 +195,11 @@ def test_groundwater_patches_cost_their_points():
     costs = dataset.patch_costs()
     assert len(set(costs.values())) > 5
     ids = dataset.get_all_patch_ids()
-    wanted = PatchBatchSampler(ids, 8, seed=3, **BALANCED, patch_costs=costs)
-    found = PatchBatchSampler(dataset, 8, seed=3, device="numpy", **BALANCED)
-    assert epoch_of(found, 5) == epoch_of(wanted, 5)
+    expected = PatchBatchSampler(ids, 8, seed=3, **BALANCED, patch_costs=costs)
+    result = PatchBatchSampler(dataset, 8, seed=3, device="numpy", **BALANCED)
+    assert epoch_of(result, 5) == epoch_of(expected, 5)
     plain = PatchBatchSampler(ids, 8, seed=3, **BALANCED)
-    assert epoch_of(found, 5) != epoch_of(plain, 5)
+    assert epoch_of(result, 5) != epoch_of(plain, 5)
 
 
 def test_a_column_with_an_index_is_a_mapping():
@@ -220,9 +220,9 @@ def test_a_dataset_may_have_costs_as_an_attribute():
 def test_a_dataset_is_anything_with_the_method():
     # Not only datasets of torch.
     known = SimpleNamespace(patch_costs=lambda: COSTS)
-    assert dataset_costs.patch_costs(known) is COSTS
-    assert dataset_costs.patch_costs(IDS) is None
-    assert dataset_costs.patch_costs(PatchGroups.from_ids(IDS)) is None
+    assert dataset_patch_costs(known) is COSTS
+    assert dataset_patch_costs(IDS) is None
+    assert dataset_patch_costs(PatchGroups.from_ids(IDS)) is None
 
 
 class TestWrapped:
@@ -235,24 +235,24 @@ class TestWrapped:
     def test_a_subset_of_some_patches(self, data):
         keep = np.flatnonzero(IDS != 9)
         subset = data.Subset(Known(IDS, COSTS), keep.tolist())
-        wanted = quiet(IDS[keep], 4, seed=1, **BALANCED, patch_costs=COSTS)
-        assert epoch_of(from_dataset(subset), 1) == epoch_of(wanted, 1)
+        expected = quiet(IDS[keep], 4, seed=1, **BALANCED, patch_costs=COSTS)
+        assert epoch_of(from_dataset(subset), 1) == epoch_of(expected, 1)
         assert epoch_of(from_dataset(data.Subset(subset, range(20))), 1) == epoch_of(
             quiet(IDS[keep][:20], 4, seed=1, **BALANCED, patch_costs=COSTS), 1
         )
 
     def test_parts_of_a_whole(self, data):
-        parts = [
+        subsets = [
             Known([3, 3, 3, 1], {3: 2.0, 1: 9.5}),
             data.Subset(Known([7, 7, 1, 1, 1], {7: 0.3, 1: 9.5}), [0, 2, 3]),
         ]
-        whole = data.ConcatDataset([*parts, data.ConcatDataset(parts[:1])])
+        joined = data.ConcatDataset([*subsets, data.ConcatDataset(subsets[:1])])
         ids = [3, 3, 3, 1, 7, 1, 1, 3, 3, 3, 1]
-        wanted = PatchBatchSampler(
+        expected = PatchBatchSampler(
             ids, 2, seed=1, steps="balanced", patch_costs={3: 2, 1: 9.5, 7: 0.3}
         )
-        found = PatchBatchSampler(whole, 2, seed=1, device="numpy", steps="balanced")
-        assert epoch_of(found, 1) == epoch_of(wanted, 1)
+        result = PatchBatchSampler(joined, 2, seed=1, device="numpy", steps="balanced")
+        assert epoch_of(result, 1) == epoch_of(expected, 1)
 
     def test_random_split_of_the_groundwater_data(self, data):
         from gpusampler import GWPatchDataset
@@ -261,15 +261,15 @@ class TestWrapped:
         dataset = GWPatchDataset(small_data(), 6, 1)
         for part in data.random_split(dataset, [0.5, 0.5]):
             ids = dataset.get_all_patch_ids()[np.array(part.indices)]
-            wanted = quiet(ids, 4, seed=1, **BALANCED, patch_costs=dataset.patch_costs())
-            assert epoch_of(from_dataset(part), 1) == epoch_of(wanted, 1)
+            expected = quiet(ids, 4, seed=1, **BALANCED, patch_costs=dataset.patch_costs())
+            assert epoch_of(from_dataset(part), 1) == epoch_of(expected, 1)
 
     def test_parts_without_costs_cost_the_same(self, data):
         whole = data.ConcatDataset([Known(IDS), data.Subset(Known(IDS), [0, 1])])
-        assert dataset_costs.patch_costs(whole) is None
+        assert dataset_patch_costs(whole) is None
         ids = [*IDS, IDS[0], IDS[1]]
-        wanted = PatchBatchSampler(ids, 4, seed=1, **BALANCED)
-        assert epoch_of(from_dataset(whole), 1) == epoch_of(wanted, 1)
+        expected = PatchBatchSampler(ids, 4, seed=1, **BALANCED)
+        assert epoch_of(from_dataset(whole), 1) == epoch_of(expected, 1)
 
     @pytest.mark.parametrize(
         ("others", "error", "match"),

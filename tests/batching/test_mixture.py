@@ -85,54 +85,54 @@ def cases(
     partial = draw(st.sampled_from(partials))
     size = st.sampled_from([1, 2, 3, 7, 20, 40])
     sizes = draw(st.one_of(size, st.lists(size, min_size=counts.size, max_size=counts.size)))
-    wanted = oracle.Settings(
+    settings = oracle.Settings(
         sizes,
         partial,
         shuffle_patches=draw(st.sampled_from([True, True, False])),
         shuffle_within_batches=draw(st.sampled_from([True, True, True, False])),
     )._replace(**draw(st.sampled_from(kinds)))
-    if wanted.steps != "free":
-        wanted = wanted._replace(
+    if settings.steps != "free":
+        settings = settings._replace(
             step_width=draw(st.sampled_from([1, 2, 3, 5, 8])),
             uneven=draw(st.sampled_from(["pad", "drop"])),
         )
-    if wanted.steps == "balanced" and draw(st.booleans()):
-        wanted = wanted._replace(patch_costs=[draw(st.floats(0.1, 10)) for _ in counts])
-    own = list(map(len, oracle.own_batches(counts.tolist(), wanted)))
-    there = sum(map(bool, own))
-    assume(there)
-    least = there
-    if wanted.steps == "same_patch" and wanted.uneven == "drop":
-        least *= wanted.step_width
+    if settings.steps == "balanced" and draw(st.booleans()):
+        settings = settings._replace(patch_costs=[draw(st.floats(0.1, 10)) for _ in counts])
+    own_batches = list(map(len, oracle.own_batches(counts.tolist(), settings)))
+    num_patches = sum(map(bool, own_batches))
+    assume(num_patches)
+    smallest = num_patches
+    if settings.steps == "same_patch" and settings.uneven == "drop":
+        smallest *= settings.step_width
     # The oracle takes a while for each sample.
-    length = st.one_of(st.integers(least, least + 10), st.integers(least, least + 80))
+    length = st.one_of(st.integers(smallest, smallest + 10), st.integers(smallest, smallest + 80))
     weights = st.lists(WEIGHTS, min_size=counts.size, max_size=counts.size)
     mixing = draw(st.sampled_from(["both", "weights", "length"] + ["none"] * (not always_mixed)))
     if mixing in ("both", "weights"):
-        wanted = wanted._replace(weights=draw(weights))
-    if mixing in ("both", "length") or (mixing == "weights" and least > sum(own)):
-        wanted = wanted._replace(epoch_batches=draw(length))
+        settings = settings._replace(weights=draw(weights))
+    if mixing in ("both", "length") or (mixing == "weights" and smallest > sum(own_batches)):
+        settings = settings._replace(epoch_batches=draw(length))
     if mixing == "none":
         # Left to tests of steps.
-        assume(isinstance(sizes, list) and (wanted.uneven == "pad" or least <= there))
-    wanted = wanted._replace(**fixed)
+        assume(isinstance(sizes, list) and (settings.uneven == "pad" or smallest <= num_patches))
+    settings = settings._replace(**fixed)
 
-    given = wanted._asdict()
+    arguments = settings._asdict()
     # Classes of cost are other tests' matter.
-    del given["batch_size"], given["parents"]
+    del arguments["batch_size"], arguments["patch_of_bin"]
     if isinstance(sizes, list):
         sizes = dict(zip(patch_ids.tolist(), sizes, strict=True))
-    if wanted.weights is not None and draw(st.booleans()):
-        given["weights"] = dict(zip(patch_ids.tolist(), wanted.weights, strict=True))
-    return Case(ids, sizes, given, wanted, draw(seeds))
+    if settings.weights is not None and draw(st.booleans()):
+        arguments["weights"] = dict(zip(patch_ids.tolist(), settings.weights, strict=True))
+    return Case(ids, sizes, arguments, settings, draw(seeds))
 
 
 def whole(plan: EpochPlan, epoch: int) -> list[tuple[int, list[int]]]:
     """All batches of an epoch, each as (patch id, samples), as they are handed out."""
-    found = plan.evaluate_ragged(epoch, np.arange(plan.num_batches))
+    result = plan.evaluate_ragged(epoch, np.arange(plan.num_batches))
     patch_ids = plan.groups.patch_ids.tolist()
-    rows = zip(found.groups.tolist(), found.starts.tolist(), found.sizes.tolist(), strict=True)
-    samples = found.samples.tolist()
+    rows = zip(result.groups.tolist(), result.starts.tolist(), result.sizes.tolist(), strict=True)
+    samples = result.samples.tolist()
     return [(patch_ids[group], samples[start : start + size]) for group, start, size in rows]
 
 
@@ -145,22 +145,22 @@ def test_every_slot_is_what_the_oracle_says(case, epoch):
     plan = case.plan
     passes = oracle.passes_of(case.counts, case.seed, epoch, case.oracle)
     assert plan.num_batches == len(passes)
-    at = plan.locate(epoch, np.arange(plan.num_batches))
-    found = zip(at.group.tolist(), at.j.tolist(), strict=True)
-    assert [*found] == [(group, number) for group, _, number in passes]
+    locations = plan.locate(epoch, np.arange(plan.num_batches))
+    result = zip(locations.group.tolist(), locations.j.tolist(), strict=True)
+    assert [*result] == [(group, number) for group, _, number in passes]
     if case.oracle.mixed:
         # The 64 bits that the key reads.
-        assert [number % 2**64 for number in at.passes.tolist()] == [
+        assert [number % 2**64 for number in locations.passes.tolist()] == [
             number for _, number, _ in passes
         ]
     # As they are handed out, in blocks, and on torch.
-    wanted = oracle.epoch(case.ids.tolist(), case.seed, epoch, case.oracle)
-    assert whole(plan, epoch) == wanted
+    expected = oracle.epoch(case.ids.tolist(), case.seed, epoch, case.oracle)
+    assert whole(plan, epoch) == expected
     block = plan.evaluate(epoch, np.arange(plan.num_batches))
     assert [
         row[: len(samples)]
-        for row, (_, samples) in zip(block.indices.tolist(), wanted, strict=True)
-    ] == [samples for _, samples in wanted]
+        for row, (_, samples) in zip(block.indices.tolist(), expected, strict=True)
+    ] == [samples for _, samples in expected]
 
 
 @settings(max_examples=100)
@@ -168,53 +168,53 @@ def test_every_slot_is_what_the_oracle_says(case, epoch):
 def test_libraries_and_forms_are_equal_bit_for_bit(case, epoch):
     plan = case.plan
     slots = np.arange(plan.num_batches)
-    wanted = plan.evaluate(epoch, slots)
-    there = case.on("torch")
+    expected = plan.evaluate(epoch, slots)
+    plan_on_cpu = case.on("torch")
     sent = torch.from_numpy(slots)
     for block in (
         plan.evaluate_reference(epoch, slots),
-        there.evaluate(epoch, sent),
-        there.evaluate_reference(epoch, sent),
+        plan_on_cpu.evaluate(epoch, sent),
+        plan_on_cpu.evaluate_reference(epoch, sent),
         plan.on("cpu").evaluate(epoch, slots),
     ):
-        for ours, theirs in zip(wanted, block, strict=True):
-            np.testing.assert_array_equal(ours, np.asarray(theirs))
+        for actual, desired in zip(expected, block, strict=True):
+            np.testing.assert_array_equal(actual, np.asarray(desired))
     for slot in {0, plan.num_batches // 2, plan.num_batches - 1}:
-        one = there.batch(torch.tensor(epoch), torch.tensor(slot))
-        assert one.tolist() == wanted.indices[slot].tolist()
+        batch = plan_on_cpu.batch(torch.tensor(epoch), torch.tensor(slot))
+        assert batch.tolist() == expected.indices[slot].tolist()
 
 
 @pytest.mark.parametrize("kind", KINDS, ids=str)
 def test_iteration_is_the_plan_and_any_slot_can_be_asked_for(kind):
     sampler = PatchBatchSampler(IDS, seed=3, **{**MIXED, **kind})
     plan = sampler.plan
-    wanted = whole(plan, 9)
-    found = [(batch.patch_id, batch.indices.tolist()) for batch in sampler.batches(9)]
-    assert found == wanted
+    expected = whole(plan, 9)
+    result = [(batch.patch_id, batch.indices.tolist()) for batch in sampler.batches(9)]
+    assert result == expected
     sampler = pickle.loads(pickle.dumps(sampler))
     sampler.set_epoch(9)
-    assert list(sampler) == [samples for _, samples in wanted]
+    assert list(sampler) == [samples for _, samples in expected]
     # Backwards, one of them twice, a later epoch first.
     slots = np.array([plan.num_batches - 1, 3, 3, 0, 17])
     for epoch in (9, 2):
         block = plan.evaluate(epoch, np.arange(plan.num_batches))
-        for all_of_them, some in zip(block, plan.evaluate(epoch, slots), strict=True):
-            np.testing.assert_array_equal(some, all_of_them[slots])
+        for all_of_them, part in zip(block, plan.evaluate(epoch, slots), strict=True):
+            np.testing.assert_array_equal(part, all_of_them[slots])
 
 
-@pytest.mark.usefixtures("elsewhere")
+@pytest.mark.usefixtures("cpu_as_device")
 @pytest.mark.parametrize("kind", KINDS, ids=str)
 def test_a_device_hands_out_the_same_batches(kind):
     # What a GPU without a kernel does, on the host.
-    given = {**MIXED, **kind, "seed": 3}
-    host = PatchBatchSampler(IDS, device="numpy", **given)
-    there = PatchBatchSampler(IDS, device="cpu", **given)
-    assert not there.plan.works_on_host
+    arguments = {**MIXED, **kind, "seed": 3}
+    host = PatchBatchSampler(IDS, device="numpy", **arguments)
+    plan_on_cpu = PatchBatchSampler(IDS, device="cpu", **arguments)
+    assert not plan_on_cpu.plan.works_on_host
     for epoch in (0, 5, 2**63 - 1):
-        wanted = whole(host.plan, epoch)
-        assert whole(there.plan, epoch) == wanted
-        found = [(batch.patch_id, batch.indices.tolist()) for batch in there.batches(epoch)]
-        assert found == wanted
+        expected = whole(host.plan, epoch)
+        assert whole(plan_on_cpu.plan, epoch) == expected
+        result = [(batch.patch_id, batch.indices.tolist()) for batch in plan_on_cpu.batches(epoch)]
+        assert result == expected
 
 
 # Shares
@@ -226,14 +226,14 @@ def exact_shares(weights: list[float], total: int) -> list[Fraction | None]:
     due: list[Fraction | None] = [Fraction(0)] * len(weights)
     while True:
         free = [g for g, share in enumerate(due) if share is not None]
-        rest = total - (len(due) - len(free))
+        remaining = total - (len(due) - len(free))
         sum_ = sum(weights[g] for g in free)
         for g in free:
-            due[g] = weights[g] * rest / sum_
-        few = [g for g in free if due[g] < 1]
-        if not few:
+            due[g] = weights[g] * remaining / sum_
+        below_minimum = [g for g in free if due[g] < 1]
+        if not below_minimum:
             return due
-        for g in few:
+        for g in below_minimum:
             due[g] = None
 
 
@@ -244,10 +244,10 @@ def test_shares_are_within_one_batch_of_the_weights(data, partial):
         st.lists(st.one_of(st.integers(1, 9), st.integers(1, TOP)), min_size=1, max_size=30)
     )
     size = data.draw(st.sampled_from([1, 2, 3, 1000]))
-    wanted = oracle.Settings(size, partial)
-    own = [-(-n // size) if partial != "drop" else n // size for n in counts]
-    there = [g for g, nb in enumerate(own) if nb]
-    assume(there)
+    expected = oracle.Settings(size, partial)
+    own_batches = [-(-n // size) if partial != "drop" else n // size for n in counts]
+    taking_part = [g for g, nb in enumerate(own_batches) if nb]
+    assume(taking_part)
     many = len(counts)
     # Of one magnitude, or of any; equal ones make ties.
     pool = data.draw(st.lists(WEIGHTS, min_size=1, max_size=4))
@@ -259,32 +259,36 @@ def test_shares_are_within_one_batch_of_the_weights(data, partial):
             st.lists(st.floats(2.0**-511, 2.0**511), min_size=many, max_size=many),
         )
     )
-    length = st.one_of(st.integers(len(there), 3 * many + 9), st.integers(len(there), 2**60 - 1))
+    length = st.one_of(
+        st.integers(len(taking_part), 3 * many + 9), st.integers(len(taking_part), 2**60 - 1)
+    )
     total = data.draw(st.one_of(st.none(), length) if weights else length)
     groups = PatchGroups.from_counts(counts)
     plan = EpochPlan(groups, size, 0, partial=partial, weights=weights, epoch_batches=total)
     shares = plan.batches_by_patch.tolist()
-    assert plan.own_batches_by_patch.tolist() == own
-    assert shares == oracle.slots_of(own, wanted._replace(weights=weights, epoch_batches=total))
+    assert plan.own_batches_by_patch.tolist() == own_batches
+    assert shares == oracle.slots_of(
+        own_batches, expected._replace(weights=weights, epoch_batches=total)
+    )
 
-    total = sum(own) if total is None else total
+    total = sum(own_batches) if total is None else total
     assert sum(shares) == plan.num_batches == total
-    assert {g for g, share in enumerate(shares) if share} == set(there)
-    weights = [(own if weights is None else weights)[g] for g in there]
-    shares = [shares[g] for g in there]
+    assert {g for g, share in enumerate(shares) if share} == set(taking_part)
+    weights = [(own_batches if weights is None else weights)[g] for g in taking_part]
+    shares = [shares[g] for g in taking_part]
     # Weights are good to 2**-52 of their sum.
     error = 1 + Fraction(total, 2**50)
     for share, exact in zip(shares, exact_shares(weights, total), strict=True):
         assert abs(share - (1 if exact is None else exact)) < error
     # More weight, no fewer batches; of equal weight, no fewer for the first one.
     weighed = oracle.whole_weights(weights)
-    for g, h in product(range(len(there)), repeat=2):
-        more = weighed[g] > weighed[h] or (weighed[g] == weighed[h] and g < h)
-        assert shares[g] >= shares[h] or not more
+    for g, h in product(range(len(taking_part)), repeat=2):
+        extra = weighed[g] > weighed[h] or (weighed[g] == weighed[h] and g < h)
+        assert shares[g] >= shares[h] or not extra
 
 
 @pytest.mark.parametrize(
-    ("counts", "weights", "length", "wanted"),
+    ("counts", "weights", "length", "expected"),
     [
         # Ties go to the patches that come first.
         ([9, 9, 9], [1, 1, 1], 10, [4, 3, 3]),
@@ -305,10 +309,10 @@ def test_shares_are_within_one_batch_of_the_weights(data, partial):
         ([4, 5, 6], [1, 2, 3], 3, [1, 1, 1]),
     ],
 )
-def test_shares_of_some(counts, weights, length, wanted):
+def test_shares_of_some(counts, weights, length, expected):
     groups = PatchGroups.from_counts(counts)
     plan = EpochPlan(groups, 1, 0, weights=weights, epoch_batches=length)
-    assert plan.batches_by_patch.tolist() == (counts if wanted is None else wanted)
+    assert plan.batches_by_patch.tolist() == (counts if expected is None else expected)
 
 
 @pytest.mark.parametrize("width", [1, 2, 3])
@@ -318,9 +322,9 @@ def test_shares_of_the_longest_epochs_are_shared_out_as_steps_exactly(width):
     slots = apportion(np.array(weights), 2**60 - 1, np.ones(4, bool))
     assert slots.tolist() == oracle.apportion(weights, 2**60 - 1)
     steps = -(-(2**60 - 1) // width)
-    found = apportion(slots, steps, np.ones(4, bool))
-    assert found.tolist() == oracle.apportion(slots.tolist(), steps)
-    assert int(found.sum()) == steps
+    result = apportion(slots, steps, np.ones(4, bool))
+    assert result.tolist() == oracle.apportion(slots.tolist(), steps)
+    assert int(result.sum()) == steps
 
 
 def test_patches_without_a_batch_take_no_part():
@@ -336,8 +340,8 @@ def test_patches_without_a_batch_take_no_part():
 def test_steps_of_one_patch_are_shared_out_whole(case, epoch):
     plan, width = case.plan, case.oracle.step_width
     total = sum(case.own) if case.oracle.epoch_batches is None else case.oracle.epoch_batches
-    there = sum(map(bool, case.own))
-    steps = total // width if case.oracle.uneven == "drop" else max(-(-total // width), there)
+    num_patches = sum(map(bool, case.own))
+    steps = total // width if case.oracle.uneven == "drop" else max(-(-total // width), num_patches)
     assert plan.num_batches == steps * width
     shares = plan.batches_by_patch
     assert not (shares % width).any()
@@ -355,27 +359,27 @@ def test_steps_of_one_patch_are_shared_out_whole(case, epoch):
 def test_each_pass_has_every_sample_and_goes_on_from_epoch_to_epoch(case, epoch):
     plan, size_of = case.plan, case.oracle.size
     epoch = min(epoch, 2**63 - 8)
-    seen: dict[int, list[list[int]]] = {}
+    batches_by_patch: dict[int, list[list[int]]] = {}
     for number in range(epoch, epoch + 7):
         # Unshuffled, a patch's batches come in turn.
         for patch, samples in whole(plan, number):
-            seen.setdefault(patch, []).append(samples)
+            batches_by_patch.setdefault(patch, []).append(samples)
     patch_ids = plan.groups.patch_ids.tolist()
     slots = plan.batches_by_patch.tolist()
-    for g, (patch, own) in enumerate(zip(patch_ids, case.own, strict=True)):
-        if not own:
-            assert patch not in seen
+    for g, (patch, own_batches) in enumerate(zip(patch_ids, case.own, strict=True)):
+        if not own_batches:
+            assert patch not in batches_by_patch
             continue
-        batches, members = seen[patch], np.flatnonzero(case.ids == patch)
+        batches, members = batches_by_patch[patch], np.flatnonzero(case.ids == patch)
         assert len(batches) == 7 * slots[g]
         # Of the pass that the first of these epochs is in, what was left.
-        left = -epoch * slots[g] % own
-        passes = [batches[p : p + own] for p in range(left, len(batches), own)]
+        remaining = -epoch * slots[g] % own_batches
+        passes = [batches[p : p + own_batches] for p in range(remaining, len(batches), own_batches)]
         orders = []
         for one in passes:
             times = times_seen(one, case.ids.size)
             assert not np.delete(times, members).any()
-            whole_pass = len(one) == own
+            whole_pass = len(one) == own_batches
             size = size_of(g)
             if case.oracle.partial == "drop":
                 assert times.max() <= 1
@@ -389,7 +393,7 @@ def test_each_pass_has_every_sample_and_goes_on_from_epoch_to_epoch(case, epoch)
                 assert not whole_pass or np.ptp(times[members]) <= 1
             if whole_pass and case.oracle.partial != "drop":
                 orders.append(tuple(chain.from_iterable(one)))
-        head = times_seen(batches[:left], case.ids.size)
+        head = times_seen(batches[:remaining], case.ids.size)
         assert case.oracle.partial == "pad" or head.max(initial=0) <= 1
         if len(members) >= 20 and case.oracle.shuffle_within_batches:
             assert len(set(orders)) == len(orders)
@@ -404,9 +408,9 @@ def test_every_sample_comes_round_in_time(case, first):
     plan = case.plan
     shares = plan.batches_by_patch.tolist()
     windows = []
-    for own, m in zip(case.own, shares, strict=True):
-        step = math.gcd(own, m)
-        needed = own if first * m % own == 0 else 2 * own - step
+    for own_batches, m in zip(case.own, shares, strict=True):
+        step = math.gcd(own_batches, m)
+        needed = own_batches if first * m % own_batches == 0 else 2 * own_batches - step
         windows.append(-(-needed // m))
     assume(max(windows) * plan.num_batches < 3000)
     times = np.zeros(case.ids.size, int)
@@ -422,8 +426,8 @@ def test_every_sample_comes_round_in_time(case, first):
 def test_the_order_of_the_batches_says_nothing_of_what_they_hold(case, epoch):
     batches = sorted(whole(case.plan, epoch))
     for changed in ({"shuffle_patches": False}, {"interleave": True}):
-        given = {**case.given, **changed}
-        assert sorted(whole(case._replace(given=given).plan, epoch)) == batches
+        arguments = {**case.given, **changed}
+        assert sorted(whole(case._replace(given=arguments).plan, epoch)) == batches
 
 
 def test_a_patch_of_many_passes_is_permuted_otherwise_in_each():
@@ -469,29 +473,29 @@ def test_a_patch_comes_round_once_in_ten_epochs():
     epoch=epochs,
 )
 def test_own_batches_as_weights_are_the_plain_plan(data, case, epoch):
-    own = case.own
-    given = {**case.given, "weights": None, "epoch_batches": None}
-    plain = case._replace(given=given).plan
+    own_batches = case.own
+    arguments = {**case.given, "weights": None, "epoch_batches": None}
+    plain = case._replace(given=arguments).plan
     scale = data.draw(st.sampled_from([1, 3, 0.1, 2.0**-500]))
-    weights = [nb * scale if nb else 1 for nb in own]
+    weights = [nb * scale if nb else 1 for nb in own_batches]
     for mixing in (
         {"weights": weights},
-        {"epoch_batches": sum(own)},
+        {"epoch_batches": sum(own_batches)},
         {"weights": Temperature(1)},
-        {"weights": Temperature(1.0), "epoch_batches": sum(own)},
+        {"weights": Temperature(1.0), "epoch_batches": sum(own_batches)},
     ):
-        mixed = case._replace(given={**given, **mixing}).plan
-        assert mixed.batches_by_patch.tolist() == own
+        mixed = case._replace(given={**arguments, **mixing}).plan
+        assert mixed.batches_by_patch.tolist() == own_batches
         assert whole(mixed, epoch) == whole(plain, epoch)
 
 
 @given(cases(kinds=KINDS[:2], partials=("keep",), always_mixed=True), epochs)
 def test_own_batches_as_weights_are_the_plain_plan_with_short_batches(case, epoch):
     # In balanced steps a plain plan classes a short batch by itself, a mixed one as a whole one.
-    given = {**case.given, "weights": None, "epoch_batches": None}
-    mixed = {**given, "weights": case.own}
+    arguments = {**case.given, "weights": None, "epoch_batches": None}
+    mixed = {**arguments, "weights": case.own}
     assert whole(case._replace(given=mixed).plan, epoch) == whole(
-        case._replace(given=given).plan, epoch
+        case._replace(given=arguments).plan, epoch
     )
 
 
@@ -540,9 +544,9 @@ def test_a_temperature_weighs_by_own_batches_to_the_power_of_its_inverse(counts,
     total = len(counts) + many
     groups = PatchGroups.from_counts(counts)
     plan = EpochPlan(groups, 3, 0, weights=Temperature(t), epoch_batches=total)
-    own = [-(-n // 3) for n in counts]
+    own_batches = [-(-n // 3) for n in counts]
     # Relative to the largest one; what underflows is next to nothing.
-    weights = [math.exp(math.log(nb / max(own)) / t) or 5e-324 for nb in own]
+    weights = [math.exp(math.log(nb / max(own_batches)) / t) or 5e-324 for nb in own_batches]
     due = exact_shares(weights, total)
     for share, exact in zip(plan.batches_by_patch.tolist(), due, strict=True):
         # Powers differ in their last digits.
@@ -611,8 +615,8 @@ class Huge(NamedTuple):
             if self.settings.interleave:
                 step = oracle.permuted(slot // width, before[-1] // width, key)
                 slot = step * width + slot % width
-            place = bisect_right(before, slot) - 1
-            out.append((patches[place], slot - before[place]))
+            index = bisect_right(before, slot) - 1
+            out.append((patches[index], slot - before[index]))
         return out
 
     def batches(self, epoch: int, slots: list[int]) -> list[tuple[int, list[int]]]:
@@ -652,12 +656,12 @@ def test_huge_patches(name, kind, partial):
     seed = 2**64 - 3
     if kind.get("steps"):
         kind = {**kind, "step_width": 7}
-    given = {"weights": weights, "epoch_batches": length, "partial": partial, **kind}
-    huge = Huge(counts, oracle.Settings(sizes, **given), seed)
+    arguments = {"weights": weights, "epoch_batches": length, "partial": partial, **kind}
+    huge = Huge(counts, oracle.Settings(sizes, **arguments), seed)
     if isinstance(sizes, list):
         sizes = dict(enumerate(sizes))
-    began = process_time()
-    plan = EpochPlan(PatchGroups.from_counts(counts), sizes, seed, **given)
+    start_time = process_time()
+    plan = EpochPlan(PatchGroups.from_counts(counts), sizes, seed, **arguments)
     assert 0 <= plan.num_batches - length < 7
     last = plan.num_batches - 1
     rng = np.random.default_rng(1)
@@ -665,14 +669,14 @@ def test_huge_patches(name, kind, partial):
     for epoch in (0, 1, 2**31 + 7, 2**63 - 1):
         block = plan.evaluate(epoch, slots)
         reference = plan.on("cpu").evaluate_reference(epoch, torch.from_numpy(slots))
-        for ours, theirs in zip(block, reference, strict=True):
-            np.testing.assert_array_equal(ours, np.asarray(theirs))
+        for actual, desired in zip(block, reference, strict=True):
+            np.testing.assert_array_equal(actual, np.asarray(desired))
         rows = zip(block.groups.tolist(), block.indices.tolist(), strict=True)
         batches = huge.batches(epoch, slots.tolist())
         for (group, row), (patch, samples) in zip(rows, batches, strict=True):
             assert (group, row[: len(samples)]) == (patch, samples)
     # Some tens of milliseconds where this was written.
-    assert process_time() - began < 20
+    assert process_time() - start_time < 20
 
 
 def more_than_24_bits(patches: int) -> None:
@@ -712,9 +716,9 @@ def test_weights_of_many_patches():
 
 @pytest.mark.battery("17 million patches, 3.6 GB")
 def test_weights_of_more_than_2_to_the_24_patches():
-    began = process_time()
+    start_time = process_time()
     more_than_24_bits(2**24 + 5)
-    assert process_time() - began < 120
+    assert process_time() - start_time < 120
 
 
 # Ranks and state
@@ -733,27 +737,27 @@ def world_of(num_replicas: int, **settings: Any) -> list[PatchBatchSampler]:
 def test_other_ranks_go_on_with_the_rest_of_the_epoch(kind, uneven):
     kind = {**MIXED, **kind, "uneven": uneven}
     for before, done, after in product((1, 2, 3), (1, 4), (1, 2, 3, 5)):
-        seen, states = [], []
+        batches, states = [], []
         first = world_of(before, **kind)
         for sampler in first:
             sampler.set_epoch(6)
             iterator = iter(sampler)
-            seen.append(draw(iterator, done))
+            batches.append(draw(iterator, done))
             states += [through_json(sampler.state_dict()), through_json(iterator.state_dict())]
         assert all(state == states[0] for state in states)
-        wanted = [samples for _, samples in whole(first[0].plan, 6)]
-        seen = [batch for each in zip(*seen, strict=True) for batch in each]
-        assert seen == wanted[: len(seen)]
+        expected = [samples for _, samples in whole(first[0].plan, 6)]
+        batches = [batch for each in zip(*batches, strict=True) for batch in each]
+        assert batches == expected[: len(batches)]
         second = world_of(after, **kind)
         for sampler in second:
             sampler.load_state_dict(states[0])
-        rest = [batch for each in zip(*second, strict=True) for batch in each]
-        wanted = wanted[len(seen) :]
+        remaining = [batch for each in zip(*second, strict=True) for batch in each]
+        expected = expected[len(batches) :]
         if uneven == "drop":
-            assert rest == wanted[: len(wanted) // after * after]
+            assert remaining == expected[: len(expected) // after * after]
         else:
-            assert rest[: len(wanted)] == wanted
-            assert len(rest) == -(-len(wanted) // after) * after
+            assert remaining[: len(expected)] == expected
+            assert len(remaining) == -(-len(expected) // after) * after
         # The next epoch is that of a world which has always been so large.
         assert {sampler.epoch for sampler in second} == {7}
         fresh = world_of(after, **kind)[0]
@@ -797,11 +801,11 @@ def test_a_state_of_other_sizes_or_weights_is_refused_by_name(changed, names):
     draw(iter(sampler), 3)
     state = through_json(sampler.state_dict())
     other = PatchBatchSampler(IDS, seed=1, **{**MIXED, **changed})
-    for theirs, ours in ((state, other), (through_json(other.state_dict()), sampler)):
+    for desired, actual in ((state, other), (through_json(other.state_dict()), sampler)):
         with pytest.raises(ValueError, match="must be of the same ids and settings") as refused:
-            ours.load_state_dict(theirs)
-        found = re.findall(r"(\w+) is \S+(?: patch')? there and", str(refused.value))
-        assert found == names
+            actual.load_state_dict(desired)
+        result = re.findall(r"(\w+) is \S+(?: patch')? there and", str(refused.value))
+        assert result == names
 
 
 def test_weights_of_the_same_shares_are_the_same_settings():
@@ -819,8 +823,8 @@ def test_names_are_weighed_by_name():
     names = np.array(["alps", "po", "rhine"])[np.unique(IDS[IDS != 40], return_inverse=True)[1]]
     weights, sizes = {"rhine": 1, "po": 3, "alps": 2}, {"po": 5, "rhine": 10, "alps": 7}
     sampler = PatchBatchSampler(names, sizes, seed=0, weights=weights, epoch_batches=12)
-    found = [(batch.patch_id, len(batch.indices)) for batch in sampler.batches(0)]
-    assert sorted(found) == [("alps", 7)] * 4 + [("po", 5)] * 6 + [("rhine", 10)] * 2
+    result = [(batch.patch_id, len(batch.indices)) for batch in sampler.batches(0)]
+    assert sorted(result) == [("alps", 7)] * 4 + [("po", 5)] * 6 + [("rhine", 10)] * 2
     with pytest.raises(
         ValueError, match="weights must have a number for every patch, got none for po"
     ):
@@ -864,14 +868,14 @@ def test_coverage_is_what_happens_in_steps(data, case, epoch):
 
 
 def check_coverage(data: Any, case: Case, epoch: int) -> None:
-    given = {**case.given}
-    steps, width = given.pop("steps", "free"), given.pop("step_width", 1)
+    arguments = {**case.given}
+    steps, width = arguments.pop("steps", "free"), arguments.pop("step_width", 1)
     ranks = [1, 2, 3, 5, 11, 40] if steps == "free" else [n for n in range(1, 9) if width % n == 0]
     num_replicas = 3 if data is None else data.draw(st.sampled_from(ranks))
     if steps != "free":
-        given |= {"step_width": width}
+        arguments |= {"step_width": width}
     elif data is not None:
-        given["uneven"] = data.draw(st.sampled_from(["pad", "drop"]))
+        arguments["uneven"] = data.draw(st.sampled_from(["pad", "drop"]))
     try:
         world = [
             quiet(
@@ -881,7 +885,7 @@ def check_coverage(data: Any, case: Case, epoch: int) -> None:
                 steps=steps,
                 num_replicas=num_replicas,
                 rank=rank,
-                **given,
+                **arguments,
             )
             for rank in range(num_replicas)
         ]
@@ -891,11 +895,11 @@ def check_coverage(data: Any, case: Case, epoch: int) -> None:
     for sampler in world:
         sampler.set_epoch(epoch)
     handed_out = [batch for sampler in world for batch in sampler]
-    seen = times_seen(handed_out, case.ids.size)
+    times_by_sample = times_seen(handed_out, case.ids.size)
     first_of = case.ids[[batch[0] for batch in handed_out]]
-    found = world[0].coverage(epoch)
-    for row, patch_id in zip(found, np.unique(case.ids).tolist(), strict=True):
-        times = seen[case.ids == patch_id]
+    result = world[0].coverage(epoch)
+    for row, patch_id in zip(result, np.unique(case.ids).tolist(), strict=True):
+        times = times_by_sample[case.ids == patch_id]
         assert row == {
             "patch_id": patch_id,
             "counts": times.size,
@@ -904,7 +908,7 @@ def check_coverage(data: Any, case: Case, epoch: int) -> None:
             "missed": int((times == 0).sum()),
             "batches": int((first_of == patch_id).sum()),
         }
-    assert found.exact == bool((seen == 1).all())
+    assert result.exact == bool((times_by_sample == 1).all())
 
 
 def test_coverage_of_huge_patches_is_quick():
@@ -912,13 +916,13 @@ def test_coverage_of_huge_patches_is_quick():
     sampler = PatchBatchSampler(
         PatchGroups.from_counts([TOP, TOP, 8]), 4, seed=0, weights=[1, 10, 5], epoch_batches=16_000
     )
-    began = process_time()
-    found = sampler.coverage(0)
-    assert process_time() - began < 2
-    assert found.batches.tolist() == [1000, 10_000, 5000]
-    assert found.seen_once.tolist() == [4000, 40_000, 0]
-    assert found.missed.tolist() == [TOP - 4000, TOP - 40_000, 0]
-    assert found.repeated.tolist() == [0, 0, 8]
+    start_time = process_time()
+    result = sampler.coverage(0)
+    assert process_time() - start_time < 2
+    assert result.batches.tolist() == [1000, 10_000, 5000]
+    assert result.seen_once.tolist() == [4000, 40_000, 0]
+    assert result.missed.tolist() == [TOP - 4000, TOP - 40_000, 0]
+    assert result.repeated.tolist() == [0, 0, 8]
 
 
 def test_coverage_looks_at_each_patch_once_however_many_there_are(monkeypatch):
@@ -926,9 +930,9 @@ def test_coverage_looks_at_each_patch_once_however_many_there_are(monkeypatch):
     groups = PatchGroups.from_counts(rng.integers(1, 60, 300))
     shares = {"weights": rng.integers(1, 30, 300), "num_replicas": 7, "rank": 0}
     sampler = PatchBatchSampler(groups, 4, seed=0, **shares)
-    wanted = [sampler.coverage(epoch) for epoch in range(3)]
+    expected = [sampler.coverage(epoch) for epoch in range(3)]
     looked_at: list[int] = []
-    counted = mixture_coverage._times
+    counted = mixture_coverage._times_by_sample
 
     def counting(plan, these, every, rows):
         assert set(rows.group.tolist()) <= set(these.tolist())
@@ -936,9 +940,9 @@ def test_coverage_looks_at_each_patch_once_however_many_there_are(monkeypatch):
         return counted(plan, these, every, rows)
 
     # A few patches at a time, whose rows are cut, too.
-    monkeypatch.setattr(mixture_coverage, "LANES", 50)
-    monkeypatch.setattr(mixture_coverage, "_times", counting)
-    for epoch, whole in enumerate(wanted):
+    monkeypatch.setattr(mixture_coverage, "CHUNK", 50)
+    monkeypatch.setattr(mixture_coverage, "_times_by_sample", counting)
+    for epoch, whole in enumerate(expected):
         assert sampler.coverage(epoch) == whole
     assert len(looked_at) > 100
     assert sum(looked_at) < 3 * 300 * 20

@@ -36,12 +36,12 @@ class Case(NamedTuple):
 
     def located(self) -> list[tuple[int, int]]:
         """(Patch, batch of it) at every slot."""
-        at = self.plan.locate(self.epoch, np.arange(self.plan.num_batches))
-        return [*zip(at.group.tolist(), at.j.tolist(), strict=True)]
+        locations = self.plan.locate(self.epoch, np.arange(self.plan.num_batches))
+        return [*zip(locations.group.tolist(), locations.j.tolist(), strict=True)]
 
     def steps(self) -> list[list[tuple[int, int]]]:
-        found, width = self.located(), self.plan.step_width
-        return [found[first : first + width] for first in range(0, len(found), width)]
+        result, width = self.located(), self.plan.step_width
+        return [result[first : first + width] for first in range(0, len(result), width)]
 
 
 @st.composite
@@ -59,14 +59,14 @@ def cases(draw: st.DrawFn, steps: str) -> Case:
     }
     if steps == "balanced":
         settings["patch_costs"] = [draw(COSTS) for _ in range(groups.num_patches)]
-    wanted = oracle.Settings(**settings)
+    expected = oracle.Settings(**settings)
     try:
         plan = EpochPlan(groups, settings.pop("batch_size"), draw(seeds), **settings)
     except ValueError as error:
         # Checked on their own below.
         assume("must be at most" not in str(error))
         raise
-    return Case(plan, wanted, draw(epochs))
+    return Case(plan, expected, draw(epochs))
 
 
 @given(st.sampled_from(["balanced", "same_patch"]).flatmap(cases))
@@ -83,16 +83,16 @@ def test_a_step_is_of_one_patch_and_its_batches_come_equally_often(case):
     steps, width = case.steps(), case.plan.step_width
     assert {len(step) for step in steps} == {width}
     assert all(len({group for group, _ in step}) == 1 for step in steps)
-    seen = Counter(case.located())
-    for group, own in enumerate(case.own):
-        number = len(own)
+    times_by_batch = Counter(case.located())
+    for group, own_batches in enumerate(case.own):
+        number = len(own_batches)
         whole = number // width if case.oracle.uneven == "drop" else -(-number // width)
         assert sum(step[0][0] == group for step in steps) == whole
         if number == 0:
             continue
         # Once, and the first ones again; where steps are wider than the patch, round and round.
         rounds, more = divmod(whole * width, number)
-        times = [seen[group, j] for j in range(number)]
+        times = [times_by_batch[group, j] for j in range(number)]
         assert times == [rounds + 1] * more + [rounds] * (number - more)
     assert set(case.plan.batches_by_patch % width) == {0}
 
@@ -101,11 +101,11 @@ def test_a_step_is_of_one_patch_and_its_batches_come_equally_often(case):
 def test_the_steps_of_a_patch_hold_its_batches_in_turn(case):
     steps, width = case.steps(), case.plan.step_width
     for group, own in enumerate(case.own):
-        found = [[j for _, j in step] for step in steps if step[0][0] == group]
-        wanted = [[(q * width + p) % len(own) for p in range(width)] for q in range(len(found))]
-        assert sorted(found) == sorted(wanted)
+        result = [[j for _, j in step] for step in steps if step[0][0] == group]
+        expected = [[(q * width + p) % len(own) for p in range(width)] for q in range(len(result))]
+        assert sorted(result) == sorted(expected)
         if not (case.oracle.interleave and case.oracle.shuffle_patches):
-            assert found == wanted
+            assert result == expected
     if not case.oracle.interleave:
         # All steps of a patch are in a row.
         groups = [step[0][0] for step in steps]
@@ -139,7 +139,7 @@ def test_steps_of_one_slot_are_the_free_order(data, seed, epoch):
 @given(cases("balanced"))
 def test_balanced_steps_hold_every_batch_once(case):
     assert sorted(case.located()) == [
-        (group, j) for group, own in enumerate(case.own) for j in range(len(own))
+        (group, j) for group, own_batches in enumerate(case.own) for j in range(len(own_batches))
     ]
     sizes = [len(step) for step in case.steps()]
     # Only the last may be short.
@@ -151,8 +151,8 @@ def costs_of(case: Case) -> dict[tuple[int, int], float]:
     costs = case.oracle.patch_costs
     return {
         (group, j): len(batch) * float(costs[group])
-        for group, own in enumerate(case.own)
-        for j, batch in enumerate(own)
+        for group, own_batches in enumerate(case.own)
+        for j, batch in enumerate(own_batches)
     }
 
 
@@ -183,8 +183,8 @@ def test_a_step_spans_two_neighbouring_classes_unless_one_is_smaller_than_it(cas
     assert [classes[batch] for batch in by_cost] == sorted(classes.values())
     width = case.plan.step_width
     for step in case.steps():
-        there = sorted({classes[batch] for batch in step})
-        between = [sizes[number] for number in sizes if there[0] < number < there[-1]]
+        step_classes = sorted({classes[batch] for batch in step})
+        between = [sizes[number] for number in sizes if step_classes[0] < number < step_classes[-1]]
         # Whole in the step, beside a batch or more of each of its neighbours, or in the short one,
         # whose batches are taken out of the middle and, where it goes round the end, of both ends.
         if len(step) == width:
@@ -235,7 +235,7 @@ def test_a_filled_batch_costs_as_much_as_a_full_one():
     ids = np.repeat([1, 2, 3], 7)
     for partial, classes in (("keep", 2), ("pad", 1), ("drop", 1)):
         plan = PatchBatchSampler(ids, 4, seed=0, steps="balanced", partial=partial).plan
-        assert plan._tables.classes.counts.size == classes
+        assert plan._tables.buckets.counts.size == classes
 
 
 # Ranks
@@ -286,9 +286,9 @@ def test_ranks_have_equally_many_batches_and_begin_every_step_together(
         # Rank by rank they are the slots of one epoch, in order.
         slots = np.arange(len(together) * num_replicas)
         plan = world[0].plan
-        at = plan.locate(7, slots % plan.num_batches)
+        locations = plan.locate(7, slots % plan.num_batches)
         assert [batch.patch_id for each in together for batch in each] == plan.groups.patch_ids[
-            at.group
+            locations.group
         ].tolist()
 
 
@@ -327,15 +327,15 @@ def test_coverage_counts_what_steps_repeat_and_leave_out(steps, uneven, partial)
     # Every rank's samples, counted one by one.
     for width in (2, 4, 8):
         world = ranks_of(2, steps=steps, uneven=uneven, partial=partial, step_width=width)
-        seen = times_seen([batch for s in world for batch in s], IDS.size)
-        found = world[0].coverage(0)
-        assert found == world[1].coverage(0)
-        for patch_id, row in zip(found.patch_ids, found, strict=True):
-            times = seen[patch_id == IDS]
+        times_by_sample = times_seen([batch for s in world for batch in s], IDS.size)
+        result = world[0].coverage(0)
+        assert result == world[1].coverage(0)
+        for patch_id, row in zip(result.patch_ids, result, strict=True):
+            times = times_by_sample[patch_id == IDS]
             assert row["seen_once"] == (times == 1).sum()
             assert row["repeated"] == (times > 1).sum()
             assert row["missed"] == (times == 0).sum()
-        assert found.totals()["batches"] == 2 * len(world[0])
+        assert result.totals()["batches"] == 2 * len(world[0])
 
 
 def test_one_patch_steps_of_no_shuffling_go_through_the_patches_in_order():
@@ -354,14 +354,14 @@ def test_one_patch_steps_of_no_shuffling_go_through_the_patches_in_order():
 # What uneven="drop" leaves out of balanced steps
 
 
-def times_left_out(plan: EpochPlan, num_replicas: int, over: int) -> np.ndarray:
+def times_left_out(plan: EpochPlan, num_replicas: int, num_epochs: int) -> np.ndarray:
     """How often each batch is among the last ones, for which there is none on every rank."""
     before = np.cumsum(plan.batches_by_patch) - plan.batches_by_patch
     handed_out = plan.num_batches // num_replicas * num_replicas
     times = np.zeros(plan.num_batches, np.int64)
-    for number in range(over):
-        at = plan.locate(number, np.arange(handed_out, plan.num_batches))
-        times[before[at.group] + at.j] += 1
+    for number in range(num_epochs):
+        locations = plan.locate(number, np.arange(handed_out, plan.num_batches))
+        times[before[locations.group] + locations.j] += 1
     return times
 
 
@@ -379,11 +379,11 @@ def test_batches_of_a_large_class_are_left_out_equally_often(width, num_replicas
         uneven="drop",
     ).plan
     assert plan.num_batches == 50
-    left = 50 % num_replicas
-    times = times_left_out(plan, num_replicas, over := 1500)
-    chance = left / 50
-    spread = (over * chance * (1 - chance)) ** 0.5
-    assert abs(times - over * chance).max() < 5 * spread
+    num_left_out = 50 % num_replicas
+    times = times_left_out(plan, num_replicas, num_epochs := 1500)
+    chance = num_left_out / 50
+    spread = (num_epochs * chance * (1 - chance)) ** 0.5
+    assert abs(times - num_epochs * chance).max() < 5 * spread
 
 
 def test_batches_of_small_classes_are_left_out_equally_often():
@@ -396,6 +396,6 @@ def test_batches_of_small_classes_are_left_out_equally_often():
         step_width=8,
         patch_costs=2.0 ** np.arange(17),
     )
-    times = times_left_out(plan, 8, over := 2000)
-    assert times.sum() == over
-    assert abs(times - over / 17).max() < 5 * (over / 17 * 16 / 17) ** 0.5
+    times = times_left_out(plan, 8, num_epochs := 2000)
+    assert times.sum() == num_epochs
+    assert abs(times - num_epochs / 17).max() < 5 * (num_epochs / 17 * 16 / 17) ** 0.5

@@ -82,7 +82,7 @@ def test_the_largest_and_smallest_costs_are_fine():
         patch_costs=[top, 2.0**-1022],
     )
     assert huge.plan.locate(0, np.arange(2)).group.tolist() in ([0, 1], [1, 0])
-    assert huge.plan._tables.classes.run_groups.tolist() == [1, 0]
+    assert huge.plan._tables.buckets.run_groups.tolist() == [1, 0]
 
 
 @pytest.mark.parametrize("steps", ["free", "same_patch"])

@@ -94,7 +94,7 @@ def test_classes_with_the_key_of_the_steps_are_caught(monkeypatch):
 
     def of(seed: int) -> Streams:
         streams = own(seed)
-        return streams._replace(classes=streams.batches)
+        return streams._replace(buckets=streams.batches)
 
     monkeypatch.setattr(
         "gpusampler.plan.epoch_plan.Streams", type("Shared", (), {"of": staticmethod(of)})

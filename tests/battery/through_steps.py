@@ -14,8 +14,8 @@ import numpy as np
 
 from gpusampler import EpochPlan, PatchGroups
 from gpusampler.core.devices import HOST
-from gpusampler.plan.evaluators.array import Reference
-from gpusampler.plan.evaluators.base import Shuffles
+from gpusampler.plan.evaluators.array import ArrayEvaluator
+from gpusampler.plan.evaluators.base import EvaluatorSettings
 
 from . import statistics
 from .single import rank
@@ -62,8 +62,10 @@ Orders = Callable[[Epoch, int, np.ndarray], np.ndarray]
 def of_the_package(shape: Epoch, seed: int, epochs: np.ndarray) -> np.ndarray:
     """The orders that the package has, many epochs at once by its array form."""
     plan = shape.plan(seed)
-    shuffles = Shuffles(samples=True, batches=True, interleave=True, pad=False)
-    reference = Reference(plan._tables, HOST, shuffles)
+    settings = EvaluatorSettings(
+        shuffle_samples=True, shuffle_batches=True, interleave=True, pad=False
+    )
+    reference = ArrayEvaluator(plan._tables, HOST, settings)
     before = np.cumsum([0, *shape.sizes[:-1]])
     out = np.empty((epochs.size, shape.total), np.int64)
     slots = np.arange(shape.total)

@@ -14,8 +14,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from support.paths import ROOT
 
+from support.paths import ROOT
 from support.processes import environment
 from support.strategies import epoch_of, quiet, times_seen
 
@@ -38,8 +38,8 @@ from support.lightning_script import (
     Recorder,
     Scheduled,
     Validated,
+    checkpointer,
     checkpoints_of,
-    keeping,
     loader_of,
     sampler_of,
     trainer_of,
@@ -76,9 +76,9 @@ def test_every_epoch_is_the_samplers_own(tmp_path, workers, reload):
     trainer.fit(model, loader_of(sampler, workers))
     assert steps_in(model) == steps_of(sampler, range(3))
     for epoch in range(3):
-        seen = [rows for e, _, rows, _ in model.trained if e == epoch]
-        assert len(seen) == len(sampler) == STEPS
-        assert sorted(chain.from_iterable(seen)) == list(range(IDS.size))
+        epoch_rows = [rows for e, _, rows, _ in model.trained if e == epoch]
+        assert len(epoch_rows) == len(sampler) == STEPS
+        assert sorted(chain.from_iterable(epoch_rows)) == list(range(IDS.size))
 
 
 @pytest.mark.parametrize("partial", ["drop", "pad"])
@@ -180,12 +180,14 @@ def test_the_batch_size_finder_finds_and_the_run_begins_at_its_start(tmp_path, w
 
     model, data = Recorder(), NoValidation(workers)
     trainer = trainer_of(tmp_path, ResumeSampler())
-    found = Tuner(trainer).scale_batch_size(model, datamodule=data, max_trials=3, steps_per_trial=2)
-    assert found == data.batch_size > 2
+    batch_size = Tuner(trainer).scale_batch_size(
+        model, datamodule=data, max_trials=3, steps_per_trial=2
+    )
+    assert batch_size == data.batch_size > 2
     assert {len(rows) for _, _, rows, _ in model.trained} >= {2, 4}
     model.log_of_run.clear()
     trainer.fit(model, datamodule=data)
-    assert steps_in(model) == steps_of(sampler_of(batch_size=found))
+    assert steps_in(model) == steps_of(sampler_of(batch_size=batch_size))
 
 
 @every_workers
@@ -214,19 +216,21 @@ def test_fabric_hands_out_every_epoch_but_counts_from_0():
     loader = fabric.setup_dataloaders(loader_of(sampler))
     for epoch in range(2):
         assert [rows.tolist() for _, rows, _ in loader] == epoch_of(sampler, epoch)
-    seen = [rows.tolist() for (_, rows, _), _ in zip(loader, range(4), strict=False)]
+    first_rows = [rows.tolist() for (_, rows, _), _ in zip(loader, range(4), strict=False)]
     state = sampler.state_dict(step=4)
 
     resumed.load_state_dict(state)
     with pytest.warns(
         UserWarning, match=r"set_epoch\(0\) drops the loaded position: epoch 2, slot 4"
     ):
-        again = [rows.tolist() for _, rows, _ in fabric.setup_dataloaders(loader_of(resumed))]
-    assert again == epoch_of(sampler, 0)
+        resumed_rows = [
+            rows.tolist() for _, rows, _ in fabric.setup_dataloaders(loader_of(resumed))
+        ]
+    assert resumed_rows == epoch_of(sampler, 0)
 
     resumed.load_state_dict(state)
     batches = map(fabric.to_device, loader_of(resumed))
-    assert seen + [rows.tolist() for _, rows, _ in batches] == epoch_of(sampler, 2)
+    assert first_rows + [rows.tolist() for _, rows, _ in batches] == epoch_of(sampler, 2)
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -235,13 +239,13 @@ def test_the_page_trains_goes_on_and_predicts(tmp_path, monkeypatch):
     fit, predict, _ = re.findall(r"^```py\n(.*?)^```", page, re.DOTALL | re.MULTILINE)
     monkeypatch.chdir(tmp_path)
     fit = fit.replace("x, patch = batch\n", "x, patch = batch; steps.append(batch_idx)\n")
-    taken = 0
+    global_step = 0
     for epochs in (3, 4):
         names = {"__name__": "page", "steps": []}
         exec(fit.replace("max_epochs=3", f"max_epochs={epochs}"), names)
-        assert len(names["steps"]) == epochs * 28 - taken
-        taken = torch.load("checkpoints/last.ckpt", weights_only=True)["global_step"]
-        assert taken
+        assert len(names["steps"]) == epochs * 28 - global_step
+        global_step = torch.load("checkpoints/last.ckpt", weights_only=True)["global_step"]
+        assert global_step
     exec(predict, names)
 
 
@@ -259,21 +263,21 @@ def run(*arguments) -> None:
         env=environment(PYTHONFAULTHANDLER="1"),
     )
     try:
-        said, _ = process.communicate(timeout=300)
+        output, _ = process.communicate(timeout=300)
     except subprocess.TimeoutExpired:
         os.killpg(process.pid, signal.SIGABRT)
-        said, _ = process.communicate(timeout=30)
+        output, _ = process.communicate(timeout=30)
     finally:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
         process.wait()
-    assert process.returncode == 0, said
+    assert process.returncode == 0, output
 
 
 @pytest.fixture(scope="module")
 def one_rank(tmp_path_factory):
     folder = tmp_path_factory.mktemp("one")
-    trainer = trainer_of(folder, keeping(folder), ResumeSampler(), num_sanity_val_steps=0)
+    trainer = trainer_of(folder, checkpointer(folder), ResumeSampler(), num_sanity_val_steps=0)
     trainer.fit(Validated(), datamodule=Data())
     return folder
 
@@ -290,34 +294,36 @@ def left_by(folder: Path) -> list:
     return [json.loads((folder / f"rank{rank}.json").read_text()) for rank in range(2)]
 
 
-def shared(whole: list[list[int]], start: int = 0, ranks: int = 2) -> list[list[list[int]]]:
+def shared(batches: list[list[int]], start: int = 0, ranks: int = 2) -> list[list[list[int]]]:
     """The batches of an epoch from a slot on, by step and rank; the last step is filled up."""
-    steps = -(-(len(whole) - start) // ranks)
+    steps = -(-(len(batches) - start) // ranks)
     slots = start + np.arange(steps * ranks).reshape(steps, ranks)
-    return [[whole[slot % len(whole)] for slot in step] for step in slots]
+    return [[batches[slot % len(batches)] for slot in step] for step in slots]
 
 
 def together(logs: list[list[list]]) -> list[tuple]:
     """What ranks wrote down side by side: (kind, epoch, the rows of each)."""
-    found = []
+    entries_by_step = []
     for entries in zip(*logs, strict=True):
         ((kind, epoch),) = {tuple(entry[:2]) for entry in entries}
         if kind != "epoch":
-            found.append((kind, epoch, [entry[3 if kind == "train" else 2] for entry in entries]))
-    return found
+            entries_by_step.append(
+                (kind, epoch, [entry[3 if kind == "train" else 2] for entry in entries])
+            )
+    return entries_by_step
 
 
 def expected_from(start: int, ranks: int) -> list[tuple]:
     """What `together` is when training goes on at a slot of epoch 0, to the end of epoch 1."""
-    whole = sampler_of(num_replicas=1, rank=0)
-    found = []
+    sampler = sampler_of(num_replicas=1, rank=0)
+    entries = []
     for epoch, slot in ((0, start), (1, 0)):
-        trained = shared(epoch_of(whole, epoch), slot, ranks)
+        trained = shared(epoch_of(sampler, epoch), slot, ranks)
         # An epoch that had ended before is not validated again.
-        validated = shared(epoch_of(whole, epoch), 0, ranks) if trained else []
-        found += [("train", epoch, step) for step in trained]
-        found += [("validate", epoch, step) for step in validated]
-    return found
+        validated = shared(epoch_of(sampler, epoch), 0, ranks) if trained else []
+        entries += [("train", epoch, step) for step in trained]
+        entries += [("validate", epoch, step) for step in validated]
+    return entries
 
 
 @on_two_ranks
@@ -331,11 +337,11 @@ def test_two_ranks_share_every_epoch(two_ranks):
 
 @on_two_ranks
 def test_two_ranks_resume_as_if_never_stopped(two_ranks):
-    for whole, resumed in zip(
+    for uninterrupted, resumed in zip(
         left_by(two_ranks / "whole"), left_by(two_ranks / "middle"), strict=True
     ):
         # The first entry says that epoch 0 begins. Losses are compared too.
-        assert resumed == whole[1 + 3 :]
+        assert resumed == uninterrupted[1 + 3 :]
 
 
 @pytest.mark.parametrize("steps", FROM_ONE_RANK)

@@ -28,8 +28,8 @@ from support.lightning_script import (
     Recording,
     Scheduled,
     Validated,
+    checkpointer,
     checkpoints_of,
-    keeping,
     loader_of,
     sampler_of,
     trainer_of,
@@ -61,7 +61,7 @@ def fitted(
 ) -> Recorder:
     """The module after a run with a sampler, a loader and a trainer of its own."""
     module = model(explode_at)
-    callbacks = (*callbacks, keeping(folder, **dict(keep)), *[ResumeSampler()] * resume)
+    callbacks = (*callbacks, checkpointer(folder, **dict(keep)), *[ResumeSampler()] * resume)
     trainer = trainer_of(folder, *callbacks, num_sanity_val_steps=0, **settings)
     if hooks:
         trainer.fit(module, datamodule=Data(workers), ckpt_path=checkpoint)
@@ -80,23 +80,23 @@ def uninterrupted(tmp_path_factory):
     @cache
     def made(**settings):
         folder = tmp_path_factory.mktemp("whole")
-        whole = fitted(folder, **settings)
+        recorder = fitted(folder, **settings)
         batches = settings.get("limit_train_batches", STEPS)
         accumulate = settings.get("accumulate_grad_batches", 1)
-        found = {}
-        for taken, path in checkpoints_of(folder).items():
-            epochs, steps = divmod(taken, -(-batches // accumulate))
-            found[epochs * batches + min(steps * accumulate, batches)] = path
-        return whole, found
+        checkpoints = {}
+        for step, path in checkpoints_of(folder).items():
+            epochs, steps = divmod(step, -(-batches // accumulate))
+            checkpoints[epochs * batches + min(steps * accumulate, batches)] = path
+        return recorder, checkpoints
 
     return made
 
 
-def assert_goes_on(resumed: Recorder, whole: Recorder, done: int) -> None:
+def assert_goes_on(resumed: Recorder, uninterrupted: Recorder, steps_done: int) -> None:
     """The same batches by the same numbers, the same losses; epochs and validation between them."""
-    assert resumed.trained == whole.trained[done:]
+    assert resumed.trained == uninterrupted.trained[steps_done:]
     entries = resumed.log_of_run
-    assert entries == whole.log_of_run[len(whole.log_of_run) - len(entries) :]
+    assert entries == uninterrupted.log_of_run[len(uninterrupted.log_of_run) - len(entries) :]
 
 
 # The middle, the last but one and the end of an epoch, and of one that begins after it.
@@ -107,9 +107,9 @@ def assert_goes_on(resumed: Recorder, whole: Recorder, done: int) -> None:
 @pytest.mark.parametrize("workers", [0, 2])
 def test_going_on_equals_never_having_stopped(tmp_path, uninterrupted, workers, accumulate, done):
     settings = {"workers": workers, "accumulate_grad_batches": accumulate}
-    whole, checkpoints = uninterrupted(**settings)
-    assert len(whole.trained) == EPOCHS * STEPS
-    assert_goes_on(fitted(tmp_path, checkpoints[done], **settings), whole, done)
+    reference, checkpoints = uninterrupted(**settings)
+    assert len(reference.trained) == EPOCHS * STEPS
+    assert_goes_on(fitted(tmp_path, checkpoints[done], **settings), reference, done)
 
 
 WAYS = {
@@ -157,31 +157,31 @@ WAYS = {
 def test_going_on_whatever_saved_and_whatever_is_set(tmp_path, uninterrupted, way, workers):
     settings, stops = WAYS[way]
     settings = {"workers": workers, **settings}
-    whole, checkpoints = uninterrupted(**settings)
+    reference, checkpoints = uninterrupted(**settings)
     for done in stops:
         resumed = fitted(tmp_path / str(done), checkpoints[done], **settings)
-        assert_goes_on(resumed, whole, done)
+        assert_goes_on(resumed, reference, done)
 
 
 @every_workers
 @pytest.mark.parametrize("stops", [[3, 5, 12], [5, 13, 20], [12, 13, 14], [13, 26, 27, 30]])
 def test_going_on_again_and_again(tmp_path, uninterrupted, workers, stops):
     settings = {"workers": workers, "max_epochs": 3}
-    whole, _ = uninterrupted(**settings)
+    reference, _ = uninterrupted(**settings)
     trained, checkpoint = [], None
     for number, stop in enumerate([*stops, -1]):
         folder = tmp_path / str(number)
         run = fitted(folder, checkpoint, max_steps=stop, **settings)
         trained += run.trained
         checkpoint = checkpoints_of(folder).get(stop)
-    assert trained == whole.trained
+    assert trained == reference.trained
 
 
 @pytest.mark.filterwarnings("ignore:`?.fit.ckpt_path=")
 @every_workers
 @pytest.mark.parametrize("at", [5, 13, 14])
 def test_going_on_after_an_error(tmp_path, uninterrupted, workers, at):
-    whole, _ = uninterrupted(workers=workers)
+    reference, _ = uninterrupted(workers=workers)
     crashed = tmp_path / "crashed.ckpt"
     model = Recorder(explode_at=at)
     trainer = trainer_of(
@@ -192,7 +192,7 @@ def test_going_on_after_an_error(tmp_path, uninterrupted, workers, at):
     )
     with pytest.raises(RuntimeError, match="exploded"):
         trainer.fit(model, loader_of(sampler_of(), workers))
-    assert_goes_on(fitted(tmp_path, crashed, workers=workers), whole, at)
+    assert_goes_on(fitted(tmp_path, crashed, workers=workers), reference, at)
 
 
 class AtTheStart(lightning.Callback):
@@ -210,15 +210,15 @@ class AtTheStart(lightning.Callback):
 @pytest.mark.parametrize("settings", [{}, {"limit_train_batches": 5}, {"model": Validated}])
 def test_going_on_from_the_start_of_an_epoch(tmp_path, uninterrupted, settings, first, workers):
     settings = {"workers": workers, **settings}
-    whole, _ = uninterrupted(**settings)
+    reference, _ = uninterrupted(**settings)
     saving = AtTheStart(tmp_path)
     # It may save before the callback has noted the epoch, or after.
     order = (saving, ResumeSampler()) if first else (ResumeSampler(), saving)
     fitted(tmp_path / "whole", None, *order, resume=False, **settings)
     for epoch in range(EPOCHS):
-        done = epoch * settings.get("limit_train_batches", STEPS)
+        steps_done = epoch * settings.get("limit_train_batches", STEPS)
         checkpoint = tmp_path / f"start-{epoch}.ckpt"
-        assert_goes_on(fitted(tmp_path / str(epoch), checkpoint, **settings), whole, done)
+        assert_goes_on(fitted(tmp_path / str(epoch), checkpoint, **settings), reference, steps_done)
 
 
 def test_a_new_run_of_the_same_trainer_does_not_go_on(tmp_path, uninterrupted):
@@ -234,11 +234,11 @@ def test_a_new_run_of_the_same_trainer_does_not_go_on(tmp_path, uninterrupted):
 
 def test_what_is_saved_is_the_samplers_state(uninterrupted):
     _, checkpoints = uninterrupted(workers=2, accumulate_grad_batches=1)
-    for done, path in checkpoints.items():
+    for steps_done, path in checkpoints.items():
         saved = torch.load(path, weights_only=True)["callbacks"]["ResumeSampler"]["sampler"]
         sampler = sampler_of()
-        sampler.set_epoch((done - 1) // STEPS)
-        assert through_json(saved) == saved == sampler.state_dict(step=(done - 1) % STEPS + 1)
+        sampler.set_epoch((steps_done - 1) // STEPS)
+        assert through_json(saved) == saved == sampler.state_dict(step=(steps_done - 1) % STEPS + 1)
 
 
 def test_other_ids_are_refused(tmp_path, uninterrupted):
@@ -287,10 +287,10 @@ def test_the_package_by_its_other_name_goes_on_too(tmp_path):
         trainer.fit(module, loader_of(sampler_of(), 2), ckpt_path=checkpoint)
         return module.trained
 
-    whole = trained(tmp_path / "whole")
-    for done, checkpoint in checkpoints_of(tmp_path / "whole").items():
-        if done in (1, 6, 13, 14):
-            assert trained(tmp_path / str(done), checkpoint) == whole[done:]
+    uninterrupted = trained(tmp_path / "whole")
+    for steps_done, checkpoint in checkpoints_of(tmp_path / "whole").items():
+        if steps_done in (1, 6, 13, 14):
+            assert trained(tmp_path / str(steps_done), checkpoint) == uninterrupted[steps_done:]
 
 
 # What Lightning does by itself, so that the page can say what the callback is for. Where one of

@@ -39,27 +39,29 @@ def plan_of(partial: str, settings: dict[str, Any]) -> EpochPlan:
     return EpochPlan(groups, budget, 5, partial=partial, **settings)
 
 
-def wanted(plan: EpochPlan, settings: dict[str, Any]) -> list[tuple[int, list[int]]]:
+def expected_batches(plan: EpochPlan, settings: dict[str, Any]) -> list[tuple[int, list[int]]]:
     """An epoch as the oracle has it, of the plan's own classes: each is a patch to it."""
-    cut = plan._cut
-    assert cut.parents is not None
+    cut = plan._units
+    assert cut.patch_of_bin is not None
     assert cut.groups.num_patches > plan.groups.num_patches
     order, ends = np.asarray(cut.groups.order), np.cumsum(cut.groups.counts)
     part = np.empty(IDS.size, np.int64)
     part[order] = np.repeat(np.arange(ends.size), cut.groups.counts)
-    known = {k: settings[k] for k in ("interleave", "steps", "step_width") if k in settings}
-    shares = plan.tables.shares
+    steps_settings = {
+        k: settings[k] for k in ("interleave", "steps", "step_width") if k in settings
+    }
+    shares = plan.tables.slot_shares
     mixed = {} if shares is None else {"weights": shares.tolist(), "epoch_batches": shares.sum()}
-    said = oracle.Settings(
+    oracle_settings = oracle.Settings(
         cut.sizes.tolist(),
         partial=plan.partial,
         patch_costs=cut.costs.tolist(),
-        parents=cut.parents.tolist(),
-        **known,
+        patch_of_bin=cut.patch_of_bin.tolist(),
+        **steps_settings,
         **mixed,
     )
-    epoch = oracle.epoch(part.tolist(), plan.seed, EPOCH, said)
-    return [(PATCH_IDS[cut.parents[number]], samples) for number, samples in epoch]
+    epoch = oracle.epoch(part.tolist(), plan.seed, EPOCH, oracle_settings)
+    return [(PATCH_IDS[cut.patch_of_bin[number]], samples) for number, samples in epoch]
 
 
 @pytest.mark.parametrize("partial", ["keep", "drop", "pad"])
@@ -68,22 +70,22 @@ def wanted(plan: EpochPlan, settings: dict[str, Any]) -> list[tuple[int, list[in
 )
 def test_every_slot_is_what_the_oracle_says(settings, partial):
     plan = plan_of(partial, settings)
-    batches = wanted(plan, settings)
+    batches = expected_batches(plan, settings)
     slots = np.arange(plan.num_batches)
     blocks = [plan.evaluate(EPOCH, slots)]
-    there = plan.on("cpu")
+    plan_on_cpu = plan.on("cpu")
     blocks += [
-        there.evaluate(EPOCH, slots),
-        there.evaluate_reference(EPOCH, torch.from_numpy(slots)),
+        plan_on_cpu.evaluate(EPOCH, slots),
+        plan_on_cpu.evaluate_reference(EPOCH, torch.from_numpy(slots)),
     ]
     for block in blocks:
         assert [PATCH_IDS[group] for group in block.groups.tolist()] == [p for p, _ in batches]
         rows = [row[: len(b)] for row, (_, b) in zip(block.indices.tolist(), batches, strict=True)]
         assert rows == [samples for _, samples in batches]
     for slot in (0, plan.num_batches - 1):
-        one = there.batch_of_tensors(torch.tensor(EPOCH), torch.tensor(slot))
-        assert PATCH_IDS[int(one.groups)] == batches[slot][0]
-        assert one.indices.tolist() == blocks[0].indices[slot].tolist()
+        batch = plan_on_cpu.batch_of_tensors(torch.tensor(EPOCH), torch.tensor(slot))
+        assert PATCH_IDS[int(batch.groups)] == batches[slot][0]
+        assert batch.indices.tolist() == blocks[0].indices[slot].tolist()
     for patch_id, samples in batches:
         assert set(IDS[samples]) == {patch_id}
         assert len(samples) * COSTS[samples].max() <= 40
@@ -107,23 +109,25 @@ def test_weights_are_of_patches_however_they_are_cut(total):
     plan = plan_of("keep", {"weights": weights, "epoch_batches": total})
     shares = np.array(list(weights.values())) / sum(weights.values()) * total
     # A patch has a slot for each of its classes; the others share what is left.
-    classes = np.bincount(plan._cut.parents)
-    least = classes > shares
-    found = plan.batches_by_patch
-    assert found.sum() == total
-    assert found[least].tolist() == classes[least].tolist()
-    rest = shares[~least] / shares[~least].sum() * (total - classes[least].sum())
-    assert (np.abs(found[~least] - rest) < 1).all()
+    num_bins = np.bincount(plan._units.patch_of_bin)
+    at_minimum = num_bins > shares
+    result = plan.batches_by_patch
+    assert result.sum() == total
+    assert result[at_minimum].tolist() == num_bins[at_minimum].tolist()
+    exact = shares[~at_minimum] / shares[~at_minimum].sum() * (total - num_bins[at_minimum].sum())
+    assert (np.abs(result[~at_minimum] - exact) < 1).all()
     # Inside a patch, by the batches that each class has.
-    for patch, slots in enumerate(found):
-        mine = plan._cut.parents == patch
-        own = plan.tables.own[mine]
-        assert plan.tables.shares[mine].tolist() == oracle.apportion(own.tolist(), int(slots))
+    for patch, slots in enumerate(result):
+        in_patch = plan._units.patch_of_bin == patch
+        own_batches = plan.tables.batches_per_pass[in_patch]
+        assert plan.tables.slot_shares[in_patch].tolist() == oracle.apportion(
+            own_batches.tolist(), int(slots)
+        )
 
 
 def test_an_epoch_has_a_batch_for_every_class():
-    number = plan_of("keep", {})._cut.groups.num_patches
-    assert plan_of("keep", {"epoch_batches": number}).tables.shares.tolist() == [1] * number
+    number = plan_of("keep", {})._units.groups.num_patches
+    assert plan_of("keep", {"epoch_batches": number}).tables.slot_shares.tolist() == [1] * number
     with pytest.raises(ValueError, match=f"epoch_batches .* classes of cost .*{number}, got"):
         plan_of("keep", {"epoch_batches": number - 1})
 
@@ -152,9 +156,9 @@ def test_a_state_knows_which_samples_are_in_which_class():
     costs = np.repeat([10.0, 40.0], 40)
     budget = CostBudget(80, sample_costs=costs)
     sampler = PatchBatchSampler([1] * 80, budget, seed=0)
-    assert sampler.plan._cut.parents is not None
+    assert sampler.plan._units.patch_of_bin is not None
     other = PatchBatchSampler([1] * 80, CostBudget(80, sample_costs=costs[::-1]), seed=0)
-    assert other.plan._cut.sizes.tolist() == sampler.plan._cut.sizes.tolist()
+    assert other.plan._units.sizes.tolist() == sampler.plan._units.sizes.tolist()
     with pytest.raises(ValueError, match="batch_sizes is"):
         other.load_state_dict(sampler.state_dict())
     PatchBatchSampler([1] * 80, budget, seed=0).load_state_dict(sampler.state_dict())

@@ -47,12 +47,12 @@ def test_coverage_is_what_happens(partial, uneven, data, seed, epoch):
     for sampler in ranks:
         sampler.set_epoch(epoch)
     handed_out = [batch for sampler in ranks for batch in sampler]
-    seen = times_seen(handed_out, ids.size)
+    times_by_sample = times_seen(handed_out, ids.size)
     first_of = np.array([ids[batch[0]] for batch in handed_out])
-    found = ranks[-1].coverage(epoch)
-    assert len(found) == len(expected_by_patch(ids))
-    for row, (patch_id, samples) in zip(found, expected_by_patch(ids).items(), strict=True):
-        times = seen[samples]
+    result = ranks[-1].coverage(epoch)
+    assert len(result) == len(expected_by_patch(ids))
+    for row, (patch_id, samples) in zip(result, expected_by_patch(ids).items(), strict=True):
+        times = times_by_sample[samples]
         assert row == {
             "patch_id": patch_id,
             "counts": len(samples),
@@ -61,12 +61,12 @@ def test_coverage_is_what_happens(partial, uneven, data, seed, epoch):
             "missed": int((times == 0).sum()),
             "batches": int((first_of == patch_id).sum()),
         }
-    assert found.exact == bool((seen == 1).all())
-    assert found.totals() == {
+    assert result.exact == bool((times_by_sample == 1).all())
+    assert result.totals() == {
         "counts": ids.size,
-        "seen_once": int((seen == 1).sum()),
-        "repeated": int((seen > 1).sum()),
-        "missed": int((seen == 0).sum()),
+        "seen_once": int((times_by_sample == 1).sum()),
+        "repeated": int((times_by_sample > 1).sum()),
+        "missed": int((times_by_sample == 0).sum()),
         "batches": len(handed_out),
     }
 

@@ -33,11 +33,11 @@ def whole_epoch(library, plan, epoch, reference=False):
         block = plan.evaluate_reference(epoch, library.array(slots))
     else:
         block = plan.evaluate(epoch, slots)
-    parts = [library.host(part) for part in block]
-    assert all(part.dtype == np.int64 for part in parts)
-    assert parts[0].shape == (plan.num_batches, plan.max_batch_size)
-    assert parts[1].shape == parts[2].shape == (plan.num_batches,)
-    return parts
+    blocks = [library.host(part) for part in block]
+    assert all(part.dtype == np.int64 for part in blocks)
+    assert blocks[0].shape == (plan.num_batches, plan.max_batch_size)
+    assert blocks[1].shape == blocks[2].shape == (plan.num_batches,)
+    return blocks
 
 
 def counted(indices, lengths) -> list[list[int]]:
@@ -67,10 +67,11 @@ def test_a_batch_holds_one_patch_and_an_epoch_every_sample(library, reference, d
         short = [count % size] if count % size and partial != "drop" else []
         of_group = sorted(lengths[groups == group].tolist())
         assert of_group == sorted([size] * (count // size) + short)
-    seen = times_seen(counted(indices, lengths), ids.size)
-    assert seen.max() == 1
+    times_by_sample = times_seen(counted(indices, lengths), ids.size)
+    assert times_by_sample.max() == 1
     kept = np.minimum(sizes, batches_of * size)
-    np.testing.assert_array_equal(np.bincount(np.unique(ids, return_inverse=True)[1], seen), kept)
+    group_of_sample = np.unique(ids, return_inverse=True)[1]
+    np.testing.assert_array_equal(np.bincount(group_of_sample, times_by_sample), kept)
     if partial == "pad":
         # What fills a batch up is spread evenly over its patch.
         everything = times_seen(indices, ids.size)
@@ -84,25 +85,25 @@ def test_a_batch_holds_one_patch_and_an_epoch_every_sample(library, reference, d
 def test_any_slots_are_those_of_the_whole_epoch(library, data, seed, epoch):
     ids = data.draw(patchy_ids())
     plan = plan_of(library, ids, seed, **data.draw(plan_settings(ids, steps_of=1)))
-    whole = whole_epoch(library, plan, epoch)
-    slots = data.draw(st.lists(st.integers(0, plan.num_batches - 1), max_size=30))
-    at = np.array(slots, np.int64)
-    for form in (slots, at, at.astype(np.int32), library.array(at)):
-        for part, all_of_it in zip(plan.evaluate(epoch, form), whole, strict=True):
-            np.testing.assert_array_equal(library.host(part), all_of_it[at])
-    reference = plan.evaluate_reference(epoch, library.array(at))
-    for part, all_of_it in zip(reference, whole, strict=True):
-        np.testing.assert_array_equal(library.host(part), all_of_it[at])
-    if slots:
-        ragged = plan.evaluate_ragged(epoch, at)
+    epoch_blocks = whole_epoch(library, plan, epoch)
+    slot_list = data.draw(st.lists(st.integers(0, plan.num_batches - 1), max_size=30))
+    slots = np.array(slot_list, np.int64)
+    for form in (slot_list, slots, slots.astype(np.int32), library.array(slots)):
+        for part, all_of_it in zip(plan.evaluate(epoch, form), epoch_blocks, strict=True):
+            np.testing.assert_array_equal(library.host(part), all_of_it[slots])
+    reference = plan.evaluate_reference(epoch, library.array(slots))
+    for part, all_of_it in zip(reference, epoch_blocks, strict=True):
+        np.testing.assert_array_equal(library.host(part), all_of_it[slots])
+    if slot_list:
+        ragged = plan.evaluate_ragged(epoch, slots)
         samples = np.asarray(ragged.samples.tolist())
-        for k, slot in enumerate(slots):
-            handed_out = plan.batch_size if plan.partial == "pad" else whole[1][slot]
+        for k, slot in enumerate(slot_list):
+            handed_out = plan.batch_size if plan.partial == "pad" else epoch_blocks[1][slot]
             assert ragged.sizes[k] == handed_out
             run = samples[ragged.starts[k] : ragged.starts[k] + ragged.sizes[k]]
-            np.testing.assert_array_equal(run, whole[0][slot, :handed_out])
-        np.testing.assert_array_equal(ragged.lengths, whole[1][at])
-        np.testing.assert_array_equal(ragged.groups, whole[2][at])
+            np.testing.assert_array_equal(run, epoch_blocks[0][slot, :handed_out])
+        np.testing.assert_array_equal(ragged.lengths, epoch_blocks[1][slots])
+        np.testing.assert_array_equal(ragged.groups, epoch_blocks[2][slots])
 
 
 @given(data=st.data(), seed=seeds, epoch=epochs)
@@ -115,23 +116,23 @@ def test_libraries_agree_integer_for_integer(library, data, seed, epoch):
     moved = EpochPlan(PatchGroups.from_ids(ids), seed=seed, device=library.device, **settings)
     for plan in (same, moved, pickle.loads(pickle.dumps(same)), same.with_seed(seed)):
         for reference in (False, True):
-            found = whole_epoch(library, plan, epoch, reference)
-            for part, wanted in zip(found, expected, strict=True):
-                np.testing.assert_array_equal(part, wanted)
+            result = whole_epoch(library, plan, epoch, reference)
+            for part, expected_part in zip(result, expected, strict=True):
+                np.testing.assert_array_equal(part, expected_part)
 
 
 @given(data=st.data(), seed=seeds, epoch=epochs)
 def test_the_order_of_batches_never_changes_what_is_in_them(data, seed, epoch):
     ids = data.draw(patchy_ids())
     settings = data.draw(plan_settings(ids))
-    found = []
+    result = []
     for shuffle_patches in (False, True):
         for interleave in (False, True):
             settings.update(shuffle_patches=shuffle_patches, interleave=interleave)
             plan = EpochPlan(PatchGroups.from_ids(ids), seed=seed, **settings)
             block = plan.evaluate(epoch, range(plan.num_batches))
-            found.append(Counter(map(tuple, block.indices.tolist())))
-    assert found[0] == found[1] == found[2] == found[3]
+            result.append(Counter(map(tuple, block.indices.tolist())))
+    assert result[0] == result[1] == result[2] == result[3]
 
 
 SIZES = [50, 33, 32, 40, 20, 60]
@@ -239,8 +240,8 @@ def test_patches_without_a_batch_are_never_met(library, interleave):
     plan = EpochPlan(groups, 5, 1, partial="drop", interleave=interleave, device=library.device)
     for reference in (False, True):
         for epoch in range(10):
-            _, lengths, found = whole_epoch(library, plan, epoch, reference)
-            assert np.bincount(found, minlength=7).tolist() == [0, 1, 0, 0, 1, 8, 0]
+            _, lengths, result = whole_epoch(library, plan, epoch, reference)
+            assert np.bincount(result, minlength=7).tolist() == [0, 1, 0, 0, 1, 8, 0]
             assert (lengths == 5).all()
 
 
@@ -260,15 +261,15 @@ def test_batches_wider_than_a_tile(library, partial):
     groups = PatchGroups.from_counts(sizes)
     assert TILE < 50_000
     plan = EpochPlan(groups, 50_000, 8, partial=partial, device=library.device)
-    indices, lengths, found = whole_epoch(library, plan, 2)
+    indices, lengths, result = whole_epoch(library, plan, 2)
     for part, reference in zip(
-        (indices, lengths, found), whole_epoch(library, plan, 2, reference=True), strict=True
+        (indices, lengths, result), whole_epoch(library, plan, 2, reference=True), strict=True
     ):
         np.testing.assert_array_equal(part, reference)
     valid = np.concatenate([row[:n] for row, n in zip(indices, lengths, strict=True)])
     assert np.unique(valid).size == valid.size
     assert valid.size == (150_000 if partial == "drop" else groups.num_samples)
-    assert (np.searchsorted(groups.offsets, indices, side="right") - 1 == found[:, None]).all()
+    assert (np.searchsorted(groups.offsets, indices, side="right") - 1 == result[:, None]).all()
 
 
 def test_batches_wider_than_a_tile_in_shuffled_ids(library):
@@ -276,8 +277,8 @@ def test_batches_wider_than_a_tile_in_shuffled_ids(library):
     plan = plan_of(library, ids, 8, batch_size=80_000, partial="pad")
     indices, _, groups = whole_epoch(library, plan, 0)
     assert (ids[indices] == np.array([1, 2, 3])[groups][:, None]).all()
-    found = [np.unique(indices[groups == group]).size for group in range(3)]
-    assert found == [30, 2000, 90_000]
+    result = [np.unique(indices[groups == group]).size for group in range(3)]
+    assert result == [30, 2000, 90_000]
 
 
 def test_the_argument_checks():
@@ -337,10 +338,10 @@ def test_bad_epochs_and_slots(library, epoch, slots, error, match):
 def test_epochs_and_seeds_up_to_their_ends(library):
     plan = EpochPlan(PatchGroups.from_counts(SIZES), 4, 2**64 - 1, device=library.device)
     last = whole_epoch(library, plan, 2**63 - 1)
-    for part, wanted in zip(
+    for part, expected in zip(
         whole_epoch(library, plan, 2**63 - 1, reference=True), last, strict=True
     ):
-        np.testing.assert_array_equal(part, wanted)
+        np.testing.assert_array_equal(part, expected)
     assert not np.array_equal(last[0], whole_epoch(library, plan, 2**31 - 1)[0])
     assert not np.array_equal(
         last[0], whole_epoch(library, plan.with_seed(2**32 - 1), 2**63 - 1)[0]

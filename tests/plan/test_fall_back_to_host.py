@@ -10,18 +10,18 @@ import pytest
 from gpusampler import EpochPlan, PatchBatchSampler, PatchGroups, PatchTensorLoader
 from gpusampler.batching.tables import PatchTables
 from gpusampler.core.devices import HOST, Device
-from gpusampler.core.transfer import ToHost
-from gpusampler.plan.evaluators.select import Evaluator
+from gpusampler.core.transfer import HostTransfer
+from gpusampler.plan.evaluators.select import DeviceEvaluator
 from gpusampler.sampler import batches as batches_module
-from gpusampler.sampler.batches import Blocks, BlocksToHost
-from support.fake_streams import LateSide
+from gpusampler.sampler.batches import BlockReader, HostBlockReader
+from support.fake_streams import LateSideStream
 
 torch = pytest.importorskip("torch")
 
 IDS = np.random.default_rng(3).integers(0, 30, 20_000)
 SIZE = 16
 THERE = Device("torch", "cpu")
-pytestmark = pytest.mark.usefixtures("elsewhere", "many_blocks")
+pytestmark = pytest.mark.usefixtures("cpu_as_device", "many_blocks")
 FULL = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 MiB")
 DRIVER = RuntimeError("Triton Error [CUDA]: out of memory")
 
@@ -29,9 +29,9 @@ DRIVER = RuntimeError("Triton Error [CUDA]: out of memory")
 @pytest.fixture
 def many_blocks(monkeypatch):
     """An epoch is evaluated in several blocks, in whose midst something may happen."""
-    monkeypatch.setattr(batches_module, "FIRST_SLOTS", 8)
-    monkeypatch.setattr(batches_module, "FIRST_LANES", 512)
-    monkeypatch.setattr(batches_module, "GROWTH", 1)
+    monkeypatch.setattr(batches_module, "FIRST_LOCATED_SLOTS", 8)
+    monkeypatch.setattr(batches_module, "FIRST_BLOCK_SAMPLES", 512)
+    monkeypatch.setattr(batches_module, "MAX_BLOCK_GROWTH", 1)
 
 
 def make(device: str = "cpu", **settings):
@@ -51,11 +51,11 @@ def fails_from(monkeypatch, owner, name: str, call: int, error: Exception) -> li
     original = getattr(owner, name)
     calls: list[int] = []
 
-    def method(self, *given, **named):
+    def method(self, *arguments, **named):
         calls.append(len(calls))
         if len(calls) > call:
             raise error
-        return original(self, *given, **named)
+        return original(self, *arguments, **named)
 
     monkeypatch.setattr(owner, name, method)
     return calls
@@ -63,8 +63,8 @@ def fails_from(monkeypatch, owner, name: str, call: int, error: Exception) -> li
 
 PLACES = {
     "upload of the tables": (PatchTables, "on", 0),
-    "first block": (Evaluator, "ragged", 0),
-    "third block": (Evaluator, "ragged", 2),
+    "first block": (DeviceEvaluator, "ragged", 0),
+    "third block": (DeviceEvaluator, "ragged", 2),
 }
 
 
@@ -80,7 +80,7 @@ def test_the_epoch_goes_on_with_the_same_batches(monkeypatch, place, output, err
     assert warned[0].filename == __file__
     assert "the same ones" in str(warned[0].message)
     assert sampler.plan.works_on_host
-    assert sampler.plan._on_device is None
+    assert sampler.plan._device_evaluator is None
     # It is not tried again, and not warned of again.
     tried = len(calls)
     assert plain(sampler) == OTHER
@@ -89,38 +89,38 @@ def test_the_epoch_goes_on_with_the_same_batches(monkeypatch, place, output, err
 
 @pytest.mark.parametrize("place", PLACES)
 def test_batches_stay_on_the_device(monkeypatch, place):
-    wanted = [(b.patch_id, b.indices.tolist(), b.valid) for b in make("numpy").batches()]
+    expected = [(b.patch_id, b.indices.tolist(), b.valid) for b in make("numpy").batches()]
     fails_from(monkeypatch, *PLACES[place], FULL)
     with pytest.warns(UserWarning, match="has run out") as warned:
-        found = list(make().batches())
+        result = list(make().batches())
     assert len(warned) == 1
-    assert all(isinstance(batch.indices, torch.Tensor) for batch in found)
-    assert [(b.patch_id, b.indices.tolist(), b.valid) for b in found] == wanted
+    assert all(isinstance(batch.indices, torch.Tensor) for batch in result)
+    assert [(b.patch_id, b.indices.tolist(), b.valid) for b in result] == expected
 
 
 @pytest.mark.parametrize("fails_at", [0, 1, 2, 3])
 @pytest.mark.parametrize("what", ["evaluation", "pinned memory"])
 @pytest.mark.parametrize("output", ["list", "numpy"])
 def test_blocks_that_are_on_their_way_arrive(monkeypatch, fails_at, what, output):
-    side = LateSide()
-    monkeypatch.setattr("gpusampler.sampler.batches.side_of", lambda device: side)
+    side = LateSideStream()
+    monkeypatch.setattr("gpusampler.sampler.batches.side_stream", lambda device: side)
     if what == "evaluation":
-        fails_from(monkeypatch, Evaluator, "ragged", fails_at, FULL)
+        fails_from(monkeypatch, DeviceEvaluator, "ragged", fails_at, FULL)
     else:
         error = RuntimeError("CUDA error: out of memory")
-        fails_from(monkeypatch, LateSide, "pinned", fails_at, error)
+        fails_from(monkeypatch, LateSideStream, "allocate_pinned", fails_at, error)
     sampler = make(output=output)
     iterator = iter(sampler)
     with pytest.warns(UserWarning, match="has run out") as warned:
-        found = plain(iterator)
-    assert isinstance(iterator._reader._blocks, BlocksToHost)
-    assert found == WANTED
+        result = plain(iterator)
+    assert isinstance(iterator._reader._block_reader, HostBlockReader)
+    assert result == WANTED
     assert len(warned) == 1
     side.check()
 
 
 def test_a_state_in_the_middle_of_it_is_exact(monkeypatch):
-    fails_from(monkeypatch, Evaluator, "ragged", 2, FULL)
+    fails_from(monkeypatch, DeviceEvaluator, "ragged", 2, FULL)
     sampler = make()
     iterator = iter(sampler)
     with pytest.warns(UserWarning, match="has run out"):
@@ -133,31 +133,31 @@ def test_a_state_in_the_middle_of_it_is_exact(monkeypatch):
 @pytest.mark.parametrize("fails_at", [0, 1, 3])
 def test_a_tensor_loader_goes_on(monkeypatch, fails_at):
     x = torch.arange(IDS.size)
-    wanted = [b["x"].tolist() for b in PatchTensorLoader(make("numpy"), device="cpu", x=x)]
-    calls = fails_from(monkeypatch, Evaluator, "ragged", fails_at, FULL)
+    expected = [b["x"].tolist() for b in PatchTensorLoader(make("numpy"), device="cpu", x=x)]
+    calls = fails_from(monkeypatch, DeviceEvaluator, "ragged", fails_at, FULL)
     with pytest.warns(UserWarning, match="has run out") as warned:
-        found = list(PatchTensorLoader(make(), device="cpu", x=x))
+        result = list(PatchTensorLoader(make(), device="cpu", x=x))
     assert len(calls) == fails_at + 1
     assert len(warned) == 1
-    assert all(isinstance(batch["x"], torch.Tensor) for batch in found)
-    assert [batch["x"].tolist() for batch in found] == wanted
+    assert all(isinstance(batch["x"], torch.Tensor) for batch in result)
+    assert [batch["x"].tolist() for batch in result] == expected
 
 
 def test_evaluate_hands_its_blocks_out_on_the_device(monkeypatch):
     groups = PatchGroups.from_ids(IDS)
     plan, host = EpochPlan(groups, SIZE, 1, device="cpu"), EpochPlan(groups, SIZE, 1)
-    fails_from(monkeypatch, Evaluator, "block", 0, FULL)
+    fails_from(monkeypatch, DeviceEvaluator, "block", 0, FULL)
     for slots in ([3, 0], np.array([5]), torch.tensor([7, 7])):
-        wanted = host.evaluate(2, np.asarray(slots), dtype="int32")
+        expected = host.evaluate(2, np.asarray(slots), dtype="int32")
         if not plan.works_on_host:
             with pytest.warns(UserWarning, match="has run out"):
-                found = plan.evaluate(2, slots, dtype="int32")
+                result = plan.evaluate(2, slots, dtype="int32")
         else:
-            found = plan.evaluate(2, slots, dtype="int32")
-        assert found.indices.dtype == torch.int32
-        for ours, theirs in zip(found, wanted, strict=True):
-            assert isinstance(ours, torch.Tensor)
-            np.testing.assert_array_equal(ours.numpy(), theirs)
+            result = plan.evaluate(2, slots, dtype="int32")
+        assert result.indices.dtype == torch.int32
+        for actual, desired in zip(result, expected, strict=True):
+            assert isinstance(actual, torch.Tensor)
+            np.testing.assert_array_equal(actual.numpy(), desired)
 
 
 def test_what_is_wrong_with_slots_is_still_said(monkeypatch):
@@ -170,7 +170,7 @@ def test_what_is_wrong_with_slots_is_still_said(monkeypatch):
 
 
 def test_other_errors_are_not_swallowed(monkeypatch):
-    fails_from(monkeypatch, Evaluator, "ragged", 1, RuntimeError("illegal memory access"))
+    fails_from(monkeypatch, DeviceEvaluator, "ragged", 1, RuntimeError("illegal memory access"))
     sampler = make()
     with pytest.raises(RuntimeError, match="illegal memory access"):
         list(sampler)
@@ -178,7 +178,7 @@ def test_other_errors_are_not_swallowed(monkeypatch):
 
 
 def test_plans_that_are_alike_have_one_warning(monkeypatch):
-    fails_from(monkeypatch, Evaluator, "ragged", 0, FULL)
+    fails_from(monkeypatch, DeviceEvaluator, "ragged", 0, FULL)
     plan = EpochPlan(PatchGroups.from_ids(IDS), SIZE, 1, device="cpu", steps="same_patch")
     wider = plan.with_step_width(4).with_seed(2)
     with pytest.warns(UserWarning, match="has run out") as warned:
@@ -200,47 +200,47 @@ def test_graphs_are_told(monkeypatch):
 
 def test_tables_are_known_before_they_are_made():
     plan = make().plan
-    said = plan.table_bytes
-    assert set(said) == {"numpy", "cpu"}
+    table_bytes = plan.table_bytes
+    assert set(table_bytes) == {"numpy", "cpu"}
     groups, tables = plan.groups, plan._tables
-    assert said["cpu"] == plan._bytes_to_send()
+    assert table_bytes["cpu"] == plan._upload_nbytes()
     assert plan.needs_upload
-    there = plan._evaluator().reference._tables.members()
-    assert said["cpu"] == sum(member.nbytes for member in there)
-    assert said["numpy"] == groups.order.nbytes + tables.nbytes
+    device_arrays = plan._evaluator().array_evaluator._tables.members()
+    assert table_bytes["cpu"] == sum(member.nbytes for member in device_arrays)
+    assert table_bytes["numpy"] == groups.order.nbytes + tables.nbytes
     host = make("numpy").plan.table_bytes
-    assert host == {"numpy": said["numpy"]}
+    assert host == {"numpy": table_bytes["numpy"]}
 
 
 def test_tables_larger_than_half_of_the_memory_are_warned_of(monkeypatch):
     sampler = make()
-    wanted = sampler.plan.table_bytes["cpu"]
-    monkeypatch.setattr("gpusampler.core.memory.ASKED_FROM", 0)
-    monkeypatch.setattr("gpusampler.core.memory.free_bytes", lambda device: 2 * wanted - 1)
+    expected = sampler.plan.table_bytes["cpu"]
+    monkeypatch.setattr("gpusampler.core.memory.MIN_CHECKED_BYTES", 0)
+    monkeypatch.setattr("gpusampler.core.memory.free_bytes", lambda device: 2 * expected - 1)
     with pytest.warns(UserWarning, match="the tables of 20000 samples will take") as warned:
         assert plain(sampler) == WANTED
     assert len(warned) == 1
-    monkeypatch.setattr("gpusampler.core.memory.free_bytes", lambda device: 2 * wanted + 1)
+    monkeypatch.setattr("gpusampler.core.memory.free_bytes", lambda device: 2 * expected + 1)
     assert plain(make()) == WANTED
     assert HOST.on_host
     assert not THERE.on_host
 
 
 def test_the_pipe_is_left_as_it_was(monkeypatch):
-    side = LateSide()
+    side = LateSideStream()
     sampler = make()
-    share = sampler._progress.share_of(0)
+    share = sampler._tracker.shard_of(0)
     travelling = share.recorder.range("transfer")
-    blocks = BlocksToHost(Blocks(share), ToHost(side), travelling)
-    fails_from(monkeypatch, Evaluator, "ragged", 2, FULL)
+    blocks = HostBlockReader(BlockReader(share), HostTransfer(side), travelling)
+    fails_from(monkeypatch, DeviceEvaluator, "ragged", 2, FULL)
     with pytest.warns(UserWarning, match="has run out"):
         list(iter(blocks.read, None))
-    assert blocks._pipe._on_the_way == []
+    assert blocks._transfer._pending == []
 
 
 @pytest.mark.parametrize("compiled", [False, True])
 def test_a_cursor_goes_on_where_it_is(monkeypatch, compiled):
-    wanted = plain(make("numpy", partial="pad"))
+    expected = plain(make("numpy", partial="pad"))
     sampler = make(partial="pad")
     cursor = sampler.cursor()
 
@@ -250,12 +250,12 @@ def test_a_cursor_goes_on_where_it_is(monkeypatch, compiled):
     if compiled:
         torch._dynamo.reset()
         step = torch.compile(step, fullgraph=True, backend="eager")
-    found = [step().tolist() for _ in range(2)]
+    result = [step().tolist() for _ in range(2)]
     # A graph that was captured reads the tables where they were, so they must stay there.
-    tables = sampler.plan._on_device
-    fails_from(monkeypatch, Evaluator, "ragged", 0, FULL)
+    tables = sampler.plan._device_evaluator
+    fails_from(monkeypatch, DeviceEvaluator, "ragged", 0, FULL)
     with pytest.warns(UserWarning, match="has run out"):
-        assert plain(sampler) == wanted
-    assert sampler.plan._on_device is tables
+        assert plain(sampler) == expected
+    assert sampler.plan._device_evaluator is tables
     assert set(sampler.plan.table_bytes) == {"numpy", "cpu"}
-    assert found + [step().tolist() for _ in range(2)] == wanted[:4]
+    assert result + [step().tolist() for _ in range(2)] == expected[:4]

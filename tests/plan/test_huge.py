@@ -17,8 +17,8 @@ TOP = (1 << 31) - 1
 
 def batch_of(plan: EpochPlan, slots: np.ndarray, epoch: int) -> np.ndarray:
     """Running number, over all patches, of the batches that slots lead to."""
-    at = plan.locate(epoch, slots)
-    return (np.cumsum(plan.batches_by_patch) - plan.batches_by_patch)[at.group] + at.j
+    location = plan.locate(epoch, slots)
+    return (np.cumsum(plan.batches_by_patch) - plan.batches_by_patch)[location.group] + location.j
 
 
 @pytest.mark.parametrize(
@@ -47,8 +47,10 @@ def test_random_slots_are_valid_and_distinct(library, counts, batch_size):
     valid = np.concatenate([row[:n] for row, n in zip(indices, lengths, strict=True)])
     assert np.unique(valid).size == valid.size
     reference = plan.evaluate_reference(3, library.array(slots))
-    for part, wanted in zip(map(library.host, reference), (indices, lengths, groups), strict=True):
-        np.testing.assert_array_equal(part, wanted)
+    for part, expected in zip(
+        map(library.host, reference), (indices, lengths, groups), strict=True
+    ):
+        np.testing.assert_array_equal(part, expected)
 
 
 @pytest.mark.parametrize(
@@ -60,20 +62,22 @@ def test_the_way_back_leads_from_every_batch_to_its_slot(counts, batch_size):
     slots = np.random.default_rng(1).integers(0, total, 500)
     slots = np.concatenate([slots, [0, 1, 2**31 - 1, 2**31, total - 1]])
     key = derive_key(plan.seed, PURPOSE_BATCHES, 12, 0)
-    back = [grid_preimage(batch, total, key) for batch in batch_of(plan, slots, 12).tolist()]
-    assert back == slots.tolist()
+    recovered = [grid_preimage(batch, total, key) for batch in batch_of(plan, slots, 12).tolist()]
+    assert recovered == slots.tolist()
 
 
 def test_the_way_back_leads_from_every_sample_to_its_place():
     plan = EpochPlan(PatchGroups.from_counts([5, TOP]), 50, 4)
     slots = np.random.default_rng(2).integers(0, plan.num_batches, 40)
-    at, block = plan.locate(6, slots), plan.evaluate(6, slots)
+    locations, block = plan.locate(6, slots), plan.evaluate(6, slots)
     key = derive_key(4, PURPOSE_SAMPLES, 6, 1)
     checked = 0
-    for row, group, j in zip(block.indices.tolist(), at.group, at.j.tolist(), strict=True):
+    for row, group, j in zip(
+        block.indices.tolist(), locations.group, locations.j.tolist(), strict=True
+    ):
         if group == 1:
-            places = [grid_preimage(sample - 5, TOP, key) for sample in row]
-            assert places == [(j * 50 + k) % TOP for k in range(50)]
+            positions = [grid_preimage(sample - 5, TOP, key) for sample in row]
+            assert positions == [(j * 50 + k) % TOP for k in range(50)]
             checked += 1
     assert checked > 30
 
@@ -99,8 +103,8 @@ def test_a_sampler_of_a_trillion_starts_and_resumes_anywhere():
     assert first == sampler.plan.evaluate(0, [0, 1, 2]).indices.tolist()
     state = {**sampler.state_dict(), "slot": 10**11 - 2}
     sampler.load_state_dict(state)
-    rest = list(iter(sampler))  # list(sampler) would make room for len(sampler)
-    assert rest == sampler.plan.evaluate(0, [10**11 - 2, 10**11 - 1]).indices.tolist()
+    remaining = list(iter(sampler))  # list(sampler) would make room for len(sampler)
+    assert remaining == sampler.plan.evaluate(0, [10**11 - 2, 10**11 - 1]).indices.tolist()
 
 
 @pytest.mark.parametrize("num_replicas", [1, 7])

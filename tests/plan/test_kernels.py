@@ -23,14 +23,14 @@ from gpusampler.permutation.reference import (
     absorb_pair,
     key_of,
 )
-from gpusampler.plan.evaluators.kernels import kernel_spec as forms
+from gpusampler.plan.evaluators.kernels import kernel_spec
 from gpusampler.plan.evaluators.kernels.kernel_spec import (
     KernelSpec,
     cuda_geometry,
     triton_geometry,
 )
 from support import make_golden
-from support.kernels import SOURCE, TRITON, every_kernel, host, kernel_of, shuffles_of
+from support.kernels import SOURCE, TRITON, evaluator_settings_of, every_kernel, host, kernel_of
 from support.strategies import epochs, seeds
 
 GOLDEN = json.loads(make_golden.PATH.read_text())
@@ -38,23 +38,23 @@ STEPS = json.loads(make_golden.STEPS_PATH.read_text())
 HIGH = 1 << 31
 
 
-def wanted_samples(plan: EpochPlan, epoch: int, at: Any) -> np.ndarray:
+def expected_samples(plan: EpochPlan, epoch: int, locations: Any) -> np.ndarray:
     """The samples of located batches, end to end, from NumPy."""
-    block = plan.batches_at(epoch, at)
+    block = plan.batches_at(epoch, locations)
     ends = block.starts + block.sizes
-    parts = [block.samples[start:end] for start, end in zip(block.starts, ends, strict=True)]
-    return np.concatenate([*parts, np.zeros(0, np.int64)])
+    samples = [block.samples[start:end] for start, end in zip(block.starts, ends, strict=True)]
+    return np.concatenate([*samples, np.zeros(0, np.int64)])
 
 
 def check_block(plan: EpochPlan, kernel: Any, epoch: int, slots: Any, dtype: str = "int64"):
-    wanted = plan.evaluate(epoch, slots)
-    found = kernel.block(plan, epoch, slots, dtype)
-    if plan._tables.parents is not None:
+    expected = plan.evaluate(epoch, slots)
+    result = kernel.block(plan, epoch, slots, dtype)
+    if plan._tables.patch_of_bin is not None:
         # A kernel names classes of cost; whose they are is looked up after it.
-        found[2] = plan._tables.parents[found[2]]
-    for ours, theirs, name in zip(found, wanted, wanted._fields, strict=True):
-        assert ours.dtype == (dtype if name == "indices" else "int64")
-        np.testing.assert_array_equal(ours, theirs, err_msg=name)
+        result[2] = plan._tables.patch_of_bin[result[2]]
+    for actual, desired, name in zip(result, expected, expected._fields, strict=True):
+        assert actual.dtype == (dtype if name == "indices" else "int64")
+        np.testing.assert_array_equal(actual, desired, err_msg=name)
 
 
 def check(plan: EpochPlan, kind: str, epoch: int, slots: Any, dtype: str = "int64") -> Any:
@@ -62,13 +62,15 @@ def check(plan: EpochPlan, kind: str, epoch: int, slots: Any, dtype: str = "int6
     slots = np.asarray(slots, np.int64)
     kernel = kernel_of(plan, kind)
     check_block(plan, kernel, epoch, slots, dtype)
-    at = plan.locate(epoch, slots)
+    locations = plan.locate(epoch, slots)
     np.testing.assert_array_equal(
-        kernel.ragged(plan, epoch, at), wanted_samples(plan, epoch, at), err_msg="ragged"
+        kernel.ragged(plan, epoch, locations),
+        expected_samples(plan, epoch, locations),
+        err_msg="ragged",
     )
     reference = plan.evaluate_reference(epoch, slots)
-    for ours, theirs in zip(plan.evaluate(epoch, slots), reference, strict=True):
-        np.testing.assert_array_equal(ours, theirs)
+    for actual, desired in zip(plan.evaluate(epoch, slots), reference, strict=True):
+        np.testing.assert_array_equal(actual, desired)
     return kernel
 
 
@@ -76,14 +78,14 @@ def plan_of(counts: Any, batch_size: int, seed: int = 1, **settings: Any) -> Epo
     return EpochPlan(PatchGroups.from_counts(counts), batch_size, seed, **settings)
 
 
-def form_of(plan: EpochPlan, **asked: Any) -> KernelSpec:
+def form_of(plan: EpochPlan, **arguments: Any) -> KernelSpec:
     tables = plan._tables.on(HOST, plan.groups.order)
-    return KernelSpec.of(tables, shuffles_of(plan), **{"ragged": False, **asked})
+    return KernelSpec.of(tables, evaluator_settings_of(plan), **{"ragged": False, **arguments})
 
 
-def split_counts(total: int, most: int = HIGH - 1) -> list[int]:
+def split_counts(total: int, maximum: int = HIGH - 1) -> list[int]:
     """As few patches as hold so many samples."""
-    return [most] * (total // most) + [total % most] * (total % most > 0)
+    return [maximum] * (total // maximum) + [total % maximum] * (total % maximum > 0)
 
 
 class TestGolden:
@@ -108,7 +110,7 @@ class TestGolden:
         kernel = kernel_of(plan, kind)
         assert plan.num_batches == n
         for key, x, images in self.at(n):
-            monkeypatch.setattr(kernel.fused, "_keys", lambda *_, key=key: (*key, 0, 0))
+            monkeypatch.setattr(kernel.evaluator, "_keys", lambda *_, key=key: (*key, 0, 0))
             indices, _, _ = kernel.block(plan, 0, x)
             assert indices[:, 0].tolist() == images
 
@@ -120,31 +122,31 @@ class TestGolden:
         kernel = kernel_of(plan, kind)
         for key, x, images in self.at(n):
             state = state_of_samples(key)
-            monkeypatch.setattr(kernel.fused, "_keys", lambda *_, state=state: (0, 0, *state))
+            monkeypatch.setattr(kernel.evaluator, "_keys", lambda *_, state=state: (0, 0, *state))
             indices, _, _ = kernel.block(plan, 0, [0] if whole else x)
             assert indices.ravel().tolist() == images
 
     @pytest.mark.parametrize("ids", make_golden.PATCHES, ids=len)
     @every_kernel
     def test_epochs(self, kind, ids):
-        found = [epoch for epoch in GOLDEN["epochs"] if epoch["ids"] == ids]
-        assert found
-        for epoch in found:
+        result = [epoch for epoch in GOLDEN["epochs"] if epoch["ids"] == ids]
+        assert result
+        for epoch in result:
             self.check_epoch(kind, epoch)
 
     @pytest.mark.parametrize("ids", [ids for ids, _ in make_golden.STEP_PATCHES], ids=len)
     @every_kernel
     def test_epochs_in_steps(self, kind, ids):
-        found = [epoch for epoch in STEPS["epochs"] if epoch["ids"] == ids]
-        assert {epoch["settings"]["steps"] for epoch in found} == {"balanced", "same_patch"}
-        for epoch in found:
+        result = [epoch for epoch in STEPS["epochs"] if epoch["ids"] == ids]
+        assert {epoch["settings"]["steps"] for epoch in result} == {"balanced", "same_patch"}
+        for epoch in result:
             self.check_epoch(kind, epoch)
 
     @staticmethod
     def check_epoch(kind, epoch):
-        given = dict(epoch["settings"])
+        arguments = dict(epoch["settings"])
         groups = PatchGroups.from_ids(np.array(epoch["ids"], np.int64))
-        plan = EpochPlan(groups, given.pop("batch_size"), epoch["seed"], **given)
+        plan = EpochPlan(groups, arguments.pop("batch_size"), epoch["seed"], **arguments)
         kernel = kernel_of(plan, kind)
         slots = np.arange(plan.num_batches)
         assert slots.size == len(epoch["batches"])
@@ -158,7 +160,7 @@ class TestGolden:
         ]
         assert rows == epoch["batches"]
 
-        if not plan._tables.uniform:
+        if not plan._tables.is_uniform:
             flat = kernel.ragged(plan, epoch["epoch"], plan.locate(epoch["epoch"], slots))
             assert flat.tolist() == [i for _, samples in epoch["batches"] for i in samples]
 
@@ -191,8 +193,8 @@ def groups_at_random(rng: np.random.Generator, gathered: bool, selected: bool) -
     counts = rng.choice(kinds[rng.integers(len(kinds))], rng.integers(1, 7))
     groups = PatchGroups.from_counts(counts)
     if gathered:
-        places = rng.permutation(counts.size)
-        groups = PatchGroups.from_ids(rng.permutation(np.repeat(places, counts)))
+        starts = rng.permutation(counts.size)
+        groups = PatchGroups.from_ids(rng.permutation(np.repeat(starts, counts)))
     if selected:
         size = groups.source_size
         groups = groups.select(rng.permutation(size)[: rng.integers(1, size + 1)])
@@ -280,9 +282,9 @@ def check_any_batches(kind, interleave, steps, mixed, data):
     kernel = check(plan, kind, data.draw(epochs), slots, data.draw(word))
     # The kernel finds out what slots lead to where that is one permutation and one search.
     located = mixed or not interleave or steps != "free"
-    assert {form.located for form, _ in kernel.launched} == {located}
+    assert {form.located for form, _ in kernel.launches} == {located}
     passes = mixed and plan.shuffle_within_batches
-    assert {form.passes for form, _ in kernel.launched} == {passes}
+    assert {form.passes for form, _ in kernel.launches} == {passes}
 
 
 HIGH_KEYS = next(
@@ -306,7 +308,7 @@ def test_keys_beyond_a_signed_word(kind, counts):
     kernel = check(plan, kind, epoch, np.arange(0, plan.num_batches, 1 + plan.num_batches // 40))
     # Keys go over as signed words of the same bits, which the plan's own must need.
     assert all(
-        word >= HIGH for word in kernel.fused._keys(plan._streams, epoch, kernel.launched[0][0])
+        word >= HIGH for word in kernel.evaluator._keys(plan._streams, epoch, kernel.launches[0][0])
     )
     assert form_of(plan).slots > 0
 
@@ -321,13 +323,13 @@ def test_any_number_of_batches(kind, number):
 
 
 FORMS_OF_SLOTS = {
-    1: forms.SLOTS_AS_THEY_ARE,
-    2: forms.SLOTS_FISHER_YATES,
-    32: forms.SLOTS_FISHER_YATES,
-    33: forms.SLOTS_32_BIT,
-    2**32: forms.SLOTS_32_BIT,
-    2**32 + 1: forms.SLOTS_64_BIT,
-    2**40 + 12345: forms.SLOTS_64_BIT,
+    1: kernel_spec.SLOTS_AS_THEY_ARE,
+    2: kernel_spec.SLOTS_FISHER_YATES,
+    32: kernel_spec.SLOTS_FISHER_YATES,
+    33: kernel_spec.SLOTS_32_BIT,
+    2**32: kernel_spec.SLOTS_32_BIT,
+    2**32 + 1: kernel_spec.SLOTS_64_BIT,
+    2**40 + 12345: kernel_spec.SLOTS_64_BIT,
 }
 
 
@@ -348,7 +350,7 @@ def test_more_batches_than_a_word_counts(kind, number):
 def test_rows_of_any_width(kind, width):
     plan = plan_of([width, width + 5], width)
     kernel = check(plan, kind, 3, [*range(plan.num_batches), 0])
-    assert {geometry.blocks[1] for _, geometry in kernel.launched} == {1 + (width > 4096)}
+    assert {geometry.blocks[1] for _, geometry in kernel.launches} == {1 + (width > 4096)}
 
 
 @every_kernel
@@ -356,7 +358,7 @@ def test_a_row_that_several_blocks_share(kind):
     plan = plan_of([8300], 8300)
     kernel = kernel_of(plan, kind)
     check_block(plan, kernel, 3, [0])
-    assert [geometry.blocks for _, geometry in kernel.launched] == [(1, 3)]
+    assert [geometry.blocks for _, geometry in kernel.launches] == [(1, 3)]
 
 
 @pytest.mark.parametrize("rows", [1, 16, 17, 64, 65, 257])
@@ -370,8 +372,8 @@ def test_any_number_of_rows(kind, rows):
 def test_patches_of_every_kind_side_by_side(kind, partial):
     # Where rounds differ from patch to patch, each row goes by its own.
     plan = plan_of([*EDGES, 1025, 65_537], 24, partial=partial, shuffle_patches=False)
-    found = form_of(plan)
-    assert (found.samples, found.small, found.fewest, found.most) == (True, 32, 3, 6)
+    result = form_of(plan)
+    assert (result.samples, result.small, result.fewest, result.most) == (True, 32, 3, 6)
     ends = np.cumsum(plan.batches_by_patch)
     check(plan, kind, 6, np.concatenate([ends - 1, ends - plan.batches_by_patch]))
 
@@ -385,15 +387,15 @@ def test_the_largest_small_patch_beside_large_ones(kind):
 
 @st.composite
 def sized(
-    draw: st.DrawFn, by: str, interleave: bool, steps: str, mixed: bool
+    draw: st.DrawFn, sizes: str, interleave: bool, steps: str, mixed: bool
 ) -> tuple[EpochPlan, np.ndarray]:
     """A plan whose patches have sizes of their own, and some of its slots."""
     rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
     groups = groups_at_random(rng, draw(flags), draw(flags))
     patch_ids = groups.labels.tolist()
-    if by == "patch":
+    if sizes == "patch":
         batch_size: Any = dict(zip(patch_ids, rng.choice(SIZES, groups.num_patches), strict=True))
-    elif by == "cost":
+    elif sizes == "cost":
         costs = dict(zip(patch_ids, rng.integers(1, 400, groups.num_patches), strict=True))
         batch_size = CostBudget(400, cost=costs, max_batch_size=200)
     else:
@@ -451,8 +453,8 @@ def test_sizes_by_patch(kind, partial, interleave):
     sizes = {0: 40, 1: 8, 2: 13, 3: 150}
     plan = plan_of([100, 7, 40, 2000], sizes, partial=partial, interleave=interleave)
     kernel = check(plan, kind, 2, np.arange(plan.num_batches))
-    assert [form.ragged for form, _ in kernel.launched] == [False, True]
-    assert kernel.launched[1][0].pad == (partial == "pad")
+    assert [form.ragged for form, _ in kernel.launches] == [False, True]
+    assert kernel.launches[1][0].pad == (partial == "pad")
 
 
 @every_kernel
@@ -463,16 +465,16 @@ def test_narrow_ragged_rows_of_a_wide_plan(kind):
     located = plan.locate(0, slots)
     kernel = kernel_of(plan, kind)
     for group, blocks in ((0, 1), (1, 2)):
-        at = located.rows(located.group == group)
-        wanted = wanted_samples(plan, 0, at)
-        np.testing.assert_array_equal(kernel.ragged(plan, 0, at), wanted)
-        assert kernel.launched[-1][1].blocks[1] == blocks
+        locations = located.rows(located.group == group)
+        expected = expected_samples(plan, 0, locations)
+        np.testing.assert_array_equal(kernel.ragged(plan, 0, locations), expected)
+        assert kernel.launches[-1][1].blocks[1] == blocks
 
 
 @every_kernel
 def test_no_rows(kind):
     kernel = check(plan_of([5, 3], 2), kind, 0, [])
-    assert kernel.launched == []
+    assert kernel.launches == []
 
 
 NOWHERE = {
@@ -502,18 +504,18 @@ def test_slots_that_do_not_exist_stay_in_bounds(kind, groups):
         )
         last = plan.num_batches - 1
         slots = [-1, -(2**31), -(2**63), last + 1, last + 2, 2**31, 2**32, 2**63 - 1, last]
-        indices, lengths, found = kernel_of(plan, kind).block(plan, 0, slots)
+        indices, lengths, result = kernel_of(plan, kind).block(plan, 0, slots)
         # Samples of some patch, whichever: a gather of them is as safe as any.
-        assert ((found >= 0) & (found < groups.counts.size)).all()
-        owners = groups.counts[found][:, None]
+        assert ((result >= 0) & (result < groups.counts.size)).all()
+        owners = groups.counts[result][:, None]
         if groups.order is None:
-            places = indices - groups.starts[found][:, None]
-            assert ((places >= 0) & (places < owners)).all()
+            positions = indices - groups.starts[result][:, None]
+            assert ((positions >= 0) & (positions < owners)).all()
         assert ((indices >= 0) & (indices < groups.source_size)).all()
         # What is there is not disturbed by its neighbours.
-        wanted = plan.evaluate(0, [last])
-        assert indices[-1].tolist() == wanted.indices[0].tolist()
-        assert lengths[-1] == wanted.lengths[0]
+        expected = plan.evaluate(0, [last])
+        assert indices[-1].tolist() == expected.indices[0].tolist()
+        assert lengths[-1] == expected.lengths[0]
 
 
 EPOCHS = [0, 1, 2**31 - 1, 2**31, 2**32 - 1, 2**32, HIGH_KEYS[1], 2**63 - 1]
@@ -536,22 +538,22 @@ def test_epoch_and_slot_are_read_on_the_device(kind, counts, batch_size, setting
     plan = plan_of(counts, batch_size, HIGH_KEYS[0], **settings)
     kernel = kernel_of(plan, kind)
     number = plan.num_batches
-    for place, epoch in enumerate(EPOCHS):
-        slot = place * (number - 1) // (len(EPOCHS) - 1)
-        given = (torch.tensor(value, device=kernel.device.name) for value in (epoch, slot))
-        found = [host(part) for part in kernel.fused.batch(plan._streams, *given)]
-        wanted = plan.evaluate(epoch, [slot])
-        for ours, theirs in zip(found, wanted, strict=True):
-            assert ours.shape == theirs.shape[1:]
-            np.testing.assert_array_equal(ours, theirs[0])
-    assert {form for form, _ in kernel.launched} == {form_of(plan, epoch_there=True)}
+    for device, epoch in enumerate(EPOCHS):
+        slot = device * (number - 1) // (len(EPOCHS) - 1)
+        tensors = (torch.tensor(value, device=kernel.device.name) for value in (epoch, slot))
+        result = [host(part) for part in kernel.evaluator.batch(plan._streams, *tensors)]
+        expected = plan.evaluate(epoch, [slot])
+        for actual, desired in zip(result, expected, strict=True):
+            assert actual.shape == desired.shape[1:]
+            np.testing.assert_array_equal(actual, desired[0])
+    assert {form for form, _ in kernel.launches} == {form_of(plan, epoch_on_device=True)}
 
 
 NONE = KernelSpec(*[0] * len(KernelSpec._fields))
 
 
 @pytest.mark.parametrize(
-    ("counts", "batch_size", "settings", "asked", "wanted"),
+    ("counts", "batch_size", "settings", "asked", "expected"),
     [
         ([5], 5, {"shuffle_within_batches": False}, {}, {}),
         ([5], 5, {}, {}, {"samples": 1, "small": 8}),
@@ -589,14 +591,14 @@ NONE = KernelSpec(*[0] * len(KernelSpec._fields))
             {"ragged": True},
             {"samples": 1, "small": 8, "ragged": 1, "pad": 1},
         ),
-        ([5], 5, {}, {"epoch_there": True}, {"samples": 1, "small": 8, "epoch_there": 1}),
+        ([5], 5, {}, {"epoch_on_device": True}, {"samples": 1, "small": 8, "epoch_on_device": 1}),
     ],
 )
-def test_what_no_patch_needs_is_left_out(counts, batch_size, settings, asked, wanted):
-    found = form_of(plan_of(counts, batch_size, **settings), **asked)
-    assert found == NONE._replace(**wanted)
-    assert found.flags() == {name.upper(): value for name, value in found._asdict().items()}
-    assert {type(value) for value in found.flags().values()} == {int}
+def test_what_no_patch_needs_is_left_out(counts, batch_size, settings, asked, expected):
+    result = form_of(plan_of(counts, batch_size, **settings), **asked)
+    assert result == NONE._replace(**expected)
+    assert result.flags() == {name.upper(): value for name, value in result._asdict().items()}
+    assert {type(value) for value in result.flags().values()} == {int}
 
 
 def test_an_order_is_a_form_of_its_own():
@@ -619,10 +621,10 @@ class TestGeometry:
     @given(st.sampled_from([PLAIN, MIXED]), numbers, widths)
     def test_covers_every_lane_of_every_row_and_no_block_is_idle(self, cut, form, rows, width):
         geometry = cut(form, rows, width)
-        for blocks, each, whole in zip(
+        for blocks, each, total in zip(
             geometry.blocks, (geometry.rows, geometry.span), (rows, width), strict=True
         ):
-            assert (blocks - 1) * each < whole <= blocks * each
+            assert (blocks - 1) * each < total <= blocks * each
         # What a GPU's grid has room for.
         assert geometry.blocks[0] < 2**31
         assert geometry.blocks[1] <= 65535
@@ -630,10 +632,10 @@ class TestGeometry:
     @given(st.sampled_from([PLAIN, MIXED]), numbers, widths)
     def test_of_cuda_c_fits_its_constants(self, form, rows, width):
         geometry = cuda_geometry(form, rows, width)
-        assert 1 <= geometry.rows <= forms.MOST_ROWS
+        assert 1 <= geometry.rows <= kernel_spec.MOST_ROWS
         assert is_power_of_two(geometry.columns)
-        assert forms.THREADS % geometry.columns == 0
-        assert geometry.rows * geometry.span <= max(forms.LANES, width)
+        assert kernel_spec.THREADS % geometry.columns == 0
+        assert geometry.rows * geometry.span <= max(kernel_spec.BLOCK_LANES, width)
 
     @given(st.sampled_from([PLAIN, MIXED]), numbers, numbers, widths)
     def test_of_triton_is_made_of_powers_of_two_and_few(self, form, rows, more, width):
@@ -644,7 +646,7 @@ class TestGeometry:
         assert geometry.span % geometry.columns == 0
         # How many rows there are is no other kernel to compile.
         assert triton_geometry(form, more, width)[:3] == sides
-        assert triton_geometry(form._replace(epoch_there=1), 1, width).rows == 1
+        assert triton_geometry(form._replace(epoch_on_device=1), 1, width).rows == 1
 
     def test_of_triton_leaves_few_lanes_idle(self):
         for width in range(1, 1000):
@@ -653,6 +655,6 @@ class TestGeometry:
 
     def test_constants_are_those_of_the_source(self):
         defined = dict(re.findall(r"#define (\w+) (\w+)\n", SOURCE.read_text()))
-        assert int(defined["THREADS"]) == forms.THREADS
-        assert int(defined["MOST_ROWS"]) == forms.MOST_ROWS
+        assert int(defined["THREADS"]) == kernel_spec.THREADS
+        assert int(defined["MOST_ROWS"]) == kernel_spec.MOST_ROWS
         assert int(defined["SPREAD"].rstrip("u"), 16) == SPREAD

@@ -6,7 +6,6 @@ import json
 import re
 import shutil
 import subprocess
-import sys
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -15,7 +14,7 @@ import pytest
 from gpusampler.plan.evaluators.kernels.kernel_spec import KernelSpec
 from support.kernels import SOURCE, cuda_batches_on_host
 from support.paths import SUPPORT
-from support.processes import environment
+from support.processes import run_python
 
 # Where every lane is a row of its own, what belongs to a row fills the registers.
 MAY_SPILL = {"64-bit slots, width 1"}
@@ -26,16 +25,8 @@ def built(tmp_path_factory) -> list[dict]:
     if not find_spec("triton") or not find_spec("torch"):
         pytest.skip("torch or triton is not installed")
     folder = tmp_path_factory.mktemp("triton")
-    variables = environment(TRITON_CACHE_DIR=str(folder / "cache"))
-    variables.pop("TRITON_INTERPRET", None)
-    done = subprocess.run(
-        [sys.executable, str(SUPPORT / "build_triton.py"), str(folder)],
-        env=variables,
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout)
+    variables = {"TRITON_CACHE_DIR": str(folder / "cache"), "TRITON_INTERPRET": None}
+    return json.loads(run_python(SUPPORT / "build_triton.py", folder, **variables).stdout)
 
 
 @pytest.mark.slow("compiles the kernel for two GPUs in every form")
@@ -63,10 +54,10 @@ class TestTriton:
 
 def memory_of(cuobjdump: Path | str, cubin: str) -> int:
     """Bytes a thread keeps in memory because it has no register for them."""
-    said = subprocess.run(
+    usage = subprocess.run(
         [str(cuobjdump), "-res-usage", cubin], capture_output=True, text=True, check=True
     ).stdout
-    return sum(int(size) for size in re.findall(r"(?:STACK|LOCAL):(\d+)", said))
+    return sum(int(size) for size in re.findall(r"(?:STACK|LOCAL):(\d+)", usage))
 
 
 PLAIN = KernelSpec(2, False, False, True, 0, 3, 3, False, False, False, False)
@@ -123,8 +114,7 @@ def test_a_numpy_plan_loads_no_kernel():
         "assert plan.evaluate_reference(0, plan.sizes_by_patch[:1] * 0).lengths.size == 1\n"
         "print(*sys.modules)"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    loaded = set(done.stdout.split())
+    loaded = set(run_python("-c", code).stdout.split())
     assert "gpusampler.plan.evaluators.kernels.fused" in loaded
     assert not loaded & {"triton", "torch", "cupy"}
     assert not loaded & {

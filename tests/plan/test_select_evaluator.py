@@ -15,13 +15,13 @@ import pytest
 from gpusampler import EpochPlan, PatchBatchSampler, PatchGroups
 from gpusampler.core import devices
 from gpusampler.plan.evaluators import select
-from gpusampler.plan.evaluators.kernels.fused import Fused
+from gpusampler.plan.evaluators.kernels.fused import KernelEvaluator
 from gpusampler.plan.evaluators.kernels.kernel_spec import triton_geometry
-from support.kernels import TRITON, device_of_kernel, fused_of
+from support.kernels import TRITON, device_of_kernel, kernel_evaluator_of
 
 torch = pytest.importorskip("torch")
 
-pytestmark = pytest.mark.usefixtures("elsewhere")
+pytestmark = pytest.mark.usefixtures("cpu_as_device")
 
 GROUPS = PatchGroups.from_counts([5, 40, 3])
 SLOTS = np.arange(12)
@@ -36,22 +36,22 @@ def nothing_said_yet(monkeypatch):
 def launching(monkeypatch, launch) -> None:
     """Give every plan a kernel that does this."""
 
-    def fused_on(tables, device, shuffles):
-        return Fused(tables, device, shuffles, launch, triton_geometry)
+    def kernel_evaluator_on(tables, device, shuffles):
+        return KernelEvaluator(tables, device, shuffles, launch, triton_geometry)
 
-    monkeypatch.setattr(select, "fused_on", fused_on)
+    monkeypatch.setattr(select, "kernel_evaluator_on", kernel_evaluator_on)
 
 
 def raising(*errors: BaseException | None):
     """A launch that raises one error after the other; None for a launch that does nothing."""
-    left = list(errors)
+    remaining = list(errors)
 
     def launch(form, geometry, args):
-        error = left.pop(0)
+        error = remaining.pop(0)
         if error is not None:
             raise error
 
-    launch.left = left
+    launch.left = remaining
     return launch
 
 
@@ -60,19 +60,19 @@ def there(seed: int = 1) -> EpochPlan:
 
 
 def assert_block_of_the_host(plan: EpochPlan, epoch: int = 0) -> None:
-    for ours, theirs in zip(
+    for actual, desired in zip(
         plan.evaluate(epoch, SLOTS), HOST_PLAN.evaluate(epoch, SLOTS), strict=True
     ):
-        assert isinstance(ours, torch.Tensor)
-        np.testing.assert_array_equal(ours.numpy(), theirs)
+        assert isinstance(actual, torch.Tensor)
+        np.testing.assert_array_equal(actual.numpy(), desired)
 
 
 def assert_ragged_of_the_host(plan: EpochPlan) -> None:
-    ours, theirs = (which.evaluate_ragged(0, SLOTS) for which in (plan, HOST_PLAN))
-    assert isinstance(ours.samples, torch.Tensor)
-    for mine, its, size in zip(ours.starts, theirs.starts, theirs.sizes, strict=True):
+    actual, desired = (which.evaluate_ragged(0, SLOTS) for which in (plan, HOST_PLAN))
+    assert isinstance(actual.samples, torch.Tensor)
+    for mine, its, size in zip(actual.starts, desired.starts, desired.sizes, strict=True):
         np.testing.assert_array_equal(
-            ours.samples[mine : mine + size].numpy(), theirs.samples[its : its + size]
+            actual.samples[mine : mine + size].numpy(), desired.samples[its : its + size]
         )
 
 
@@ -83,9 +83,9 @@ def test_a_kernel_that_cannot_be_built_is_given_up_with_one_warning(monkeypatch)
     launch = raising(*[RuntimeError("no\ncompiler")] * 2)
     launching(monkeypatch, launch)
     plan = there()
-    with pytest.warns(UserWarning, match=FAILED) as said:
+    with pytest.warns(UserWarning, match=FAILED) as warned:
         assert_block_of_the_host(plan)
-    assert len(said) == 1
+    assert len(warned) == 1
     # Whatever is said from here on is an error. This plan does not try again,
     assert_block_of_the_host(plan, epoch=1)
     assert_ragged_of_the_host(plan)
@@ -96,14 +96,14 @@ def test_a_kernel_that_cannot_be_built_is_given_up_with_one_warning(monkeypatch)
 
 
 def test_a_kernel_whose_library_is_not_there_is_given_up_with_one_warning(monkeypatch):
-    def fused_on(*_):
+    def kernel_evaluator_on(*_):
         raise ImportError("No module named 'triton'")
 
-    monkeypatch.setattr(select, "fused_on", fused_on)
+    monkeypatch.setattr(select, "kernel_evaluator_on", kernel_evaluator_on)
     plan = there()
-    with pytest.warns(UserWarning, match="ImportError: No module named 'triton'") as said:
+    with pytest.warns(UserWarning, match="ImportError: No module named 'triton'") as warned:
         assert_block_of_the_host(plan)
-    assert len(said) == 1
+    assert len(warned) == 1
     for asked in (plan, there()):
         assert_ragged_of_the_host(asked)
         assert not asked._evaluator().has_kernel
@@ -123,10 +123,10 @@ def test_running_out_of_memory_is_no_reason_to_give_the_kernel_up(monkeypatch, e
     plan = there()
     # The host goes on instead, with one warning that is of memory and not of the kernel.
     with pytest.warns(UserWarning, match="memory of cpu has run out") as warned:
-        found = plan.evaluate(0, SLOTS)
+        result = plan.evaluate(0, SLOTS)
     assert len(warned) == 1
-    for ours, theirs in zip(found, HOST_PLAN.evaluate(0, SLOTS), strict=True):
-        np.testing.assert_array_equal(ours.numpy(), theirs)
+    for actual, desired in zip(result, HOST_PLAN.evaluate(0, SLOTS), strict=True):
+        np.testing.assert_array_equal(actual.numpy(), desired)
     assert select._warned == set()
 
 
@@ -170,35 +170,35 @@ class TestThroughAKernel:
         self.launches = 0
         self.device = device_of_kernel(kind)
 
-        def fused_on(tables, device, shuffles):
-            found = fused_of(tables, device, shuffles, kind)
-            launch = found._launch
+        def kernel_evaluator_on(tables, device, shuffles):
+            result = kernel_evaluator_of(tables, device, shuffles, kind)
+            launch = result._launch
 
             def counted(*args):
                 self.launches += 1
                 launch(*args)
 
-            found._launch = counted
-            return found
+            result._launch = counted
+            return result
 
-        monkeypatch.setattr(select, "fused_on", fused_on)
+        monkeypatch.setattr(select, "kernel_evaluator_on", kernel_evaluator_on)
 
     @pytest.mark.parametrize("interleave", [True, False])
     def test_a_plan_evaluates(self, interleave):
         plan = EpochPlan(GROUPS, 4, 1, interleave=interleave, device=self.device)
-        wanted = EpochPlan(GROUPS, 4, 1, interleave=interleave).evaluate(3, SLOTS, "int32")
-        for ours, theirs in zip(plan.evaluate(3, SLOTS, "int32"), wanted, strict=True):
-            assert str(ours.dtype).endswith(str(theirs.dtype))
-            np.testing.assert_array_equal(ours.cpu().numpy(), theirs)
+        expected = EpochPlan(GROUPS, 4, 1, interleave=interleave).evaluate(3, SLOTS, "int32")
+        for actual, desired in zip(plan.evaluate(3, SLOTS, "int32"), expected, strict=True):
+            assert str(actual.dtype).endswith(str(desired.dtype))
+            np.testing.assert_array_equal(actual.cpu().numpy(), desired)
         assert self.launches == 1
 
     @pytest.mark.parametrize("interleave", [True, False])
     def test_a_plan_makes_one_batch_of_tensors(self, interleave):
         plan = EpochPlan(GROUPS, 4, 1, interleave=interleave, device=self.device)
-        wanted = EpochPlan(GROUPS, 4, 1, interleave=interleave).evaluate(2**40, [7])
+        expected = EpochPlan(GROUPS, 4, 1, interleave=interleave).evaluate(2**40, [7])
         numbers = (torch.tensor(value, device=self.device.name) for value in (2**40, 7))
-        for ours, theirs in zip(plan.batch_of_tensors(*numbers), wanted, strict=True):
-            assert ours.tolist() == theirs[0].tolist()
+        for actual, desired in zip(plan.batch_of_tensors(*numbers), expected, strict=True):
+            assert actual.tolist() == desired[0].tolist()
         # The patches' order of an epoch that only the device knows is left to array operations.
         assert self.launches == interleave
 
@@ -208,16 +208,16 @@ class TestThroughAKernel:
         ids = np.random.default_rng(0).permutation(np.repeat([4, -1, 9], [3, 40, 20]))
         settings = {"seed": 5, "interleave": interleave, "partial": partial}
         for output in ("list", "numpy", "tensor"):
-            ours, theirs = (
+            actual, desired = (
                 PatchBatchSampler(ids, 8, device=device, output=output, **settings)
                 for device in (self.device.name, "numpy")
             )
-            for mine, its in zip(ours, theirs, strict=True):
+            for mine, its in zip(actual, desired, strict=True):
                 assert type(mine) is type(its)
                 assert np.array_equal(mine, its)
             assert self.launches > 0
             self.launches = 0
-        for mine, its in zip(ours.batches(epoch=2), theirs.batches(epoch=2), strict=True):
+        for mine, its in zip(actual.batches(epoch=2), desired.batches(epoch=2), strict=True):
             assert mine.indices.device.type == self.device.name.split(":")[0]
             assert mine.indices.tolist() == its.indices.tolist()
             assert (mine.patch_id, mine.valid) == (its.patch_id, its.valid)
@@ -230,9 +230,9 @@ class TestThroughAKernel:
         for epoch in range(2):
             block = host.evaluate(epoch, np.arange(host.num_batches))
             for indices, length, group in zip(*block, strict=True):
-                found = cursor()
-                assert found.indices.tolist() == indices.tolist()
-                assert (int(found.valid), int(found.group)) == (length, group)
+                result = cursor()
+                assert result.indices.tolist() == indices.tolist()
+                assert (int(result.valid), int(result.group)) == (length, group)
         assert self.launches == 2 * host.num_batches
 
 
@@ -241,9 +241,9 @@ def test_the_warning_keeps_what_a_compiler_says_last(monkeypatch):
     launching(monkeypatch, raising(RuntimeError(text)))
     with pytest.warns(
         UserWarning, match=r"RuntimeError: at 3:4: code .* has another type$"
-    ) as said:
+    ) as warned:
         assert_block_of_the_host(there())
-    assert len(str(said[0].message)) < 800
+    assert len(str(warned[0].message)) < 800
 
 
 def test_another_reason_is_another_warning(monkeypatch):
@@ -264,29 +264,29 @@ def test_where_the_warning_is_an_error_no_use_falls_back_silently(monkeypatch):
 
 
 def test_a_library_that_ends_its_own_import_is_given_up_too(monkeypatch):
-    def fused_on(*_):
+    def kernel_evaluator_on(*_):
         raise TypeError("jit() got an unexpected keyword argument")
 
-    monkeypatch.setattr(select, "fused_on", fused_on)
+    monkeypatch.setattr(select, "kernel_evaluator_on", kernel_evaluator_on)
     with pytest.warns(UserWarning, match="TypeError: jit"):
         assert_block_of_the_host(there())
 
 
-def test_tables_are_shared_by_plans_of_other_seeds(elsewhere):
+def test_tables_are_shared_by_plans_of_other_seeds(cpu_as_device):
     plan = there()
     plan.evaluate(0, [0])
     other = plan.with_seed(99)
-    assert other._on_device is plan._on_device
-    wanted = EpochPlan(plan.groups, plan.batch_size, 99).evaluate(0, [0, 1])
-    for ours, theirs in zip(other.evaluate(0, [0, 1]), wanted, strict=True):
-        np.testing.assert_array_equal(ours.numpy(), theirs)
-    assert plan.on("numpy")._on_device is None
+    assert other._device_evaluator is plan._device_evaluator
+    expected = EpochPlan(plan.groups, plan.batch_size, 99).evaluate(0, [0, 1])
+    for actual, desired in zip(other.evaluate(0, [0, 1]), expected, strict=True):
+        np.testing.assert_array_equal(actual.numpy(), desired)
+    assert plan.on("numpy")._device_evaluator is None
 
 
-def test_a_forked_worker_is_told_that_it_cannot_read_the_order(elsewhere, monkeypatch):
+def test_a_forked_worker_is_told_that_it_cannot_read_the_order(cpu_as_device, monkeypatch):
     ids = torch.tensor([3, 1, 3, 1, 2])
     sampler = PatchBatchSampler(ids, 2, seed=0, device="cpu")
-    monkeypatch.setattr(devices, "in_worker", lambda: True)
+    monkeypatch.setattr(devices, "is_in_worker", lambda: True)
     with pytest.raises(RuntimeError, match=r"ids must be on the host, .*an order on cpu"):
         next(iter(sampler))
     # One that was sent to a worker has its order on the host.

@@ -18,10 +18,10 @@ def runs_of(counts: list[int], settings: oracle.Settings) -> list[tuple[int, int
     """Each patch's whole batches, and its short one: (patch, first, batches, samples of each)."""
     out, size = [], settings.batch_size
     for patch, count in enumerate(counts):
-        whole, left = divmod(count, size)
+        whole, remaining = divmod(count, size)
         out.append((patch, 0, whole, size))
-        if left and settings.partial != "drop":
-            out.append((patch, whole, 1, left if settings.partial == "keep" else size))
+        if remaining and settings.partial != "drop":
+            out.append((patch, whole, 1, remaining if settings.partial == "keep" else size))
     return out
 
 
@@ -41,24 +41,24 @@ def slots_of(total: int, width: int, seed: int, number: int = 300) -> np.ndarray
 def check(plan: EpochPlan, settings: oracle.Settings, epoch: int, slots: np.ndarray) -> None:
     """What slots lead to, from the package's host form and torch's, is what the oracle says."""
     counts = plan.groups.counts.tolist()
-    wanted = oracle.Balanced(runs_of(counts, settings), plan.seed, epoch, settings)
-    assert wanted.total == plan.num_batches
-    at = plan.locate(epoch, slots)
-    found = [*zip(at.group.tolist(), at.j.tolist(), strict=True)]
-    assert found == [wanted.at(slot) for slot in slots.tolist()]
+    expected = oracle.Balanced(runs_of(counts, settings), plan.seed, epoch, settings)
+    assert expected.total == plan.num_batches
+    locations = plan.locate(epoch, slots)
+    result = [*zip(locations.group.tolist(), locations.j.tolist(), strict=True)]
+    assert result == [expected.at(slot) for slot in slots.tolist()]
 
     torch = pytest.importorskip("torch")
     block = plan.evaluate(epoch, slots)
     reference = plan.on("cpu").evaluate_reference(epoch, torch.from_numpy(slots))
-    for ours, theirs in zip(block, reference, strict=True):
-        np.testing.assert_array_equal(ours, theirs.numpy())
-    rows = [*zip(block.indices, found, block.lengths, strict=True)]
+    for actual, desired in zip(block, reference, strict=True):
+        np.testing.assert_array_equal(actual, desired.numpy())
+    rows = [*zip(block.indices, result, block.lengths, strict=True)]
     for row, (patch, number), length in rows[::20]:
         start = int(plan.groups.starts[patch])
         key = oracle.derive(plan.seed, oracle.INSIDE_A_PATCH, epoch, patch)
         first = number * settings.batch_size
-        places = range(first, first + int(length))
-        samples = [start + oracle.permuted(x, counts[patch], key) for x in places]
+        indices = range(first, first + int(length))
+        samples = [start + oracle.permuted(x, counts[patch], key) for x in indices]
         assert row[: int(length)].tolist() == samples
 
 
@@ -74,19 +74,19 @@ def test_a_trillion_samples_in_balanced_steps(width, partial):
     # What the first call imports is no memory of the plan.
     EpochPlan(PatchGroups.from_counts([5]), 2, 0, steps="balanced").evaluate(0, [1])
     tracemalloc.start()
-    began = process_time()
+    start_time = process_time()
     plan = EpochPlan(
         groups, 64, 9, steps="balanced", step_width=width, patch_costs=costs, partial=partial
     )
     slots = slots_of(plan.num_batches, width, seed=width)
-    at = plan.locate(2**40, slots)
-    took = process_time() - began
+    locations = plan.locate(2**40, slots)
+    seconds = process_time() - start_time
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
-    assert at.group.size == slots.size
+    assert locations.group.size == slots.size
     assert peak < 2_000_000
     # Processor time of this process alone; some milliseconds where this was written.
-    assert took < 2
+    assert seconds < 2
     assert groups.num_samples > 0.98e12
     assert plan.num_batches > 1 << 33
     check(plan, settings, 2**40, slots)
@@ -120,7 +120,7 @@ def test_classes_of_more_batches_than_a_word_counts(counts, width):
             step_width=width,
             patch_costs=costs,
         )
-        assert plan._tables.classes.counts.tolist() == [*beside[:1], total, *beside[1:]]
+        assert plan._tables.buckets.counts.tolist() == [*beside[:1], total, *beside[1:]]
         check(plan, settings, 2**63 - 1, slots_of(plan.num_batches, width, seed=1, number=60))
 
 
@@ -137,8 +137,8 @@ def test_a_trillion_samples_in_steps_of_one_patch(interleave, uneven):
         interleave=interleave,
         uneven=uneven,
     )
-    own = [-(-count // 10) for count in counts]
-    steps = [n // 1024 if uneven == "drop" else -(-n // 1024) for n in own]
+    own_batches = [-(-count // 10) for count in counts]
+    steps = [n // 1024 if uneven == "drop" else -(-n // 1024) for n in own_batches]
     total = sum(steps)
     assert len(sampler) == total * 1024 > 9e10
     slots = slots_of(len(sampler), 1024, seed=2, number=100)
@@ -146,8 +146,8 @@ def test_a_trillion_samples_in_steps_of_one_patch(interleave, uneven):
     number = 6
     key = oracle.derive(5, oracle.ORDER_OF_BATCHES, number, 0)
     order = oracle.derive(5, oracle.ORDER_OF_PATCHES, number, 0)
-    patches = [oracle.permuted(place, 600, order) for place in range(600)]
-    wanted = []
+    patches = [oracle.permuted(index, 600, order) for index in range(600)]
+    expected = []
     for slot in slots.tolist():
         step, p = divmod(slot, 1024)
         if interleave:
@@ -156,9 +156,9 @@ def test_a_trillion_samples_in_steps_of_one_patch(interleave, uneven):
             if step < steps[patch]:
                 break
             step -= steps[patch]
-        wanted.append((patch, (step * 1024 + p) % own[patch]))
-    at = sampler.plan.locate(number, slots)
-    assert [*zip(at.group.tolist(), at.j.tolist(), strict=True)] == wanted
+        expected.append((patch, (step * 1024 + p) % own_batches[patch]))
+    locations = sampler.plan.locate(number, slots)
+    assert [*zip(locations.group.tolist(), locations.j.tolist(), strict=True)] == expected
     totals = sampler.coverage(number).totals()
     assert totals["batches"] == len(sampler)
     assert totals["seen_once"] + totals["repeated"] + totals["missed"] == sum(counts)
@@ -180,5 +180,5 @@ def test_a_balanced_sampler_of_a_trillion_goes_on_anywhere():
     assert total == len(sampler) == 15_625_000_000
     assert first == sampler.plan.evaluate(0, [0, 1, 2]).indices.tolist()
     sampler.load_state_dict({**sampler.state_dict(), "slot": total - 2})
-    rest = list(iter(sampler))  # list(sampler) would make room for len(sampler)
-    assert rest == sampler.plan.evaluate(0, [total - 2, total - 1]).indices.tolist()
+    remaining = list(iter(sampler))  # list(sampler) would make room for len(sampler)
+    assert remaining == sampler.plan.evaluate(0, [total - 2, total - 1]).indices.tolist()

@@ -39,9 +39,9 @@ def shuffled_ids(counts) -> np.ndarray:
     return np.random.default_rng(0).permutation(np.repeat(np.arange(len(counts)), counts))
 
 
-def assert_batch_equal(found: torch.Tensor, wanted: torch.Tensor) -> None:
-    assert found.dtype == torch.int64
-    assert found.tolist() == wanted.tolist()
+def assert_batch_equal(result: torch.Tensor, expected: torch.Tensor) -> None:
+    assert result.dtype == torch.int64
+    assert result.tolist() == expected.tolist()
 
 
 # ---------------------------------------------------------------------------------------------
@@ -72,15 +72,15 @@ def test_batches_of_patches_of_every_number_of_rounds(gathered):
     whole = plan.evaluate(epoch, range(plan.num_batches))
     assert set(whole.groups.tolist()) == set(range(7))
     for slot in range(plan.num_batches):
-        found = plan.batch(number(epoch), number(slot))
-        assert torch.equal(found, whole.indices[slot])
+        result = plan.batch(number(epoch), number(slot))
+        assert torch.equal(result, whole.indices[slot])
 
 
 # ---------------------------------------------------------------------------------------------
 # Compiled
 
 
-class KernelSpec(NamedTuple):
+class PlanCase(NamedTuple):
     """Patches and settings that lead to a graph of its own."""
 
     counts: list[int]
@@ -102,50 +102,46 @@ def of_classes(counts: list[int]) -> CostBudget:
 SMALL_ONLY, LARGE_ONLY, MIXED = [5, 32, 1, 17], [33, 40, 60], [5, 32, 33, 60]
 
 FORMS = {
-    "small": KernelSpec(SMALL_ONLY, {}),
-    "small, gathered": KernelSpec(SMALL_ONLY, {}, gathered=True),
-    "large": KernelSpec(LARGE_ONLY, {}),
-    "large, gathered": KernelSpec(LARGE_ONLY, {}, gathered=True),
-    "mixed": KernelSpec(MIXED, {}),
-    "mixed, gathered, kept short": KernelSpec(MIXED, {"partial": "keep"}, gathered=True),
-    "mixed, left out": KernelSpec(MIXED, {"partial": "drop"}),
-    "every number of rounds": KernelSpec([33, 1024, 65_536], {"batch_size": 8_000}),
-    "fewest rounds, gathered": KernelSpec([65_536, 70_000], {"batch_size": 9_000}, gathered=True),
-    "in a row": KernelSpec(MIXED, {"interleave": False}),
-    "in a row, small, gathered": KernelSpec(
+    "small": PlanCase(SMALL_ONLY, {}),
+    "small, gathered": PlanCase(SMALL_ONLY, {}, gathered=True),
+    "large": PlanCase(LARGE_ONLY, {}),
+    "large, gathered": PlanCase(LARGE_ONLY, {}, gathered=True),
+    "mixed": PlanCase(MIXED, {}),
+    "mixed, gathered, kept short": PlanCase(MIXED, {"partial": "keep"}, gathered=True),
+    "mixed, left out": PlanCase(MIXED, {"partial": "drop"}),
+    "every number of rounds": PlanCase([33, 1024, 65_536], {"batch_size": 8_000}),
+    "fewest rounds, gathered": PlanCase([65_536, 70_000], {"batch_size": 9_000}, gathered=True),
+    "in a row": PlanCase(MIXED, {"interleave": False}),
+    "in a row, small, gathered": PlanCase(
         SMALL_ONLY, {"interleave": False, "partial": "keep"}, gathered=True
     ),
-    "in a row and in order": KernelSpec(
-        SMALL_ONLY, {"interleave": False, "shuffle_patches": False}
-    ),
-    "patches in order": KernelSpec(LARGE_ONLY, {"shuffle_patches": False}),
-    "samples in order": KernelSpec(MIXED, {"shuffle_within_batches": False}, gathered=True),
-    "nothing shuffled": KernelSpec(
+    "in a row and in order": PlanCase(SMALL_ONLY, {"interleave": False, "shuffle_patches": False}),
+    "patches in order": PlanCase(LARGE_ONLY, {"shuffle_patches": False}),
+    "samples in order": PlanCase(MIXED, {"shuffle_within_batches": False}, gathered=True),
+    "nothing shuffled": PlanCase(
         MIXED, {"shuffle_within_batches": False, "shuffle_patches": False}
     ),
-    "one batch": KernelSpec([5], {}),
-    "balanced steps": KernelSpec(MIXED, {"steps": "balanced", "step_width": 3, "partial": "keep"}),
-    "balanced steps, in order": KernelSpec(
+    "one batch": PlanCase([5], {}),
+    "balanced steps": PlanCase(MIXED, {"steps": "balanced", "step_width": 3, "partial": "keep"}),
+    "balanced steps, in order": PlanCase(
         SMALL_ONLY, {"steps": "balanced", "step_width": 2, "shuffle_patches": False}
     ),
-    "fewer batches than a balanced step": KernelSpec([5], {"steps": "balanced", "step_width": 4}),
-    "steps of one patch": KernelSpec(MIXED, {"steps": "same_patch", "step_width": 3}),
-    "steps of one patch, in a row": KernelSpec(
+    "fewer batches than a balanced step": PlanCase([5], {"steps": "balanced", "step_width": 4}),
+    "steps of one patch": PlanCase(MIXED, {"steps": "same_patch", "step_width": 3}),
+    "steps of one patch, in a row": PlanCase(
         SMALL_ONLY, {"steps": "same_patch", "step_width": 2, "interleave": False}
     ),
-    "sizes by patch": KernelSpec(
-        MIXED, {"batch_size": {0: 3, 1: 8, 2: 9, 3: 2}, "partial": "keep"}
-    ),
+    "sizes by patch": PlanCase(MIXED, {"batch_size": {0: 3, 1: 8, 2: 9, 3: 2}, "partial": "keep"}),
     # More slots than batches, and fewer.
-    "weights": KernelSpec(MIXED, {"weights": [9, 1, 1, 1], "epoch_batches": 40}, gathered=True),
-    "weights, in a row": KernelSpec(
+    "weights": PlanCase(MIXED, {"weights": [9, 1, 1, 1], "epoch_batches": 40}, gathered=True),
+    "weights, in a row": PlanCase(
         MIXED, {"weights": [1, 9, 1, 1], "epoch_batches": 30, "interleave": False}
     ),
-    "classes of cost": KernelSpec(MIXED, {"batch_size": of_classes(MIXED)}),
-    "classes of cost, in a row": KernelSpec(
+    "classes of cost": PlanCase(MIXED, {"batch_size": of_classes(MIXED)}),
+    "classes of cost, in a row": PlanCase(
         SMALL_ONLY, {"batch_size": of_classes(SMALL_ONLY), "interleave": False}
     ),
-    "weights, steps of one patch": KernelSpec(
+    "weights, steps of one patch": PlanCase(
         SMALL_ONLY, {"weights": [1, 9, 1, 1], "steps": "same_patch", "step_width": 2}
     ),
 }
@@ -163,8 +159,8 @@ def run_on(compiled, plan: EpochPlan, first_epoch: int, num_epochs: int = 3) -> 
     epoch, slot = number(first_epoch), number(0)
     for e in range(first_epoch, first_epoch + num_epochs):
         whole = plan.evaluate(e, range(plan.num_batches)).indices
-        for wanted in whole:
-            assert torch.equal(compiled(epoch, slot), wanted)
+        for expected in whole:
+            assert torch.equal(compiled(epoch, slot), expected)
             slot.add_(1)
         slot.zero_()
         epoch.add_(1)
@@ -245,8 +241,8 @@ def test_a_plan_that_is_not_on_torch_is_refused(device):
     with pytest.raises(RuntimeError, match=r"one of torch for plan\.batch, got 'numpy'; plan\.on"):
         plan.batch(number(0), number(0))
     there = plan.on("cpu")
-    wanted = there.evaluate(1, [2]).indices[0]
-    assert_batch_equal(there.batch(number(1), number(2)), wanted)
+    expected = there.evaluate(1, [2]).indices[0]
+    assert_batch_equal(there.batch(number(1), number(2)), expected)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -367,10 +363,10 @@ def test_rounds_are_chosen_by_size_only_where_sizes_ask_for_it():
 
 
 def test_the_order_of_the_batches_costs_what_their_number_needs():
-    for num_batches, wanted in [(1, 0), (2, KEY + 1), (32, KEY + 31), (33, KEY + 13)]:
+    for num_batches, expected in [(1, 0), (2, KEY + 1), (32, KEY + 31), (33, KEY + 13)]:
         counts = [1] * num_batches
         ops = operations(plan_of(counts, 0, batch_size=1, shuffle_within_batches=False))
-        assert hashes(ops) == wanted, num_batches
+        assert hashes(ops) == expected, num_batches
     plan = plan_of([1] * 5, 0, batch_size=1, shuffle_patches=False, shuffle_within_batches=False)
     assert hashes(operations(plan)) == 0
 
@@ -458,8 +454,8 @@ def test_a_training_step_is_compiled_to_machine_code(inductor, tmp_path, ids, ba
                     weights.grad = None
             losses.append(loss)
             epoch, slot = divmod(step, total)
-            wanted = sampler.plan.evaluate(2**32 - 1 + epoch, [slot]).indices[0]
-            assert indices.tolist() == wanted.tolist()
+            expected = sampler.plan.evaluate(2**32 - 1 + epoch, [slot]).indices[0]
+            assert indices.tolist() == expected.tolist()
         torch.testing.assert_close(losses[1], losses[0])
     torch.testing.assert_close(model.weight, plain.weight)
     assert inductor.frame_count == 1
@@ -488,17 +484,17 @@ def test_a_plan_that_was_not_used_before_is_compiled_without_fullgraph():
     with warnings.catch_warnings():
         # Dynamo looks at tables that are read-only.
         warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
-        found = torch.compile(plan.batch, backend="eager")(ZERO, ZERO)
-    assert found.tolist() == plan.evaluate(0, [0]).indices[0].tolist()
+        result = torch.compile(plan.batch, backend="eager")(ZERO, ZERO)
+    assert result.tolist() == plan.evaluate(0, [0]).indices[0].tolist()
 
 
 def test_patches_that_drop_leaves_out_are_no_part_of_the_graph():
     counts = [5, 40, 70]
     plan = EpochPlan(PatchGroups.from_counts(counts), 33, 5, partial="drop", device="cpu")
     alone = EpochPlan(PatchGroups.from_counts(counts[1:]), 33, 5, partial="drop", device="cpu")
-    assert plan._tables.smallest == alone._tables.smallest == 40
-    wanted = EpochPlan(PatchGroups.from_counts(counts), 33, 5, partial="drop").evaluate(
+    assert plan._tables.smallest_patch == alone._tables.smallest_patch == 40
+    expected = EpochPlan(PatchGroups.from_counts(counts), 33, 5, partial="drop").evaluate(
         0, [0, 1, 2]
     )
-    for slot, indices in enumerate(wanted.indices):
+    for slot, indices in enumerate(expected.indices):
         assert plan.batch(ZERO, torch.tensor(slot)).tolist() == indices.tolist()

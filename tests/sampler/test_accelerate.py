@@ -9,9 +9,9 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from support.paths import ROOT, SUPPORT
 
-from support.processes import launched
+from support.paths import ROOT, SUPPORT
+from support.processes import run_ranks
 from support.strategies import epoch_of, quiet
 
 pytest.importorskip("accelerate")
@@ -36,12 +36,12 @@ PAGE = ROOT / "docs" / "how-to" / "accelerate.md"
     ],
 )
 def ranks(request, tmp_path_factory) -> list[dict]:
-    found = launched(SCRIPT, request.param, tmp_path_factory.mktemp("accelerate"))
-    assert [one["rank"] for one in found] == list(range(request.param))
-    for one in found:
-        assert one["world"] == request.param
-        assert (one["ids"], one["seed"], one["epoch"]) == (IDS.tolist(), SEED, EPOCH)
-    return found
+    results = run_ranks(SCRIPT, request.param, tmp_path_factory.mktemp("accelerate"))
+    assert [result["rank"] for result in results] == list(range(request.param))
+    for result in results:
+        assert result["world"] == request.param
+        assert (result["ids"], result["seed"], result["epoch"]) == (IDS.tolist(), SEED, EPOCH)
+    return results
 
 
 def whole(epoch=0, batch_size=4, partial="keep") -> list[list[int]]:
@@ -58,12 +58,12 @@ def shares(batches, processes, even=True) -> list[list[list[int]]]:
 
 def native_shares(epoch, processes, partial="keep") -> list[list[list[int]]]:
     """Each process's batches by our own sharding."""
-    found = []
+    results = []
     for rank in range(processes):
         sampler = quiet(IDS, 4, seed=SEED, partial=partial, num_replicas=processes, rank=rank)
         sampler.set_epoch(epoch)
-        found.append(list(sampler))
-    return found
+        results.append(list(sampler))
+    return results
 
 
 def dispatched(batches, processes, split=False) -> list[list[list[int]]]:
@@ -96,28 +96,28 @@ def every_sample(batches) -> bool:
 
 def found_in(ranks, name, case) -> list:
     """What every process found, none of which failed."""
-    told = [one[name][case] for one in ranks]
-    assert all(set(one) == {"found"} for one in told), told
-    return [one["found"] for one in told]
+    outcomes = [result[name][case] for result in ranks]
+    assert all(set(result) == {"found"} for result in outcomes), outcomes
+    return [result["found"] for result in outcomes]
 
 
 def errors_in(ranks, name, case) -> set[str]:
-    told = [one[name][case] for one in ranks]
-    assert all(set(one) == {"error"} for one in told), told
-    return {one["error"] for one in told}
+    outcomes = [result[name][case] for result in ranks]
+    assert all(set(result) == {"error"} for result in outcomes), outcomes
+    return {result["error"] for result in outcomes}
 
 
 @pytest.mark.parametrize("even", [True, False])
 @pytest.mark.parametrize("partial", ["keep", "drop", "pad"])
 def test_accelerate_shares_whole_batches_out(ranks, partial, even):
     case = f"4 {partial} split=False even={even} dispatch=None"
-    found = found_in(ranks, "sharded_by_accelerate", case)
+    results = found_in(ranks, "sharded_by_accelerate", case)
     batches = whole(partial=partial)
     assert len(batches) % 2 == 1  # or there would be nothing to make even
     expected = shares(batches, len(ranks), even)
-    assert [one["batches"] for one in found] == expected
-    assert [one["len"] for one in found] == list(map(len, expected))
-    drawn = list(chain.from_iterable(one["batches"] for one in found))
+    assert [result["batches"] for result in results] == expected
+    assert [result["len"] for result in results] == list(map(len, expected))
+    drawn = list(chain.from_iterable(result["batches"] for result in results))
     assert unmixed(drawn)
     assert every_sample(drawn) == (partial != "drop")
 
@@ -125,8 +125,8 @@ def test_accelerate_shares_whole_batches_out(ranks, partial, even):
 @pytest.mark.parametrize("partial", ["keep", "drop", "pad"])
 def test_accelerate_shares_out_what_the_sampler_would_by_itself(ranks, partial):
     case = f"4 {partial} split=False even=True dispatch=None"
-    found = found_in(ranks, "sharded_by_accelerate", case)
-    assert [one["batches"] for one in found] == native_shares(0, len(ranks), partial)
+    results = found_in(ranks, "sharded_by_accelerate", case)
+    assert [result["batches"] for result in results] == native_shares(0, len(ranks), partial)
 
 
 @pytest.mark.parametrize("dispatch", [None, True])
@@ -134,14 +134,14 @@ def test_accelerate_shares_out_what_the_sampler_would_by_itself(ranks, partial):
 @pytest.mark.parametrize("partial", ["drop", "pad"])
 def test_every_batch_is_split_where_all_have_one_size(ranks, partial, even, dispatch):
     case = f"4 {partial} split=True even={even} dispatch={dispatch}"
-    found = found_in(ranks, "sharded_by_accelerate", case)
+    results = found_in(ranks, "sharded_by_accelerate", case)
     batches = whole(partial=partial)
     size = 4 // len(ranks)
     expected = [
         [batch[rank * size : (rank + 1) * size] for batch in batches] for rank in range(len(ranks))
     ]
-    assert [one["batches"] for one in found] == expected
-    assert [one["len"] for one in found] == [len(batches)] * len(ranks)
+    assert [result["batches"] for result in results] == expected
+    assert [result["len"] for result in results] == [len(batches)] * len(ranks)
 
 
 @pytest.mark.parametrize("dispatch", [None, True])
@@ -157,8 +157,8 @@ def test_batches_of_many_sizes_are_not_split(ranks, even, dispatch):
 def test_a_batch_size_that_the_processes_do_not_divide_is_not_split(ranks, dispatch):
     case = f"3 pad split=True even=True dispatch={dispatch}"
     if len(ranks) == 1:
-        found = found_in(ranks, "sharded_by_accelerate", case)
-        assert found[0]["batches"] == whole(batch_size=3, partial="pad")
+        results = found_in(ranks, "sharded_by_accelerate", case)
+        assert results[0]["batches"] == whole(batch_size=3, partial="pad")
     else:
         (error,) = errors_in(ranks, "sharded_by_accelerate", case)
         assert "needs to be a round multiple of the number of processes (2)" in error
@@ -170,10 +170,10 @@ def test_a_batch_size_that_the_processes_do_not_divide_is_not_split(ranks, dispa
 )
 def test_dispatched_batches_are_joined_and_cut(ranks, batch_size, partial, even):
     case = f"{batch_size} {partial} split=False even={even} dispatch=True"
-    found = [one["batches"] for one in found_in(ranks, "sharded_by_accelerate", case)]
+    results = [result["batches"] for result in found_in(ranks, "sharded_by_accelerate", case)]
     expected = dispatched(whole(batch_size=batch_size, partial=partial), len(ranks))
-    assert found == expected
-    drawn = list(chain.from_iterable(found))
+    assert results == expected
+    drawn = list(chain.from_iterable(results))
     if len(ranks) == 1:
         assert unmixed(drawn)
     elif partial == "keep":
@@ -192,8 +192,8 @@ def test_dispatched_batches_are_joined_and_cut(ranks, batch_size, partial, even)
 def test_arrays_are_refused_on_every_process_that_shares_out(ranks, output):
     # Otherwise one of them would raise at the end of an epoch, and the other wait for it.
     expected = shares(whole(), len(ranks))
-    for one, share in zip(ranks, expected, strict=True):
-        told = one["arrays_under_even_batches"]
+    for result, share in zip(ranks, expected, strict=True):
+        told = result["arrays_under_even_batches"]
         assert told["list"] == {"found": share}
         if len(ranks) == 1:
             assert told[output] == {"found": share}
@@ -204,7 +204,7 @@ def test_arrays_are_refused_on_every_process_that_shares_out(ranks, output):
 
 
 def test_a_sampler_made_before_the_accelerator_is_shared_out(ranks):
-    assert [one["made_before_the_group"] for one in ranks] == shares(whole(), len(ranks))
+    assert [result["made_before_the_group"] for result in ranks] == shares(whole(), len(ranks))
 
 
 def trained(epochs_by_rank) -> list[float]:
@@ -226,18 +226,18 @@ def trained(epochs_by_rank) -> list[float]:
 
 @pytest.mark.parametrize("partial", ["keep", "drop", "pad"])
 def test_a_loader_that_is_not_prepared_shards_and_trains(ranks, partial):
-    found = [one["sharded_natively"][partial] for one in ranks]
+    results = [result["sharded_natively"][partial] for result in ranks]
     for epoch in range(2):
         expected = native_shares(epoch, len(ranks), partial)
-        assert [one["epochs"][epoch] for one in found] == expected
+        assert [result["epochs"][epoch] for result in results] == expected
         batches = whole(epoch, partial=partial)
         again = -len(batches) % len(ranks)
         drawn = list(chain.from_iterable(zip(*expected, strict=True)))
         assert drawn == [*batches, *batches[:again]]
-        assert [one["len"] for one in found] == list(map(len, expected))
-    assert all(one["weights"] == found[0]["weights"] for one in found)
-    reference = trained([one["epochs"] for one in found])
-    np.testing.assert_allclose(found[0]["weights"], reference, rtol=1e-4, atol=1e-6)
+        assert [result["len"] for result in results] == list(map(len, expected))
+    assert all(result["weights"] == results[0]["weights"] for result in results)
+    reference = trained([result["epochs"] for result in results])
+    np.testing.assert_allclose(results[0]["weights"], reference, rtol=1e-4, atol=1e-6)
 
 
 TWICE = [
@@ -290,7 +290,7 @@ def test_sharding_twice_is_refused(ranks, case):
     ],
 )
 def test_sharding_once_is_not_refused(ranks, case):
-    found = found_in(ranks, "not_sharded_twice", case)
+    results = found_in(ranks, "not_sharded_twice", case)
     partial = "pad" if "dispatched" in case or "within" in case else "keep"
     batches = whole(EPOCH, partial=partial)
     if case == "one process":
@@ -302,8 +302,8 @@ def test_sharding_once_is_not_refused(ranks, case):
         expected = shares(batches, len(ranks))
     if "skipped" in case:
         expected = [share[2:] for share in expected]
-    assert [one["batches"] for one in found] == expected
-    assert [one["len"] for one in found] == list(map(len, expected))
+    assert [result["batches"] for result in results] == expected
+    assert [result["len"] for result in results] == list(map(len, expected))
 
 
 def test_nothing_is_looked_at_without_a_share_or_without_accelerate(monkeypatch):
@@ -322,54 +322,56 @@ def test_nothing_is_looked_at_without_a_share_or_without_accelerate(monkeypatch)
 
 @pytest.mark.parametrize("how", ["plain", "stateful", "dispatched"])
 def test_the_loaders_epoch_reaches_the_sampler(ranks, how):
-    found = [one["epochs_reach_the_sampler"][how] for one in ranks]
-    assert [one["epoch"] for one in found] == [7] * len(ranks)
+    results = [result["epochs_reach_the_sampler"][how] for result in ranks]
+    assert [result["epoch"] for result in results] == [7] * len(ranks)
     parts = dispatched if how == "dispatched" else shares
     for nth, epoch in enumerate([7, 8]):
         expected = parts(whole(epoch, partial="pad"), len(ranks))
-        assert [one["seven"][nth] for one in found] == expected
-    assert [one["zero"] for one in found] == parts(whole(0, partial="pad"), len(ranks))
+        assert [result["seven"][nth] for result in results] == expected
+    assert [result["zero"] for result in results] == parts(whole(0, partial="pad"), len(ranks))
 
 
 def test_the_loader_knows_nothing_of_epochs_past_it(ranks):
-    found = [one["epochs_reach_the_sampler"] for one in ranks]
+    results = [result["epochs_reach_the_sampler"] for result in ranks]
     # It tells the sampler its own count, which begins at 0, and which a skip does not move.
-    assert [one["told past the loader"] for one in found] == shares(whole(0), len(ranks))
-    assert [one["not told after a skip"] for one in found] == shares(whole(EPOCH), len(ranks))
+    assert [result["told past the loader"] for result in results] == shares(whole(0), len(ranks))
+    assert [result["not told after a skip"] for result in results] == shares(
+        whole(EPOCH), len(ranks)
+    )
 
 
 def test_a_skip_reads_no_sample(ranks):
-    for rank, one in enumerate(ranks):
-        rest = sum(map(len, shares(whole(0), len(ranks))[rank][3:]))
+    for rank, result in enumerate(ranks):
+        remaining = sum(map(len, shares(whole(0), len(ranks))[rank][3:]))
         for way in ("prepared", "native"):
-            assert one["read_by_a_skip"][way] == {"read": rest, "handed out": rest}
+            assert result["read_by_a_skip"][way] == {"read": remaining, "handed out": remaining}
 
 
 def test_a_loaded_position_holds_where_the_loader_is_told_its_epoch(ranks):
     processes = len(ranks)
-    found = [one["loaded_states"][str(EPOCH)] for one in ranks]
-    rest = whole(EPOCH)[processes:]
+    results = [result["loaded_states"][str(EPOCH)] for result in ranks]
+    remaining = whole(EPOCH)[processes:]
     # What comes again at the end are the first batches of the rest, not of the epoch.
-    assert [one["rows"] for one in found] == shares(rest, processes)
-    assert [one["warned"] for one in found] == [[]] * processes
+    assert [result["rows"] for result in results] == shares(remaining, processes)
+    assert [result["warned"] for result in results] == [[]] * processes
 
 
 @pytest.mark.parametrize("told", ["None", "0"])
 def test_a_loader_that_begins_anew_drops_a_loaded_position_and_it_is_said(ranks, told):
-    found = [one["loaded_states"][told] for one in ranks]
-    assert [one["rows"] for one in found] == shares(whole(0), len(ranks))
+    results = [result["loaded_states"][told] for result in ranks]
+    assert [result["rows"] for result in results] == shares(whole(0), len(ranks))
     message = f"set_epoch(0) drops the loaded position: epoch {EPOCH}, slot {len(ranks)}"
-    assert [one["warned"] for one in found] == [[message]] * len(ranks)
+    assert [result["warned"] for result in results] == [[message]] * len(ranks)
 
 
 @pytest.mark.parametrize("run", ["skipping", "native", "stateful, native", "stateful, prepared"])
 def test_a_resumed_run_equals_one_that_never_stopped(ranks, run):
     steps = -(-len(whole()) // len(ranks))
-    for rank, one in enumerate(ranks):
-        done, weights = one["resumed"][run]["straight"]
+    for rank, result in enumerate(ranks):
+        done, weights = result["resumed"][run]["straight"]
         expected = [shares(whole(epoch), len(ranks))[rank] for epoch in range(EPOCH + 2)]
         assert [rows for rows, _ in done] == list(chain.from_iterable(expected))
-        stopped = one["resumed"][run]["stopped"]
+        stopped = result["resumed"][run]["stopped"]
         assert list(stopped) == [str(stop) for stop in (1, steps // 2, steps - 1, steps)]
         for stop, (before, (after, last)) in stopped.items():
             assert len(before) == EPOCH * steps + int(stop)
@@ -380,9 +382,9 @@ def test_a_resumed_run_equals_one_that_never_stopped(ranks, run):
 @pytest.mark.parametrize("run", ["skipping", "native"])
 def test_a_resumed_run_is_resumed_again(ranks, run):
     steps = -(-len(whole()) // len(ranks))
-    for one in ranks:
-        done, weights = one["resumed"][run]["straight"]
-        between, (after, last) = one["resumed_twice"][run]
+    for result in ranks:
+        done, weights = result["resumed"][run]["straight"]
+        between, (after, last) = result["resumed_twice"][run]
         assert len(between) == 2
         assert between + after == done[EPOCH * steps + 1 :]
         assert last == weights
@@ -391,16 +393,16 @@ def test_a_resumed_run_is_resumed_again(ranks, run):
 def test_a_stateful_loader_that_is_not_told_its_epoch(ranks):
     # Alone, the sampler's state is in the loader's. A shard hides it: only a count is saved.
     epoch = EPOCH if len(ranks) == 1 else 0
-    for rank, one in enumerate(ranks):
+    for rank, result in enumerate(ranks):
         expected = shares(whole(epoch), len(ranks))[rank][1:]
-        done = one["not_told_the_epoch"]
+        done = result["not_told_the_epoch"]
         assert [rows for rows, _ in done[: len(expected)]] == expected
 
 
 def test_the_samplers_own_position_runs_ahead_of_a_prepared_loader(ranks):
     processes = len(ranks)
-    for one in ranks:
-        assert one["looked_ahead"] == {"drawn": 3 * processes, "trained": 2 * processes}
+    for result in ranks:
+        assert result["looked_ahead"] == {"drawn": 3 * processes, "trained": 2 * processes}
 
 
 def test_gather_for_metrics_cuts_a_full_batch_of_a_prepared_loader(ranks):
@@ -409,42 +411,44 @@ def test_gather_for_metrics_cuts_a_full_batch_of_a_prepared_loader(ranks):
     rounds = list(chain.from_iterable(zip(*shares(batches, processes), strict=True)))
     samples = list(chain.from_iterable(rounds))
     kept = len(samples) - 4 * processes + IDS.size % (4 * processes)
-    for one in ranks:
-        assert one["gathered"]["prepared pad"]["metrics"] == samples[:kept]
+    for result in ranks:
+        assert result["gathered"]["prepared pad"]["metrics"] == samples[:kept]
         assert not every_sample([samples[:kept]])
         # Not so in a loader that Accelerate does not know, nor where it knows of no size.
-        assert one["gathered"]["native pad"]["metrics"] == samples
+        assert result["gathered"]["native pad"]["metrics"] == samples
         for way in ("native keep", "prepared keep"):
             parts = shares(whole(0), processes)
             expected = chain.from_iterable(chain.from_iterable(zip(*parts, strict=True)))
-            assert one["gathered"][way]["objects"] == list(expected)
+            assert result["gathered"][way]["objects"] == list(expected)
 
 
 @pytest.mark.parametrize("way", ["prepared pad", "prepared keep", "native pad", "native keep"])
 def test_results_by_row_are_whole_whatever_comes_twice(ranks, way):
-    for one in ranks:
-        assert one["gathered"][way]["table"] == [2.0 * row for row in range(IDS.size)]
+    for result in ranks:
+        assert result["gathered"][way]["table"] == [2.0 * row for row in range(IDS.size)]
 
 
 def test_only_a_prepared_loader_ends_an_accumulation_with_the_epoch(ranks):
     steps = -(-len(whole()) // len(ranks))
     each = [step for step in range(1, steps + 1) if step % 4 == 0 or step == steps]
     assert steps not in range(0, 99, 4)
-    for one in ranks:
-        found = one["accumulated"]
-        assert found["prepared"] == [*each, *(steps + step for step in each)]
-        assert found["native"] == list(range(4, 2 * steps + 1, 4))
+    for result in ranks:
+        results = result["accumulated"]
+        assert results["prepared"] == [*each, *(steps + step for step in each)]
+        assert results["native"] == list(range(4, 2 * steps + 1, 4))
 
 
 def test_a_loader_of_tensors_passes_through_prepare(ranks):
-    found = [one["tensor_loaders_pass_through"] for one in ranks]
-    assert all(one["same"] for one in found)
-    assert [one["rows"] for one in found] == native_shares(0, len(ranks))
+    results = [result["tensor_loaders_pass_through"] for result in ranks]
+    assert all(result["same"] for result in results)
+    assert [result["rows"] for result in results] == native_shares(0, len(ranks))
 
 
 @pytest.mark.parametrize("name", ["Drawn", "Place"])
 def test_the_page_shows_what_is_run_here(name):
     # Importing the script would run an Accelerator.
     source = SCRIPT.read_text()
-    pieces = {one.name: one for one in ast.parse(source).body if isinstance(one, ast.ClassDef)}
+    pieces = {
+        result.name: result for result in ast.parse(source).body if isinstance(result, ast.ClassDef)
+    }
     assert ast.get_source_segment(source, pieces[name]) in PAGE.read_text()

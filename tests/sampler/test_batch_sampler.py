@@ -174,8 +174,8 @@ def test_batches_of_a_given_epoch_leave_the_sampler_alone():
     sampler.set_epoch(2)
     before = sampler.state_dict()
     for epoch in (9, 2):
-        found = [batch.indices.tolist() for batch in sampler.batches(epoch)]
-        assert found == epoch_of(sampler, epoch)
+        actual = [batch.indices.tolist() for batch in sampler.batches(epoch)]
+        assert actual == epoch_of(sampler, epoch)
     assert sampler.epoch == 2
     assert sampler.state_dict() == before
     assert [batch.indices.tolist() for batch in sampler.batches()] == epoch_of(sampler, 2)
@@ -287,10 +287,10 @@ def test_repr():
     assert "rank 1 of 3" in repr(make(num_replicas=3, rank=1))
 
 
-@pytest.mark.parametrize("most", [1, 3, 100])
+@pytest.mark.parametrize("max_batches", [1, 3, 100])
 @pytest.mark.parametrize("output", ["list", "numpy"])
 @pytest.mark.parametrize("partial", ["keep", "pad"])
-def test_blocks_are_cut_a_few_batches_at_a_time(monkeypatch, most, output, partial):
+def test_blocks_are_cut_a_few_batches_at_a_time(monkeypatch, max_batches, output, partial):
     ids = np.repeat(np.arange(40), 50)
 
     def plain(batches):
@@ -303,10 +303,10 @@ def test_blocks_are_cut_a_few_batches_at_a_time(monkeypatch, most, output, parti
     sizes = np.full(block.lengths.shape, 3) if partial == "pad" else block.lengths
     rows = zip(block.indices.tolist(), sizes.tolist(), strict=True)
     expected = [row[:size] for row, size in rows]
-    monkeypatch.setattr(batches_module, "MOST_CUT", most)
+    monkeypatch.setattr(batches_module, "MAX_BATCHES_AT_ONCE", max_batches)
     sampler = begin()
     iterator = iter(sampler)
-    begun = plain(next(iterator) for _ in range(2 * most + 1))
+    begun = plain(next(iterator) for _ in range(2 * max_batches + 1))
     assert len(iterator) == len(expected) - len(begun)
     resumed = begin()
     resumed.load_state_dict(sampler.state_dict())

@@ -33,8 +33,8 @@ TOTAL = plan_of().num_batches
 
 def drawn(cursor: BatchCursor, count: int) -> list[tuple[list[int], int, int]]:
     """The next batches of a cursor, in plain values."""
-    found = [cursor() for _ in range(count)]
-    return [(b.indices.tolist(), int(b.valid), int(b.group)) for b in found]
+    actual = [cursor() for _ in range(count)]
+    return [(b.indices.tolist(), int(b.valid), int(b.group)) for b in actual]
 
 
 def handed_out(sampler: PatchBatchSampler, epoch: int | None = None) -> list[tuple]:
@@ -46,11 +46,10 @@ def handed_out(sampler: PatchBatchSampler, epoch: int | None = None) -> list[tup
     ]
 
 
-def same(found, wanted) -> bool:
+def same(actual, expected) -> bool:
     """Whether a cursor's batches are the sampler's; the sampler's may be short."""
-    return len(found) == len(wanted) and all(
-        (ours[0][: len(theirs[0])], *ours[1:]) == theirs
-        for ours, theirs in zip(found, wanted, strict=True)
+    return len(actual) == len(expected) and all(
+        (a[0][: len(b[0])], *a[1:]) == b for a, b in zip(actual, expected, strict=True)
     )
 
 
@@ -108,8 +107,8 @@ def test_a_cursor_begins_where_the_next_iterator_would(data):
     cursor = sampler.cursor()
     begun = sampler.epoch
     assert cursor.position() == (begun, slot if begun == epoch else 0)
-    rest = handed_out(sampler)
-    assert same(drawn(cursor, len(rest)), rest)
+    remaining = handed_out(sampler)
+    assert same(drawn(cursor, len(remaining)), remaining)
     assert same(drawn(cursor, 3), handed_out(sampler, begun + 1)[:3])
 
 
@@ -134,11 +133,11 @@ def test_a_sampler_on_the_host_has_a_cursor_of_torch(device):
 
 
 def test_more_ranks_than_batches_get_the_first_again():
-    found = [drawn(BatchCursor(plan_of(), num_replicas=12, rank=r), 2) for r in range(12)]
+    actual = [drawn(BatchCursor(plan_of(), num_replicas=12, rank=r), 2) for r in range(12)]
     single = drawn(BatchCursor(plan_of()), 2 * TOTAL)
     for epoch in range(2):
         own = single[epoch * TOTAL : (epoch + 1) * TOTAL]
-        assert [steps[epoch] for steps in found] == [*own, own[0]]
+        assert [steps[epoch] for steps in actual] == [*own, own[0]]
 
 
 def test_more_ranks_than_batches_are_refused_where_the_rest_is_left_out():
@@ -166,8 +165,8 @@ def test_a_place_is_chosen_in_place():
     for epoch, slot in [(0, 3), (1, 0), (0, TOTAL - 1), (0, 0)]:
         cursor.seek(epoch, slot)
         assert cursor.position() == (epoch, slot)
-        rest = everything[epoch * TOTAL + slot :]
-        assert drawn(cursor, len(rest)) == rest
+        remaining = everything[epoch * TOTAL + slot :]
+        assert drawn(cursor, len(remaining)) == remaining
     assert (cursor.epoch.data_ptr(), cursor.slot.data_ptr()) == addresses
 
 
@@ -238,11 +237,11 @@ def test_a_loaded_place_goes_on_where_it_was_saved(keep):
     cursor = BatchCursor(plan_of(seed=2**64 - 1), epoch=2**40, slot=5)
     drawn(cursor, 1)
     state = copy.deepcopy(keep(cursor))
-    rest = drawn(cursor, 2 * TOTAL)
+    remaining = drawn(cursor, 2 * TOTAL)
     other = BatchCursor(plan_of(seed=2**64 - 1))
     assert str(other.load_state_dict(state)) == "<All keys matched successfully>"
     assert other.position() == (2**40, 6)
-    assert drawn(other, 2 * TOTAL) == rest
+    assert drawn(other, 2 * TOTAL) == remaining
 
 
 def test_a_state_holds_the_place_of_all_ranks():
@@ -277,12 +276,12 @@ def test_a_place_that_leaves_other_ranks_no_step_is_the_next_epoch():
 def test_a_state_of_other_settings_is_refused_and_changes_nothing(settings, names):
     state = BatchCursor(plan_of(), epoch=2, slot=7).state_dict()
     cursor = BatchCursor(plan_of(**settings), epoch=1, slot=3)
-    wanted = drawn(cursor, 2)
+    expected = drawn(cursor, 2)
     cursor.seek(1, 3)
     with pytest.raises(ValueError, match=names):
         cursor.load_state_dict(state)
     assert cursor.position() == (1, 3)
-    assert drawn(cursor, 2) == wanted
+    assert drawn(cursor, 2) == expected
 
 
 def test_a_state_of_other_ids_is_refused_by_name():
@@ -395,11 +394,11 @@ def trainer(**settings) -> Trainer:
 
 
 def steps_of(model, count: int) -> list[tuple[float, list[int], int, int]]:
-    found = []
+    actual = []
     for _ in range(count):
         loss, batch = model()
-        found.append((loss.item(), batch.indices.tolist(), int(batch.valid), int(batch.group)))
-    return found
+        actual.append((loss.item(), batch.indices.tolist(), int(batch.valid), int(batch.group)))
+    return actual
 
 
 COPIES = {
@@ -428,9 +427,9 @@ def test_a_model_is_copied_with_its_place_and_may_be_compiled_at_once(made):
     expected = steps_of(model, 20)
     # Each has its own place, whatever it shares.
     assert model.cursor.position() == (1, 6)
-    found = steps_of(compiled, 20)
-    assert [step[1:] for step in found] == [step[1:] for step in expected]
-    assert [step[0] for step in found] == pytest.approx([step[0] for step in expected], rel=1e-2)
+    actual = steps_of(compiled, 20)
+    assert [step[1:] for step in actual] == [step[1:] for step in expected]
+    assert [step[0] for step in actual] == pytest.approx([step[0] for step in expected], rel=1e-2)
     assert counter.frame_count == 1
     assert copied.cursor.epoch.dtype == copied.cursor.slot.dtype == torch.int64
 
@@ -490,9 +489,9 @@ def test_one_graph_serves_a_whole_run(backend, shuffle_within_batches, num_repli
     step = torch.compile(model, fullgraph=True, backend=counter)
     sampler = make(partial="pad", **settings)
     for epoch in range(3):
-        found = steps_of(step, len(sampler))
-        assert [batch for _, *batch in found] == [[*b] for b in handed_out(sampler, epoch)]
-        assert [loss for loss, *_ in found] == pytest.approx(
+        actual = steps_of(step, len(sampler))
+        assert [batch for _, *batch in actual] == [[*b] for b in handed_out(sampler, epoch)]
+        assert [loss for loss, *_ in actual] == pytest.approx(
             [loss for loss, *_ in steps_of(plain, len(sampler))]
         )
     assert counter.frame_count == 1
@@ -506,7 +505,7 @@ def test_a_compiled_model_is_trained_and_sought_without_another_graph():
         model = trainer()
         step = torch.compile(model, fullgraph=True, backend=counter) if compiled else model
         optimizer = torch.optim.SGD(model.layer.parameters(), lr=1e-3)
-        found = []
+        actual = []
         for place in [(0, 20), (7, 24)]:
             model.cursor.seek(*place)
             for _ in range(8):
@@ -514,9 +513,9 @@ def test_a_compiled_model_is_trained_and_sought_without_another_graph():
                 loss, _ = step()
                 loss.backward()
                 optimizer.step()
-                found.append(loss.item())
+                actual.append(loss.item())
         assert model.cursor.position() == (8, 8)
-        losses.append(found)
+        losses.append(actual)
     assert losses[1] == pytest.approx(losses[0])
     assert len(set(losses[0])) == 16
     assert counter.frame_count == 1
@@ -542,8 +541,8 @@ def test_a_cursor_is_shown_by_its_plan_and_ranks():
 
 def test_a_model_that_is_cast_leaves_the_place_in_integers():
     sampler = PatchBatchSampler(PatchGroups.from_counts([5, 40, 3]), 8, seed=3, partial="pad")
-    cursor, wanted = sampler.cursor(), sampler.cursor()
-    cursor(), wanted()
+    cursor, expected = sampler.cursor(), sampler.cursor()
+    cursor(), expected()
     cursor.type(torch.float16)
     assert (cursor.epoch.dtype, cursor.slot.dtype) == (torch.int64, torch.int64)
-    assert cursor().indices.tolist() == wanted().indices.tolist()
+    assert cursor().indices.tolist() == expected().indices.tolist()

@@ -18,14 +18,14 @@ from support.dataloaders import (
     BlockRows,
     Rows,
     epoch_of,
-    kinds_of_loaders,
+    loader_kinds,
     loader_of,
     rows_of,
 )
 from support.strategies import through_json
 
 
-@pytest.mark.parametrize("loader", kinds_of_loaders(quick=("none", "two")))
+@pytest.mark.parametrize("loader", loader_kinds(quick=("none", "two")))
 def test_five_epochs_are_the_same_with_any_workers(loader):
     settings = LOADERS[loader]
     sampler = PatchBatchSampler(Rows(), 4, seed=5)
@@ -33,9 +33,9 @@ def test_five_epochs_are_the_same_with_any_workers(loader):
     for epoch in range(5):
         assert sampler.epoch == epoch
         assert len(loaded) == len(sampler)
-        found = [rows_of(batch, bool(settings)) for batch in loaded]
-        assert found == epoch_of(sampler, epoch)
-        assert sorted(chain.from_iterable(found)) == list(range(IDS.size))
+        actual = [rows_of(batch, bool(settings)) for batch in loaded]
+        assert actual == epoch_of(sampler, epoch)
+        assert sorted(chain.from_iterable(actual)) == list(range(IDS.size))
 
 
 def test_spawned_workers_give_the_same_epochs():
@@ -49,7 +49,7 @@ def test_spawned_workers_give_the_same_epochs():
         assert [rows_of(batch, True) for batch in loaded] == epoch_of(sampler, epoch)
 
 
-@pytest.mark.parametrize("loader", kinds_of_loaders("none", "two"))
+@pytest.mark.parametrize("loader", loader_kinds("none", "two"))
 @pytest.mark.parametrize(
     ("output", "kind"), [("list", list), ("numpy", np.ndarray), ("tensor", torch.Tensor)]
 )
@@ -59,11 +59,11 @@ def test_blocks_of_rows_are_fetched_by_array(output, kind, loader):
     sampler = PatchBatchSampler(dataset, 4, seed=5, output=output)
     loaded = loader_of(dataset, sampler, **settings)
     for epoch in range(2):
-        found = [rows_of(batch, bool(settings)) for batch in loaded]
-        assert found == epoch_of(PatchBatchSampler(IDS, 4, seed=5), epoch)
+        actual = [rows_of(batch, bool(settings)) for batch in loaded]
+        assert actual == epoch_of(PatchBatchSampler(IDS, 4, seed=5), epoch)
 
 
-@pytest.mark.parametrize("loader", kinds_of_loaders())
+@pytest.mark.parametrize("loader", loader_kinds())
 def test_a_pass_that_is_left_ends_its_epoch(loader):
     sampler = PatchBatchSampler(Rows(), 4, seed=5)
     loaded = loader_of(Rows(), sampler, **LOADERS[loader])
@@ -75,7 +75,7 @@ def test_a_pass_that_is_left_ends_its_epoch(loader):
     assert [rows_of(b, bool(LOADERS[loader])) for b in loaded] == epoch_of(sampler, 2)
 
 
-@pytest.mark.parametrize("loader", kinds_of_loaders())
+@pytest.mark.parametrize("loader", loader_kinds())
 def test_set_epoch_between_passes(loader):
     sampler = PatchBatchSampler(Rows(), 4, seed=5)
     loaded = loader_of(Rows(), sampler, **LOADERS[loader])
@@ -84,7 +84,7 @@ def test_set_epoch_between_passes(loader):
         assert [rows_of(b, bool(LOADERS[loader])) for b in loaded] == epoch_of(sampler, epoch)
 
 
-@pytest.mark.parametrize("loader", kinds_of_loaders(quick=("none", "eager")))
+@pytest.mark.parametrize("loader", loader_kinds(quick=("none", "eager")))
 @pytest.mark.parametrize("step", [1, 9, 19, 20])
 def test_resuming_by_step_in_spite_of_prefetching(loader, step):
     # Stopped twice in the second epoch, each time after the steps that training has done.
@@ -94,25 +94,25 @@ def test_resuming_by_step_in_spite_of_prefetching(loader, step):
     ]
     sampler = PatchBatchSampler(Rows(), 4, seed=5)
     list(sampler)
-    seen = []
+    drawn = []
     for steps in (step, 3):
         begun = iter(loader_of(Rows(), sampler, **settings))
-        drawn = list(islice(begun, steps))
-        seen += [rows_of(batch, bool(settings)) for batch in drawn]
-        state = through_json(sampler.state_dict(step=len(drawn)))
-        if settings and len(seen) < 19:
+        batches = list(islice(begun, steps))
+        drawn += [rows_of(batch, bool(settings)) for batch in batches]
+        state = through_json(sampler.state_dict(step=len(batches)))
+        if settings and len(drawn) < 19:
             # What a loader with workers has drawn is not what was trained on.
             assert sampler.state_dict()["slot"] > state["slot"]
         del begun
         sampler = PatchBatchSampler(Rows(), 4)
         sampler.load_state_dict(state)
     loaded = loader_of(Rows(), sampler, **settings)
-    while len(seen) < 40:
-        seen += [rows_of(batch, bool(settings)) for batch in loaded]
-    assert seen == expected
+    while len(drawn) < 40:
+        drawn += [rows_of(batch, bool(settings)) for batch in loaded]
+    assert drawn == expected
 
 
-@pytest.mark.parametrize("loader", kinds_of_loaders())
+@pytest.mark.parametrize("loader", loader_kinds())
 def test_the_state_before_the_first_step_is_the_epochs_start(loader):
     # The loader has drawn ahead, and training has done nothing.
     settings = LOADERS[loader]
@@ -127,7 +127,7 @@ def test_the_state_before_the_first_step_is_the_epochs_start(loader):
     )
 
 
-@pytest.mark.parametrize("loader", kinds_of_loaders())
+@pytest.mark.parametrize("loader", loader_kinds())
 def test_a_loader_and_its_workers_go_on_in_place_after_a_load(loader):
     # Going back to a state in the same process: nothing of the pass that was left comes through.
     settings = LOADERS[loader]
@@ -145,9 +145,11 @@ def test_a_loader_and_its_workers_go_on_in_place_after_a_load(loader):
 
 
 def test_ranks_through_loaders_share_the_epoch_out():
-    whole = epoch_of(PatchBatchSampler(IDS, 4, seed=5), 0)
-    found = []
+    epoch_batches = epoch_of(PatchBatchSampler(IDS, 4, seed=5), 0)
+    actual = []
     for rank in range(2):
         sampler = PatchBatchSampler(Rows(), 4, seed=5, num_replicas=2, rank=rank)
-        found.append([rows_of(batch, False) for batch in loader_of(Rows(), sampler)])
-    assert [batch for step in zip(*found, strict=True) for batch in step][: len(whole)] == whole
+        actual.append([rows_of(batch, False) for batch in loader_of(Rows(), sampler)])
+    assert [batch for step in zip(*actual, strict=True) for batch in step][
+        : len(epoch_batches)
+    ] == epoch_batches

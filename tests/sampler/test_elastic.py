@@ -1,10 +1,10 @@
-"""Elastic runs: whatever the ranks do, an epoch is handed out exactly; see `elastic`."""
+"""Elastic runs: whatever the ranks do, an epoch is handed out exactly; see `elastic_runs`."""
 
 from __future__ import annotations
 
 import pytest
 
-from support.elastic_runs import carry_out_all, case_of, changes
+from support.elastic_runs import draw_case, rank_changes, run_cases
 
 PLAIN, LOADED = 0, 1
 
@@ -18,9 +18,9 @@ PLAIN, LOADED = 0, 1
     ids=["60", "300"],
 )
 def test_random_runs_without_loaders(runs, different, often):
-    happened = carry_out_all([case_of(number, PLAIN) for number in runs])
+    events = run_cases([draw_case(number, PLAIN) for number in runs])
     # They reach what they are for: 49 changes of the number of ranks are possible.
-    assert len(changes(happened)) >= different
+    assert len(rank_changes(events)) >= different
     for name in (
         "between the steps of the new ranks",
         "repeated",
@@ -29,7 +29,7 @@ def test_random_runs_without_loaders(runs, different, often):
         "nothing done",
         "in steps of other ranks",
     ):
-        assert happened[name] >= often, f"{name}: {happened}"
+        assert events[name] >= often, f"{name}: {events}"
 
 
 with_workers = pytest.mark.slow("starts workers dozens of times")
@@ -40,5 +40,5 @@ with_workers = pytest.mark.slow("starts workers dozens of times")
 )
 def test_eight_random_runs_through_data_loaders(workers):
     pytest.importorskip("torch")
-    happened = carry_out_all([case_of(number, LOADED, workers, 3) for number in range(8)])
-    assert len(changes(happened)) >= 3
+    events = run_cases([draw_case(number, LOADED, workers, 3) for number in range(8)])
+    assert len(rank_changes(events)) >= 3

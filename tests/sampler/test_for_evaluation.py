@@ -101,11 +101,11 @@ def test_cursors_say_what_counts(num_replicas):
 def test_a_resumed_evaluation_counts_the_rest_once():
     sampler = ranks_of(1)[0]
     begun = sampler.batches()
-    seen = [batch.indices[: batch.valid].tolist() for batch in (next(begun) for _ in range(7))]
+    drawn = [batch.indices[: batch.valid].tolist() for batch in (next(begun) for _ in range(7))]
     for rank in ranks_of(4):
         rank.load_state_dict(sampler.state_dict())
-        seen += [batch.indices[: batch.valid].tolist() for batch in rank.batches()]
-    assert sorted(sample for batch in seen for sample in batch) == list(range(IDS.size))
+        drawn += [batch.indices[: batch.valid].tolist() for batch in rank.batches()]
+    assert sorted(sample for batch in drawn for sample in batch) == list(range(IDS.size))
 
 
 def test_in_training_what_comes_again_counts():

@@ -8,9 +8,9 @@ from itertools import chain
 
 import numpy as np
 import pytest
-from support.paths import ROOT, SUPPORT
 
-from support.processes import launched
+from support.paths import ROOT, SUPPORT
+from support.processes import run_ranks
 from support.strategies import epoch_of
 
 pytest.importorskip("torch")
@@ -27,14 +27,14 @@ from support.hf_trainer_script import (
     IDS,
     SEED,
     PatchTrainer,
-    Prepared,
+    PreparedTrainer,
     Rows,
     SaveSampler,
     TellEpoch,
     Tiny,
     Untold,
+    record_of,
     trainer_of,
-    what_came_of,
 )
 
 SCRIPT = SUPPORT / "hf_trainer_script.py"
@@ -102,8 +102,8 @@ def test_a_resumed_run_equals_one_that_never_stopped(straight, place, tmp_path):
     resumed.train(resume_from_checkpoint=str(folder / f"checkpoint-{position}"))
     epoch, step = divmod(position, steps)
     done = epoch * 11 + step * every
-    expected = what_came_of(trainer)
-    assert what_came_of(resumed) == {
+    expected = record_of(trainer)
+    assert record_of(resumed) == {
         **expected,
         "seen": expected["seen"][done:],
         "losses": expected["losses"][done:],
@@ -184,12 +184,12 @@ def test_a_run_resumes_by_the_samplers_state(batch_size, every, steps, workers, 
     trainer = saving(tmp_path / "straight", **settings)
     trainer.train()
     assert trainer.model.seen == epochs_of(batch_size)
-    expected = what_came_of(trainer)
+    expected = record_of(trainer)
     assert expected["steps"] == EPOCHS * steps
     for position in (1, steps + 2, 2 * steps - 1, 2 * steps, 2 * steps + 1, 3 * steps - 1):
         again = tmp_path / f"from {position}"
         resumed = resumed_by_state(tmp_path / "straight", position, again, **settings)
-        assert what_came_of(resumed) == {
+        assert record_of(resumed) == {
             **expected,
             "seen": expected["seen"][position * every :],
             "losses": expected["losses"][position * every :],
@@ -284,13 +284,13 @@ def test_metrics_by_batch_never_hear_of_the_last_one(tmp_path):
 
 
 def test_a_prepared_loader_of_equal_batches_loses_predictions(tmp_path):
-    class Half(Prepared):
+    class Half(PreparedTrainer):
         """Only the training loader is prepared."""
 
         def get_eval_dataloader(self, eval_dataset=None):
             return PatchTrainer.patch_loader(self, Rows(), PatchBatchSampler(IDS, 4, seed=0))
 
-    trainer = trainer_of(tmp_path, Prepared, save_strategy="no")
+    trainer = trainer_of(tmp_path, PreparedTrainer, save_strategy="no")
     labels = trainer.predict(Rows()).label_ids
     padded = len(list(chain.from_iterable(whole(partial="pad"))))
     assert len(labels) == padded - 4 + IDS.size % 4
@@ -315,7 +315,7 @@ def test_a_batch_sampler_is_no_train_sampler(tmp_path):
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory) -> list[dict]:
     """What two processes saw."""
-    return launched(SCRIPT, 2, tmp_path_factory.mktemp("ranks"))
+    return run_ranks(SCRIPT, 2, tmp_path_factory.mktemp("ranks"))
 
 
 def share(epoch, rank, partial="keep") -> list[list[int]]:
@@ -327,14 +327,14 @@ def share(epoch, rank, partial="keep") -> list[list[int]]:
 @on_two_processes
 def test_two_processes_share_epochs_out_and_resume(ranks, kind):
     partial = "keep" if kind == "told" else "pad"
-    for rank, found in enumerate(ranks):
-        expected = found[kind]["straight"]
-        seen = [share(epoch, rank, partial) for epoch in range(EPOCHS)]
-        assert expected["seen"] == list(chain.from_iterable(seen))
+    for rank, results in enumerate(ranks):
+        expected = results[kind]["straight"]
+        batches = [share(epoch, rank, partial) for epoch in range(EPOCHS)]
+        assert expected["seen"] == list(chain.from_iterable(batches))
         assert expected["steps"] == EPOCHS * 6
         assert expected["weights"] == ranks[0][kind]["straight"]["weights"]
-        assert list(found[kind]["resumed"]) == ["1", "6", "9", "17"]
-        for position, resumed in found[kind]["resumed"].items():
+        assert list(results[kind]["resumed"]) == ["1", "6", "9", "17"]
+        for position, resumed in results[kind]["resumed"].items():
             assert resumed == {
                 **expected,
                 "seen": expected["seen"][int(position) :],
@@ -344,13 +344,13 @@ def test_two_processes_share_epochs_out_and_resume(ranks, kind):
 
 @on_two_processes
 def test_a_prepared_loader_of_two_processes_must_be_told_the_epoch_it_resumes_in(ranks):
-    for rank, found in enumerate(ranks):
-        found = found["prepared, not told"]
-        assert found["resumed"]["6"]["seen"] == found["straight"]["seen"][6:]
+    for rank, results in enumerate(ranks):
+        results = results["prepared, not told"]
+        assert results["resumed"]["6"]["seen"] == results["straight"]["seen"][6:]
         # The skipped and the rest are of epoch 0; the next one is right again.
         wrong = [*share(0, rank, "pad")[3:], *share(2, rank, "pad")]
-        assert found["resumed"]["9"]["seen"] == wrong
-        assert wrong != found["straight"]["seen"][9:]
+        assert results["resumed"]["9"]["seen"] == wrong
+        assert wrong != results["straight"]["seen"][9:]
 
 
 @on_two_processes
@@ -361,11 +361,11 @@ def test_predictions_of_two_processes_come_in_the_order_of_the_epoch(ranks):
         )
     )
     table = {}
-    for found in ranks:
-        found = found["told"]
-        assert found["labels"][: len(order)] == order
-        assert found["labels"][len(order) :] == order[:4]
-        rows = dict(zip(order, found["predicted"], strict=False))
+    for results in ranks:
+        results = results["told"]
+        assert results["labels"][: len(order)] == order
+        assert results["labels"][len(order) :] == order[:4]
+        rows = dict(zip(order, results["predicted"], strict=False))
         assert sorted(rows) == list(range(IDS.size))
         table = table or rows
         assert rows == table
@@ -380,8 +380,8 @@ def test_predictions_of_two_processes_come_in_the_order_of_the_epoch(ranks):
 
 @on_two_processes
 def test_two_processes_lose_predictions_of_a_prepared_loader(ranks):
-    for found in ranks:
-        assert set(found["prepared"]["labels"]) != set(range(IDS.size))
+    for results in ranks:
+        assert set(results["prepared"]["labels"]) != set(range(IDS.size))
 
 
 def test_the_loaders_are_torchs_own(tmp_path):

@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 import tracemalloc
 from bisect import bisect_right
 from itertools import accumulate
 
 import pytest
-from support.paths import ROOT
 
 from gpusampler import PatchBatchSampler, PatchGroups
 from support.oracle import INSIDE_A_PATCH, ORDER_OF_BATCHES, derive, permuted
+from support.processes import run_python
 from support.strategies import draw, grid_preimage, through_json
 
 RANKS, BATCH_SIZE, SEED, EPOCH = 1024, 64, 42, 3
@@ -33,7 +31,7 @@ def sampler_of(rank: int, ranks: int = RANKS, **settings) -> PatchBatchSampler:
 
 
 def by_the_oracle(slot: int) -> list[int]:
-    """The batch at a slot, from the text of the design, in Python integers."""
+    """The batch at a slot, by the oracle, in Python integers."""
     batch = permuted(slot, M, derive(SEED, ORDER_OF_BATCHES, EPOCH, 0))
     group = bisect_right(BATCHES, batch) - 1
     start = (batch - BATCHES[group]) * BATCH_SIZE
@@ -106,10 +104,10 @@ def test_768_ranks_go_on(step, rank):
     assert state["slot"] == slot
     resumed = sampler_of(rank, ranks=768)
     resumed.load_state_dict(state)
-    rest = iter(resumed)
-    assert len(rest) == -(-(M - slot) // 768)
-    wanted = [by_the_oracle(slot + rank), by_the_oracle(slot + 768 + rank)]
-    assert draw(rest, 2) == wanted
+    remaining = iter(resumed)
+    assert len(remaining) == -(-(M - slot) // 768)
+    expected = [by_the_oracle(slot + rank), by_the_oracle(slot + 768 + rank)]
+    assert draw(remaining, 2) == expected
     assert resumed.state_dict(step=2)["slot"] == slot + 2 * 768
 
 
@@ -129,10 +127,7 @@ def test_the_state_is_small():
 
 
 def test_the_command_prints_these_figures():
-    done = subprocess.run(
-        [sys.executable, "-m", "benchmarks.paper"], cwd=ROOT, capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr
+    done = run_python("-m", "benchmarks.paper")
     lines = done.stdout.splitlines()
     assert lines[0].endswith(f"{M:,} batches an epoch, 1,024 ranks")
     table = [line.split(" | ") for line in lines if line.startswith("| ")][1:]

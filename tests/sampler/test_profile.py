@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import json
-import os
 import pickle
 import shutil
 import subprocess
@@ -17,13 +16,14 @@ from operator import length_hint
 import numpy as np
 import pytest
 import torch
-from support.paths import SUPPORT
 from torch.utils.data import DataLoader
 
 from gpusampler import PatchBatchSampler, PatchTensorLoader
 from gpusampler.core import tracing
 from gpusampler.core.tracing import EVALUATE, HAND_OUT, RANGES, TRANSFER, Recorder
 from gpusampler.sources.base import HostIds
+from support.paths import SUPPORT
+from support.processes import run_python
 
 IDS = np.random.default_rng(1).integers(0, 40, 60_000)
 NAMES = [*RANGES, "your_loop"]
@@ -61,8 +61,8 @@ class TestRecorder:
                     with recorder.range(TRANSFER):
                         clock[0] += 10
             clock[0] += 4
-        found = {row.name: (row.calls, row.seconds) for row in recorder.ranges if row.calls}
-        assert found == {"hand_out": (1, 5.0), "evaluate": (2, 6.0), "transfer": (2, 20.0)}
+        actual = {row.name: (row.calls, row.seconds) for row in recorder.ranges if row.calls}
+        assert actual == {"hand_out": (1, 5.0), "evaluate": (2, 6.0), "transfer": (2, 20.0)}
 
     def test_a_range_may_be_in_itself(self, clock):
         recorder = Recorder()
@@ -81,7 +81,7 @@ class TestRecorder:
         with recorder.range(TRANSFER):
             clock[0] += 1
         assert [row.seconds for row in recorder.ranges] == [0, 0, 2, 1, 0]
-        assert recorder._open.frames == []
+        assert recorder._open_ranges.frames == []
 
     @pytest.mark.parametrize("travel", [copy.deepcopy, lambda r: pickle.loads(pickle.dumps(r))])
     def test_copies_begin_at_nothing(self, travel):
@@ -221,7 +221,7 @@ def test_time_is_said_of_what_took_it(monkeypatch):
     assert rows["hand_out"].share < 0.4
 
 
-@pytest.mark.usefixtures("elsewhere")
+@pytest.mark.usefixtures("cpu_as_device")
 @pytest.mark.parametrize("output", ["list", "batch"])
 def test_transfers_have_a_row(output):
     sampler = make(device="cpu")
@@ -253,7 +253,7 @@ class TestInTheMiddle:
             inside = iterator.state_dict()
             assert len(iterator) == len(WANTED) - drawn
             # Held, not ready: every batch is seen.
-            assert length_hint(iterator._ready) == 0
+            assert length_hint(iterator._unwatched) == 0
         assert inside == iterator.state_dict() == sampler.state_dict()
         assert begun + self.rest_of(inside) == WANTED
         assert begun + list(iterator) == WANTED
@@ -264,20 +264,20 @@ class TestInTheMiddle:
     def test_profiles_begin_and_end_anywhere(self, before, within, profiles):
         sampler = make()
         iterator = iter(sampler)
-        found = [next(iterator) for _ in range(before)]
+        actual = [next(iterator) for _ in range(before)]
         for _ in range(profiles):
             with sampler.profile() as p:
-                found += [next(iterator) for _ in range(within)]
-                assert len(iterator) == len(WANTED) - len(found)
+                actual += [next(iterator) for _ in range(within)]
+                assert len(iterator) == len(WANTED) - len(actual)
             assert p.batches == within
             assert rows_of(p)["hand_out"].calls == within
         state = iterator.state_dict()
-        assert found + self.rest_of(state) == WANTED
-        found.append(next(iterator))
+        assert actual + self.rest_of(state) == WANTED
+        actual.append(next(iterator))
         # The path that nobody sees is taken again.
-        assert length_hint(iterator._held) == 0
-        found += iterator
-        assert found == WANTED
+        assert length_hint(iterator._watched) == 0
+        actual += iterator
+        assert actual == WANTED
         assert next(iterator, None) is None
 
     def test_a_state_that_is_loaded_drops_what_is_held(self):
@@ -305,14 +305,14 @@ class TestInTheMiddle:
             raise KeyError
         assert p.batches == 1
         assert p.table_bytes
-        assert sampler._progress.recorder.watch is None
+        assert sampler._tracker.recorder.watcher is None
 
 
 def test_only_the_pass_that_began_last_is_kept():
     sampler = make()
     for _ in range(3):
         next(iter(sampler))
-    assert len(sampler._progress.recorder.iterators) == 1
+    assert len(sampler._tracker.recorder.iterators) == 1
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="memory is read from /proc")
@@ -363,31 +363,31 @@ class TestProfilers:
         monkeypatch.setattr(torch.autograd.profiler, "record_function", made.append)
         list(make())
         assert made == []
-        assert tracing._shown("x") is None
+        assert tracing._begin_profiler_range("x") is None
 
     def test_nvtx_has_the_names(self, tmp_path):
         """Seen by a tool that NVTX loads, as it loads Nsight's."""
         pytest.importorskip("nvtx")
         if shutil.which("gcc") is None:
             pytest.skip("no gcc")
-        tool, seen = tmp_path / "seen.so", tmp_path / "seen.txt"
-        source = SUPPORT / "nvtx_seen.c"
+        tool, output = tmp_path / "seen.so", tmp_path / "seen.txt"
+        source = SUPPORT / "nvtx_tool.c"
         subprocess.run(["gcc", "-shared", "-fPIC", "-o", tool, source], check=True)
-        run("", {"NVTX_INJECTION64_PATH": str(tool), "SEEN": str(seen)})
-        lines = seen.read_text().split("\n")
-        depth, found = 0, []
+        run_python("-c", SCRIPT, NVTX_INJECTION64_PATH=str(tool), SEEN=str(output))
+        lines = output.read_text().split("\n")
+        depth, actual = 0, []
         for line in filter(None, lines):
             if line.startswith("pop"):
                 depth -= 1
             else:
-                found.append((depth, line.removeprefix("push ")))
+                actual.append((depth, line.removeprefix("push ")))
                 depth += 1
         assert depth == 0
-        reads = [place for place, name in found if name == "gpusampler.load_ids"]
+        reads = [place for place, name in actual if name == "gpusampler.load_ids"]
         # Once to know the ids, then while they are grouped.
         assert reads[0] == 0
         assert set(reads[1:]) == {1}
-        assert [row for row in found if row[1] != "gpusampler.load_ids"] == [
+        assert [row for row in actual if row[1] != "gpusampler.load_ids"] == [
             (0, "gpusampler.group"),
             (0, "gpusampler.group"),
             (0, "gpusampler.hand_out"),
@@ -397,8 +397,8 @@ class TestProfilers:
         ]
 
     def test_nvtx_is_off_unless_asked_for(self):
-        said = run("import sys; print('nvtx' in sys.modules)", {"GPUSAMPLER_NVTX": "0"})
-        assert said.split() == ["False"]
+        code = SCRIPT + "import sys; print('nvtx' in sys.modules)"
+        assert run_python("-c", code, GPUSAMPLER_NVTX="0").stdout.split() == ["False"]
 
 
 SCRIPT = textwrap.dedent("""
@@ -406,14 +406,3 @@ SCRIPT = textwrap.dedent("""
     sampler = gpusampler.PatchBatchSampler(np.arange(60) % 3, 20, seed=0)
     assert len(list(sampler)) == 3
 """)
-
-
-def run(more: str, environment: dict[str, str]) -> str:
-    done = subprocess.run(
-        [sys.executable, "-c", SCRIPT + more],
-        env={**os.environ, **environment},
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    return done.stdout

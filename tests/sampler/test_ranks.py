@@ -14,12 +14,13 @@ import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
+from support.processes import environment, run_python
 from support.strategies import (
     IDS,
+    batches_of_largest_patch,
     draw,
     epoch_of,
     make,
-    most_batches,
     patchy_ids,
     plan_settings,
     quiet,
@@ -82,46 +83,48 @@ def test_another_number_of_ranks_goes_on_with_the_rest(data, seed, before, after
     ids = data.draw(patchy_ids())
     settings = data.draw(plan_settings(ids, steps_of=before, uneven=uneven))
     settings["uneven"] = uneven
-    whole = epoch_of(quiet(ids, seed=seed, **settings), 2)
-    assume(uneven == "pad" or max(before, after) <= len(whole))
+    epoch_batches = epoch_of(quiet(ids, seed=seed, **settings), 2)
+    assume(uneven == "pad" or max(before, after) <= len(epoch_batches))
     first = ranks_of(before, ids, seed=seed, **settings)
     # In whole steps, all slots of which are the epoch's own.
-    steps = data.draw(st.integers(0, len(whole) // before))
-    seen, states = [], []
+    steps = data.draw(st.integers(0, len(epoch_batches) // before))
+    drawn, states = [], []
     for sampler in first:
         sampler.set_epoch(2)
-        seen.append(draw(iter(sampler), steps))
+        drawn.append(draw(iter(sampler), steps))
         states.append(through_json(sampler.state_dict()))
-    seen = in_turn(seen)
-    assert seen == whole[: steps * before]
+    drawn = in_turn(drawn)
+    assert drawn == epoch_batches[: steps * before]
     assert all(state == states[0] for state in states)
     # What the epoch was begun with goes on; the steps of the next may be of another width.
     settings.pop("step_width", None)
     if settings.get("steps") == "same_patch" and uneven == "drop":
-        assume(most_batches(ids, settings) >= after)
+        assume(batches_of_largest_patch(ids, settings) >= after)
     second = ranks_of(after, ids, seed=seed, **settings)
     for sampler in second:
         sampler.load_state_dict(states[0])
-    remaining = len(whole) - states[0]["slot"]
+    remaining = len(epoch_batches) - states[0]["slot"]
     # Fewer slots than ranks are left out under "drop", so that epoch is finished too.
     if remaining == 0 or (uneven == "drop" and remaining < after):
         assert [sampler.epoch for sampler in second] == [3] * after
         return
-    left = whole[len(seen) :]
+    expected = epoch_batches[len(drawn) :]
     iterators = list(map(iter, second))
     lengths = {len(iterator) for iterator in iterators}
-    rest = in_turn(map(list, iterators))
-    assert lengths == {len(rest) // after}
+    remaining = in_turn(map(list, iterators))
+    assert lengths == {len(remaining) // after}
     if uneven == "drop":
-        assert rest == left[: len(left) - len(left) % after]
+        assert remaining == expected[: len(expected) - len(expected) % after]
     else:
-        assert rest[: len(left)] == left
-        assert len(rest) - len(left) < after
-        assert Counter(map(tuple, seen + rest[: len(left)])) == Counter(map(tuple, whole))
-        assert all(batch in whole for batch in rest[len(left) :])
+        assert remaining[: len(expected)] == expected
+        assert len(remaining) - len(expected) < after
+        assert Counter(map(tuple, drawn + remaining[: len(expected)])) == Counter(
+            map(tuple, epoch_batches)
+        )
+        assert all(batch in epoch_batches for batch in remaining[len(expected) :])
     # The next epoch is in steps of the new ranks' own width.
-    own = "steps" in settings
-    assert {sampler.plan.step_width for sampler in second} == {after if own else 1}
+    in_steps = "steps" in settings
+    assert {sampler.plan.step_width for sampler in second} == {after if in_steps else 1}
     for sampler in second:
         sampler.set_epoch(3)
     drawn = in_turn(map(list, second))
@@ -132,15 +135,15 @@ def test_another_number_of_ranks_goes_on_with_the_rest(data, seed, before, after
 
 def test_changing_ranks_again_and_again_covers_the_epoch_once():
     whole = epoch_of(make(), 0)
-    state, found = make().state_dict(), []
+    state, actual = make().state_dict(), []
     for num_replicas in (3, 1, 4, 2, 5, 1, 2, 3):
         ranks = ranks_of(num_replicas)
         for sampler in ranks:
             sampler.load_state_dict(state)
-        found += in_turn(draw(iter(sampler), 1) for sampler in ranks)
+        actual += in_turn(draw(iter(sampler), 1) for sampler in ranks)
         state = ranks[0].state_dict()
-    assert found == whole[: len(found)]
-    assert len(found) == 21
+    assert actual == whole[: len(actual)]
+    assert len(actual) == 21
 
 
 def test_the_end_is_saved_as_the_number_of_batches():
@@ -273,6 +276,7 @@ def test_a_process_group_gives_ranks_and_one_drawn_seed(tmp_path):
     running = [
         subprocess.Popen(
             [sys.executable, str(script), str(rank), str(tmp_path / "store")],
+            env=environment(),
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
@@ -280,12 +284,12 @@ def test_a_process_group_gives_ranks_and_one_drawn_seed(tmp_path):
         for rank in range(2)
     ]
     try:
-        said = [process.communicate(timeout=300)[0] for process in running]
+        outputs = [process.communicate(timeout=300)[0] for process in running]
     finally:
         for process in running:
             process.kill()
-    assert [process.returncode for process in running] == [0, 0], said
-    seeds = [text.splitlines()[-1] for text in said]
+    assert [process.returncode for process in running] == [0, 0], outputs
+    seeds = [text.splitlines()[-1] for text in outputs]
     assert seeds[0] == seeds[1]
     assert re.fullmatch(r"seed \d+", seeds[0])
 
@@ -305,12 +309,7 @@ except ValueError as error:
 @pytest.mark.slow("a process that imports torch, for one error")
 def test_a_group_that_cannot_agree_on_a_seed_is_told_to_give_one():
     pytest.importorskip("torch")
-    done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", WITHOUT_A_STORE],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    done = run_python("-W", "ignore", "-c", WITHOUT_A_STORE, check=False)
     assert done.stdout.startswith("seed must be given where the process group's store"), done
     assert done.stdout.strip().endswith("write PatchBatchSampler(..., seed=0)")
 

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from gpusampler import PatchBatchSampler
-from support.strategies import IDS, draw, epoch_of, make, mid_epoch, quiet
+from support.strategies import IDS, draw, epoch_of, make, mid_epoch_state, quiet
 
 
 def as_lists(batches) -> list[list[int]]:
@@ -40,14 +40,14 @@ def unpacked(pickled: bytes) -> dict:
 
 
 @pytest.fixture(scope="module")
-def elsewhere():
+def in_spawned_process():
     """Say what a sampler does in a spawned process, which shares nothing with this one."""
     with multiprocessing.get_context("spawn").Pool(1) as pool:
         yield lambda sampler: pool.apply_async(unpacked, (pickle.dumps(sampler),)).get(300)
 
 
 def loaded(sampler: PatchBatchSampler, epoch: int, count: int) -> PatchBatchSampler:
-    sampler.load_state_dict(mid_epoch(epoch, count))
+    sampler.load_state_dict(mid_epoch_state(epoch, count))
     return sampler
 
 
@@ -76,11 +76,11 @@ SAMPLERS = {
 
 @pytest.mark.filterwarnings("ignore:a second pass on 3 ranks")
 @pytest.mark.parametrize("name", SAMPLERS)
-def test_a_spawned_process_gets_the_same_batches_and_states(elsewhere, name):
+def test_a_spawned_process_gets_the_same_batches_and_states(in_spawned_process, name):
     sampler = SAMPLERS[name]()
-    found = elsewhere(sampler)
-    assert found["pass"]
-    assert found == what_it_does(sampler)
+    actual = in_spawned_process(sampler)
+    assert actual["pass"]
+    assert actual == what_it_does(sampler)
 
 
 @pytest.mark.filterwarnings("ignore:a second pass on 3 ranks")

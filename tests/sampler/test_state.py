@@ -13,7 +13,7 @@ from support.strategies import (
     draw,
     epoch_of,
     make,
-    mid_epoch,
+    mid_epoch_state,
     patchy_ids,
     plan_settings,
     quiet,
@@ -44,22 +44,22 @@ def test_resuming_anywhere_equals_never_having_stopped(library, data, seed):
         assert list(resumed) == epoch_of(whole, epoch + 1)
     else:
         assert resumed.epoch == epoch
-        rest = iter(resumed)
-        assert len(rest) == len(whole) - stop
+        remaining = iter(resumed)
+        assert len(remaining) == len(whole) - stop
         assert len(resumed) == len(whole)
-        assert before + list(rest) == epoch_of(whole, epoch)
+        assert before + list(remaining) == epoch_of(whole, epoch)
         assert list(resumed) == epoch_of(whole, epoch + 1)
 
 
 def test_stopping_after_every_batch():
     expected = epoch_of(make(), 0) + epoch_of(make(), 1)
-    state, found = make().state_dict(), []
-    while len(found) < len(expected):
+    state, actual = make().state_dict(), []
+    while len(actual) < len(expected):
         sampler = make()
         sampler.load_state_dict(through_json(state))
-        found.append(next(iter(sampler)))
+        actual.append(next(iter(sampler)))
         state = sampler.state_dict()
-    assert found == expected
+    assert actual == expected
 
 
 def test_a_state_may_be_loaded_again_and_again():
@@ -67,10 +67,10 @@ def test_a_state_may_be_loaded_again_and_again():
     iterator = iter(sampler)
     draw(iterator, 5)
     state = sampler.state_dict()
-    rest = list(iterator)
+    remaining = list(iterator)
     for _ in range(2):
         sampler.load_state_dict(state)
-        assert list(sampler) == rest
+        assert list(sampler) == remaining
     assert list(sampler) == epoch_of(sampler, 1)
 
 
@@ -114,28 +114,28 @@ def test_states_of_sampler_and_iterator_are_interchangeable():
     draw(iterator, 4)
     state = iterator.state_dict()
     assert state == sampler.state_dict()
-    rest = list(iterator)
+    remaining = list(iterator)
     # StatefulDataLoader loads the sampler, calls iter, and loads the iterator.
     other = make()
     other.load_state_dict(state)
     resumed = iter(other)
     resumed.load_state_dict(state)
-    assert len(resumed) == len(rest)
+    assert len(resumed) == len(remaining)
     assert resumed.state_dict() == state
-    assert list(resumed) == rest
+    assert list(resumed) == remaining
     assert list(other) == epoch_of(sampler, 1)
     # The iterator alone.
     other = make()
     resumed = iter(other)
     resumed.load_state_dict(state)
     assert other.epoch == 1
-    assert list(resumed) == rest
+    assert list(resumed) == remaining
     # The sampler alone, and an iterator that is begun already.
     other = make()
     resumed = iter(other)
     next(resumed)
     resumed.load_state_dict(state)
-    assert list(resumed) == rest
+    assert list(resumed) == remaining
 
 
 def test_an_iterators_state_is_its_own():
@@ -226,7 +226,7 @@ def test_bad_steps(step, error, match):
 
 def test_setting_the_loaded_epoch_keeps_the_position():
     sampler = make()
-    sampler.load_state_dict(mid_epoch(3))
+    sampler.load_state_dict(mid_epoch_state(3))
     for _ in range(2):
         sampler.set_epoch(3)
     assert list(sampler) == epoch_of(sampler, 3)[5:]
@@ -238,7 +238,7 @@ def test_setting_the_loaded_epoch_keeps_the_position():
 @pytest.mark.parametrize("through", [lambda s: s, lambda s: s.sampler])
 def test_setting_another_epoch_drops_the_position_and_says_so(through):
     sampler = make()
-    sampler.load_state_dict(mid_epoch(3))
+    sampler.load_state_dict(mid_epoch_state(3))
     with pytest.warns(
         UserWarning, match=r"set_epoch\(0\) drops the loaded position: epoch 3, slot 5"
     ) as caught:
@@ -251,7 +251,7 @@ def test_setting_another_epoch_drops_the_position_and_says_so(through):
 
 @pytest.mark.parametrize("drawn", [0, 24])
 def test_no_warning_where_no_position_is_lost(drawn):
-    state = mid_epoch(3, drawn) if drawn else {**mid_epoch(3), "slot": 0}
+    state = mid_epoch_state(3, drawn) if drawn else {**mid_epoch_state(3), "slot": 0}
     sampler = make()
     sampler.load_state_dict(state)
     sampler.set_epoch(7)
@@ -259,7 +259,7 @@ def test_no_warning_where_no_position_is_lost(drawn):
 
 
 def test_no_warning_where_too_few_batches_are_left_for_the_ranks():
-    state = {**mid_epoch(3), "slot": 22}
+    state = {**mid_epoch_state(3), "slot": 22}
     sampler = make(num_replicas=3, rank=0, uneven="drop")
     sampler.load_state_dict(state)
     assert sampler.epoch == 4
@@ -269,7 +269,7 @@ def test_no_warning_where_too_few_batches_are_left_for_the_ranks():
 
 def test_setting_a_finished_epoch_that_was_loaded_hands_out_nothing_more():
     sampler = make()
-    sampler.load_state_dict(mid_epoch(3, 24))
+    sampler.load_state_dict(mid_epoch_state(3, 24))
     sampler.set_epoch(3)
     assert list(sampler) == []
     assert list(sampler) == epoch_of(sampler, 4)
@@ -277,7 +277,7 @@ def test_setting_a_finished_epoch_that_was_loaded_hands_out_nothing_more():
 
 def test_leaving_a_finished_epoch_warns_of_nothing():
     sampler = make()
-    sampler.load_state_dict(mid_epoch(3, 24))
+    sampler.load_state_dict(mid_epoch_state(3, 24))
     sampler.set_epoch(3)
     sampler.set_epoch(4)
     assert list(sampler) == epoch_of(sampler, 4)
@@ -285,6 +285,6 @@ def test_leaving_a_finished_epoch_warns_of_nothing():
 
 def test_reshuffle_after_a_load_goes_on_with_the_next_epoch():
     sampler = make()
-    sampler.load_state_dict(mid_epoch(3))
+    sampler.load_state_dict(mid_epoch_state(3))
     sampler.reshuffle()
     assert list(sampler) == epoch_of(sampler, 4)

@@ -18,7 +18,7 @@ from support.strategies import (
     draw,
     epoch_of,
     make,
-    mid_epoch,
+    mid_epoch_state,
 )
 
 
@@ -89,7 +89,7 @@ def test_what_does_not_change_batches_may_differ(library):
         progress=False,
         device=library.device,
     )
-    sampler.load_state_dict(mid_epoch(3, 5))
+    sampler.load_state_dict(mid_epoch_state(3, 5))
     expected = epoch_of(make(), 3)[5:]
     # Nineteen slots are left: rank 1 of 2 has the second of each pair.
     assert [batch.tolist() for batch in sampler] == expected[1::2]
@@ -119,7 +119,7 @@ def test_what_does_not_change_batches_may_differ(library):
 def test_broken_states(change, error, match):
     sampler = PatchBatchSampler(IDS, 4)
     seed = sampler.seed
-    state = {**mid_epoch(3), **change}
+    state = {**mid_epoch_state(3), **change}
     with pytest.raises(error, match=match):
         sampler.load_state_dict(state)
     # A state that is refused leaves everything as it was.
@@ -131,7 +131,7 @@ def test_broken_states(change, error, match):
     "lacking", ["version", "epoch", "slot", "seed", "step_width", "fingerprint"]
 )
 def test_states_that_lack_something(lacking):
-    state = mid_epoch()
+    state = mid_epoch_state()
     del state[lacking]
     with pytest.raises(TypeError, match=f"it lacks \\['{lacking}'\\]"):
         make().load_state_dict(state)
@@ -147,8 +147,8 @@ def test_loading_forgets_the_pass_in_progress():
     sampler = make()
     iterator = iter(sampler)
     draw(iterator, 9)
-    sampler.load_state_dict(mid_epoch(3, 5))
-    assert sampler.state_dict() == mid_epoch(3, 5)
+    sampler.load_state_dict(mid_epoch_state(3, 5))
+    assert sampler.state_dict() == mid_epoch_state(3, 5)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert list(sampler) == epoch_of(sampler, 3)[5:]
@@ -158,7 +158,7 @@ def test_loading_forgets_the_pass_in_progress():
 # name and without a trace; what it takes, it goes on from.
 
 SLOTS = 24
-STATE = mid_epoch()
+STATE = mid_epoch_state()
 GROUPS = PatchGroups.from_ids(IDS)
 
 
@@ -196,17 +196,17 @@ def really_valid(state, given: bool) -> bool:
     """Whether a state is one, said without the package: equal to what is saved, and in range."""
     if not isinstance(state, dict) or not set(STATE) <= set(state):
         return False
-    theirs = state["fingerprint"]
-    if not isinstance(theirs, dict):
+    b = state["fingerprint"]
+    if not isinstance(b, dict):
         return False
-    ours = STATE["fingerprint"]
+    a = STATE["fingerprint"]
     limits = {"version": 2, "epoch": 1 << 63, "slot": SLOTS + 1, "step_width": 2}
     limits["seed"] = 2 if given else 1 << 64
     least = {"version": 1, "step_width": 1, "seed": int(given)}
     return (
-        set(theirs) == set(ours)
-        and all(type(theirs[name]) is type(ours[name]) for name in ours)
-        and theirs == ours
+        set(b) == set(a)
+        and all(type(b[name]) is type(a[name]) for name in a)
+        and b == a
         and all(type(state[name]) is int for name in limits)
         and all(least.get(name, 0) <= state[name] < top for name, top in limits.items())
     )
@@ -218,23 +218,23 @@ def throw(state, names, *, given: bool = True, through: str = "sampler") -> bool
     before = sampler.state_dict(), begun.state_dict(), sampler.epoch, sampler.seed, sampler.plan
     kept = repr(state)
     valid = really_valid(state, given)
-    said = refusal(loads, state)
+    message = refusal(loads, state)
     assert repr(state) == kept
-    if said is not None:
-        assert not valid, f"a good state was refused: {said}"
-        assert any(name in said for name in names), f"{names} not in {said!r}"
-        assert len(said) < 2000
+    if message is not None:
+        assert not valid, f"a good state was refused: {message}"
+        assert any(name in message for name in names), f"{names} not in {message!r}"
+        assert len(message) < 2000
         after = sampler.state_dict(), begun.state_dict(), sampler.epoch, sampler.seed, sampler.plan
         assert after == before
         assert list(begun) == whole(1, 2)[5:]
         assert list(sampler) == whole(1, 3)
         return True
     assert valid, f"a bad state was taken: {state}"
-    rest = whole(state["seed"], state["epoch"])[state["slot"] :]
-    if through == "sampler" and not rest:
+    remaining = whole(state["seed"], state["epoch"])[state["slot"] :]
+    if through == "sampler" and not remaining:
         # A finished epoch leads to the next one.
-        rest = whole(state["seed"], state["epoch"] + 1)
-    assert list(sampler if through == "sampler" else loads) == rest
+        remaining = whole(state["seed"], state["epoch"] + 1)
+    assert list(sampler if through == "sampler" else loads) == remaining
     assert sampler.seed == state["seed"]
     return False
 
@@ -308,13 +308,13 @@ def test_any_value_in_any_place_is_refused_by_name_or_meant(path, given, through
 
 @pytest.mark.parametrize("through", THROUGH)
 def test_missing_keys_are_refused_by_name_in_any_number(through):
-    names = list(mid_epoch())
+    names = list(mid_epoch_state())
     for dropped in range(1, 1 << len(names)):
         missing = [name for number, name in enumerate(names) if dropped >> number & 1]
         state = {name: value for name, value in STATE.items() if name not in missing}
         assert throw(state, [str(sorted(missing))], through=through)
     for name in STATE["fingerprint"]:
-        state = mid_epoch()
+        state = mid_epoch_state()
         del state["fingerprint"][name]
         assert throw(state, [f"{name} is absent there"], through=through)
 
@@ -368,7 +368,7 @@ anything = st.recursive(
     seed_given=st.booleans(),
 )
 def test_several_places_changed_at_once(changes, through, seed_given):
-    state = mid_epoch()
+    state = mid_epoch_state()
     for path, value in changes:
         if path[0] == "fingerprint" and not isinstance(state["fingerprint"], dict):
             continue
@@ -400,6 +400,6 @@ def test_another_datasets_state_changes_nothing(through):
 def test_values_that_neither_print_nor_compare_are_refused_by_name(path, value):
     if path == ("slot",) and isinstance(value, np.ndarray):
         value = -(10**5000)
-    said = refusal(fresh(1), changed(STATE, path, value))
-    assert said is not None
-    assert NAMES[path] in said
+    message = refusal(fresh(1), changed(STATE, path, value))
+    assert message is not None
+    assert NAMES[path] in message

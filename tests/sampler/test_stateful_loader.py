@@ -21,7 +21,7 @@ from support.dataloaders import (
     BlockRows,
     Rows,
     epoch_of,
-    kinds_of_loaders,
+    loader_kinds,
     loader_of,
     rows_of,
 )
@@ -87,52 +87,52 @@ def by_torch(saved):
 
 @pytest.mark.parametrize("told", [False, True], ids=["untold", "told"])
 @pytest.mark.parametrize("stop", STOPS)
-@pytest.mark.parametrize("workers", kinds_of_loaders("none", "two", "persistent"))
+@pytest.mark.parametrize("workers", loader_kinds("none", "two", "persistent"))
 def test_stopping_twice_in_an_epoch_changes_nothing(workers, stop, told):
     first = Run(workers, told)
     assert len(first.sampler) == BATCHES
     expected = expected_of(first.sampler, 3)
-    found = list(islice(first, STOPS[stop]))
+    actual = list(islice(first, STOPS[stop]))
     second = Run(workers, told).load(by_json(first.save()))
     # Far enough on to be in the same epoch where that is possible, and in the next where not.
-    found += islice(second, 5)
+    actual += islice(second, 5)
     third = Run(workers, told).load(by_torch(second.save()))
-    found += islice(third, len(expected) - len(found))
-    assert found == expected
+    actual += islice(third, len(expected) - len(actual))
+    assert actual == expected
 
 
 @pytest.mark.parametrize("told", [False, True], ids=["untold", "told"])
 @pytest.mark.parametrize("stop", STOPS)
-@pytest.mark.parametrize("workers", kinds_of_loaders("none", "two", "persistent"))
+@pytest.mark.parametrize("workers", loader_kinds("none", "two", "persistent"))
 def test_a_state_taken_before_the_resumed_run_moves_is_the_same_place(workers, stop, told):
     first = Run(workers, told)
     expected = expected_of(first.sampler, 2)
-    found = list(islice(first, STOPS[stop]))
+    actual = list(islice(first, STOPS[stop]))
     second = Run(workers, told).load(by_json(first.save()))
     again = by_json(second.save())
     # Both the run that was asked, and another one that loads what it said, go on.
     for run in (second, Run(workers, told).load(again)):
-        assert found + list(islice(run, len(expected) - len(found))) == expected
+        assert actual + list(islice(run, len(expected) - len(actual))) == expected
 
 
 @pytest.mark.parametrize("every", [1, 3])
-@pytest.mark.parametrize("workers", kinds_of_loaders("none", "two"))
+@pytest.mark.parametrize("workers", loader_kinds("none", "two"))
 def test_states_that_were_kept_do_not_move_with_the_run(workers, every):
     # Not one is written down before all are taken.
     run = Run(workers)
     run.loader.snapshot_every_n_steps = every
     expected = expected_of(run.sampler, 2)
-    states, found = [run.save()], []
+    states, actual = [run.save()], []
     for batch in islice(run, BATCHES):
-        found.append(batch)
+        actual.append(batch)
         states.append(run.save())
-    assert found == expected[:BATCHES]
+    assert actual == expected[:BATCHES]
     for stop in (0, 1, 4, 11, BATCHES - 1, BATCHES):
         resumed = Run(workers).load(states[stop])
         assert list(islice(resumed, len(expected) - stop)) == expected[stop:]
 
 
-@pytest.mark.parametrize("workers", kinds_of_loaders("none", "two"))
+@pytest.mark.parametrize("workers", loader_kinds("none", "two"))
 @pytest.mark.parametrize(
     ("kind", "settings"),
     [
@@ -145,18 +145,18 @@ def test_states_that_were_kept_do_not_move_with_the_run(workers, every):
 def test_settings_and_outputs_resume_too(kind, settings, workers):
     first = Run(workers, dataset=BlockRows(kind), **settings)
     expected = expected_of(first.sampler, 2)
-    found = list(islice(first, 7))
+    actual = list(islice(first, 7))
     second = Run(workers, dataset=BlockRows(kind), **settings).load(by_json(first.save()))
-    assert found + list(islice(second, len(expected) - 7)) == expected
+    assert actual + list(islice(second, len(expected) - 7)) == expected
 
 
 def test_a_drawn_seed_comes_back_with_the_loaders_state():
     first, second = Run("none", seed=None), Run("none", seed=None)
     assert first.sampler.seed != second.sampler.seed
     expected = expected_of(first.sampler, 2)
-    found = list(islice(first, 7))
+    actual = list(islice(first, 7))
     second.load(by_json(first.save()))
-    assert found + list(islice(second, len(expected) - 7)) == expected
+    assert actual + list(islice(second, len(expected) - 7)) == expected
 
 
 def in_turn(runs, steps: int) -> list:
@@ -171,25 +171,25 @@ def world(size: int, workers: str) -> list[Run]:
 @pytest.mark.parametrize("workers", ["none", "two"])
 @pytest.mark.parametrize("rank", [0, 1])
 def test_a_rank_of_twos_state_goes_on_on_three(workers, rank):
-    whole = epoch_of(quiet(IDS, 4, seed=5), 0)
+    epoch_batches = epoch_of(quiet(IDS, 4, seed=5), 0)
     two, three = world(2, workers), world(3, workers)
-    seen = in_turn(two, 4)
-    assert seen == whole[:8]
+    drawn = in_turn(two, 4)
+    assert drawn == epoch_batches[:8]
     saved = by_json(two[rank].save())
     for run in three:
         run.load(saved)
     # Twelve batches are left, four for each, and then the pass ends on all three.
-    assert in_turn(three, 5) == [*whole[8:], None, None, None]
+    assert in_turn(three, 5) == [*epoch_batches[8:], None, None, None]
     following = epoch_of(quiet(IDS, 4, seed=5), 1)
     # Twenty batches on three ranks: the first comes again.
     assert in_turn(three, 7) == [*following, following[0]]
 
 
-@pytest.mark.parametrize("workers", kinds_of_loaders("none", "two"))
+@pytest.mark.parametrize("workers", loader_kinds("none", "two"))
 def test_another_number_of_workers_goes_on_by_the_samplers_state(workers):
-    whole = epoch_of(quiet(IDS, 4, seed=5), 0)
+    epoch_batches = epoch_of(quiet(IDS, 4, seed=5), 0)
     two = world(2, workers)
-    assert in_turn(two, 4) == whole[:8]
+    assert in_turn(two, 4) == epoch_batches[:8]
     # torchdata's own state is of a number of workers, and says so in an AssertionError.
     other = "two" if workers == "none" else "none"
     expected = f"expected for {'multi' if workers == 'none' else 'single '}process dataloader"
@@ -199,17 +199,17 @@ def test_another_number_of_workers_goes_on_by_the_samplers_state(workers):
     three = world(3, other)
     for run in three:
         run.sampler.load_state_dict(state)
-    assert in_turn(three, 5) == [*whole[8:], None, None, None]
+    assert in_turn(three, 5) == [*epoch_batches[8:], None, None, None]
 
 
-@pytest.mark.parametrize("workers", kinds_of_loaders("none", "two", "persistent"))
+@pytest.mark.parametrize("workers", loader_kinds("none", "two", "persistent"))
 def test_the_place_that_a_loader_has_loaded_wins_over_set_epoch(workers):
     # torchdata hands a state on when the next pass begins, which is after set_epoch.
     first = Run(workers)
-    found = list(islice(first, 7))
+    actual = list(islice(first, 7))
     second = Run(workers).load(first.save())
     second.sampler.set_epoch(4)
-    assert found + list(islice(second, BATCHES - 7)) == epoch_of(first.sampler, 0)
+    assert actual + list(islice(second, BATCHES - 7)) == epoch_of(first.sampler, 0)
     assert second.sampler.epoch == 1
 
 
@@ -222,7 +222,7 @@ def test_a_loader_that_is_asked_for_its_state_has_begun(workers, epoch):
     assert list(islice(run, BATCHES)) == epoch_of(run.sampler, epoch)
 
 
-@pytest.mark.parametrize("workers", kinds_of_loaders("none", "two", "persistent"))
+@pytest.mark.parametrize("workers", loader_kinds("none", "two", "persistent"))
 def test_passes_that_are_left_end_their_epoch(workers):
     run = Run(workers)
     for epoch in range(2):
@@ -233,15 +233,15 @@ def test_passes_that_are_left_end_their_epoch(workers):
     assert list(islice(run, BATCHES)) == epoch_of(run.sampler, 2)
 
 
-@pytest.mark.parametrize("workers", kinds_of_loaders("none", "two", "persistent"))
+@pytest.mark.parametrize("workers", loader_kinds("none", "two", "persistent"))
 def test_ranks_that_are_told_every_epoch_are_not_warned_after_a_finished_one(workers):
     first = Run(workers, told=True, num_replicas=2, rank=0)
-    found = list(islice(first, BATCHES // 2 + 1))
+    actual = list(islice(first, BATCHES // 2 + 1))
     second = Run(workers, told=True, num_replicas=2, rank=0).load(by_json(first.save()))
-    assert found + list(islice(second, BATCHES // 2)) == expected_of(first.sampler, 2)[:-1]
+    assert actual + list(islice(second, BATCHES // 2)) == expected_of(first.sampler, 2)[:-1]
 
 
-@pytest.mark.parametrize("workers", kinds_of_loaders("none", "two", "persistent"))
+@pytest.mark.parametrize("workers", loader_kinds("none", "two", "persistent"))
 def test_a_state_of_other_ids_is_refused_when_the_pass_begins(workers):
     first = Run(workers)
     list(islice(first, 3))

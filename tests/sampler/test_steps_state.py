@@ -52,37 +52,37 @@ def test_other_ranks_go_on_in_mid_step_in_the_saved_width(kind, uneven):
         (1, 2, 3), ((2, 4), (2, 6), (4, 8), (3, 3)), (1, 2, 3, 5)
     ):
         first = world_of(before, **kind, step_width=width)
-        whole = in_width(width, 6, **kind)
-        seen, states = [], []
+        epoch_batches = in_width(width, 6, **kind)
+        drawn, states = [], []
         for sampler in first:
             sampler.set_epoch(6)
             iterator = iter(sampler)
-            seen.append(draw(iterator, done))
+            drawn.append(draw(iterator, done))
             states += [through_json(sampler.state_dict()), through_json(iterator.state_dict())]
-        seen = in_turn(seen)
-        assert seen == whole[: done * before]
+        drawn = in_turn(drawn)
+        assert drawn == epoch_batches[: done * before]
         assert all(state == states[0] for state in states)
         assert states[0]["step_width"] == width
 
         second = world_of(after, **kind)
         for sampler in second:
             sampler.load_state_dict(states[0])
-        wanted = whole[len(seen) :]
-        if uneven == "drop" and len(wanted) < after:
+        expected = epoch_batches[len(drawn) :]
+        if uneven == "drop" and len(expected) < after:
             # No batch for every rank is left, so that epoch is finished.
             assert {sampler.epoch for sampler in second} == {7}
             continue
         iterators = [*map(iter, second)]
         lengths = {len(iterator) for iterator in iterators}
-        rest = in_turn(iterators)
+        remaining = in_turn(iterators)
         if uneven == "drop":
-            wanted = wanted[: len(wanted) // after * after]
-            assert rest == wanted
+            expected = expected[: len(expected) // after * after]
+            assert remaining == expected
         else:
             # To the end, and over it from the start as far as the last step of the ranks asks.
-            assert rest == (wanted + whole * after)[: len(rest)]
-            assert 0 <= len(rest) - len(wanted) < after
-        assert lengths == {len(rest) // after}
+            assert remaining == (expected + epoch_batches * after)[: len(remaining)]
+            assert 0 <= len(remaining) - len(expected) < after
+        assert lengths == {len(remaining) // after}
         # The next epoch is in the width of those who go on.
         assert {sampler.epoch for sampler in second} == {7}
         for sampler in second:
@@ -101,23 +101,23 @@ def test_a_state_of_another_width_is_taken_to_the_end_of_its_epoch(kind):
     second = make(**kind, step_width=2)
     second.load_state_dict(state)
     assert second.plan.step_width == 2
-    whole = in_width(6, 0, **kind)
+    epoch_batches = in_width(6, 0, **kind)
     # Saved once more on the way, by whoever has not drawn yet and by who has.
     assert through_json(second.state_dict()) == state
     iterator = iter(second)
-    assert len(iterator) == len(whole) - 7
-    assert draw(iterator, 4) == whole[7:11]
+    assert len(iterator) == len(epoch_batches) - 7
+    assert draw(iterator, 4) == epoch_batches[7:11]
     onward = through_json(second.state_dict())
     assert (onward["slot"], onward["step_width"]) == (11, 6)
-    assert list(iterator) == whole[11:]
+    assert list(iterator) == epoch_batches[11:]
     done = second.state_dict()
-    assert (done["epoch"], done["slot"], done["step_width"]) == (0, len(whole), 6)
+    assert (done["epoch"], done["slot"], done["step_width"]) == (0, len(epoch_batches), 6)
     assert list(second) == in_width(2, 1, **kind)
     assert second.state_dict()["step_width"] == 2
 
     third = make(**kind, step_width=3)
     third.load_state_dict(onward)
-    assert list(third) == whole[11:]
+    assert list(third) == epoch_batches[11:]
     # The end of an epoch in one width is the start of the next in another.
     third.load_state_dict(done)
     assert third.epoch == 1
@@ -330,19 +330,19 @@ def test_a_plan_of_another_width_keeps_nothing_of_the_first(kind):
         # Everything that a plan keeps for later is made, and then the width is another.
         plan = plan.with_step_width(width)
         slots = np.arange(plan.num_batches)
-        wanted = fresh[width].evaluate(2, slots)
-        for found in (
+        expected = fresh[width].evaluate(2, slots)
+        for actual in (
             plan.evaluate(2, slots),
             plan.evaluate_reference(2, torch.from_numpy(slots)),
             plan.on("numpy").evaluate(2, slots),
         ):
-            for ours, theirs in zip(found, wanted, strict=True):
-                np.testing.assert_array_equal(ours, theirs)
+            for a, b in zip(actual, expected, strict=True):
+                np.testing.assert_array_equal(a, b)
         last = torch.tensor(plan.num_batches - 1)
-        assert plan.batch(torch.tensor(2), last).tolist() == wanted.indices[-1].tolist()
+        assert plan.batch(torch.tensor(2), last).tolist() == expected.indices[-1].tolist()
 
 
-@pytest.mark.usefixtures("elsewhere")
+@pytest.mark.usefixtures("cpu_as_device")
 @pytest.mark.parametrize("settings", [{}, {"interleave": False}], ids=["interleaved", "in a row"])
 def test_a_plan_of_another_width_keeps_nothing_of_what_the_first_one_evaluated(settings):
     groups = PatchGroups.from_counts([50, 9, 33, 70])
@@ -352,8 +352,8 @@ def test_a_plan_of_another_width_keeps_nothing_of_what_the_first_one_evaluated(s
         plan.evaluate(5, range(plan.num_batches))
         wider = plan.with_step_width(5)
         fresh = EpochPlan(groups, 4, 1, **{**settings, "step_width": 5})
-        found = wider.evaluate(5, range(wider.num_batches)).indices.tolist()
-        assert found == fresh.evaluate(5, range(fresh.num_batches)).indices.tolist()
+        actual = wider.evaluate(5, range(wider.num_batches)).indices.tolist()
+        assert actual == fresh.evaluate(5, range(fresh.num_batches)).indices.tolist()
 
 
 @pytest.mark.parametrize("uneven", ["pad", "drop"])
@@ -370,7 +370,7 @@ def test_ranks_that_cut_across_steps_of_one_patch_are_warned(uneven, interleave)
             for rank in range(ranks)
         ]
 
-    seen = set()
+    cases = set()
     for (before, width), after, done in product(
         ((4, 4), (2, 4), (3, 6), (1, 1)), (1, 2, 3, 4, 6, 8), (0, 1, 3)
     ):
@@ -398,8 +398,8 @@ def test_ranks_that_cut_across_steps_of_one_patch_are_warned(uneven, interleave)
         assert warned[0] == 1 or not mixed
         fits = width % after == 0 and before * done % after == 0
         assert warned[0] == (not fits)
-        seen.add((warned[0], mixed))
-    assert {(0, False), (1, True)} <= seen
+        cases.add((warned[0], mixed))
+    assert {(0, False), (1, True)} <= cases
 
 
 def test_the_rest_of_steps_that_fit_and_of_a_finished_epoch_is_not_warned_of():

@@ -21,9 +21,9 @@ from gpusampler.core import arrays, devices
 from gpusampler.core.devices import Device
 from gpusampler.sampler import batches as batches_module
 from gpusampler.sampler import tensor_loader
-from gpusampler.sampler.batches import Blocks
-from gpusampler.sampler.tensor_loader import Parts, TensorReader, working_device
-from support.fake_streams import LateSide, late_sides, names_of
+from gpusampler.sampler.batches import BlockReader
+from gpusampler.sampler.tensor_loader import ChunkReader, TensorReader, working_device
+from support.fake_streams import LateSideStream, entries_named, late_side_streams
 from support.libraries import make_library
 from support.strategies import IDS, draw, make, quiet, through_json
 
@@ -57,27 +57,27 @@ def bits(array) -> bytes:
     return array.resolve_conj().contiguous().view(-1).view(torch.uint8).numpy().tobytes()
 
 
-def check_rows(found, tensor, indices):
+def check_rows(actual, tensor, indices):
     """Hold rows of a batch against a tensor: shape, dtype and every bit."""
-    wanted = rows_of(tensor, indices)
-    assert tuple(found.shape) == tuple(wanted.shape) == (indices.size, *tensor.shape[1:])
-    found = torch.as_tensor(found)
-    assert found.dtype == wanted.dtype
-    if wanted.numel():
-        assert bits(found) == bits(wanted)
+    expected = rows_of(tensor, indices)
+    assert tuple(actual.shape) == tuple(expected.shape) == (indices.size, *tensor.shape[1:])
+    actual = torch.as_tensor(actual)
+    assert actual.dtype == expected.dtype
+    if expected.numel():
+        assert bits(actual) == bits(expected)
 
 
-def check_epoch(found, sampler, epoch, tensors):
+def check_epoch(actual, sampler, epoch, tensors):
     """Hold batches of a loader against those of its sampler."""
-    wanted = list(sampler.batches(epoch))
-    assert len(found) == len(wanted) > 0
-    for ours, theirs in zip(found, wanted, strict=True):
-        assert list(ours) == [*tensors, "patch_id", "valid"]
-        assert (ours["patch_id"], ours["valid"]) == (theirs.patch_id, theirs.valid)
-        assert type(ours["patch_id"]) is type(ours["valid"]) is int
-        indices = np.asarray(arrays.to_numpy(theirs.indices))
+    expected = list(sampler.batches(epoch))
+    assert len(actual) == len(expected) > 0
+    for a, b in zip(actual, expected, strict=True):
+        assert list(a) == [*tensors, "patch_id", "valid"]
+        assert (a["patch_id"], a["valid"]) == (b.patch_id, b.valid)
+        assert type(a["patch_id"]) is type(a["valid"]) is int
+        indices = np.asarray(arrays.to_numpy(b.indices))
         for name, tensor in tensors.items():
-            check_rows(ours[name], tensor, indices)
+            check_rows(a[name], tensor, indices)
 
 
 def some_tensors(rng=0):
@@ -108,9 +108,9 @@ def epoch_of(sampler, epoch) -> list[list[int]]:
 def staged(sampler, tensors, side, device=ELSEWHERE):
     """An iterator over batches on a device elsewhere."""
 
-    def begin(share):
-        plan = share.plan.on(working_device(tensors, device))
-        return TensorReader(share._replace(plan=plan), tensors, device, side=side)
+    def begin(shard):
+        plan = shard.plan.on(working_device(tensors, device))
+        return TensorReader(shard._replace(plan=plan), tensors, device, stream=side)
 
     return sampler._iterate(begin)
 
@@ -118,15 +118,15 @@ def staged(sampler, tensors, side, device=ELSEWHERE):
 @pytest.fixture(params=["numpy", "torch"])
 def side(request):
     """A side stream that copies late."""
-    side = LateSide(request.param)
+    side = LateSideStream(request.param)
     yield side
     side.check()
 
 
 @pytest.fixture
-def sides(monkeypatch, elsewhere):
-    """The side streams that are made, each a `LateSide`."""
-    with late_sides(monkeypatch, tensor_loader) as made:
+def sides(monkeypatch, cpu_as_device):
+    """The side streams that are made, each a `LateSideStream`."""
+    with late_side_streams(monkeypatch, tensor_loader) as made:
         yield made
 
 
@@ -134,13 +134,13 @@ def sides(monkeypatch, elsewhere):
 def gathers(monkeypatch):
     """The sizes of all gathers from here on."""
     sizes = []
-    original = arrays.take
+    original = arrays.take_rows
 
     def take(array, index):
         sizes.append(int(index.shape[0]))
         return original(array, index)
 
-    monkeypatch.setattr(arrays, "take", take)
+    monkeypatch.setattr(arrays, "take_rows", take)
     return sizes
 
 
@@ -154,9 +154,9 @@ class TestInPlace:
         loaded = PatchTensorLoader(sampler, **tensors)
         for epoch in (0, 1, 7):
             loaded.set_epoch(epoch)
-            found = list(loaded)
-            check_epoch(found, sampler, epoch, tensors)
-            assert len(loaded) == len(found)
+            actual = list(loaded)
+            check_epoch(actual, sampler, epoch, tensors)
+            assert len(loaded) == len(actual)
 
     def test_every_row_is_of_the_batchs_patch_and_comes_once(self):
         loaded = PatchTensorLoader(make(), patch=IDS, row=torch.arange(N))
@@ -185,12 +185,12 @@ class TestInPlace:
                 "numpy" if library.name == "torch" else (library.name.removesuffix("-cuda"))
             )
             for epoch in range(2):
-                found = [
+                actual = [
                     {name: library.host(batch[name]) for name in values}
                     | {"patch_id": batch["patch_id"], "valid": batch["valid"]}
                     for batch in loaded
                 ]
-                check_epoch(found, make(), epoch, values)
+                check_epoch(actual, make(), epoch, values)
 
     @pytest.mark.parametrize(
         "dtype", ["bool", "uint8", "float16", "bfloat16", "float64", "int64", "complex64"]
@@ -199,24 +199,24 @@ class TestInPlace:
     def test_torch_of_any_dtype_and_shape(self, dtype, shape):
         tensor = (torch.rand(N, *shape) * 100).to(getattr(torch, dtype))
         loaded = PatchTensorLoader(make(), x=tensor, again=tensor)
-        found = list(loaded)
-        check_epoch(found, make(), 0, {"x": tensor, "again": tensor})
-        assert type(found[0]["x"]) is torch.Tensor
+        actual = list(loaded)
+        check_epoch(actual, make(), 0, {"x": tensor, "again": tensor})
+        assert type(actual[0]["x"]) is torch.Tensor
 
     @pytest.mark.parametrize("dtype", ["bool", "uint16", "float16", "float64", "complex64", ">i4"])
     @pytest.mark.parametrize("shape", [(), (1,), (3, 2), (0,), (2, 0, 3)])
     def test_numpy_of_any_dtype_and_shape(self, dtype, shape):
         tensor = (np.random.default_rng(0).random((N, *shape)) * 100).astype(dtype)
-        found = list(PatchTensorLoader(make(), x=tensor))
-        assert {batch["x"].dtype for batch in found} == {tensor.dtype}
-        for batch, indices in zip(found, epoch_of(make(), 0), strict=True):
+        actual = list(PatchTensorLoader(make(), x=tensor))
+        assert {batch["x"].dtype for batch in actual} == {tensor.dtype}
+        for batch, indices in zip(actual, epoch_of(make(), 0), strict=True):
             assert type(batch["x"]) is np.ndarray
             np.testing.assert_array_equal(batch["x"], tensor[indices])
 
     def test_numpy_objects_too(self):
         names = np.array([f"sample {i}" for i in range(N)], object)
-        found = row_numbers(PatchTensorLoader(make(), row=names))
-        assert found == [[f"sample {i}" for i in batch] for batch in epoch_of(make(), 0)]
+        actual = row_numbers(PatchTensorLoader(make(), row=names))
+        assert actual == [[f"sample {i}" for i in batch] for batch in epoch_of(make(), 0)]
 
     def test_tensors_whose_rows_do_not_lie_side_by_side(self):
         wide = torch.arange(N * 6).reshape(6, N)
@@ -230,8 +230,8 @@ class TestInPlace:
             "backwards": np.arange(N)[::-1],
             "broadcast": np.broadcast_to(np.arange(N)[:, None], (N, 4)),
         }
-        found = list(PatchTensorLoader(make(), **tensors))
-        check_epoch(found, make(), 0, tensors)
+        actual = list(PatchTensorLoader(make(), **tensors))
+        check_epoch(actual, make(), 0, tensors)
 
     def test_a_memory_map_that_may_only_be_read(self, tmp_path):
         values = np.random.default_rng(0).random((N, 5), np.float32)
@@ -240,17 +240,17 @@ class TestInPlace:
         mapped = np.load(path, mmap_mode="r")
         assert type(mapped) is np.memmap
         assert not mapped.flags.writeable
-        found = list(PatchTensorLoader(make(), x=mapped))
-        check_epoch(found, make(), 0, {"x": values})
-        assert {type(batch["x"]) for batch in found} == {np.ndarray}
-        found[0]["x"][:] = 0
+        actual = list(PatchTensorLoader(make(), x=mapped))
+        check_epoch(actual, make(), 0, {"x": values})
+        assert {type(batch["x"]) for batch in actual} == {np.ndarray}
+        actual[0]["x"][:] = 0
 
     def test_no_gradient_flows_through_a_batch(self):
         x = torch.rand(N, 2, requires_grad=True)
-        found = list(PatchTensorLoader(make(), x=x))
-        check_epoch(found, make(), 0, {"x": x})
+        actual = list(PatchTensorLoader(make(), x=x))
+        check_epoch(actual, make(), 0, {"x": x})
         weight = torch.ones(2, requires_grad=True)
-        for batch in found:
+        for batch in actual:
             # Batches come from one gather; each can have a graph of its own nevertheless.
             assert not batch["x"].requires_grad
             (batch["x"] * weight).sum().backward()
@@ -280,10 +280,10 @@ class TestInPlace:
         tensors = some_tensors()
         for chosen in parts:
             sampler = PatchBatchSampler(chosen, 4, seed=1)
-            found = list(PatchTensorLoader(sampler, **tensors))
-            check_epoch(found, sampler, 0, tensors)
-            assert sum(len(batch["row"]) for batch in found) == chosen.num_samples < N
-            assert {int(IDS[row]) for batch in found for row in batch["row"]} == set(
+            actual = list(PatchTensorLoader(sampler, **tensors))
+            check_epoch(actual, sampler, 0, tensors)
+            assert sum(len(batch["row"]) for batch in actual) == chosen.num_samples < N
+            assert {int(IDS[row]) for batch in actual for row in batch["row"]} == set(
                 chosen.patch_ids.tolist()
             )
         with pytest.raises(ValueError, match=f"x must have a row for each of {N} samples"):
@@ -296,41 +296,41 @@ class TestParts:
     @pytest.mark.parametrize("budget", [1, 100, 1000, 4000, 1 << 40])
     @pytest.mark.parametrize("settings", SETTINGS, ids=str)
     def test_parts_of_any_size_hand_out_the_same(self, monkeypatch, gathers, settings, budget):
-        monkeypatch.setattr(tensor_loader, "GATHERED_ON_HOST", budget)
+        monkeypatch.setattr(tensor_loader, "HOST_GATHER_BYTES", budget)
         tensors = some_tensors()
         sampler = quiet(IDS, **{"seed": 1, "batch_size": 4, **settings})
-        found = list(PatchTensorLoader(sampler, **tensors))
-        check_epoch(found, sampler, 0, tensors)
+        actual = list(PatchTensorLoader(sampler, **tensors))
+        check_epoch(actual, sampler, 0, tensors)
         row_bytes = 8 * 4 + 8 + 6 * 8 + 8
-        largest = max(len(batch["row"]) for batch in found)
+        largest = max(len(batch["row"]) for batch in actual)
         assert max(gathers) <= max(largest, budget // row_bytes)
         if budget == 1:
-            assert gathers == [len(batch["row"]) for batch in found for _ in tensors]
+            assert gathers == [len(batch["row"]) for batch in actual for _ in tensors]
 
-    @pytest.mark.parametrize("most_rows", [1, 7, 50, 1000])
-    def test_parts_are_blocks_of_their_own(self, most_rows):
-        share = make()._progress.pending()
-        parts = Parts(Blocks(share), most_rows)
-        found = []
+    @pytest.mark.parametrize("max_rows", [1, 7, 50, 1000])
+    def test_parts_are_blocks_of_their_own(self, max_rows):
+        shard = make()._tracker.pending_shard()
+        parts = ChunkReader(BlockReader(shard), max_rows)
+        actual = []
         while (part := parts.read()) is not None:
             assert part.samples.size == part.sizes.sum()
-            assert part.samples.size <= most_rows or part.sizes.size == 1
+            assert part.samples.size <= max_rows or part.sizes.size == 1
             for start, size in zip(part.starts.tolist(), part.sizes.tolist(), strict=True):
-                found.append(part.samples[start : start + size].tolist())
-        assert found == epoch_of(make(), 0)
+                actual.append(part.samples[start : start + size].tolist())
+        assert actual == epoch_of(make(), 0)
         assert parts.read() is None
 
     def test_parts_are_as_large_as_they_may_be(self, monkeypatch, gathers):
         # 20 rows of 8 bytes: five batches of 4, and not six.
-        monkeypatch.setattr(tensor_loader, "GATHERED_ON_HOST", 20 * 8 + 7)
+        monkeypatch.setattr(tensor_loader, "HOST_GATHER_BYTES", 20 * 8 + 7)
         sampler = PatchBatchSampler(PatchGroups.from_counts([400]), 4, seed=1)
-        found = list(PatchTensorLoader(sampler, row=np.arange(400)))
-        assert row_numbers(found) == epoch_of(sampler, 0)
+        actual = list(PatchTensorLoader(sampler, row=np.arange(400)))
+        assert row_numbers(actual) == epoch_of(sampler, 0)
         # Indices are evaluated for 10, 70 and 20 batches.
         assert gathers == [20] * 20
 
     def test_rows_above_the_budget_are_gathered_a_batch_at_a_time(self, gathers):
-        long = tensor_loader.GATHERED_ON_HOST // 4 + 1
+        long = tensor_loader.HOST_GATHER_BYTES // 4 + 1
         # All columns are one: no memory of that size.
         x = torch.arange(N, dtype=torch.float32)[:, None].expand(N, long)
         loaded = PatchTensorLoader(make(), x=x)
@@ -346,15 +346,15 @@ class TestParts:
         sampler = PatchBatchSampler(ids, 16, seed=0)
         flags = torch.from_numpy(np.random.default_rng(1).random(ids.size) < 0.5)
         loaded = PatchTensorLoader(sampler, flag=flags, patch=ids.astype(np.uint8))
-        found = list(loaded)
+        actual = list(loaded)
         # Two tensors; parts grow up to 2**15 rows.
         assert len(gathers) <= 2 * 16
-        check_epoch(found, sampler, 0, {"flag": flags, "patch": ids.astype(np.uint8)})
+        check_epoch(actual, sampler, 0, {"flag": flags, "patch": ids.astype(np.uint8)})
 
     def test_the_first_batch_asks_for_no_more_than_it_must(self, gathers):
         next(iter(PatchTensorLoader(make(), row=np.arange(N))))
         # As many as are looked up at first.
-        assert gathers == [sum(map(len, epoch_of(make(), 0)[: batches_module.FIRST_SLOTS]))]
+        assert gathers == [sum(map(len, epoch_of(make(), 0)[: batches_module.FIRST_LOCATED_SLOTS]))]
 
 
 class TestEpochsAndState:
@@ -409,12 +409,12 @@ class TestEpochsAndState:
     @pytest.mark.parametrize("budget", [1, 300, 1 << 20])
     @pytest.mark.parametrize("count", [0, 1, 8, 9, 17, 23, 24])
     def test_going_on_anywhere_equals_never_having_stopped(self, monkeypatch, count, budget):
-        monkeypatch.setattr(tensor_loader, "GATHERED_ON_HOST", budget)
+        monkeypatch.setattr(tensor_loader, "HOST_GATHER_BYTES", budget)
         tensors = some_tensors()
         loaded = PatchTensorLoader(make(), **tensors)
         loaded.set_epoch(2)
         iterator = iter(loaded)
-        seen = row_numbers(draw(iterator, count))
+        drawn = row_numbers(draw(iterator, count))
         state = through_json(loaded.state_dict())
         assert (state["epoch"], state["slot"]) == (2, count)
         assert state == iterator.state_dict()
@@ -422,21 +422,21 @@ class TestEpochsAndState:
         sampler.set_epoch(2)
         draw(iter(sampler), count)
         assert state == sampler.state_dict()
-        rest = epoch_of(make(), 2)[count:]
-        assert seen + rest == epoch_of(make(), 2)
+        remaining = epoch_of(make(), 2)[count:]
+        assert drawn + remaining == epoch_of(make(), 2)
         resumed = PatchTensorLoader(make(), **tensors)
         for _ in range(2):
             resumed.load_state_dict(state)
             assert resumed.state_dict() == state
-            assert row_numbers(resumed) == (rest or epoch_of(make(), 3))
-        assert row_numbers(resumed) == epoch_of(make(), 3 if rest else 4)
+            assert row_numbers(resumed) == (remaining or epoch_of(make(), 3))
+        assert row_numbers(resumed) == epoch_of(make(), 3 if remaining else 4)
         # An iterator's own, in the middle of something else.
         other = iter(PatchTensorLoader(make(), **tensors))
         next(other)
         other.load_state_dict(state)
-        assert len(other) == len(rest)
+        assert len(other) == len(remaining)
         assert other.state_dict() == state
-        assert row_numbers(other) == rest
+        assert row_numbers(other) == remaining
 
     def test_states_of_passes_beside_one_another(self):
         loaded = PatchTensorLoader(make(), row=np.arange(N))
@@ -455,12 +455,12 @@ class TestEpochsAndState:
             return DataLoader(TensorDataset(row), batch_sampler=sampler)
 
         loaded = PatchTensorLoader(make(), row=row)
-        seen = row_numbers(draw(iter(loaded), count))
-        assert seen == epoch_of(make(), 0)[:count]
+        drawn = row_numbers(draw(iter(loaded), count))
+        assert drawn == epoch_of(make(), 0)[:count]
         sampler = make()
         sampler.load_state_dict(loaded.state_dict())
-        rest = [batch.tolist() for (batch,) in in_dataloader(sampler)]
-        assert rest == (epoch_of(make(), 0)[count:] or epoch_of(make(), 1))
+        remaining = [batch.tolist() for (batch,) in in_dataloader(sampler)]
+        assert remaining == (epoch_of(make(), 0)[count:] or epoch_of(make(), 1))
         # And back: another pass of the DataLoader, left somewhere.
         begun = iter(in_dataloader(sampler))
         draw(begun, 7)
@@ -495,7 +495,7 @@ class TestTravelling:
     @pytest.mark.parametrize("budget", [1, 700, 1 << 25])
     @pytest.mark.parametrize("settings", SETTINGS, ids=str)
     def test_rows_are_right_however_late_they_arrive(self, sides, monkeypatch, settings, budget):
-        monkeypatch.setattr(tensor_loader, "GATHERED_ON_DEVICE", budget)
+        monkeypatch.setattr(tensor_loader, "DEVICE_GATHER_BYTES", budget)
         tensors = host_tensors()
         sampler = quiet(IDS, device="numpy", **{"seed": 1, "batch_size": 4, **settings})
         loaded = PatchTensorLoader(sampler, device="cpu", **tensors)
@@ -503,45 +503,45 @@ class TestTravelling:
         for epoch in (0, 1):
             loaded.set_epoch(epoch)
             # All are kept until they are compared.
-            found = list(loaded)
-            assert {type(batch["x"]) for batch in found} == {torch.Tensor}
-            check_epoch(found, sampler, epoch, tensors)
+            actual = list(loaded)
+            assert {type(batch["x"]) for batch in actual} == {torch.Tensor}
+            check_epoch(actual, sampler, epoch, tensors)
         assert len(sides) == 2
         if budget == 1:
-            copies = names_of(sides[0].log, "to_device")
+            copies = entries_named(sides[0].log, "to_device")
             assert len(copies) == len(tensors) * len(sampler)
 
     def test_exactly_one_part_is_on_its_way_beyond_that_in_use(self, side, monkeypatch):
         # 14 batches of 4, two to a part.
-        monkeypatch.setattr(tensor_loader, "GATHERED_ON_DEVICE", 8 * 8)
+        monkeypatch.setattr(tensor_loader, "DEVICE_GATHER_BYTES", 8 * 8)
         sampler = PatchBatchSampler(PatchGroups.from_counts([56]), 4, seed=1)
         iterator = staged(sampler, {"row": np.arange(56)}, side)
         assert side.log == []
-        wanted = [("pinned", 8), ("to_device", 0)]
+        expected = [("pinned", 8), ("to_device", 0)]
         for part in range(7):
             if part == 0:
-                wanted += [("pinned", 8)]
+                expected += [("pinned", 8)]
             elif part < 6:
                 # The set of buffers of the part before is filled again, once it has left them.
-                wanted += [("synchronize", part - 1)]
+                expected += [("synchronize", part - 1)]
             if part < 6:
-                wanted += [("to_device", part + 1)]
-            wanted += [("wait_for", part)]
+                expected += [("to_device", part + 1)]
+            expected += [("wait_for", part)]
             for place in range(2):
                 batch = next(iterator)
-                assert side.log == wanted
+                assert side.log == expected
                 assert batch["row"].tolist() == epoch_of(sampler, 0)[2 * part + place]
         assert next(iterator, None) is None
-        assert side.log == wanted
+        assert side.log == expected
 
     def test_two_sets_of_buffers_serve_an_epoch(self, side, monkeypatch):
-        monkeypatch.setattr(tensor_loader, "GATHERED_ON_DEVICE", 300)
+        monkeypatch.setattr(tensor_loader, "DEVICE_GATHER_BYTES", 300)
         tensors = host_tensors()
         sampler = make(partial="pad")
-        found = list(staged(sampler, tensors, side))
-        check_epoch(found, make(partial="pad"), 0, tensors)
-        assert len(names_of(side.log, "to_device")) > 20
-        sizes = sorted(size for _, size in names_of(side.log, "pinned"))
+        actual = list(staged(sampler, tensors, side))
+        check_epoch(actual, make(partial="pad"), 0, tensors)
+        assert len(entries_named(side.log, "to_device")) > 20
+        sizes = sorted(size for _, size in entries_named(side.log, "pinned"))
         assert sizes == [4, 4, 4 * 6, 4 * 6, 4 * 8, 4 * 8]
 
     def test_buffers_grow_with_the_parts(self, side):
@@ -549,17 +549,17 @@ class TestTravelling:
         sampler = PatchBatchSampler(ids, 16, seed=3)
         tensors = {"row": np.arange(ids.size), "x": np.random.default_rng(1).random((ids.size, 2))}
         for epoch in range(2):
-            found = list(staged(sampler, tensors, side))
-            check_epoch(found, sampler, epoch, tensors)
-        assert len({size for _, size in names_of(side.log, "pinned")}) > 4
+            actual = list(staged(sampler, tensors, side))
+            check_epoch(actual, sampler, epoch, tensors)
+        assert len({size for _, size in entries_named(side.log, "pinned")}) > 4
 
     @pytest.mark.parametrize("dtype", ["bool", "float16", "int64", "complex64", ">f4"])
     @pytest.mark.parametrize("shape", [(), (3, 2), (0,), (2, 0, 3)])
     def test_numpy_of_any_dtype_and_shape(self, side, dtype, shape):
         tensor = (np.random.default_rng(0).random((N, *shape)) * 100).astype(dtype)
-        found = list(staged(make(), {"x": tensor, "row": np.arange(N)}, side))
+        actual = list(staged(make(), {"x": tensor, "row": np.arange(N)}, side))
         native = tensor.astype(tensor.dtype.newbyteorder("="))
-        check_epoch(found, make(), 0, {"x": native, "row": np.arange(N)})
+        check_epoch(actual, make(), 0, {"x": native, "row": np.arange(N)})
 
     @pytest.mark.parametrize("dtype", ["bool", "float16", "bfloat16", "int64", "complex64"])
     @pytest.mark.parametrize("shape", [(), (3, 2), (0,), (2, 0, 3)])
@@ -581,13 +581,13 @@ class TestTravelling:
             "backwards": np.arange(N)[::-1],
             "mapped": np.load(tmp_path / "x.npy", mmap_mode="r"),
         }
-        found = list(staged(make(), tensors, side))
-        check_epoch(found, make(), 0, {**tensors, "mapped": np.array(tensors["mapped"])})
-        assert not found[0]["differentiable"].requires_grad
+        actual = list(staged(make(), tensors, side))
+        check_epoch(actual, make(), 0, {**tensors, "mapped": np.array(tensors["mapped"])})
+        assert not actual[0]["differentiable"].requires_grad
 
     @pytest.mark.parametrize("budget", [1, 400])
     def test_state_and_length_count_only_what_was_handed_out(self, sides, monkeypatch, budget):
-        monkeypatch.setattr(tensor_loader, "GATHERED_ON_DEVICE", budget)
+        monkeypatch.setattr(tensor_loader, "DEVICE_GATHER_BYTES", budget)
         tensors = {"row": np.arange(N)}
         loaded = PatchTensorLoader(make(device="numpy"), device="cpu", **tensors)
         whole = epoch_of(make(device="numpy"), 0)
@@ -605,22 +605,22 @@ class TestTravelling:
         assert (loaded.state_dict()["slot"], len(iterator)) == (len(whole), 0)
 
     def test_tensors_there_and_tensors_on_the_host(self, sides, monkeypatch):
-        monkeypatch.setattr(tensor_loader, "GATHERED_ON_DEVICE", 500)
+        monkeypatch.setattr(tensor_loader, "DEVICE_GATHER_BYTES", 500)
         tensors = some_tensors()
         sampler = make(partial="pad", interleave=False)
         loaded = PatchTensorLoader(sampler, **tensors)
         # Where the one that is on a device is.
         assert loaded.device == Device("torch", "cpu")
         for epoch in range(2):
-            found = list(loaded)
-            check_epoch(found, sampler, epoch, tensors)
+            actual = list(loaded)
+            check_epoch(actual, sampler, epoch, tensors)
             # In the order in which they were given.
-            assert list(found[0]) == [*tensors, "patch_id", "valid"]
-            assert {type(found[0][name]) for name in tensors} == {torch.Tensor}
+            assert list(actual[0]) == [*tensors, "patch_id", "valid"]
+            assert {type(actual[0][name]) for name in tensors} == {torch.Tensor}
         # Only what is not there travels.
-        copies = names_of(sides[0].log, "to_device")
+        copies = entries_named(sides[0].log, "to_device")
         assert len(copies) % 2 == 0
-        pinned = sorted({size for _, size in names_of(sides[0].log, "pinned")})
+        pinned = sorted({size for _, size in entries_named(sides[0].log, "pinned")})
         assert pinned == [4, 24]
 
     def test_tensors_that_are_all_there_need_no_stream(self, sides):
@@ -630,17 +630,17 @@ class TestTravelling:
             check_epoch(list(loaded), sampler, 0, tensors)
         assert sides == []
 
-    def test_without_a_side_stream_copies_wait(self, elsewhere):
+    def test_without_a_side_stream_copies_wait(self, cpu_as_device):
         tensors = {"x": np.random.default_rng(0).random((N, 3)), "there": torch.arange(N)}
         loaded = PatchTensorLoader(make(device="numpy"), device="cpu", **tensors)
         for epoch in range(2):
-            found = list(loaded)
-            check_epoch(found, make(device="numpy"), epoch, tensors)
-            assert {type(batch["x"]) for batch in found} == {torch.Tensor}
+            actual = list(loaded)
+            check_epoch(actual, make(device="numpy"), epoch, tensors)
+            assert {type(batch["x"]) for batch in actual} == {torch.Tensor}
 
     @pytest.mark.parametrize("drawn", [1, 8, 24])
     def test_a_pass_may_be_left_anywhere(self, sides, monkeypatch, drawn):
-        monkeypatch.setattr(tensor_loader, "GATHERED_ON_DEVICE", 8 * 8)
+        monkeypatch.setattr(tensor_loader, "DEVICE_GATHER_BYTES", 8 * 8)
         loaded = PatchTensorLoader(make(device="numpy"), device="cpu", row=np.arange(N))
         iterator = iter(loaded)
         kept = draw(iterator, drawn)
@@ -654,12 +654,12 @@ class TestTravelling:
         assert row_numbers(kept) == epoch_of(make(device="numpy"), 0)[:drawn]
 
     def test_passes_beside_one_another_have_buffers_of_their_own(self, sides, monkeypatch):
-        monkeypatch.setattr(tensor_loader, "GATHERED_ON_DEVICE", 8 * 8)
+        monkeypatch.setattr(tensor_loader, "DEVICE_GATHER_BYTES", 8 * 8)
         loaded = PatchTensorLoader(make(device="numpy"), device="cpu", row=np.arange(N))
         pairs = list(zip(loaded, loaded, strict=True))
         for place, epoch in enumerate((0, 1)):
-            wanted = epoch_of(make(device="numpy"), epoch)
-            assert row_numbers(pair[place] for pair in pairs) == wanted
+            expected = epoch_of(make(device="numpy"), epoch)
+            assert row_numbers(pair[place] for pair in pairs) == expected
         assert len(sides) == 2
 
     def test_an_iterator_that_goes_on_elsewhere_drops_what_was_on_its_way(self, sides):
@@ -675,7 +675,7 @@ class TestTravelling:
 class TestTables:
     """A plan's tables go where they are needed once, and not every epoch."""
 
-    @pytest.mark.usefixtures("elsewhere")
+    @pytest.mark.usefixtures("cpu_as_device")
     def test_a_plan_goes_to_the_tensors_once(self, monkeypatch):
         uploads = []
         original = PatchTables.on
@@ -693,12 +693,12 @@ class TestTables:
         assert row_numbers(loaded) == epoch_of(host, 0)
         assert row_numbers(loaded) == epoch_of(host, 1)
 
-    @pytest.mark.usefixtures("elsewhere")
+    @pytest.mark.usefixtures("cpu_as_device")
     def test_an_order_that_is_elsewhere_comes_to_the_host_once(self, monkeypatch):
         sampler = PatchBatchSampler(torch.from_numpy(IDS), 4, seed=1)
         assert sampler.plan.device == Device("torch", "cpu")
         loaded = PatchTensorLoader(sampler, row=np.arange(N))
-        wanted = [epoch_of(make(device="numpy"), epoch) for epoch in range(3)]
+        expected = [epoch_of(make(device="numpy"), epoch) for epoch in range(3)]
         fetched = []
         original = arrays.to_numpy
 
@@ -708,7 +708,7 @@ class TestTables:
             return original(array)
 
         monkeypatch.setattr(arrays, "to_numpy", to_numpy)
-        assert [row_numbers(loaded) for _ in range(3)] == wanted
+        assert [row_numbers(loaded) for _ in range(3)] == expected
         assert len(fetched) == 1
 
 
@@ -780,7 +780,7 @@ class TestWrongUse:
         with pytest.raises(RuntimeError, match=f"device must be there: .*, got '{device}'"):
             PatchTensorLoader(make(), device=device, x=torch.zeros(N))
 
-    @pytest.mark.usefixtures("elsewhere")
+    @pytest.mark.usefixtures("cpu_as_device")
     def test_tensors_on_another_device_than_the_batches(self):
         with pytest.raises(
             ValueError, match=r"x must be on numpy or on the host, as the batches .*, got cpu"
@@ -803,11 +803,11 @@ class TestInAWorker:
         "Iterate in the main process, or use device='numpy'"
     )
 
-    @pytest.mark.usefixtures("elsewhere")
+    @pytest.mark.usefixtures("cpu_as_device")
     @pytest.mark.parametrize("tensor", [torch.arange(N), np.arange(N)], ids=["there", "on host"])
     def test_a_loader_elsewhere_is_refused(self, monkeypatch, tensor):
         loaded = PatchTensorLoader(make(device="numpy"), device="cpu", x=tensor)
-        monkeypatch.setattr(devices, "in_worker", lambda: True)
+        monkeypatch.setattr(devices, "is_in_worker", lambda: True)
         iterator = iter(loaded)
         for _ in range(2):
             with pytest.raises(RuntimeError, match=self.REFUSED):
@@ -815,10 +815,10 @@ class TestInAWorker:
         with pytest.raises(RuntimeError, match=self.REFUSED):
             PatchTensorLoader(make(device="numpy"), device="cpu", x=tensor)
 
-    @pytest.mark.usefixtures("elsewhere")
+    @pytest.mark.usefixtures("cpu_as_device")
     def test_batches_elsewhere_are_refused(self, monkeypatch):
         sampler = make(device="cpu")
-        monkeypatch.setattr(devices, "in_worker", lambda: True)
+        monkeypatch.setattr(devices, "is_in_worker", lambda: True)
         with pytest.raises(RuntimeError, match=self.REFUSED):
             next(sampler.batches())
         # Lists are made on the host there.
@@ -826,7 +826,7 @@ class TestInAWorker:
 
     def test_a_loader_on_the_host_works(self, monkeypatch):
         loaded = PatchTensorLoader(make(), row=torch.arange(N))
-        monkeypatch.setattr(devices, "in_worker", lambda: True)
+        monkeypatch.setattr(devices, "is_in_worker", lambda: True)
         assert row_numbers(loaded) == epoch_of(make(), 0)
 
 
@@ -835,7 +835,7 @@ class TestInAWorker:
 @pytest.mark.parametrize("budget", [1, 1 << 16, 1 << 25])
 def test_tensors_on_the_host_travel_to_a_gpu(monkeypatch, name, budget):
     library = make_library(name)
-    monkeypatch.setattr(tensor_loader, "GATHERED_ON_DEVICE", budget)
+    monkeypatch.setattr(tensor_loader, "DEVICE_GATHER_BYTES", budget)
     rng = np.random.default_rng(0)
     ids = rng.integers(0, 30, 20_000 if budget > 1 else 500)
     values = {
@@ -853,12 +853,12 @@ def test_tensors_on_the_host_travel_to_a_gpu(monkeypatch, name, budget):
     loaded = PatchTensorLoader(sampler, **tensors)
     next(iter(loaded))
     for epoch in (1, 2):
-        found = [
+        actual = [
             {name: library.host(batch[name]) for name in values}
             | {"patch_id": batch["patch_id"], "valid": batch["valid"]}
             for batch in loaded
         ]
-        check_epoch(found, sampler, epoch, values)
+        check_epoch(actual, sampler, epoch, values)
 
 
 @pytest.mark.parametrize("tensor", [torch.eye(5).to_sparse(), torch.empty(5, device="meta")])
@@ -868,7 +868,7 @@ def test_a_tensor_without_values_is_refused(tensor):
         PatchTensorLoader(sampler, x=tensor)
 
 
-@pytest.mark.usefixtures("elsewhere")
+@pytest.mark.usefixtures("cpu_as_device")
 @pytest.mark.parametrize(
     "tensor",
     [np.array(["a"] * 5), np.array([None] * 5), np.ma.array(np.arange(5.0), mask=[1, 0, 0, 0, 0])],
@@ -893,7 +893,7 @@ def test_rows_of_a_transposed_array_are_gathered_without_copying_it_whole():
     assert peak < x.nbytes / 4
 
 
-@pytest.mark.usefixtures("elsewhere")
+@pytest.mark.usefixtures("cpu_as_device")
 def test_numbers_that_the_device_has_not_are_refused_at_once():
     sampler = PatchBatchSampler([1, 1, 1, 2, 2], 2, seed=0)
     x = np.zeros(5, np.longdouble)
@@ -931,5 +931,5 @@ def test_an_iterator_that_has_begun_travels():
     batches = iter(PatchTensorLoader(sampler, x=np.arange(50)))
     next(batches)
     copied = pickle.loads(pickle.dumps(batches))
-    for ours, theirs in zip(copied, batches, strict=True):
-        np.testing.assert_array_equal(ours["x"], theirs["x"])
+    for a, b in zip(copied, batches, strict=True):
+        np.testing.assert_array_equal(a["x"], b["x"])

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+
 from support.paths import ROOT
 
 pytest.importorskip("torch")
@@ -22,7 +23,15 @@ import torch.distributed
 from gpusampler import PatchBatchSampler
 from support.ddp_script import SIZES, OnPoints, Patches
 from support.strategies import epoch_of
-from support.torchrun import SCRIPT, Job, Life, free_port, lives_of, run, steps_that_count
+from support.torchrun import (
+    SCRIPT,
+    Attempt,
+    TorchrunJob,
+    free_port,
+    read_attempts,
+    run,
+    surviving_steps,
+)
 
 pytestmark = [
     pytest.mark.skipif(sys.platform != "linux", reason="ends the ranks by way of /proc"),
@@ -36,30 +45,30 @@ def sampler_of(ranks: int = 1, uneven: str = "pad") -> PatchBatchSampler:
     return PatchBatchSampler(Patches(), 8, seed=42, num_replicas=ranks, rank=0, uneven=uneven)
 
 
-def check_epoch(lives: list[Life], epoch: int, uneven: str = "pad") -> None:
+def check_epoch(attempts: list[Attempt], epoch: int, uneven: str = "pad") -> None:
     """Hold what counts of an epoch against the plan, and against counting the samples."""
-    steps = [step for step in steps_that_count(lives) if step.epoch == epoch]
+    steps = [step for step in surviving_steps(attempts) if step.epoch == epoch]
     drawn = list(chain.from_iterable(step.rows for step in steps))
-    whole = epoch_of(sampler_of(), epoch)
-    assert len(whole) == M
+    epoch_batches = epoch_of(sampler_of(), epoch)
+    assert len(epoch_batches) == M
     last = len(steps[-1].rows)  # ranks of the last step
     if uneven == "pad":
         # The whole epoch, in order, and then its first batches again to fill the last step.
         assert M <= len(drawn) < M + last
-        assert drawn == (whole + whole)[: len(drawn)]
+        assert drawn == (epoch_batches + epoch_batches)[: len(drawn)]
         counted = drawn[:M]
     else:
         assert M - last < len(drawn) <= M
-        assert drawn == whole[: len(drawn)]
-        counted = drawn + whole[len(drawn) :]
+        assert drawn == epoch_batches[: len(drawn)]
+        counted = drawn + epoch_batches[len(drawn) :]
     assert Counter(chain.from_iterable(counted)) == Counter(range(N))
 
 
-def check_end(lives: list[Life]) -> None:
-    """All ranks of the last life have come to the end, with the same parameters."""
-    assert len(lives[-1].digests) == lives[-1].ranks
-    assert len(set(lives[-1].digests)) == 1
-    assert all(not life.digests for life in lives[:-1])
+def check_end(attempts: list[Attempt]) -> None:
+    """All ranks of the last attempt have come to the end, with the same parameters."""
+    assert len(attempts[-1].digests) == attempts[-1].ranks
+    assert len(set(attempts[-1].digests)) == 1
+    assert all(not attempt.digests for attempt in attempts[:-1])
 
 
 @pytest.fixture(scope="module")
@@ -68,19 +77,19 @@ def folder(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def uninterrupted(folder) -> list[Life]:
+def uninterrupted(folder) -> list[Attempt]:
     """Two epochs on two ranks."""
     run(folder / "two", 2)
-    return lives_of(folder / "two")
+    return read_attempts(folder / "two")
 
 
 @pytest.mark.expensive("the one job of torchrun")
 def test_two_ranks_share_every_epoch_out(uninterrupted):
     # 47 batches on two ranks: as many steps on both, so that the last step ends, and no more.
-    (life,) = uninterrupted
+    (attempt,) = uninterrupted
     for epoch in range(2):
         check_epoch(uninterrupted, epoch)
-        steps = [step for step in life.steps if step.epoch == epoch]
+        steps = [step for step in attempt.steps if step.epoch == epoch]
         assert len(steps) == len(sampler_of(2)) == 24
         check_coverage(steps, sampler_of(2), epoch)
     check_end(uninterrupted)
@@ -92,10 +101,10 @@ def check_coverage(steps, sampler, epoch) -> None:
     times = np.bincount(rows, minlength=N)
     ids = Patches().patch_ids.numpy()
     for row in sampler.coverage(epoch):
-        own = times[ids == row["patch_id"]]
-        assert (own == 0).sum() == row["missed"]
-        assert (own == 1).sum() == row["seen_once"]
-        assert (own > 1).sum() == row["repeated"]
+        times_in_patch = times[ids == row["patch_id"]]
+        assert (times_in_patch == 0).sum() == row["missed"]
+        assert (times_in_patch == 1).sum() == row["seen_once"]
+        assert (times_in_patch > 1).sum() == row["repeated"]
 
 
 @pytest.mark.slow("one more job of torchrun, killed and started again")
@@ -103,15 +112,15 @@ def test_a_killed_rank_and_a_restart_leave_the_losses_as_they_were(folder, unint
     # Killed in step 18 of the second epoch, 3 steps after a checkpoint, while the workers of the
     # loaders have drawn ahead. torchrun starts both ranks again by itself.
     run(folder / "elastic", 2, kill="training:1:42", restarts=1, num_workers=2)
-    lives = lives_of(folder / "elastic")
-    assert [life.start for life in lives] == [(0, 0), (1, 30)]
-    assert (lives[0].steps[-1].epoch, lives[0].steps[-1].slot) == (1, 32)
-    check_end(lives)
+    attempts = read_attempts(folder / "elastic")
+    assert [attempt.start for attempt in attempts] == [(0, 0), (1, 30)]
+    assert (attempts[0].steps[-1].epoch, attempts[0].steps[-1].slot) == (1, 32)
+    check_end(attempts)
     # Equal to the bit, in every step, on both ranks: a sum of two gradients has one order.
-    assert steps_that_count(lives) == uninterrupted[0].steps
-    assert lives[-1].digests == uninterrupted[0].digests
+    assert surviving_steps(attempts) == uninterrupted[0].steps
+    assert attempts[-1].digests == uninterrupted[0].digests
     # The steps after the checkpoint were done twice.
-    assert sum(len(life.steps) for life in lives) == len(uninterrupted[0].steps) + 2
+    assert sum(len(attempt.steps) for attempt in attempts) == len(uninterrupted[0].steps) + 2
 
 
 @pytest.mark.slow("one more job of torchrun, killed and started again")
@@ -119,19 +128,19 @@ def test_four_ranks_become_three(folder):
     out = folder / "four-three"
     run(out, 4, uneven="drop", kill="training:2:20")
     # 11 steps, and 8 of the second epoch: the last three are not in the checkpoint.
-    (life,) = lives_of(out)
-    assert len(life.steps) == 19
+    (attempt,) = read_attempts(out)
+    assert len(attempt.steps) == 19
     run(out, 3, uneven="drop")
-    lives = lives_of(out)
-    assert [life.start for life in lives] == [(0, 0), (1, 20)]
+    attempts = read_attempts(out)
+    assert [attempt.start for attempt in attempts] == [(0, 0), (1, 20)]
     for epoch in range(2):
-        check_epoch(lives, epoch, "drop")
-    check_end(lives)
+        check_epoch(attempts, epoch, "drop")
+    check_end(attempts)
     # Three batches are left out of the first epoch; 27 are left of the second, 9 for each of three.
     sampler = sampler_of(4, "drop")
     assert sampler.coverage(0).totals()["missed"] > 0
-    check_coverage(life.steps[: len(sampler)], sampler, 0)
-    assert len(lives[1].steps) == 9
+    check_coverage(attempt.steps[: len(sampler)], sampler, 0)
+    assert len(attempts[1].steps) == 9
     # 47 batches on three ranks: one comes a second time, and must not count.
     check_error(out, 3)
 
@@ -143,25 +152,25 @@ def test_two_ranks_become_three_and_then_one(folder):
     # Rank 0 dies when its second checkpoint is written, but not yet in its place.
     run(out, 3, epochs=1, save_every=3, kill="saving:0:2")
     run(out, 1, epochs=1)
-    lives = lives_of(out)
-    assert [life.start for life in lives] == [(0, 0), (0, 12), (0, 21)]
-    check_epoch(lives, 0)
-    check_end(lives)
-    assert len(lives[2].steps) == M - 21
+    attempts = read_attempts(out)
+    assert [attempt.start for attempt in attempts] == [(0, 0), (0, 12), (0, 21)]
+    check_epoch(attempts, 0)
+    check_end(attempts)
+    assert len(attempts[2].steps) == M - 21
     check_error(out, 1)
 
 
 def check_error(out: Path, ranks: int) -> None:
     """The error that ranks have found together is that of one process that sees each sample."""
-    found = {(out / f"error{rank}.json").read_text() for rank in range(ranks)}
-    assert len(found) == 1
+    actual = {(out / f"error{rank}.json").read_text() for rank in range(ranks)}
+    assert len(actual) == 1
     model, dataset = OnPoints(), Patches()
     model.load_state_dict(torch.load(out / "checkpoint.pt", weights_only=True)["model"])
     with torch.no_grad():
         weights = model.weights(dataset.points)[dataset.patch_ids, :, 0]
     forecast = (dataset.values * weights).mean(dim=1)
     alone = (forecast - dataset.targets).double().square().mean().item()
-    assert float(found.pop()) == pytest.approx(alone, rel=1e-6)
+    assert float(actual.pop()) == pytest.approx(alone, rel=1e-6)
 
 
 def page_script() -> str:
@@ -190,7 +199,7 @@ def test_the_script_of_the_page_goes_on(tmp_path):
     batches = sampler.plan.num_batches
     page["save"](checkpoint, model, optimizer, sampler, 2)
     command = ["--standalone", "--nproc-per-node", 2, script, "--out", tmp_path]
-    with Job(tmp_path, [*command, "--epochs", 1]) as job:
+    with TorchrunJob(tmp_path, [*command, "--epochs", 1]) as job:
         assert job.wait() == 0, job.output()
         assert "epoch 0, loss" in job.output()
     saved = torch.load(checkpoint, weights_only=True)
@@ -218,11 +227,11 @@ def test_the_script_of_the_page_goes_on(tmp_path):
 def test_killed_anywhere(tmp_path, ranks, kills, settings):
     for count, kill in zip(ranks, [*kills, None], strict=True):
         run(tmp_path, count, kill=kill, **settings)
-    lives = lives_of(tmp_path)
-    assert [life.ranks for life in lives] == list(ranks)
+    attempts = read_attempts(tmp_path)
+    assert [attempt.ranks for attempt in attempts] == list(ranks)
     for epoch in range(2):
-        check_epoch(lives, epoch, settings.get("uneven", "pad"))
-    check_end(lives)
+        check_epoch(attempts, epoch, settings.get("uneven", "pad"))
+    check_end(attempts)
 
 
 @pytest.mark.battery("two more jobs, of three ranks")
@@ -230,13 +239,13 @@ def test_three_ranks_restart_with_losses_that_are_close(tmp_path):
     # A sum of three gradients may be taken in another order by a process group made anew.
     run(tmp_path / "whole", 3)
     run(tmp_path / "killed", 3, kill="training:1:24", restarts=1)
-    (whole,), lives = lives_of(tmp_path / "whole"), lives_of(tmp_path / "killed")
-    assert [life.start for life in lives] == [(0, 0), (1, 15)]
-    found = steps_that_count(lives)
-    assert [step.rows for step in found] == [step.rows for step in whole.steps]
-    losses = [[list(map(float.fromhex, step.losses)) for step in s] for s in (found, whole.steps)]
+    (whole,), attempts = read_attempts(tmp_path / "whole"), read_attempts(tmp_path / "killed")
+    assert [attempt.start for attempt in attempts] == [(0, 0), (1, 15)]
+    actual = surviving_steps(attempts)
+    assert [step.rows for step in actual] == [step.rows for step in whole.steps]
+    losses = [[list(map(float.fromhex, step.losses)) for step in s] for s in (actual, whole.steps)]
     np.testing.assert_allclose(*losses, rtol=1e-5)
-    check_end(lives)
+    check_end(attempts)
 
 
 @pytest.mark.battery("two torchruns that stand for two machines")
@@ -250,21 +259,21 @@ def test_a_machine_joins_and_another_goes(tmp_path):
         "--rdzv-conf=last_call_timeout=3",
     ]
     script = [SCRIPT, "--out", tmp_path, "--epochs", epochs, "--save-every", 7]
-    with Job(tmp_path, [*command, "--nproc-per-node", 2, *script], PAUSE="0.02") as first:
+    with TorchrunJob(tmp_path, [*command, "--nproc-per-node", 2, *script], PAUSE="0.02") as first:
         wait_for_lines(first, tmp_path / "rank0.jsonl", 50)
         joining = [*command, "--nproc-per-node", 1, *script]
-        with Job(tmp_path, joining, KILL="machine-training:2:40") as second:
+        with TorchrunJob(tmp_path, joining, KILL="machine-training:2:40") as second:
             assert second.wait() != 0
             assert first.wait() == 0, first.output()
-    lives = lives_of(tmp_path)
-    assert [life.ranks for life in lives] == [2, 3, 2]
-    assert all(life.steps for life in lives)
+    attempts = read_attempts(tmp_path)
+    assert [attempt.ranks for attempt in attempts] == [2, 3, 2]
+    assert all(attempt.steps for attempt in attempts)
     for epoch in range(epochs):
-        check_epoch(lives, epoch)
-    check_end(lives)
+        check_epoch(attempts, epoch)
+    check_end(attempts)
 
 
-def wait_for_lines(job: Job, log: Path, lines: int) -> None:
+def wait_for_lines(job: TorchrunJob, log: Path, lines: int) -> None:
     end = time.monotonic() + 120
     while not log.exists() or log.read_text().count("\n") < lines:
         assert time.monotonic() < end, job.output()

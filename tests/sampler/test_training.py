@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from torch.utils.data import Dataset
 
-from support.dataloaders import IDS, LOADERS, kinds_of_loaders, loader_of
+from support.dataloaders import IDS, LOADERS, loader_kinds, loader_of
 from support.strategies import quiet
 
 EPOCHS = 3
@@ -88,7 +88,7 @@ class Training:
             getattr(self, part).load_state_dict(saved[part])
 
 
-@pytest.mark.parametrize("workers", kinds_of_loaders("none", "two", "persistent"))
+@pytest.mark.parametrize("workers", loader_kinds("none", "two", "persistent"))
 @pytest.mark.parametrize("stops", [(1, 2), (9, 17), (20, 3), (33, 26)])
 def test_losses_after_resuming_are_those_of_a_run_that_never_stopped(workers, stops):
     whole = Training("none", seed=5)

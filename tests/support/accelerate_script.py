@@ -1,6 +1,6 @@
 """Run under torchrun, or alone, by test_accelerate.py: writes what each process saw as JSON.
 
-Nothing is judged here. ``python runs_accelerate.py OUT`` writes OUT/<rank>.json.
+Nothing is judged here. ``python accelerate_script.py OUT`` writes OUT/<rank>.json.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ EPOCH = 2
 
 warnings.filterwarnings("ignore", message="'set_vital' is deprecated", category=UserWarning)
 # Each process makes the sampler before there is a group: nothing tells it of other ranks.
-BEFORE = PatchBatchSampler(IDS, 4, seed=SEED)
+SAMPLER_BEFORE_GROUP = PatchBatchSampler(IDS, 4, seed=SEED)
 ACCELERATOR = Accelerator(cpu=True)
 WORLD, RANK = ACCELERATOR.num_processes, ACCELERATOR.process_index
 OUT = Path(sys.argv[1])
@@ -60,14 +60,14 @@ def accelerator_of(**settings) -> Accelerator:
     return Accelerator(cpu=True, dataloader_config=DataLoaderConfiguration(**settings))
 
 
-def whole(batch_size=4, partial="keep", **settings) -> PatchBatchSampler:
+def unsharded(batch_size=4, partial="keep", **settings) -> PatchBatchSampler:
     """A sampler that leaves the sharding to Accelerate."""
     return PatchBatchSampler(
         IDS, batch_size, seed=SEED, partial=partial, num_replicas=1, rank=0, **settings
     )
 
 
-def native(batch_size=4, partial="keep", **settings) -> PatchBatchSampler:
+def sharded(batch_size=4, partial="keep", **settings) -> PatchBatchSampler:
     """A sampler that takes its ranks from the process group."""
     sampler = PatchBatchSampler(IDS, batch_size, seed=SEED, partial=partial, **settings)
     assert (sampler.num_replicas, sampler.rank) == (WORLD, RANK)
@@ -82,7 +82,7 @@ def rows_of(loader) -> list[list[int]]:
     return [batch["row"].tolist() for batch in loader]
 
 
-def told(run) -> dict:
+def outcome_of(run) -> dict:
     """What a run came to, or the error it ended with; every process ends alike."""
     try:
         return {"found": run()}
@@ -91,17 +91,17 @@ def told(run) -> dict:
 
 
 def sharded_by_accelerate():
-    found = {}
+    results = {}
     cases = [
         *product([4], ["keep", "drop", "pad"], [False, True], [True, False], [None, True]),
         *product([3], ["pad"], [False, True], [True], [None, True]),
     ]
     for batch_size, partial, split, even, dispatch in cases:
         settings = {"split_batches": split, "even_batches": even, "dispatch_batches": dispatch}
-        sampler = whole(batch_size, partial)
+        sampler = unsharded(batch_size, partial)
         case = f"{batch_size} {partial} split={split} even={even} dispatch={dispatch}"
-        found[case] = told(functools.partial(prepared_rows, sampler, settings))
-    return found
+        results[case] = outcome_of(functools.partial(prepared_rows, sampler, settings))
+    return results
 
 
 def prepared_rows(sampler, settings):
@@ -112,9 +112,9 @@ def prepared_rows(sampler, settings):
 def arrays_under_even_batches():
     """The truth of an array, which Accelerate asks for at the end of an odd epoch."""
     return {
-        output: told(
+        output: outcome_of(
             lambda output=output: rows_of(
-                accelerator_of().prepare(loader_of(whole(output=output), Blocks()))
+                accelerator_of().prepare(loader_of(unsharded(output=output), Blocks()))
             )
         )
         for output in ("list", "numpy", "tensor")
@@ -122,7 +122,7 @@ def arrays_under_even_batches():
 
 
 def made_before_the_group():
-    return rows_of(accelerator_of().prepare(loader_of(BEFORE)))
+    return rows_of(accelerator_of().prepare(loader_of(SAMPLER_BEFORE_GROUP)))
 
 
 class Tiny(nn.Module):
@@ -143,7 +143,7 @@ def training(accelerator):
     return accelerator.prepare(model, optimizer)
 
 
-def stepped(accelerator, model, optimizer, batch) -> tuple[list[int], float]:
+def train_batch(accelerator, model, optimizer, batch) -> tuple[list[int], float]:
     loss = (model(batch["x"]).squeeze(1) - batch["row"] / 10).square().mean()
     optimizer.zero_grad()
     accelerator.backward(loss)
@@ -160,24 +160,24 @@ def weights_of(accelerator, model) -> list[float]:
 
 
 def sharded_natively():
-    found = {}
+    results = {}
     for partial in ("keep", "drop", "pad"):
         accelerator = accelerator_of()
-        sampler = native(partial=partial)
+        sampler = sharded(partial=partial)
         loader = loader_of(sampler)
         model, optimizer = training(accelerator)
         epochs, steps = [], 0
         for epoch in range(2):
             sampler.set_epoch(epoch)
-            done = [stepped(accelerator, model, optimizer, batch) for batch in loader]
-            epochs.append([rows for rows, _ in done])
-            steps += len(done)
-        found[partial] = {
+            outcomes = [train_batch(accelerator, model, optimizer, batch) for batch in loader]
+            epochs.append([rows for rows, _ in outcomes])
+            steps += len(outcomes)
+        results[partial] = {
             "len": len(loader),
             "epochs": epochs,
             "weights": weights_of(accelerator, model),
         }
-    return found
+    return results
 
 
 class Limit:
@@ -195,7 +195,7 @@ class Limit:
 
 def sharded_twice():
     def prepared(partial="keep", wrap=lambda loader: loader, around=None, **settings):
-        sampler = native(partial=partial)
+        sampler = sharded(partial=partial)
         loader = wrap(loader_of(around(sampler) if around else sampler))
         return accelerator_of(**settings).prepare(loader)
 
@@ -214,16 +214,16 @@ def sharded_twice():
         "skipped before": lambda: prepared(wrap=skip),
         "wrapped": lambda: prepared(around=Limit),
     }
-    asked = {"iter": rows_of, "len": len}
-    found = {
-        f"{case}, {how}": told(lambda make=make, ask=ask: ask(make()))
-        for (case, make), (how, ask) in product(cases.items(), asked.items())
+    calls = {"iter": rows_of, "len": len}
+    results = {
+        f"{case}, {call_name}": outcome_of(lambda make=make, ask=ask: ask(make()))
+        for (case, make), (call_name, ask) in product(cases.items(), calls.items())
     }
     # Here only the first process draws, and the others would wait for it for ever.
-    found["skipped after, dispatched, len"] = told(
+    results["skipped after, dispatched, len"] = outcome_of(
         lambda: len(skip(prepared("pad", dispatch_batches=True)))
     )
-    return found
+    return results
 
 
 class Asks(Rows):
@@ -236,7 +236,7 @@ class Asks(Rows):
 
 def not_sharded_twice():
     def own(partial="keep"):
-        sampler = native(partial=partial)
+        sampler = sharded(partial=partial)
         sampler.set_epoch(EPOCH)
         return loader_of(sampler)
 
@@ -255,13 +255,15 @@ def not_sharded_twice():
         "not prepared": own,
         "not prepared, skipped": lambda: ACCELERATOR.skip_first_batches(own(), 2),
         "one process": one_process,
-        "prepared": lambda: of_one(loader_of(whole())),
-        "prepared, skipped": lambda: ACCELERATOR.skip_first_batches(of_one(loader_of(whole())), 2),
-        "dispatched": lambda: of_one(loader_of(whole(partial="pad")), dispatch_batches=True),
-        "stateful": lambda: of_one(loader_of(whole()), use_stateful_dataloader=True),
-        "asked within": lambda: of_one(loader_of(whole(partial="pad"), Asks())),
+        "prepared": lambda: of_one(loader_of(unsharded())),
+        "prepared, skipped": lambda: ACCELERATOR.skip_first_batches(
+            of_one(loader_of(unsharded())), 2
+        ),
+        "dispatched": lambda: of_one(loader_of(unsharded(partial="pad")), dispatch_batches=True),
+        "stateful": lambda: of_one(loader_of(unsharded()), use_stateful_dataloader=True),
+        "asked within": lambda: of_one(loader_of(unsharded(partial="pad"), Asks())),
         "asked within, dispatched": lambda: of_one(
-            loader_of(whole(partial="pad"), Asks()), dispatch_batches=True
+            loader_of(unsharded(partial="pad"), Asks()), dispatch_batches=True
         ),
     }
 
@@ -270,32 +272,32 @@ def not_sharded_twice():
         loader = make()
         return {"batches": rows_of(loader), "len": len(loader)}
 
-    return {case: told(lambda make=make: asked(make)) for case, make in cases.items()}
+    return {case: outcome_of(lambda make=make: asked(make)) for case, make in cases.items()}
 
 
 def epochs_reach_the_sampler():
-    found = {}
-    for how, settings in {
+    results = {}
+    for loader_kind, settings in {
         "plain": {},
         "stateful": {"use_stateful_dataloader": True},
         "dispatched": {"dispatch_batches": True},
     }.items():
-        sampler = whole(partial="pad")
+        sampler = unsharded(partial="pad")
         loader = accelerator_of(**settings).prepare(loader_of(sampler))
         loader.set_epoch(7)
         told_seven = sampler.epoch
         first = [rows_of(loader), rows_of(loader)]
         loader.set_epoch(0)
-        found[how] = {"epoch": told_seven, "seven": first, "zero": rows_of(loader)}
-    loader = accelerator_of().prepare(loader_of(whole()))
+        results[loader_kind] = {"epoch": told_seven, "seven": first, "zero": rows_of(loader)}
+    loader = accelerator_of().prepare(loader_of(unsharded()))
     loader.set_epoch(EPOCH)
     rows_of(ACCELERATOR.skip_first_batches(loader, 1))
-    found["not told after a skip"] = rows_of(loader)
+    results["not told after a skip"] = rows_of(loader)
     # A new loader begins with epoch 0, whatever the sampler was told.
-    sampler = whole()
+    sampler = unsharded()
     sampler.set_epoch(7)
-    found["told past the loader"] = rows_of(accelerator_of().prepare(loader_of(sampler)))
-    return found
+    results["told past the loader"] = rows_of(accelerator_of().prepare(loader_of(sampler)))
+    return results
 
 
 class Counted(Rows):
@@ -309,29 +311,29 @@ class Counted(Rows):
 
 
 def read_by_a_skip():
-    found = {}
-    for way in ("prepared", "native"):
+    results = {}
+    for loader_kind in ("prepared", "native"):
         dataset = Counted()
-        if way == "native":
-            loader = loader_of(native(), dataset)
+        if loader_kind == "native":
+            loader = loader_of(sharded(), dataset)
         else:
-            loader = accelerator_of().prepare(loader_of(whole(), dataset))
-        rest = rows_of(ACCELERATOR.skip_first_batches(loader, 3))
-        found[way] = {"read": dataset.read, "handed out": sum(map(len, rest))}
-    return found
+            loader = accelerator_of().prepare(loader_of(unsharded(), dataset))
+        remaining_rows = rows_of(ACCELERATOR.skip_first_batches(loader, 3))
+        results[loader_kind] = {"read": dataset.read, "handed out": sum(map(len, remaining_rows))}
+    return results
 
 
 def middle_state() -> dict:
-    sampler = whole()
+    sampler = unsharded()
     sampler.set_epoch(EPOCH)
     return sampler.state_dict(step=WORLD)
 
 
 def loaded_states():
     """A state that was loaded, and a loader that begins with epoch 0 or is told the epoch."""
-    found = {}
+    results = {}
     for epoch in (None, EPOCH, 0):
-        sampler = whole()
+        sampler = unsharded()
         sampler.load_state_dict(middle_state())
         loader = accelerator_of().prepare(loader_of(sampler))
         with warnings.catch_warnings(record=True) as caught:
@@ -339,9 +341,11 @@ def loaded_states():
             if epoch is not None:
                 loader.set_epoch(epoch)
             rows = rows_of(loader)
-        messages = [str(one.message) for one in caught if "drops the loaded" in str(one.message)]
-        found[str(epoch)] = {"rows": rows, "warned": messages}
-    return found
+        messages = [
+            str(warning.message) for warning in caught if "drops the loaded" in str(warning.message)
+        ]
+        results[str(epoch)] = {"rows": rows, "warned": messages}
+    return results
 
 
 class Place:
@@ -363,25 +367,27 @@ def skipping_run(source, stop, folder):
     ``source``: the folder that it goes on from; ``stop``: the step of `EPOCH` that it ends with.
     """
     accelerator = accelerator_of()
-    sampler = whole()
+    sampler = unsharded()
     model, optimizer = training(accelerator)
     loader = accelerator.prepare(loader_of(sampler))
-    place = Place()
-    accelerator.register_for_checkpointing(place)
+    progress = Place()
+    accelerator.register_for_checkpointing(progress)
     if source:
         accelerator.load_state(source)
-    done = []
-    for epoch in range(place.epoch, EPOCH + 2):
+    outcomes = []
+    for epoch in range(progress.epoch, EPOCH + 2):
         loader.set_epoch(epoch)
-        rest = accelerator.skip_first_batches(loader, place.step) if place.step else loader
-        for batch in rest:
-            done.append(stepped(accelerator, model, optimizer, batch))
-            place.step += 1
-            if epoch == EPOCH and place.step == stop:
+        remaining_loader = (
+            accelerator.skip_first_batches(loader, progress.step) if progress.step else loader
+        )
+        for batch in remaining_loader:
+            outcomes.append(train_batch(accelerator, model, optimizer, batch))
+            progress.step += 1
+            if epoch == EPOCH and progress.step == stop:
                 accelerator.save_state(folder)
-                return done, None
-        place.epoch, place.step = epoch + 1, 0
-    return done, weights_of(accelerator, model)
+                return outcomes, None
+        progress.epoch, progress.step = epoch + 1, 0
+    return outcomes, weights_of(accelerator, model)
 
 
 class Drawn:
@@ -400,30 +406,30 @@ class Drawn:
 def native_run(source, stop, folder):
     """A script that shards natively, with workers ahead of it; it counts the steps of a pass."""
     accelerator = accelerator_of()
-    sampler = native()
+    sampler = sharded()
     loader = loader_of(sampler, num_workers=1, multiprocessing_context="fork")
     model, optimizer = training(accelerator)
     drawn = Drawn(sampler)
     accelerator.register_for_checkpointing(drawn)
     if source:
         accelerator.load_state(source)
-    done = []
+    outcomes = []
     for epoch in range(sampler.epoch, EPOCH + 2):
         sampler.set_epoch(epoch)
         drawn.step = 0
         for batch in loader:
-            done.append(stepped(accelerator, model, optimizer, batch))
+            outcomes.append(train_batch(accelerator, model, optimizer, batch))
             drawn.step += 1
             if epoch == EPOCH and drawn.step == stop:
                 accelerator.save_state(folder)
-                return done, None
-    return done, weights_of(accelerator, model)
+                return outcomes, None
+    return outcomes, weights_of(accelerator, model)
 
 
 def stateful_native_run(source, stop, folder):
     """The same with torchdata's loader, which is a thing to register itself."""
     accelerator = accelerator_of()
-    sampler = native()
+    sampler = sharded()
     loader = StatefulDataLoader(
         Rows(), batch_sampler=sampler, num_workers=1, multiprocessing_context="fork"
     )
@@ -431,38 +437,38 @@ def stateful_native_run(source, stop, folder):
     accelerator.register_for_checkpointing(loader)
     if source:
         accelerator.load_state(source)
-    done = []
+    outcomes = []
     # A pass that was broken off after its last batch goes on with no batch.
     for epoch in range(EPOCH if source else 0, EPOCH + 2):
         sampler.set_epoch(epoch)
         for step, batch in enumerate(loader, 1):
-            done.append(stepped(accelerator, model, optimizer, batch))
+            outcomes.append(train_batch(accelerator, model, optimizer, batch))
             if epoch == EPOCH and step == stop:
                 accelerator.save_state(folder)
-                return done, None
-    return done, weights_of(accelerator, model)
+                return outcomes, None
+    return outcomes, weights_of(accelerator, model)
 
 
-def stateful_run(source, stop, folder, told=True):
+def stateful_run(source, stop, folder, tell_epoch=True):
     """Accelerate's own way: use_stateful_dataloader."""
     accelerator = accelerator_of(use_stateful_dataloader=True)
     model, optimizer = training(accelerator)
-    loader = accelerator.prepare(loader_of(whole()))
+    loader = accelerator.prepare(loader_of(unsharded()))
     begin = 0
     if source:
         accelerator.load_state(source)
         # Only the script knows: a loader that had handed out its last batch begins a new epoch.
         begin = EPOCH + source.endswith(f" {len(loader)}")
-    done = []
+    outcomes = []
     for epoch in range(begin, EPOCH + 2):
-        if told or epoch > begin:
+        if tell_epoch or epoch > begin:
             loader.set_epoch(epoch)
         for step, batch in enumerate(loader, 1):
-            done.append(stepped(accelerator, model, optimizer, batch))
+            outcomes.append(train_batch(accelerator, model, optimizer, batch))
             if epoch == EPOCH and step == stop:
                 accelerator.save_state(folder)
-                return done, None
-    return done, weights_of(accelerator, model)
+                return outcomes, None
+    return outcomes, weights_of(accelerator, model)
 
 
 RUNS = {
@@ -474,41 +480,41 @@ RUNS = {
 
 
 def saved(run, source, stop, folder) -> list:
-    done, _ = run(source, stop, folder)
+    outcomes, _ = run(source, stop, folder)
     # What one process writes is there before any other reads it.
     ACCELERATOR.wait_for_everyone()
-    return done
+    return outcomes
 
 
 def resumed():
-    steps = -(-whole().plan.num_batches // WORLD)
-    found = {}
+    steps = -(-unsharded().plan.num_batches // WORLD)
+    results = {}
     for name, run in RUNS.items():
-        found[name] = {"straight": run(None, None, ""), "stopped": {}}
+        results[name] = {"straight": run(None, None, ""), "stopped": {}}
         for stop in (1, steps // 2, steps - 1, steps):
             folder = str(OUT / f"{name} {stop}")
             before = saved(run, None, stop, folder)
-            found[name]["stopped"][stop] = [before, run(folder, None, "")]
-    return found
+            results[name]["stopped"][stop] = [before, run(folder, None, "")]
+    return results
 
 
 def resumed_twice():
     """Two more steps of a pass that goes on after its first; steps are counted as each run does."""
-    found = {}
+    results = {}
     for name, more in {"skipping": 3, "native": 2}.items():
         run, folder = RUNS[name], str(OUT / f"{name} twice")
         between = saved(run, str(OUT / f"{name} 1"), more, folder)
-        found[name] = [between, run(folder, None, "")]
-    return found
+        results[name] = [between, run(folder, None, "")]
+    return results
 
 
 def not_told_the_epoch():
-    return stateful_run(str(OUT / "stateful, prepared 1"), None, "", told=False)[0]
+    return stateful_run(str(OUT / "stateful, prepared 1"), None, "", tell_epoch=False)[0]
 
 
 def looked_ahead():
     """The sampler's own state in the middle of a prepared loader, and by counting."""
-    sampler = whole()
+    sampler = unsharded()
     loader = accelerator_of().prepare(loader_of(sampler))
     batches = iter(loader)
     for _ in range(2):
@@ -520,14 +526,14 @@ def looked_ahead():
 
 
 def gathered():
-    found = {}
-    for way, partial in product(("prepared", "native"), ("pad", "keep")):
+    results = {}
+    for loader_kind, partial in product(("prepared", "native"), ("pad", "keep")):
         accelerator = accelerator_of()
-        if way == "native":
-            loader = loader_of(native(partial=partial))
+        if loader_kind == "native":
+            loader = loader_of(sharded(partial=partial))
         else:
-            loader = accelerator.prepare(loader_of(whole(partial=partial)))
-        metrics, objects, table = [], [], torch.full((IDS.size,), -1.0)
+            loader = accelerator.prepare(loader_of(unsharded(partial=partial)))
+        metrics, objects, losses = [], [], torch.full((IDS.size,), -1.0)
         for batch in loader:
             rows = batch["row"]
             if partial == "pad":
@@ -537,41 +543,41 @@ def gathered():
                 rows = accelerator.pad_across_processes(rows, pad_index=-1)
             rows = accelerator.gather(rows)
             rows = rows[rows >= 0]
-            table[rows] = rows * 2.0
-        found[f"{way} {partial}"] = {
+            losses[rows] = rows * 2.0
+        results[f"{loader_kind} {partial}"] = {
             "metrics": metrics,
             "objects": objects,
-            "table": table.tolist(),
+            "table": losses.tolist(),
         }
-    return found
+    return results
 
 
 def accumulated():
     """On which steps of two epochs gradients are let through, four to be accumulated."""
-    found = {}
-    for way in ("prepared", "native"):
+    results = {}
+    for loader_kind in ("prepared", "native"):
         accelerator = Accelerator(cpu=True, gradient_accumulation_steps=4)
         model, optimizer = training(accelerator)
-        if way == "native":
-            sampler = native()
+        if loader_kind == "native":
+            sampler = sharded()
             loader = loader_of(sampler)
         else:
-            sampler = whole()
+            sampler = unsharded()
             loader = accelerator.prepare(loader_of(sampler))
         synced = []
         for epoch in range(2):
             sampler.set_epoch(epoch)
             for batch in loader:
                 with accelerator.accumulate(model):
-                    stepped(accelerator, model, optimizer, batch)
+                    train_batch(accelerator, model, optimizer, batch)
                     synced.append(accelerator.sync_gradients)
-        found[way] = [step for step, sync in enumerate(synced, 1) if sync]
-    return found
+        results[loader_kind] = [step for step, sync in enumerate(synced, 1) if sync]
+    return results
 
 
 def tensor_loaders_pass_through():
     x = torch.arange(IDS.size)
-    sampler = native()
+    sampler = sharded()
     loader = PatchTensorLoader(sampler, x=x)
     prepared = accelerator_of().prepare(loader)
     return {"same": prepared is loader, "rows": [batch["x"].tolist() for batch in prepared]}
@@ -600,14 +606,14 @@ if __name__ == "__main__":
     # Where each process waits, should one of them wait for ever.
     faulthandler.dump_traceback_later(240, exit=True)
     torch.set_num_threads(1)
-    found = {"world": WORLD, "rank": RANK, "ids": IDS.tolist(), "seed": SEED, "epoch": EPOCH}
+    results = {"world": WORLD, "rank": RANK, "ids": IDS.tolist(), "seed": SEED, "epoch": EPOCH}
     for scenario in SCENARIOS:
         try:
-            found[scenario.__name__] = scenario()
+            results[scenario.__name__] = scenario()
         except BaseException:
             print(f"rank {RANK}, {scenario.__name__}\n{traceback.format_exc()}", flush=True)
             raise
-    (OUT / f"{RANK}.json").write_text(json.dumps(found))
+    (OUT / f"{RANK}.json").write_text(json.dumps(results))
     if dist.is_initialized():
         dist.barrier()
     ACCELERATOR.end_training()

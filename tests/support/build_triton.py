@@ -25,7 +25,7 @@ from triton.backends.compiler import GPUTarget
 
 from gpusampler import EpochPlan, PatchGroups
 from gpusampler.core.devices import Device
-from gpusampler.plan.evaluators.base import Shuffles
+from gpusampler.plan.evaluators.base import EvaluatorSettings
 from gpusampler.plan.evaluators.kernels import fused, triton_batches
 from gpusampler.plan.evaluators.kernels.kernel_spec import triton_geometry
 
@@ -85,21 +85,23 @@ def evaluate(case: tuple[PatchGroups, int, str, dict[str, Any]]) -> None:
     groups, batch_size, method, settings = case
     plan = EpochPlan(groups, batch_size, 2**64 - 1, **settings)
     # As if every patch had a size of its own.
-    host_tables = replace(plan._tables, uniform=method != "ragged")
+    host_tables = replace(plan._tables, is_uniform=method != "ragged")
     tables = host_tables.on(CPU, groups.order)
-    shuffles = Shuffles(
+    evaluator_settings = EvaluatorSettings(
         plan.shuffle_within_batches, plan.shuffle_patches, plan.interleave, plan.partial == "pad"
     )
-    evaluation = fused.Fused(tables, CPU, shuffles, triton_batches.launch, triton_geometry)
+    evaluation = fused.KernelEvaluator(
+        tables, CPU, evaluator_settings, triton_batches.launch, triton_geometry
+    )
     slots = np.arange(min(plan.num_batches, 1000))
-    at = plan.locate(3, slots)
+    locations = plan.locate(3, slots)
     if method == "step":
         evaluation.batch(plan._streams, torch.tensor(3), torch.tensor(1))
     elif method == "ragged":
-        evaluation.ragged(plan._streams, 3, at, located=False)
+        evaluation.ragged(plan._streams, 3, locations, is_located=False)
     elif method == "located":
-        parts = (at.group, at.j, at.passes)
-        rows = [None if part is None else torch.from_numpy(part) for part in parts]
+        arrays = (locations.group, locations.j, locations.passes)
+        rows = [None if part is None else torch.from_numpy(part) for part in arrays]
         evaluation.located_block(plan._streams, 3, *rows)
     else:
         dtype = "int32" if method.endswith("int32") else "int64"

@@ -52,7 +52,7 @@ LOADERS = {
 starts_workers = pytest.mark.slow("each start of workers takes half a second")
 
 
-def kinds_of_loaders(*kinds: str, quick: tuple[str, ...] = ("none",)) -> list[Any]:
+def loader_kinds(*kinds: str, quick: tuple[str, ...] = ("none",)) -> list[Any]:
     """Kinds of loaders as parameters, by default all; those that are not ``quick`` are slow."""
     marks = {kind: [] if kind in quick else [starts_workers] for kind in kinds or LOADERS}
     return [pytest.param(kind, marks=marks[kind]) for kind in marks]

@@ -3,7 +3,7 @@
     torchrun --standalone --nproc-per-node 4 tests/support/ddp_script.py --out run
 
 Started again after whatever happened, on as many processes as there are now, it goes on from its
-last checkpoint. `test_distributed.py` runs and kills it. What only the test needs is marked so.
+last checkpoint. `test_torchrun.py` runs and kills it. What only the test needs is marked so.
 """
 
 from __future__ import annotations
@@ -70,14 +70,14 @@ def save(
     path: Path, model: DistributedDataParallel, optimizer: torch.optim.Optimizer, sampler: dict
 ) -> None:
     """Write a checkpoint aside and put it in its place, which holds a whole one at any moment."""
-    parts = {
+    tensors = {
         "model": model.module.state_dict(),
         "optimizer": optimizer.state_dict(),
         "sampler": sampler,
     }
     aside = path.with_suffix(".aside")
     with aside.open("wb") as file:
-        torch.save(parts, file)
+        torch.save(tensors, file)
         file.flush()
         os.fsync(file.fileno())
     die_if_told("saving")
@@ -161,12 +161,12 @@ def die_if_told(where: str) -> None:
     time.sleep(float(os.environ.get("PAUSE", 0)))
     if "KILL" not in os.environ or os.environ.get("TORCHELASTIC_RESTART_COUNT") != "0":
         return
-    place, rank, when = os.environ["KILL"].split(":")
-    if int(rank) != dist.get_rank() or where != place.removeprefix("machine-"):
+    moment, rank, when = os.environ["KILL"].split(":")
+    if int(rank) != dist.get_rank() or where != moment.removeprefix("machine-"):
         return
     TIMES[where] = TIMES.get(where, 0) + 1
     if TIMES[where] == int(when):
-        if place.startswith("machine-"):
+        if moment.startswith("machine-"):
             os.kill(os.getppid(), signal.SIGKILL)  # torchrun's agent, which would restart it
         os.kill(os.getpid(), signal.SIGKILL)
 

@@ -1,6 +1,6 @@
 """A Trainer that takes its batches from our sampler, for test_hf_trainer.py.
 
-``python runs_hf_trainer.py OUT`` under torchrun writes what each process saw to OUT/<rank>.json.
+``python hf_trainer_script.py OUT`` under torchrun writes what each process saw to OUT/<rank>.json.
 """
 
 from __future__ import annotations
@@ -97,7 +97,7 @@ class PatchTrainer(Trainer):
     get_test_dataloader = get_eval_dataloader
 
 
-class Told(PatchTrainer):
+class RecordingTrainer(PatchTrainer):
     """It remembers its losses."""
 
     def __init__(self, *args, **kwargs):
@@ -129,7 +129,7 @@ class SaveSampler(TrainerCallback):
         (folder / "sampler.json").write_text(json.dumps(self.sampler.state_dict(step=self.step)))
 
 
-class Untold(Told):
+class Untold(RecordingTrainer):
     """The same without the callback."""
 
     def add_callback(self, callback):
@@ -137,7 +137,7 @@ class Untold(Told):
             super().add_callback(callback)
 
 
-class Prepared(Told):
+class PreparedTrainer(RecordingTrainer):
     """Sharded by Accelerate, batches of one size; the callback may be left out."""
 
     partial = "pad"
@@ -161,7 +161,7 @@ class Prepared(Told):
         )
 
 
-def trainer_of(out, kind=Told, batch_size=4, model=None, more=None, **settings):
+def trainer_of(out, kind=RecordingTrainer, batch_size=4, model=None, more=None, **settings):
     """A trainer that saves every step."""
     settings = {
         "seed": SEED,
@@ -191,7 +191,7 @@ def weights_of(trainer) -> list[float]:
     return [x for p in trainer.model.parameters() for x in p.detach().flatten().tolist()]
 
 
-def what_came_of(trainer) -> dict:
+def record_of(trainer) -> dict:
     return {
         "seen": trainer.model.seen,
         "losses": trainer.losses,
@@ -202,24 +202,24 @@ def what_came_of(trainer) -> dict:
 
 def rank_by_rank(out: Path, positions) -> dict:
     """Straight and resumed runs of the kinds that several processes may be of."""
-    found = {}
+    results = {}
     kinds = {
-        "told": (Told, {}),
-        "prepared": (Prepared, {"told": True}),
-        "prepared, not told": (Prepared, {"told": False}),
+        "told": (RecordingTrainer, {}),
+        "prepared": (PreparedTrainer, {"told": True}),
+        "prepared, not told": (PreparedTrainer, {"told": False}),
     }
     for name, (kind, more) in kinds.items():
         trainer = trainer_of(out / name, kind, more=more)
         trainer.train()
-        found[name] = {"straight": what_came_of(trainer), "resumed": {}}
+        results[name] = {"straight": record_of(trainer), "resumed": {}}
         for position in positions:
             resumed = trainer_of(out / f"{name} again", kind, more=more, save_strategy="no")
             resumed.train(resume_from_checkpoint=str(out / name / f"checkpoint-{position}"))
-            found[name]["resumed"][position] = what_came_of(resumed)
+            results[name]["resumed"][position] = record_of(resumed)
         predicted = trainer.predict(Rows())
-        found[name]["predicted"] = predicted.predictions.tolist()
-        found[name]["labels"] = predicted.label_ids.astype(int).tolist()
-    return found
+        results[name]["predicted"] = predicted.predictions.tolist()
+        results[name]["labels"] = predicted.label_ids.astype(int).tolist()
+    return results
 
 
 if __name__ == "__main__":

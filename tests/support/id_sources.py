@@ -52,11 +52,11 @@ def parquet_folder(values, folder):
     pq = library("pyarrow.parquet")
     folder = folder / "parts"
     (folder / "b").mkdir(parents=True)
-    whole = table(values)
+    full_table = table(values)
     cuts = [0, 5, 5, 41, len(values)]
     names = ["a10.parquet", "a11.parquet", "a2.pq", "b/a.parquet"]
     for name, (start, stop) in zip(names, pairwise(cuts), strict=True):
-        pq.write_table(whole.slice(start, stop - start), folder / name, row_group_size=ROWS)
+        pq.write_table(full_table.slice(start, stop - start), folder / name, row_group_size=ROWS)
     (folder / "_metadata.parquet").write_text("no data")
     (folder / "a10.crc").write_text("no data")
     return folder
@@ -114,13 +114,13 @@ def zarr_group_folder(values, folder):
 def hdf5(values, folder, chunks=(ROWS,)):
     h5py = library("h5py")
     values = np.asarray(values)
-    kind = h5py.string_dtype() if values.dtype.kind == "U" else values.dtype
+    dtype = h5py.string_dtype() if values.dtype.kind == "U" else values.dtype
     with h5py.File(folder / "ids.h5", "w") as file:
         file.create_dataset("x", data=np.zeros(3))
         file.create_dataset(
             "patch_id",
             data=values.astype(object) if values.dtype.kind == "U" else values,
-            dtype=kind,
+            dtype=dtype,
             chunks=chunks,
         )
     return folder / "ids.h5"
@@ -209,8 +209,8 @@ def polars_series(values, folder):
 
 
 def polars_chunks(values, folder):
-    whole = polars_series(values, folder)
-    return whole[:30].append(whole[30:])
+    series = polars_series(values, folder)
+    return series[:30].append(series[30:])
 
 
 def polars_frame(values, folder):
@@ -228,8 +228,8 @@ def arrow_array(values, folder):
 
 def arrow_chunks(values, folder):
     pa = library("pyarrow")
-    whole = arrow_array(values, folder)
-    return pa.chunked_array([whole[i : i + ROWS] for i in range(0, len(whole), ROWS)])
+    array = arrow_array(values, folder)
+    return pa.chunked_array([array[i : i + ROWS] for i in range(0, len(array), ROWS)])
 
 
 def arrow_table(values, folder):
@@ -247,11 +247,11 @@ def arrow_dictionary(values, folder):
 def arrow_dictionaries(values, folder):
     """Chunks with a dictionary each, one with a name that no sample has."""
     pa = library("pyarrow")
-    parts = [arrow_array(values[i : i + 30], folder).dictionary_encode() for i in (0, 30, 60, 90)]
+    chunks = [arrow_array(values[i : i + 30], folder).dictionary_encode() for i in (0, 30, 60, 90)]
     extra = ["zzz"] if np.asarray(values).dtype.kind == "U" else [99]
-    wider = pa.concat_arrays([parts[1].dictionary, pa.array(extra, parts[1].dictionary.type)])
-    parts[1] = pa.DictionaryArray.from_arrays(parts[1].indices, wider)
-    return pa.chunked_array(parts)
+    wider = pa.concat_arrays([chunks[1].dictionary, pa.array(extra, chunks[1].dictionary.type)])
+    chunks[1] = pa.DictionaryArray.from_arrays(chunks[1].indices, wider)
+    return pa.chunked_array(chunks)
 
 
 def huggingface(values, folder):
@@ -268,10 +268,10 @@ def huggingface_selected(values, folder):
     datasets = library("datasets")
     mixed = np.random.default_rng(5).permutation(len(values))
     # ``select`` of what is no range keeps the table and adds indices.
-    whole = datasets.Dataset(table(np.asarray(values)[mixed]))
-    found = whole.select(np.argsort(mixed))
-    assert found._indices is not None
-    return found
+    shuffled = datasets.Dataset(table(np.asarray(values)[mixed]))
+    selected = shuffled.select(np.argsort(mixed))
+    assert selected._indices is not None
+    return selected
 
 
 TABLES = {
@@ -323,9 +323,9 @@ def objects(values, folder):
 
 def structured(values, folder):
     values = np.asarray(values)
-    found = np.zeros(len(values), [("x", "f4"), ("patch_id", values.dtype)])
-    found["patch_id"] = values
-    return found
+    records = np.zeros(len(values), [("x", "f4"), ("patch_id", values.dtype)])
+    records["patch_id"] = values
+    return records
 
 
 def dataset(values, folder):
@@ -349,17 +349,17 @@ EVERYWHERE = {**FILES, **TABLES, **MEMORY}
 
 def check_stretches(ids, plain, stretches):
     """Any stretches, in any order, are those of the plain ids; so are the blocks."""
-    for one, other in stretches:
-        start, stop = sorted((one, other))
-        found = ids.read(start, stop)
-        assert isinstance(found, np.ndarray)
-        assert found.dtype.kind in "iu"
-        assert found.dtype.isnative
-        np.testing.assert_array_equal(found, plain[start:stop])
+    for stretch in stretches:
+        start, stop = sorted(stretch)
+        block_ids = ids.read(start, stop)
+        assert isinstance(block_ids, np.ndarray)
+        assert block_ids.dtype.kind in "iu"
+        assert block_ids.dtype.isnative
+        np.testing.assert_array_equal(block_ids, plain[start:stop])
     for size in (1, 7, 1000):
-        at = 0
+        offset = 0
         for first, block in ids.blocks(size=size):
-            assert first == at
+            assert first == offset
             np.testing.assert_array_equal(block, plain[first : first + size])
-            at += len(block)
-        assert at == len(plain)
+            offset += len(block)
+        assert offset == len(plain)

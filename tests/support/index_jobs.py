@@ -19,7 +19,7 @@ import sys
 import tempfile
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +29,7 @@ import pytest
 from gpusampler import PatchBatchSampler, PatchGroups
 from gpusampler.groups import index_build, index_format
 from gpusampler.sources.base import PatchIds
-from support.processes import environment
+from support.processes import run_python
 
 BLOCK = 5_000
 SIZE = 100_000
@@ -38,20 +38,12 @@ SIZE = 100_000
 posix = pytest.mark.skipif(not hasattr(os, "fork"), reason="kills processes that it forks")
 
 
-def run_job(folder: Path, *arguments: str, before: tuple[str, ...] = ()) -> str:
+def run_job(folder: Path, name: str, *arguments: str, launcher: Sequence[str] = ()) -> str:
     """Run a job of index_jobs.py in a process of its own; its folder is empty at first."""
-    (folder / "work").mkdir()
-    command = [*before, sys.executable, "-X", "faulthandler", __file__]
-    name, *rest = arguments
-    found = subprocess.run(
-        [*command, name, str(folder / "work"), *rest],
-        capture_output=True,
-        text=True,
-        timeout=300,
-        env=environment(),
-    )
-    assert found.returncode == 0, f"{found.returncode}: {found.stderr[-3000:]}"
-    return found.stdout
+    work = folder / "work"
+    work.mkdir()
+    command = ["-X", "faulthandler", __file__, name, work, *arguments]
+    return run_python(*command, launcher=launcher, timeout=300).stdout
 
 
 def ids_of(kind: str, size: int = SIZE) -> np.ndarray:
@@ -66,7 +58,7 @@ def ids_of(kind: str, size: int = SIZE) -> np.ndarray:
     return np.repeat(rng.permutation(size // 10), 10)
 
 
-class Slow(PatchIds):
+class SlowIds(PatchIds):
     """Ids that are read in small blocks, each of which is noted down.
 
     Parameters
@@ -108,7 +100,7 @@ class Slow(PatchIds):
             yield first, block
 
 
-def keep_always() -> None:
+def checkpoint_every_block() -> None:
     """Keep the state after every block."""
     index_build.CHECKPOINT_SECONDS, index_build.CHECKPOINT_SHARE = 0.0, 1e9
 
@@ -138,11 +130,11 @@ def check_unfinished(folder: Path, ids: np.ndarray) -> None:
             continue
         # Killed between the last byte and the name.
         assert path.name in ("a", "a.partial"), path
-        groups._verify(path, False)
+        groups._verify_order(path, False)
         assert groups.fingerprint == PatchGroups.from_ids(ids).fingerprint
 
 
-def in_child(work: Callable[[], Any], seconds: float | None = None) -> int:
+def run_forked(work: Callable[[], Any], seconds: float | None = None) -> int:
     """Do work in a forked process, kill it after a time, and return its status."""
     pid = os.fork()
     if pid == 0:
@@ -162,14 +154,16 @@ def in_child(work: Callable[[], Any], seconds: float | None = None) -> int:
 
 def killed_at_random(folder: Path, kind: str, seed: str) -> None:
     """Kill the work at random moments until it is done all the same."""
-    keep_always()
+    checkpoint_every_block()
     rng = np.random.default_rng(int(seed))
     ids, log = ids_of(kind), folder.with_name("log")
     # Of runs there is one pass.
     kills, pause = 0, 0.005 if kind == "runs" else 0.002
     while True:
-        status = in_child(
-            lambda: PatchGroups.from_ids(Slow(ids, pause, log), path=folder / "a", progress=False),
+        status = run_forked(
+            lambda: PatchGroups.from_ids(
+                SlowIds(ids, pause, log), path=folder / "a", progress=False
+            ),
             # Longer each time: a busy machine may take this long for what is kept first.
             rng.uniform(0.01, 0.1 * 1.05**kills),
         )
@@ -180,7 +174,7 @@ def killed_at_random(folder: Path, kind: str, seed: str) -> None:
         kills += 1
         assert kills < 200
     if not (folder / "a").exists():
-        PatchGroups.from_ids(Slow(ids), path=folder / "a")
+        PatchGroups.from_ids(SlowIds(ids), path=folder / "a")
     check_built(folder, ids)
     blocks, passes = SIZE // BLOCK, 1 if kind == "runs" else 2
     read = len(log.read_text().split())
@@ -192,15 +186,15 @@ def killed_at_random(folder: Path, kind: str, seed: str) -> None:
 
 def killed_at_every_step(folder: Path, kind: str) -> None:
     """Kill the work before each call that the disk sees, then go on to the end."""
-    keep_always()
+    checkpoint_every_block()
     ids = ids_of(kind, 20_000)
     step = 0
     while True:
         shutil.rmtree(folder)
         folder.mkdir()
-        status = in_child(lambda at=step: _killed_before(at, folder, ids))
+        status = run_forked(lambda at=step: _killed_before(at, folder, ids))
         check_unfinished(folder, ids)
-        slow = Slow(ids)
+        slow = SlowIds(ids)
         with warnings.catch_warnings():
             warnings.simplefilter("error")
             PatchGroups.from_ids(slow, path=folder / "a")
@@ -214,13 +208,13 @@ def killed_at_every_step(folder: Path, kind: str) -> None:
 
 
 def _killed_before(step: int, folder: Path, ids: np.ndarray) -> None:
-    left = [step]
+    remaining = [step]
 
     def counted(call: Callable[..., Any]) -> Callable[..., Any]:
         def wrapped(*arguments: Any, **named: Any) -> Any:
-            if left[0] == 0:
+            if remaining[0] == 0:
                 os.kill(os.getpid(), signal.SIGKILL)
-            left[0] -= 1
+            remaining[0] -= 1
             return call(*arguments, **named)
 
         return wrapped
@@ -228,12 +222,41 @@ def _killed_before(step: int, folder: Path, ids: np.ndarray) -> None:
     for name in ("fsync", "replace", "open", "ftruncate", "posix_fallocate", "unlink"):
         setattr(os, name, counted(getattr(os, name)))
     index_build.np.savez = counted(np.savez)
-    PatchGroups.from_ids(Slow(ids), path=folder / "a")
+    PatchGroups.from_ids(SlowIds(ids), path=folder / "a")
+
+
+class Forking(SlowIds):
+    """Ids whose process starts a child at a block, which outlives it, and is then killed."""
+
+    def blocks(self, start: int = 0, size: int = BLOCK) -> Iterator[tuple[int, np.ndarray]]:
+        for first, block in super().blocks(start, size):
+            if len(self.blocks_read) == 3:
+                pid = os.fork()
+                if pid == 0:
+                    time.sleep(60)
+                    os._exit(0)
+                assert self.log is not None
+                self.log.write_text(str(pid))
+                os.kill(os.getpid(), signal.SIGKILL)
+            yield first, block
+
+
+def killed_with_a_child(folder: Path) -> None:
+    """Go on while a child of the process that was killed is alive."""
+    checkpoint_every_block()
+    ids, log = ids_of("dense"), folder.with_name("log")
+    path = folder / "a"
+    assert run_forked(lambda: PatchGroups.from_ids(Forking(ids, 0.0, log), path=path)) < 0
+    slow = SlowIds(ids)
+    PatchGroups.from_ids(slow, path=path)
+    os.kill(int(log.read_text()), signal.SIGKILL)
+    assert slow.blocks_read[0] == 2 * BLOCK
+    check_built(folder, ids)
 
 
 def many_at_once(folder: Path, kind: str, kill: str) -> None:
     """Build one index in several processes, of which the first is killed if asked."""
-    keep_always()
+    checkpoint_every_block()
     ids, log = ids_of(kind), folder.with_name("log")
     pids = []
     for rank in range(4):
@@ -242,7 +265,7 @@ def many_at_once(folder: Path, kind: str, kill: str) -> None:
             code = 1
             try:
                 time.sleep(0.05 * (rank > 0))
-                groups = PatchGroups.from_ids(Slow(ids, 0.004, log), path=folder / "a")
+                groups = PatchGroups.from_ids(SlowIds(ids, 0.004, log), path=folder / "a")
                 sampler = PatchBatchSampler(groups, 64, seed=1, num_replicas=4, rank=rank)
                 batches = [len(batch) for batch in sampler]
                 assert groups.fingerprint == PatchGroups.from_ids(ids).fingerprint
@@ -269,12 +292,12 @@ def other_ids_at_once(folder: Path) -> None:
     def second() -> None:
         time.sleep(0.05)
         with pytest.raises(ValueError, match="must be free or hold an index of these ids"):
-            PatchGroups.from_ids(Slow(ids_of("sparse")), path=path)
+            PatchGroups.from_ids(SlowIds(ids_of("sparse")), path=path)
 
     pid = os.fork()
     if pid == 0:
-        os._exit(in_child(second))
-    PatchGroups.from_ids(Slow(ids_of("dense"), 0.005), path=path)
+        os._exit(run_forked(second))
+    PatchGroups.from_ids(SlowIds(ids_of("dense"), 0.005), path=path)
     assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
     check_built(folder, ids_of("dense"))
 
@@ -295,52 +318,52 @@ def small_disk(size: int) -> Iterator[Path]:
             subprocess.run(["umount", "-l", folder], check=True, timeout=60)
 
 
-def free_of(folder: Path) -> int:
+def free_bytes(folder: Path) -> int:
     disk = os.statvfs(folder)
     return disk.f_bavail * disk.f_frsize
 
 
-def leave(folder: Path, size: int) -> None:
+def fill_disk(folder: Path, size: int) -> None:
     """Fill a disk until so many bytes are free."""
     with open(folder / "filler", "wb") as file:
-        os.posix_fallocate(file.fileno(), 0, free_of(folder) - size)
+        os.posix_fallocate(file.fileno(), 0, free_bytes(folder) - size)
 
 
-def refused(work: Callable[[], Any], path: Path, needed: int | None, free: int | None) -> None:
+def check_full(work: Callable[[], Any], path: Path, needed: int | None, free: int | None) -> None:
     """See that work ends in an error that says what was needed and what there was."""
     with pytest.raises(OSError) as caught:
         work()
     text = str(caught.value)
     assert caught.value.errno in (errno.ENOSPC, errno.EFBIG), text
-    found = re.search(r"\] (.*) must have room for (\d+) bytes .* where (\d+) are free", text)
-    assert found is not None, text
-    assert found[1] == str(path), text
-    assert needed is None or int(found[2]) == needed, text
-    assert free is None or abs(int(found[3]) - free) <= 8192, (text, free)
+    match = re.search(r"\] (.*) must have room for (\d+) bytes .* where (\d+) are free", text)
+    assert match is not None, text
+    assert match[1] == str(path), text
+    assert needed is None or int(match[2]) == needed, text
+    assert free is None or abs(int(match[3]) - free) <= 8192, (text, free)
 
 
 def full_while_saving(_: Path) -> None:
     old, new = PatchGroups.from_ids([5, 4, 5]), PatchGroups.from_ids(ids_of("dense"))
-    order_bytes = index_format.ORDER_AT + 4 * SIZE
+    order_bytes = index_format.ORDER_OFFSET + 4 * SIZE
     with small_disk(1 << 20) as folder:
         path = folder / "a"
         old.save(path)
         for free in (0, 4096, 200_000, order_bytes - 4096):
-            leave(folder, free)
+            fill_disk(folder, free)
             needed = None if free == 0 else order_bytes
             if free == 0:
                 # Even an empty file needs room on some disks.
                 with contextlib.suppress(OSError):
                     new.save(path)
             else:
-                refused(lambda: new.save(path), path, needed, free)
+                check_full(lambda: new.save(path), path, needed, free)
             assert sorted(os.listdir(folder)) == ["a", "filler"]
             assert PatchGroups.load(path, [5, 4, 5], verify=True).order.tolist() == [1, 0, 2]
             os.unlink(folder / "filler")
         # The order has its room, the tables have not.
         named = PatchGroups.from_ids([f"{number % 1000:0500d}" for number in range(3000)])
-        leave(folder, index_format.ORDER_AT + 4 * 3000 + 8192)
-        refused(lambda: named.save(path), path, None, 4096)
+        fill_disk(folder, index_format.ORDER_OFFSET + 4 * 3000 + 8192)
+        check_full(lambda: named.save(path), path, None, 4096)
         assert sorted(os.listdir(folder)) == ["a", "filler"]
         os.unlink(folder / "filler")
         new.save(path)
@@ -350,41 +373,41 @@ def full_while_saving(_: Path) -> None:
 
 def full_while_building(_: Path) -> None:
     ids = ids_of("dense")
-    needed = index_format.ORDER_AT + 4 * SIZE
+    needed = index_format.ORDER_OFFSET + 4 * SIZE
     with small_disk(1 << 20) as folder:
         path = folder / "a"
-        leave(folder, 100_000)
-        slow = Slow(ids)
-        refused(lambda: PatchGroups.from_ids(slow, path=path), path, needed, 90_000)
+        fill_disk(folder, 100_000)
+        slow = SlowIds(ids)
+        check_full(lambda: PatchGroups.from_ids(slow, path=path), path, needed, 90_000)
         assert slow.blocks_read == list(range(0, SIZE, BLOCK))
         os.unlink(folder / "filler")
         # Going on: the first pass is not done again.
-        slow = Slow(ids)
+        slow = SlowIds(ids)
         PatchGroups.from_ids(slow, path=path)
         assert slow.blocks_read == list(range(0, SIZE, BLOCK))
         check_built(folder, ids)
 
 
 def full_while_keeping(_: Path) -> None:
-    keep_always()
+    checkpoint_every_block()
     ids = ids_of("many")
     with small_disk(2 << 20) as folder:
         path, progress = folder / "a", folder / "a.progress"
-        leave(folder, 300_000)
-        slow = Slow(ids)
-        refused(lambda: PatchGroups.from_ids(slow, path=path), progress, None, None)
+        fill_disk(folder, 300_000)
+        slow = SlowIds(ids)
+        check_full(lambda: PatchGroups.from_ids(slow, path=path), progress, None, None)
         assert 0 < len(slow.blocks_read) < SIZE // BLOCK
         assert sorted(os.listdir(folder)) == ["a.partial", "a.progress", "filler"]
         first = slow.blocks_read[-1]
         os.unlink(folder / "filler")
-        grow(folder)
-        slow = Slow(ids)
+        grow_disk(folder)
+        slow = SlowIds(ids)
         PatchGroups.from_ids(slow, path=path)
         assert slow.blocks_read[0] == first
         check_built(folder, ids)
 
 
-def grow(folder: Path) -> None:
+def grow_disk(folder: Path) -> None:
     """Make a small disk one of 16 MiB."""
     subprocess.run(["mount", "-o", "remount,size=16m", str(folder)], check=True, timeout=60)
 
@@ -393,11 +416,11 @@ def full_while_finishing(_: Path) -> None:
     names = [f"{number % 5000:0400d}" for number in range(20_000)]
     with small_disk(1 << 20) as folder:
         path = folder / "a"
-        refused(lambda: PatchGroups.from_ids(names, path=path), path, None, 819_200)
-        left = sorted(os.listdir(folder))
-        assert left == ["a.partial", "a.progress"], left
+        check_full(lambda: PatchGroups.from_ids(names, path=path), path, None, 819_200)
+        remaining_files = sorted(os.listdir(folder))
+        assert remaining_files == ["a.partial", "a.progress"], remaining_files
         check_unfinished(folder, np.zeros(1, np.int64))
-        grow(folder)
+        grow_disk(folder)
         text = io.StringIO()
         logger = logging.getLogger("gpusampler")
         logger.addHandler(logging.StreamHandler(text))
@@ -415,17 +438,17 @@ def over_the_limit_of_a_file(folder: Path) -> None:
     PatchGroups.from_ids([5, 4, 5]).save(path)
     groups = PatchGroups.from_ids(ids)
     resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, resource.RLIM_INFINITY))
-    needed = index_format.ORDER_AT + 4 * SIZE
-    refused(lambda: groups.save(path), path, needed, None)
+    needed = index_format.ORDER_OFFSET + 4 * SIZE
+    check_full(lambda: groups.save(path), path, needed, None)
     assert os.listdir(folder) == ["a"]
     other = folder / "b"
-    refused(lambda: PatchGroups.from_ids(ids, path=other), other, needed, None)
+    check_full(lambda: PatchGroups.from_ids(ids, path=other), other, needed, None)
     assert PatchGroups.load(path, [5, 4, 5], verify=True).num_samples == 3
     # Where room can only be taken by writing zeros.
     fallocate = os.posix_fallocate
     del os.posix_fallocate
-    refused(lambda: groups.save(path), path, needed, None)
-    refused(lambda: PatchGroups.from_ids(ids, path=other), other, needed, None)
+    check_full(lambda: groups.save(path), path, needed, None)
+    check_full(lambda: PatchGroups.from_ids(ids, path=other), other, needed, None)
     assert sorted(os.listdir(folder)) == ["a", "b.partial", "b.progress"]
     assert (folder / "b.partial").stat().st_size == 0
     os.posix_fallocate = fallocate
@@ -443,9 +466,9 @@ def changed_while_mapped(folder: Path, change: str, device: str) -> None:
     PatchGroups.from_ids(ids, path=path)
     sampler = PatchBatchSampler(PatchGroups.load(path), 1000, seed=1, device=device)
     expected = [batch.indices.tolist() for batch in sampler.batches(0)]
-    found = []
+    errors = []
     iterator = sampler.batches(0)
-    found.append(next(iterator).indices.tolist())
+    errors.append(next(iterator).indices.tolist())
     if change == "cut off":
         os.truncate(path, 1000)
     elif change == "emptied":
@@ -453,20 +476,20 @@ def changed_while_mapped(folder: Path, change: str, device: str) -> None:
     elif change == "written":
         # In place, as by cp over it.
         with open(path, "r+b") as file:
-            file.seek(index_format.ORDER_AT)
+            file.seek(index_format.ORDER_OFFSET)
             file.write(bytes(4_000_000))
     elif change == "replaced":
         PatchGroups.from_ids([1, 2, 1]).save(path)
     else:
         os.unlink(path)
     if change in ("replaced", "removed"):
-        found.extend(batch.indices.tolist() for batch in iterator)
-        assert found == expected
+        errors.extend(batch.indices.tolist() for batch in iterator)
+        assert errors == expected
         return
     with pytest.raises(OSError, match=f"^{path} must stay as it is while it is in use, got one"):
-        found.extend(batch.indices.tolist() for batch in iterator)
-    assert found == expected[: len(found)]
-    assert len(found) < len(expected)
+        errors.extend(batch.indices.tolist() for batch in iterator)
+    assert errors == expected[: len(errors)]
+    assert len(errors) < len(expected)
 
 
 # Not permitted
@@ -501,7 +524,7 @@ def not_permitted(_: Path) -> None:
             assert PatchGroups.from_ids(ids, path=folder / "a").fingerprint == groups.fingerprint
             assert sorted(os.listdir(folder)) == before
 
-        assert in_child(work) == 0
+        assert run_forked(work) == 0
 
 
 if __name__ == "__main__":

@@ -27,11 +27,11 @@ import pytest
 from gpusampler import EpochPlan
 from gpusampler.core import arrays, devices
 from gpusampler.core.devices import HOST, Device
-from gpusampler.plan.evaluators.array import Reference
-from gpusampler.plan.evaluators.base import BatchLocations, Shuffles
+from gpusampler.plan.evaluators.array import ArrayEvaluator
+from gpusampler.plan.evaluators.base import BatchLocations, EvaluatorSettings
 from gpusampler.plan.evaluators.kernels import fused
 from gpusampler.plan.evaluators.kernels.kernel_spec import THREADS, cuda_geometry, triton_geometry
-from support.libraries import cupy_cuda, torch_cuda
+from support.libraries import has_cupy_cuda, has_torch_cuda
 
 SOURCE = Path(fused.__file__).with_name("batches.cu")
 # No warning but of what another form than the one compiled uses.
@@ -42,11 +42,11 @@ WIDTHS = {"i64": 8, "long long": 8, "int": 4}
 
 
 @cache
-def compiler() -> str:
-    found = shutil.which("g++") or shutil.which("c++") or shutil.which("clang++")
-    if found is None:
+def find_compiler() -> str:
+    path = shutil.which("g++") or shutil.which("c++") or shutil.which("clang++")
+    if path is None:
         pytest.skip("no C++ compiler")
-    return found
+    return path
 
 
 class HostKernel:
@@ -55,10 +55,10 @@ class HostKernel:
     def __init__(self, source: str, name: str, options: tuple[str, ...]) -> None:
         # Given as text: the file must not be found by its suffix, which names another language.
         path = Path(BUILD.name) / f"{next(NUMBER)}.so"
-        moved = 'extern "C" void at_block(int x, int y) { blockIdx.x = x; blockIdx.y = y; }\n'
+        set_block = 'extern "C" void set_block(int x, int y) { blockIdx.x = x; blockIdx.y = y; }\n'
         subprocess.run(
-            [compiler(), *FLAGS, *options, "-x", "c++", "-", "-o", str(path)],
-            input=source + moved,
+            [find_compiler(), *FLAGS, *options, "-x", "c++", "-", "-o", str(path)],
+            input=source + set_block,
             text=True,
             check=True,
         )
@@ -71,14 +71,14 @@ class HostKernel:
 
     def __call__(self, grid: tuple[int, int], block: tuple[int], args: tuple[Any, ...]) -> None:
         assert block == (THREADS,)
-        assert all(1 <= side <= most for side, most in zip(grid, (2**31 - 1, 65535), strict=True))
-        given = [self._passed(*pair) for pair in zip(self._parameters, args, strict=True)]
+        assert all(1 <= side <= limit for side, limit in zip(grid, (2**31 - 1, 65535), strict=True))
+        arguments = [self._as_ctypes(*pair) for pair in zip(self._parameters, args, strict=True)]
         for y in range(grid[1]):
             for x in range(grid[0]):
-                self._library.at_block(x, y)
-                self._function(*given)
+                self._library.set_block(x, y)
+                self._function(*arguments)
 
-    def _passed(self, parameter: str, value: Any) -> Any:
+    def _as_ctypes(self, parameter: str, value: Any) -> Any:
         """A value as its parameter takes it; a GPU would not notice that they do not fit."""
         if "*" not in parameter:
             assert type(value) is np.int32, parameter
@@ -138,12 +138,12 @@ def launch_interpreted(form, geometry, args) -> None:
         launch(form, geometry, args)
 
 
-def interpreting() -> bool:
+def is_interpreted() -> bool:
     """Whether Triton's interpreter runs the kernel here, as `conftest` has decided."""
     return bool(find_spec("triton")) and os.environ.get("TRITON_INTERPRET") == "1"
 
 
-on_gpu = [pytest.mark.gpu] if torch_cuda() and not interpreting() else []
+on_gpu = [pytest.mark.gpu] if has_torch_cuda() and not is_interpreted() else []
 TRITON = pytest.param("triton", marks=on_gpu)
 KERNELS = ["cuda-c", TRITON, pytest.param("cupy", marks=pytest.mark.gpu)]
 every_kernel = pytest.mark.parametrize("kind", KERNELS)
@@ -154,109 +154,115 @@ def device_of_kernel(kind: str) -> Device:
     if kind == "cuda-c":
         return Device("numpy")
     if kind == "cupy":
-        if not cupy_cuda():
+        if not has_cupy_cuda():
             pytest.skip("cupy is not installed or sees no CUDA device")
         return Device("cupy", "0")
     if not find_spec("torch") or not find_spec("triton"):
         pytest.skip("torch or triton is not installed")
-    return Device("torch", "cpu" if interpreting() else "cuda:0")
+    return Device("torch", "cpu" if is_interpreted() else "cuda:0")
 
 
 GUARD = 32
 UNTOUCHED = -0x5EED
 
 
-class Guards:
+class GuardedLaunch:
     """A launch whose results lie in the middle of larger arrays, which must stay as they were."""
 
     def __init__(self, launch: fused.Launch, device: Device) -> None:
         self._launch = launch
         self._xp = arrays.namespace(device)
-        self.launched: list[tuple[Any, Any]] = []
+        self.launches: list[tuple[Any, Any]] = []
 
     def __call__(self, form, geometry, args) -> None:
         assert all(-(1 << 31) <= value < 1 << 31 for value in args if isinstance(value, int))
-        guarded = list(args)
-        # out, lengths, groups: see `Fused._run`.
-        around = {at: self._surrounded(args[at]) for at in (3, 4, 5) if args[at] is not None}
-        for at, whole in around.items():
-            guarded[at] = self._inside(whole, args[at])
-        self._launch(form, geometry, tuple(guarded))
-        self.launched.append((form, geometry))
-        for at, whole in around.items():
-            edges = np.concatenate([host(whole[:GUARD]), host(whole[-GUARD:])])
-            assert (edges == UNTOUCHED).all(), f"argument {at} was written beyond its ends"
-            args[at][...] = guarded[at]
+        arguments = list(args)
+        # out, lengths, groups: see `KernelEvaluator._run`.
+        guarded_arrays = {i: self._with_guards(args[i]) for i in (3, 4, 5) if args[i] is not None}
+        for position, guarded in guarded_arrays.items():
+            arguments[position] = self._between_guards(guarded, args[position])
+        self._launch(form, geometry, tuple(arguments))
+        self.launches.append((form, geometry))
+        for position, guarded in guarded_arrays.items():
+            edges = np.concatenate([host(guarded[:GUARD]), host(guarded[-GUARD:])])
+            assert (edges == UNTOUCHED).all(), f"argument {position} was written beyond its ends"
+            args[position][...] = arguments[position]
 
-    def _surrounded(self, array: Any) -> Any:
+    def _with_guards(self, array: Any) -> Any:
         size = int(np.prod(array.shape)) + 2 * GUARD
         handle = devices.device_handle(arrays.device_of(array))
         return self._xp.full((size,), UNTOUCHED, dtype=array.dtype, device=handle)
 
-    def _inside(self, whole: Any, array: Any) -> Any:
-        return self._xp.reshape(whole[GUARD:-GUARD], tuple(array.shape))
+    def _between_guards(self, guarded: Any, array: Any) -> Any:
+        return self._xp.reshape(guarded[GUARD:-GUARD], tuple(array.shape))
 
 
 class Kernel(NamedTuple):
-    """A plan's evaluation by a kernel; ``launched`` grows by (form, geometry) at every launch."""
+    """A plan's evaluation by a kernel; ``launches`` grows by (form, geometry) at every launch."""
 
-    fused: fused.Fused
+    evaluator: fused.KernelEvaluator
     device: Device
     locates: bool
-    launched: list[tuple[Any, Any]]
+    launches: list[tuple[Any, Any]]
 
-    def there(self, array: Any) -> Any:
+    def to_device(self, array: Any) -> Any:
         return arrays.to_device(np.ascontiguousarray(array), self.device)
 
     def block(self, plan: EpochPlan, epoch: int, slots: Any, dtype: str = "int64") -> list[Any]:
         """Indices, lengths and groups at some slots, on the host."""
         slots = np.asarray(slots, np.int64)
-        with devices.on(self.device):
+        with devices.device_context(self.device):
             if self.locates:
-                found = self.fused.block(plan._streams, epoch, self.there(slots), dtype)
+                block = self.evaluator.block(plan._streams, epoch, self.to_device(slots), dtype)
             else:
                 # As the array form locates them, whether they exist or not.
-                reference = Reference(plan._tables, HOST, shuffles_of(plan))
-                order = plan._order_of_patches(epoch)
+                reference = ArrayEvaluator(plan._tables, HOST, evaluator_settings_of(plan))
+                order = plan._patch_order(epoch)
                 rows = reference.locate(plan._streams, epoch, slots, order)
-                there = [None if part is None else self.there(part) for part in rows]
-                found = self.fused.located_block(plan._streams, epoch, *there, dtype)
-            return [*map(host, found)]
+                device_rows = [None if part is None else self.to_device(part) for part in rows]
+                block = self.evaluator.located_block(plan._streams, epoch, *device_rows, dtype)
+            return [*map(host, block)]
 
-    def ragged(self, plan: EpochPlan, epoch: int, at: BatchLocations) -> np.ndarray:
+    def ragged(self, plan: EpochPlan, epoch: int, locations: BatchLocations) -> np.ndarray:
         """The samples of located batches, end to end, on the host."""
-        with devices.on(self.device):
-            return host(self.fused.ragged(plan._streams, epoch, at, located=not self.locates))
+        with devices.device_context(self.device):
+            return host(
+                self.evaluator.ragged(plan._streams, epoch, locations, is_located=not self.locates)
+            )
 
 
-def shuffles_of(plan: EpochPlan) -> Shuffles:
-    return Shuffles(
+def evaluator_settings_of(plan: EpochPlan) -> EvaluatorSettings:
+    return EvaluatorSettings(
         plan.shuffle_within_batches, plan.shuffle_patches, plan.interleave, plan.partial == "pad"
     )
 
 
-def fused_of(tables, device: Device, shuffles: Shuffles, kind: str) -> fused.Fused:
-    """What `fused_on` makes of tables on a device, with a kernel of this kind."""
+def kernel_evaluator_of(
+    tables, device: Device, settings: EvaluatorSettings, kind: str
+) -> fused.KernelEvaluator:
+    """What `kernel_evaluator_on` makes of tables on a device, with a kernel of this kind."""
     if device.name == "cpu":
         launch, geometry = {
             "cuda-c": (launch_on_host, cuda_geometry),
             "triton": (launch_interpreted, triton_geometry),
         }[kind]
-        return fused.Fused(tables, device, shuffles, launch, geometry)
-    found = fused.fused_on(tables, device, shuffles)
-    assert found is not None
-    return found
+        return fused.KernelEvaluator(tables, device, settings, launch, geometry)
+    evaluator = fused.kernel_evaluator_on(tables, device, settings)
+    assert evaluator is not None
+    return evaluator
 
 
 def kernel_of(plan: EpochPlan, kind: str) -> Kernel:
     """A plan's evaluation by a kernel, guarded."""
     device = device_of_kernel(kind)
-    shuffles = shuffles_of(plan)
-    evaluation = fused_of(plan._tables.on(device, plan._cut.groups.order), device, shuffles, kind)
-    guards = Guards(evaluation._launch, device)
-    evaluation._launch = guards
-    locates = plan.interleave and plan.steps == "free" and plan.tables.shares is None
-    return Kernel(evaluation, device, locates, guards.launched)
+    settings = evaluator_settings_of(plan)
+    evaluation = kernel_evaluator_of(
+        plan._tables.on(device, plan._units.groups.order), device, settings, kind
+    )
+    guarded_launch = GuardedLaunch(evaluation._launch, device)
+    evaluation._launch = guarded_launch
+    locates = plan.interleave and plan.steps == "free" and plan.tables.slot_shares is None
+    return Kernel(evaluation, device, locates, guarded_launch.launches)
 
 
 def host(array: Any) -> np.ndarray:

@@ -15,12 +15,12 @@ if find_spec("torch"):
     import torch
 
 
-def torch_cuda() -> bool:
+def has_torch_cuda() -> bool:
     """Whether torch is there and sees a CUDA device."""
     return bool(find_spec("torch")) and torch.cuda.is_available()
 
 
-def cupy_cuda() -> bool:
+def has_cupy_cuda() -> bool:
     """Whether CuPy is there and sees a CUDA device; importing it succeeds without a driver."""
     if not find_spec("cupy"):
         return False
@@ -65,10 +65,10 @@ def make_library(name: str) -> Library:
             pytest.skip("torch is not installed")
         return Library(name, "cpu", lambda values: torch.tensor(np.array(values)))
     if name == "torch-cuda":
-        if not torch_cuda():
+        if not has_torch_cuda():
             pytest.skip("torch sees no CUDA device")
         return Library(name, "cuda:0", lambda values: torch.tensor(np.array(values)).to("cuda:0"))
-    if not cupy_cuda():
+    if not has_cupy_cuda():
         pytest.skip("cupy is not installed or sees no CUDA device")
     import cupy
 

@@ -147,9 +147,9 @@ class Dump(Callback):
         dump(self.folder, trainer, pl_module.log_of_run)
 
 
-def dump(folder: Path, trainer: L.Trainer, found: Any) -> None:
+def dump(folder: Path, trainer: L.Trainer, results: Any) -> None:
     folder.mkdir(exist_ok=True)
-    (folder / f"rank{trainer.global_rank}.json").write_text(json.dumps(found))
+    (folder / f"rank{trainer.global_rank}.json").write_text(json.dumps(results))
 
 
 def trainer_of(folder: Path, *callbacks: Any, **settings) -> L.Trainer:
@@ -170,7 +170,7 @@ def trainer_of(folder: Path, *callbacks: Any, **settings) -> L.Trainer:
     )
 
 
-def keeping(folder: Path, **when) -> ModelCheckpoint:
+def checkpointer(folder: Path, **when) -> ModelCheckpoint:
     """Keeps every checkpoint; one a step, unless something else is said."""
     when = when or {"every_n_train_steps": 1}
     return ModelCheckpoint(folder, "{epoch}-{step}", save_top_k=-1, **when)
@@ -178,8 +178,8 @@ def keeping(folder: Path, **when) -> ModelCheckpoint:
 
 def checkpoints_of(folder: Path) -> dict[int, Path]:
     """Checkpoints by the global step that they were taken after, in order."""
-    found = {int(path.stem.split("step=")[1]): path for path in folder.glob("*step=*.ckpt")}
-    return dict(sorted(found.items()))
+    checkpoints = {int(path.stem.split("step=")[1]): path for path in folder.glob("*step=*.ckpt")}
+    return dict(sorted(checkpoints.items()))
 
 
 FROM_ONE_RANK = (5, 8, 12, 13)
@@ -192,7 +192,7 @@ def run_two_ranks(folder: Path, one_rank: Path) -> None:
     refusing = {**two, "use_distributed_sampler": True}
 
     def fit(name: str, checkpoint: Path | None = None) -> None:
-        kept = keeping(folder / name)
+        kept = checkpointer(folder / name)
         trainer = trainer_of(folder, kept, ResumeSampler(), num_sanity_val_steps=0, **two)
         model = Validated()
         # No workers: a process that has threads of its process group had better not fork.

@@ -103,9 +103,9 @@ MIXED_EPOCHS = (0, 1, 5, 2**32, 2**63 - 1)
 
 def positions(n: int) -> list[int]:
     """Both ends, both sides of the first row's end, and some in between."""
-    inside = (n // 3, n // 2, 7919 * 104729 % n, n - n // 7)
+    inner_positions = (n // 3, n // 2, 7919 * 104729 % n, n - n // 7)
     side = int(n**0.5)
-    return sorted({0, 1, 2, side - 1, side, side + 1, *inside, n - 3, n - 2, n - 1})
+    return sorted({0, 1, 2, side - 1, side, side + 1, *inner_positions, n - 3, n - 2, n - 1})
 
 
 def keys() -> list[list[int]]:
@@ -129,26 +129,26 @@ def epochs() -> list[dict[str, Any]]:
         )
     ]
     rows += [(oracle.Settings(1), 0, 0), (oracle.Settings(100, "pad"), 1, 2**63 - 1)]
-    found = [
+    golden_epochs = [
         epoch_of(ids, seed, number, settings)
         for ids, (settings, seed, number) in product(PATCHES, rows)
     ]
-    return [epoch for epoch in found if epoch["batches"]]
+    return [epoch for epoch in golden_epochs if epoch["batches"]]
 
 
 def epoch_of(ids: list[int], seed: int, number: int, settings: oracle.Settings) -> dict[str, Any]:
     """Return one epoch; of what steps depend on, only what is not the default."""
-    given = settings._asdict()
+    fields = settings._asdict()
     defaults = oracle.Settings(1)._asdict()
-    named = list(given)
+    named = list(fields)
     for name in named[named.index("steps") :]:
-        if given[name] == defaults[name]:
-            del given[name]
+        if fields[name] == defaults[name]:
+            del fields[name]
     return {
         "ids": ids,
         "seed": seed,
         "epoch": number,
-        "settings": given,
+        "settings": fields,
         "batches": [list(batch) for batch in oracle.epoch(ids, seed, number, settings)],
     }
 
@@ -158,11 +158,11 @@ def epochs_in_steps() -> list[dict[str, Any]]:
     out = []
     keys = ((20261122, 3), (2**64 - 1, 2**32), (0, 2**63 - 1))
     for turn, (ids, costs) in enumerate(STEP_PATCHES):
-        for at, width in enumerate((1, 2, 3, 4, 5, 50)):
-            number = 6 * turn + at
-            given = {
+        for column, width in enumerate((1, 2, 3, 4, 5, 50)):
+            number = 6 * turn + column
+            fields = {
                 "batch_size": (2, 3, 1, 4, 2)[number % 5],
-                "partial": ("keep", "drop", "pad")[(turn + at) % 3],
+                "partial": ("keep", "drop", "pad")[(turn + column) % 3],
                 "step_width": width,
                 # Most of them shuffle both.
                 "shuffle_patches": number % 4 != 1,
@@ -170,15 +170,15 @@ def epochs_in_steps() -> list[dict[str, Any]]:
             }
             kinds = [
                 {"steps": "balanced", "patch_costs": costs[number // 2 % len(costs)]},
-                {"steps": "same_patch", "uneven": ("pad", "drop")[(turn + at) % 2]},
+                {"steps": "same_patch", "uneven": ("pad", "drop")[(turn + column) % 2]},
                 {
                     "steps": "same_patch",
                     "interleave": False,
-                    "uneven": ("drop", "pad")[(turn + at) % 2],
+                    "uneven": ("drop", "pad")[(turn + column) % 2],
                 },
             ]
             for kind in kinds:
-                out.append(epoch_of(ids, *keys[number % 3], oracle.Settings(**given, **kind)))
+                out.append(epoch_of(ids, *keys[number % 3], oracle.Settings(**fields, **kind)))
     # Steps, and batches of a class, beyond the small form, with a short step.
     for patch_costs in STEP_PATCHES[-1][1]:
         settings = oracle.Settings(1, steps="balanced", step_width=3, patch_costs=patch_costs)
@@ -193,27 +193,27 @@ def epochs_mixed() -> list[dict[str, Any]]:
     """Return epochs of sizes by patch, of weights, and of both, in steps of every kind."""
     out = []
     for turn, patches in enumerate(MIXED_PATCHES):
-        for at in range(12):
-            number = 12 * turn + at
-            given = {
+        for column in range(12):
+            number = 12 * turn + column
+            fields = {
                 "batch_size": patches["sizes"][number % len(patches["sizes"])],
-                "partial": ("keep", "drop", "pad")[(at + at // 3) % 3],
+                "partial": ("keep", "drop", "pad")[(column + column // 3) % 3],
                 "shuffle_patches": number % 7 != 3,
                 "shuffle_within_batches": number % 9 != 4,
                 "weights": patches["weights"][number % len(patches["weights"])],
                 "epoch_batches": patches["lengths"][number // 2 % len(patches["lengths"])],
             }
             width = (1, 2, 3, 5, 4)[number % 5]
-            uneven = ("pad", "drop")[(at // 3 + turn) % 2]
+            uneven = ("pad", "drop")[(column // 3 + turn) % 2]
             costs = patches["costs"][number // 3 % len(patches["costs"])]
             same = {"steps": "same_patch", "step_width": width, "uneven": uneven}
             for kind in (
-                {"interleave": (at // 2 + turn) % 2 > 0},
+                {"interleave": (column // 2 + turn) % 2 > 0},
                 {"steps": "balanced", "step_width": width, "patch_costs": costs},
                 same,
                 same | {"interleave": False},
             ):
-                settings = oracle.Settings(**given, **kind)
+                settings = oracle.Settings(**fields, **kind)
                 seed = (20261122, 2**64 - 1, 0)[number % 3]
                 epoch = MIXED_EPOCHS[(number + len(kind)) % 5]
                 try:
@@ -259,15 +259,15 @@ def build() -> dict[str, Any]:
 
 def write(path: Path, built: dict[str, Any]) -> None:
     """Write a file, one vector a line."""
-    parts = []
+    lines = []
     for name, value in built.items():
         if isinstance(value, list):
             rows = ",\n".join(f"  {json.dumps(row)}" for row in value)
-            parts.append(f'"{name}": [\n{rows}\n]')
+            lines.append(f'"{name}": [\n{rows}\n]')
         else:
-            parts.append(f'"{name}": {json.dumps(value)}')
+            lines.append(f'"{name}": {json.dumps(value)}')
     path.parent.mkdir(exist_ok=True)
-    path.write_text("{\n" + ",\n".join(parts) + "\n}\n")
+    path.write_text("{\n" + ",\n".join(lines) + "\n}\n")
 
 
 if __name__ == "__main__":

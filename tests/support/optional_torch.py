@@ -9,7 +9,7 @@ import array_api_compat.numpy
 import pytest
 
 
-class Absent:
+class MissingTorch:
     """Stands for torch: a test runs up to where it needs it."""
 
     def __getattr__(self, name: str) -> Any:
@@ -22,19 +22,19 @@ if find_spec("torch"):
     import array_api_compat.torch
     import torch
 
-    there: Any = array_api_compat.torch
+    torch_namespace: Any = array_api_compat.torch
 else:
-    torch: Any = Absent()
-    there = torch
+    torch: Any = MissingTorch()
+    torch_namespace = torch
 
 every_namespace = pytest.mark.parametrize(
     "xp",
     [
         pytest.param(array_api_compat.numpy, id="numpy"),
         pytest.param(
-            there,
+            torch_namespace,
             id="torch",
-            marks=pytest.mark.skipif(there is torch, reason="torch is not installed"),
+            marks=pytest.mark.skipif(torch_namespace is torch, reason="torch is not installed"),
         ),
     ],
 )

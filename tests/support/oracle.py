@@ -1,4 +1,4 @@
-"""The permutation and the plan, transcribed from DESIGN.md into Python integers.
+"""The permutation and the plan, written apart from the package, in Python integers.
 
 Written from the text alone and sharing nothing with the package: no array library, no import of
 ``gpusampler``. It is what the golden vectors are made from, so that a slip in the package cannot
@@ -111,7 +111,7 @@ class Settings(NamedTuple):
     weights: list[float] | None = None
     """Of each patch, patch ids ascending; its own batches where there is only a length."""
     epoch_batches: int | None = None
-    parents: list[int] | None = None
+    patch_of_bin: list[int] | None = None
     """The patch of each, where what is called patches here are classes of cost of one."""
 
     def size(self, g: int) -> int:
@@ -136,10 +136,10 @@ def epoch(ids: list[int], seed: int, epoch: int, settings: Settings) -> list[tup
     for g, pass_, number in passes_of(sizes, seed, epoch, settings):
         n = len(members[g])
         key = derive(seed, INSIDE_A_PATCH, pass_, g)
-        inside = [p % n for p in places[g][number]]
+        positions = [p % n for p in places[g][number]]
         if settings.shuffle_within_batches:
-            inside = [permuted(p, n, key) for p in inside]
-        out.append((patch_ids[g], [members[g][i] for i in inside]))
+            positions = [permuted(p, n, key) for p in positions]
+        out.append((patch_ids[g], [members[g][i] for i in positions]))
     return out
 
 
@@ -150,12 +150,12 @@ def passes_of(
     order = order_of(sizes, seed, epoch, settings)
     if not settings.mixed:
         return [(g, epoch, number) for g, number in order]
-    own = [len(batches) for batches in own_batches(sizes, settings)]
-    slots = slots_of(own, settings)
+    batches_per_patch = [len(batches) for batches in own_batches(sizes, settings)]
+    slots = slots_of(batches_per_patch, settings)
     out = []
     for g, j in order:
         # A patch goes on where it stood at the end of the epoch before.
-        pass_, number = divmod(epoch * slots[g] + j, own[g])
+        pass_, number = divmod(epoch * slots[g] + j, batches_per_patch[g])
         out.append((g, pass_ % 2**64, number))
     return out
 
@@ -165,17 +165,21 @@ def order_of(sizes: list[int], seed: int, epoch: int, settings: Settings) -> lis
 
     Without mixing a patch's slots are its own batches.
     """
-    own = own_batches(sizes, settings)
-    counts = slots_of(list(map(len, own)), settings)
+    patch_batches = own_batches(sizes, settings)
+    counts = slots_of(list(map(len, patch_batches)), settings)
     if settings.steps == "balanced":
         if settings.mixed:
             # Which batch a slot holds is another one each epoch: all are classed as whole ones.
-            runs = [(g, 0, counts[g], len(own[g][0])) for g in range(len(sizes)) if own[g]]
+            runs = [
+                (g, 0, counts[g], len(patch_batches[g][0]))
+                for g in range(len(sizes))
+                if patch_batches[g]
+            ]
         else:
             runs = [
                 (g, number, 1, len(batch))
                 for g in range(len(sizes))
-                for number, batch in enumerate(own[g])
+                for number, batch in enumerate(patch_batches[g])
             ]
         balanced = Balanced(runs, seed, epoch, settings)
         return [balanced.at(slot) for slot in range(sum(counts))]
@@ -196,32 +200,36 @@ def order_of(sizes: list[int], seed: int, epoch: int, settings: Settings) -> lis
         ]
     else:
         key = derive(seed, ORDER_OF_PATCHES, epoch, 0)
-        parents = list(range(len(sizes))) if settings.parents is None else settings.parents
-        patches = sorted(set(parents))
+        patch_of_bin = (
+            list(range(len(sizes))) if settings.patch_of_bin is None else settings.patch_of_bin
+        )
+        patches = sorted(set(patch_of_bin))
         if settings.shuffle_patches:
-            patches = [permuted(place, len(patches), key) for place in patches]
-        groups = [g for patch in patches for g, parent in enumerate(parents) if parent == patch]
+            patches = [permuted(position, len(patches), key) for position in patches]
+        groups = [
+            g for patch in patches for g, parent in enumerate(patch_of_bin) if parent == patch
+        ]
         order = [(g, q) for g in groups for q in range(steps[g])]
     return [(g, (q * width + p) % counts[g]) for g, q in order for p in range(width)]
 
 
-def slots_of(own: list[int], settings: Settings) -> list[int]:
+def slots_of(batches_per_patch: list[int], settings: Settings) -> list[int]:
     """How many slots each patch has in an epoch: its own batches, or its share of them all."""
     if not settings.mixed:
-        return own
-    there = [g for g, nb in enumerate(own) if nb]
-    weights = own if settings.weights is None else settings.weights
-    total = sum(own) if settings.epoch_batches is None else settings.epoch_batches
-    shares = apportion(whole_weights([weights[g] for g in there]), total)
+        return batches_per_patch
+    patches_with_batches = [g for g, nb in enumerate(batches_per_patch) if nb]
+    weights = batches_per_patch if settings.weights is None else settings.weights
+    total = sum(batches_per_patch) if settings.epoch_batches is None else settings.epoch_batches
+    shares = apportion(whole_weights([weights[g] for g in patches_with_batches]), total)
     if settings.steps == "same_patch":
         # Whole steps, in the proportions of the batches.
         width = settings.step_width
         steps = total // width if settings.uneven == "drop" else -(-total // width)
         if settings.uneven == "pad":
-            steps = max(steps, len(there))
+            steps = max(steps, len(patches_with_batches))
         shares = [width * share for share in apportion(shares, steps)]
-    slots = [0] * len(own)
-    for g, share in zip(there, shares, strict=True):
+    slots = [0] * len(batches_per_patch)
+    for g, share in zip(patches_with_batches, shares, strict=True):
         slots[g] = share
     return slots
 
@@ -240,17 +248,17 @@ def apportion(weights: list[int], total: int) -> list[int]:
     if total < len(weights):
         raise ValueError(f"{total} is less than one for each of {len(weights)}")
     shares = [0] * len(weights)
-    free, rest = list(range(len(weights))), total
+    free, remaining = list(range(len(weights))), total
     while True:
         sum_ = sum(weights[g] for g in free)
-        quotas = {g: Fraction(weights[g] * rest, sum_) for g in free}
+        quotas = {g: Fraction(weights[g] * remaining, sum_) for g in free}
         lifted = [g for g in free if quotas[g] < 1]
         if not lifted:
             break
         for g in lifted:
             shares[g] = 1
         free = [g for g in free if quotas[g] >= 1]
-        rest -= len(lifted)
+        remaining -= len(lifted)
     for g in free:
         shares[g] = int(quotas[g])
     # Ties go to the lower patch: the sort is stable.
@@ -265,8 +273,8 @@ def size_of(
     partial: str,
     cost: float,
     max_cost: float,
-    least: int = 1,
-    most: int = 2**31 - 1,
+    minimum: int = 1,
+    maximum: int = 2**31 - 1,
     multiple_of: int = 1,
     power_of_two: bool = False,
 ) -> int | None:
@@ -279,13 +287,13 @@ def size_of(
         size -= size % multiple_of
         if power_of_two and size:
             size = 1 << size.bit_length() - 1
-        return size if size >= least else 0
+        return size if size >= minimum else 0
 
     def allowed_up(size: int) -> int:
-        size = -(-max(size, least) // multiple_of) * multiple_of
+        size = -(-max(size, minimum) // multiple_of) * multiple_of
         return 1 << (size - 1).bit_length() if power_of_two else size
 
-    fitting = bisect_right(range(1, most + 1), max_cost, key=lambda size: size * cost)
+    fitting = bisect_right(range(1, maximum + 1), max_cost, key=lambda size: size * cost)
     size = allowed_down(fitting)
     if size == 0:
         return None
@@ -321,9 +329,9 @@ class Balanced:
         self.classes: list[tuple[int, int]] = []
         kinds = sorted({run[0] for run in self.runs})
         for kind in kinds:
-            mine = [at for at, run in enumerate(self.runs) if run[0] == kind]
-            first = self.starts[mine[0]]
-            self.classes.append((first, self.starts[mine[-1] + 1] - first))
+            bucket_runs = [index for index, run in enumerate(self.runs) if run[0] == kind]
+            first = self.starts[bucket_runs[0]]
+            self.classes.append((first, self.starts[bucket_runs[-1] + 1] - first))
 
     def at(self, slot: int) -> tuple[int, int]:
         """Patch and number of the batch at a slot."""
@@ -333,17 +341,17 @@ class Balanced:
             c = bisect_right([first for first, _ in self.classes], y) - 1
             first, n = self.classes[c]
             y = first + permuted(y - first, n, derive(self.seed, INSIDE_A_CLASS, self.epoch, c))
-        at = bisect_right(self.starts, y) - 1
-        _, patch, number, _ = self.runs[at]
-        return patch, number + y - self.starts[at]
+        run = bisect_right(self.starts, y) - 1
+        _, patch, number, _ = self.runs[run]
+        return patch, number + y - self.starts[run]
 
     def place(self, slot: int) -> int:
         """Where a slot's step puts it in the natural order."""
         width = self.settings.step_width
-        full, rest = divmod(self.total, width)
+        full, remainder = divmod(self.total, width)
         key = derive(self.seed, ORDER_OF_BATCHES, self.epoch, 0)
         t, p = divmod(slot, width)
-        if rest == 0:
+        if remainder == 0:
             return permuted(t, full, key) * width + p
         # Where the short step's places begin; they go on round the end.
         v = keyed(SHORT_STEP_ROUND, 0, key) * min(self.total, 2**31 - 1) >> 32
@@ -351,8 +359,8 @@ class Balanced:
             # With no full step at all, slots are places.
             return (v + p) % self.total if full else slot
         # The others in their order, those that the end's overflow has taken left out.
-        y = permuted(t, full, key) * width + p + max(v + rest - self.total, 0)
-        return y if y < v else y + rest
+        y = permuted(t, full, key) * width + p + max(v + remainder - self.total, 0)
+        return y if y < v else y + remainder
 
 
 def cost_class(samples: int, per_sample: float) -> int:

@@ -1,4 +1,4 @@
-"""What all tests share: one thread, reproducible examples, tiers, and the array libraries."""
+"""What all tests share: one thread, reproducible examples, tiers, and devices as fixtures."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ import pytest
 from hypothesis import HealthCheck, settings
 
 from gpusampler.core.devices import Device
-from support.libraries import Library, cupy_cuda, make_library, torch_cuda
+from support.libraries import Library, has_cupy_cuda, has_torch_cuda, make_library
 from support.paths import ROOT
 
 if find_spec("torch"):
@@ -44,20 +44,19 @@ settings.register_profile(
 )
 settings.load_profile("default")
 
-
 # Triton decides whether it interprets when it is first imported, which nothing above does.
-if not torch_cuda():
+if not has_torch_cuda():
     os.environ["TRITON_INTERPRET"] = "1"
+
+TIERS = ("slow", "battery", "serial", "expensive")
+MAX_SECONDS = 5.0
+"""What a test without a mark of a tier may take."""
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
     check_tiers(item)
-    if item.get_closest_marker("gpu") and not (torch_cuda() or cupy_cuda()):
+    if item.get_closest_marker("gpu") and not (has_torch_cuda() or has_cupy_cuda()):
         pytest.skip("no CUDA device")
-
-
-TIERS = ("slow", "battery", "serial", "expensive")
-MOST_SECONDS = 5.0
 
 
 def check_tiers(item: pytest.Item) -> None:
@@ -73,8 +72,8 @@ def check_tiers(item: pytest.Item) -> None:
 def pytest_xdist_auto_num_workers(config: pytest.Config) -> int | None:
     """Use one process where tests measure or share a GPU."""
     expression = config.option.markexpr
-    alone = not expression or re.search(r"(?<!not )\b(serial|gpu)\b", expression)
-    return 0 if alone or torch_cuda() or cupy_cuda() else None
+    measures = not expression or re.search(r"(?<!not )\b(serial|gpu)\b", expression)
+    return 0 if measures or has_torch_cuda() or has_cupy_cuda() else None
 
 
 def pytest_collection_finish() -> None:
@@ -91,37 +90,39 @@ def pytest_runtest_makereport(item: pytest.Item) -> Iterator[None]:
     return report
 
 
-def too_slow(reports: Iterable[Any]) -> list[tuple[str, float]]:
-    """Return the tests without a mark that took more than MOST_SECONDS, slowest first."""
-    taken: Counter[str] = Counter()
+def slow_unmarked(reports: Iterable[Any]) -> list[tuple[str, float]]:
+    """Return the tests without a mark that took more than MAX_SECONDS, slowest first."""
+    seconds_by_test: Counter[str] = Counter()
     for report in reports:
         if getattr(report, "should_be_quick", False):
-            taken[report.nodeid] += report.duration
-    return [(test, took) for test, took in taken.most_common() if took > MOST_SECONDS]
+            seconds_by_test[report.nodeid] += report.duration
+    return [(test, took) for test, took in seconds_by_test.most_common() if took > MAX_SECONDS]
 
 
 def pytest_terminal_summary(terminalreporter: Any) -> None:
     """List the tests that make the default tier slow; machines differ, so none of them fails."""
-    found = too_slow(report for kind in terminalreporter.stats.values() for report in kind)
-    if found:
+    slow_tests = slow_unmarked(
+        report for reports in terminalreporter.stats.values() for report in reports
+    )
+    if slow_tests:
         terminalreporter.section(
-            f"slower than {MOST_SECONDS:g} s and unmarked: make it smaller, or mark it"
+            f"slower than {MAX_SECONDS:g} s and unmarked: make it smaller, or mark it"
         )
-        for test, took in found:
+        for test, took in slow_tests:
             terminalreporter.write_line(f"{took:6.1f} s  {test}")
 
 
 @pytest.fixture(name="torch")
 def torch_with_cuda() -> Iterator[Any]:
     """torch, where it sees a GPU; what was begun there is done when the test is."""
-    if not torch_cuda():
+    if not has_torch_cuda():
         pytest.skip("torch sees no CUDA device")
     yield torch
     torch.cuda.synchronize()
 
 
 @pytest.fixture
-def elsewhere(monkeypatch: pytest.MonkeyPatch) -> None:
+def cpu_as_device(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let torch's "cpu" count as a device that NumPy does not see."""
     monkeypatch.setattr(Device, "on_host", property(lambda device: device.library == "numpy"))
 

@@ -1,4 +1,4 @@
-"""Child processes of tests: their environment, scripts of several ranks, and how they are ended."""
+"""Child processes of tests: their environment, how they are run, and how they are ended."""
 
 from __future__ import annotations
 
@@ -7,28 +7,73 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 
 import gpusampler
 from support.paths import ROOT, TESTS
 
 
-def environment(**variables: str) -> dict[str, str]:
-    """Return an environment in which a child finds the package that this process has imported.
+def environment(**variables: str | None) -> dict[str, str]:
+    """Return an environment in which a child imports the package that this process has imported.
 
-    The repository's root comes last, and the current folder not at all (from Python 3.11 on): a
-    child of a test that runs against an installed wheel must not import the source tree.
+    A child of a test that runs against an installed wheel must not import the source tree, so the
+    repository's root comes last and the current folder is not searched. Python 3.10 ignores
+    PYTHONSAFEPATH: there a child with ``-c`` or ``-m`` must not start in the repository's root.
+    A variable whose value is None is removed.
     """
-    found = [str(Path(gpusampler.__file__).parent.parent), str(TESTS), str(ROOT)]
-    paths = {"PYTHONPATH": os.pathsep.join(found), "PYTHONSAFEPATH": "1"}
-    return {**os.environ, **paths, **variables}
+    installed = Path(gpusampler.__file__).parent.parent
+    folders = map(str, [installed, TESTS, ROOT / "docs" / "examples", ROOT])
+    paths = {"PYTHONPATH": os.pathsep.join(folders), "PYTHONSAFEPATH": "1"}
+    merged = {**os.environ, **paths, **variables}
+    return {name: value for name, value in merged.items() if value is not None}
 
 
-def launched(script: Path, processes: int, out: Path, timeout: int = 300) -> list[dict]:
-    """What each process of ``script OUT`` wrote to OUT/<rank>.json, in the order of ranks."""
-    launcher = ["torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
-    run = subprocess.Popen(
-        [sys.executable, *(["-m", *launcher] if processes > 1 else []), str(script), str(out)],
+def run_python(
+    *arguments: object,
+    launcher: Sequence[str] = (),
+    cwd: Path | None = None,
+    timeout: float | None = None,
+    check: bool = True,
+    **variables: str | None,
+) -> subprocess.CompletedProcess[str]:
+    """Run Python with some arguments and capture its output.
+
+    Parameters
+    ----------
+    *arguments
+        Of the interpreter, such as ``"-c", code``.
+    launcher : sequence of str
+        A command that starts the interpreter, such as ``["strace"]``.
+    cwd : Path, optional
+        An empty folder by default.
+    check : bool
+        Fail, with all output, where the exit code is not 0.
+    **variables
+        As for `environment`.
+    """
+    __tracebackhide__ = True
+    with tempfile.TemporaryDirectory() as empty:
+        process = subprocess.run(
+            [*launcher, sys.executable, *map(str, arguments)],
+            cwd=cwd or empty,
+            env=environment(**variables),
+            capture_output=True,
+            text=True,
+            timeout=timeout,
+        )
+    if check and process.returncode:
+        output = f"{process.stdout[-8000:]}\n{process.stderr[-8000:]}"
+        raise AssertionError(f"exit code {process.returncode}\n{output}")
+    return process
+
+
+def run_ranks(script: Path, ranks: int, out: Path, timeout: int = 300) -> list[dict]:
+    """Run ``script OUT`` on some ranks; return what each wrote to OUT/<rank>.json."""
+    launcher = ["torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
+    process = subprocess.Popen(
+        [sys.executable, *(["-m", *launcher] if ranks > 1 else []), str(script), str(out)],
         env=environment(),
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
@@ -36,23 +81,23 @@ def launched(script: Path, processes: int, out: Path, timeout: int = 300) -> lis
         start_new_session=True,
     )
     try:
-        said, _ = run.communicate(timeout=timeout)
+        output, _ = process.communicate(timeout=timeout)
     except subprocess.TimeoutExpired:
-        ended(run)
-        said = f"not done after {timeout} s\n{run.communicate()[0]}"
+        terminate(process)
+        output = f"not done after {timeout} s\n{process.communicate()[0]}"
     finally:
-        ended(run)
-    assert run.returncode == 0, said
-    return [json.loads((out / f"{rank}.json").read_text()) for rank in range(processes)]
+        terminate(process)
+    assert process.returncode == 0, output
+    return [json.loads((out / f"{rank}.json").read_text()) for rank in range(ranks)]
 
 
-def ended(run: subprocess.Popen) -> None:
-    """End the launcher, which passes SIGTERM on to processes that have groups of their own."""
-    for sent in (signal.SIGTERM, signal.SIGKILL):
-        if run.poll() is not None:
+def terminate(process: subprocess.Popen) -> None:
+    """End a launcher, which passes SIGTERM on to processes that have groups of their own."""
+    for number in (signal.SIGTERM, signal.SIGKILL):
+        if process.poll() is not None:
             return
-        os.killpg(run.pid, sent)
+        os.killpg(process.pid, number)
         try:
-            run.wait(timeout=40)
+            process.wait(timeout=40)
         except subprocess.TimeoutExpired:
             continue

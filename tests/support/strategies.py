@@ -22,20 +22,20 @@ INT64 = np.iinfo(np.int64)
 def samples_by_patch(groups: PatchGroups) -> dict[int, list[int]]:
     """Every patch id with its samples, read off the tables that groups keep."""
     order = None if groups.order is None else np.asarray(groups.order.tolist())
-    found = {}
+    samples = {}
     tables = (groups.patch_ids, groups.starts, groups.counts)
-    for patch_id, start, count in zip(*(table.tolist() for table in tables), strict=True):
+    for patch_id, start, count in zip(*(column.tolist() for column in tables), strict=True):
         span = range(start, start + count)
-        found[patch_id] = list(span) if order is None else order[start : start + count].tolist()
-    return found
+        samples[patch_id] = list(span) if order is None else order[start : start + count].tolist()
+    return samples
 
 
 def expected_by_patch(ids: Any) -> dict[int, list[int]]:
     """What `samples_by_patch` must be: patches ascending, samples ascending."""
-    found: dict[int, list[int]] = {}
+    samples: dict[int, list[int]] = {}
     for sample, patch_id in enumerate(np.asarray(ids).tolist()):
-        found.setdefault(patch_id, []).append(sample)
-    return dict(sorted(found.items()))
+        samples.setdefault(patch_id, []).append(sample)
+    return dict(sorted(samples.items()))
 
 
 def is_contiguous(ids: Any) -> bool:
@@ -46,12 +46,12 @@ def is_contiguous(ids: Any) -> bool:
 
 def times_seen(batches: Any, size: int) -> np.ndarray:
     """How often each sample stands in some batches."""
-    seen = Counter(int(sample) for batch in batches for sample in batch)
-    return np.array([seen[sample] for sample in range(size)])
+    counts = Counter(int(sample) for batch in batches for sample in batch)
+    return np.array([counts[sample] for sample in range(size)])
 
 
 def grid_preimage(y: int, n: int, key: tuple[int, int]) -> int:
-    """Undo the keyed grid permutation of n > 32 cells, in plain integers, from DESIGN.md."""
+    """Undo the keyed grid permutation of n > 32 cells, in Python integers."""
     a = isqrt(n - 1) + 1
     b = -(-n // a)
     rem = n - (a - 1) * b
@@ -83,10 +83,10 @@ def id_arrays(draw: st.DrawFn) -> np.ndarray:
         )
     )
     if draw(st.booleans()):
-        runs = draw(st.lists(st.integers(1, 40), min_size=len(pool), max_size=len(pool)))
-        return np.repeat(np.array(pool, np.int64), runs)
-    places = draw(st.lists(st.integers(0, len(pool) - 1), min_size=1, max_size=300))
-    return np.array(pool, np.int64)[places]
+        run_lengths = draw(st.lists(st.integers(1, 40), min_size=len(pool), max_size=len(pool)))
+        return np.repeat(np.array(pool, np.int64), run_lengths)
+    positions = draw(st.lists(st.integers(0, len(pool) - 1), min_size=1, max_size=300))
+    return np.array(pool, np.int64)[positions]
 
 
 @st.composite
@@ -127,12 +127,12 @@ def plan_settings(
     if steps == "free":
         return settings
     if steps == "same_patch" and uneven == "drop":
-        most = most_batches(ids, settings) // steps_of
-        if most == 0:
+        max_batches = batches_of_largest_patch(ids, settings) // steps_of
+        if max_batches == 0:
             return settings
     else:
-        most = 5
-    settings |= {"steps": steps, "step_width": steps_of * draw(st.integers(1, min(most, 5)))}
+        max_batches = 5
+    settings |= {"steps": steps, "step_width": steps_of * draw(st.integers(1, min(max_batches, 5)))}
     if steps == "balanced":
         settings["interleave"] = True
         costs = st.one_of(st.just(1), st.integers(1, 4), st.floats(0.01, 1e6))
@@ -140,7 +140,7 @@ def plan_settings(
     return settings
 
 
-def most_batches(ids: np.ndarray, settings: dict[str, Any]) -> int:
+def batches_of_largest_patch(ids: np.ndarray, settings: dict[str, Any]) -> int:
     """The batches that the largest patch is cut into."""
     largest = int(np.unique(ids, return_counts=True)[1].max())
     size = settings["batch_size"]
@@ -185,7 +185,7 @@ def through_json(state: dict[str, Any]) -> dict[str, Any]:
     return json.loads(written)
 
 
-def mid_epoch(epoch: int = 3, drawn: int = 5) -> dict[str, Any]:
+def mid_epoch_state(epoch: int = 3, drawn: int = 5) -> dict[str, Any]:
     """The state of `make` after some batches of an epoch."""
     sampler = make()
     sampler.set_epoch(epoch)
@@ -193,7 +193,7 @@ def mid_epoch(epoch: int = 3, drawn: int = 5) -> dict[str, Any]:
     return sampler.state_dict()
 
 
-def smallest_size(least: int, multiple_of: int, power_of_two: bool) -> int:
+def smallest_size(minimum: int, multiple_of: int, power_of_two: bool) -> int:
     """The smallest batch size that bounds of a budget allow."""
-    sizes = (size for size in range(multiple_of, 1 << 20, multiple_of) if size >= least)
+    sizes = (size for size in range(multiple_of, 1 << 20, multiple_of) if size >= minimum)
     return next(size for size in sizes if not power_of_two or size & (size - 1) == 0)

@@ -1,4 +1,4 @@
-"""Starting torchrun, ending all of it, and reading what `runs_ddp.py` has done from its logs."""
+"""Starting torchrun, ending all of it, and reading what `ddp_script.py` has done from its logs."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class Step:
 
 
 @dataclass
-class Life:
+class Attempt:
     """From a start of all ranks to their end, or to the death of one."""
 
     state: dict[str, Any]
@@ -48,32 +48,32 @@ class Life:
         return self.state["epoch"], self.state["slot"]
 
 
-class Job:
+class TorchrunJob:
     """Torchrun in a session of its own; leaving the block ends whatever is left of it.
 
-    ``told`` are the environment variables by which the test tells ranks to die, or to go slowly.
+    ``variables`` of the environment tell ranks to die, or to go slowly.
     """
 
-    def __init__(self, out: Path, command: list[Any], **told: str) -> None:
+    def __init__(self, out: Path, command: list[Any], **variables: str) -> None:
         self.out = out
         out.mkdir(parents=True, exist_ok=True)
-        self.said = (out / f"said-{len([*out.glob('said-*')])}.txt").open("w+")
+        self.log = (out / f"output-{len([*out.glob('output-*')])}.txt").open("w+")
         env = environment(
             OMP_NUM_THREADS="1",
             # Else ranks that torchrun has restarted read addresses of the dead ones from the store
             # (torch 2.13, pytorch issue 135712), and are refused or hang.
             TORCH_DISABLE_SHARE_RDZV_TCP_STORE="1",
-            **told,
+            **variables,
         )
         self.process = subprocess.Popen(
             [sys.executable, "-m", "torch.distributed.run", *map(str, command)],
             env=env,
-            stdout=self.said,
+            stdout=self.log,
             stderr=subprocess.STDOUT,
             start_new_session=True,
         )
 
-    def __enter__(self) -> Job:
+    def __enter__(self) -> TorchrunJob:
         return self
 
     def wait(self) -> int:
@@ -84,21 +84,21 @@ class Job:
             raise AssertionError(f"it hangs:\n{self.output()}") from None
 
     def output(self) -> str:
-        self.said.seek(0)
-        return self.said.read()
+        self.log.seek(0)
+        return self.log.read()
 
     def __exit__(self, *error: object) -> None:
         if self.process.poll() is None:
             os.killpg(self.process.pid, signal.SIGKILL)
             self.process.wait()
         # Ranks have sessions of their own, so killing torchrun's group leaves them alive.
-        for pid in list(processes_of(self.out)):
+        for pid in list(pids_writing_to(self.out)):
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
-        self.said.close()
+        self.log.close()
 
 
-def processes_of(out: Path) -> Iterator[int]:
+def pids_writing_to(out: Path) -> Iterator[int]:
     """Processes that were started to write into a folder, which is one test's own."""
     for line in Path("/proc").glob("[0-9]*/cmdline"):
         with contextlib.suppress(FileNotFoundError, ProcessLookupError):
@@ -110,10 +110,10 @@ def run(
     out: Path, ranks: int, *, kill: str | None = None, restarts: int = 0, **settings: Any
 ) -> None:
     """Run the training to its end, or to the end of a rank that is to be killed."""
-    given = [f"--{name.replace('_', '-')}={value}" for name, value in settings.items()]
+    options = [f"--{name.replace('_', '-')}={value}" for name, value in settings.items()]
     command = ["--standalone", "--nproc-per-node", ranks, "--max-restarts", restarts]
-    told = {} if kill is None else {"KILL": kill}
-    with Job(out, [*command, SCRIPT, "--out", out, *given], **told) as job:
+    variables = {} if kill is None else {"KILL": kill}
+    with TorchrunJob(out, [*command, SCRIPT, "--out", out, *options], **variables) as job:
         failed = job.wait() != 0
         assert failed == (kill is not None and restarts == 0), job.output()
         assert (kill is not None) == ("exitcode: -9" in job.output()), job.output()
@@ -124,55 +124,55 @@ def free_port() -> int:
         return int(server.getsockname()[1])
 
 
-def lives_of(out: Path) -> list[Life]:
-    """What all ranks have done in a folder, one life after the other."""
+def read_attempts(out: Path) -> list[Attempt]:
+    """What all ranks have done in a folder, one attempt after the other."""
     by_rank: list[list[list[dict[str, Any]]]] = []
     for path in sorted(out.glob("rank*.jsonl")):
-        own: list[list[dict[str, Any]]] = []
+        attempts_of_rank: list[list[dict[str, Any]]] = []
         for line in map(json.loads, path.read_text().splitlines()):
             if "started" in line:
-                own.append([])
-            own[-1].append(line)
-        by_rank.append(own)
-    lives = []
-    for first in list(by_rank[0]):
-        # Rank 0 is there in every life, the others in those with as many ranks.
-        parts = [by_rank[rank].pop(0) for rank in range(first[0]["ranks"])]
-        heads = [part[0] for part in parts]
+                attempts_of_rank.append([])
+            attempts_of_rank[-1].append(line)
+        by_rank.append(attempts_of_rank)
+    attempts = []
+    for first_log in list(by_rank[0]):
+        # Rank 0 is there in every attempt, the others in those with as many ranks.
+        logs = [by_rank[rank].pop(0) for rank in range(first_log[0]["ranks"])]
+        heads = [log[0] for log in logs]
         assert all(head["started"] == heads[0]["started"] for head in heads)
-        assert all(head["ranks"] == len(parts) for head in heads)
-        lives.append(_life(heads[0], [part[1:] for part in parts]))
+        assert all(head["ranks"] == len(logs) for head in heads)
+        attempts.append(_parse_attempt(heads[0], [log[1:] for log in logs]))
     assert not any(by_rank)
-    return lives
+    return attempts
 
 
-def _life(head: dict[str, Any], parts: list[list[dict[str, Any]]]) -> Life:
-    life = Life(head["started"], head["ranks"], [], [])
+def _parse_attempt(head: dict[str, Any], logs: list[list[dict[str, Any]]]) -> Attempt:
+    attempt = Attempt(head["started"], head["ranks"], [], [])
     # The rank that was killed has not ended the step that others may have.
-    for lines in zip(*parts, strict=False):
+    for lines in zip(*logs, strict=False):
         if "ended" in lines[0]:
-            life.digests = [line["ended"] for line in lines]
-            assert {len(part) for part in parts} == {len(life.steps) + 1}
+            attempt.digests = [line["ended"] for line in lines]
+            assert {len(log) for log in logs} == {len(attempt.steps) + 1}
             break
         assert len({(line["epoch"], line["step"]) for line in lines}) == 1
         epoch, step = lines[0]["epoch"], lines[0]["step"]
-        begun = life.start[1] if epoch == life.start[0] else 0
-        slot = begun + (step - 1) * life.ranks
+        first_slot = attempt.start[1] if epoch == attempt.start[0] else 0
+        slot = first_slot + (step - 1) * attempt.ranks
         rows, losses = ([line[name] for line in lines] for name in ("rows", "loss"))
-        life.steps.append(Step(epoch, slot, rows, losses))
-    return life
+        attempt.steps.append(Step(epoch, slot, rows, losses))
+    return attempt
 
 
-def steps_that_count(lives: list[Life]) -> list[Step]:
-    """Steps whose outcome the last life holds.
+def surviving_steps(attempts: list[Attempt]) -> list[Step]:
+    """Steps whose outcome the last attempt holds.
 
-    What a life did after the checkpoint that the next one started from is done again by that one,
-    and is lost.
+    What an attempt did after the checkpoint that the next one started from is done again by that
+    one, and is lost.
     """
-    ends = [life.start for life in lives[1:]]
+    ends = [attempt.start for attempt in attempts[1:]]
     return [
         step
-        for life, end in zip(lives, [*ends, None], strict=True)
-        for step in life.steps
+        for attempt, end in zip(attempts, [*ends, None], strict=True)
+        for step in attempt.steps
         if end is None or (step.epoch, step.slot) < end
     ]

@@ -12,15 +12,15 @@ from typing import Any
 import numpy as np
 
 from gpusampler.batching.mixture import pass_and_batch
-from gpusampler.batching.steps import last_at_most
+from gpusampler.batching.steps import search_offsets
 from gpusampler.batching.tables import PatchOrder, PatchTables
 from gpusampler.core import arrays, devices, torch_compile
 from gpusampler.core.devices import Device
 from gpusampler.permutation.reference import Grid, Streams, grid_of, key_of, permute
-from gpusampler.plan.evaluators.base import BatchLocations, Shuffles
+from gpusampler.plan.evaluators.base import BatchLocations, EvaluatorSettings
 
 
-class Reference:
+class ArrayEvaluator:
     """Batches of a plan, evaluated on a device.
 
     Parameters
@@ -28,15 +28,15 @@ class Reference:
     tables : PatchTables
         The plan's, on the device.
     device : Device
-    shuffles : Shuffles
+    settings : EvaluatorSettings
     """
 
-    def __init__(self, tables: PatchTables, device: Device, shuffles: Shuffles) -> None:
+    def __init__(self, tables: PatchTables, device: Device, settings: EvaluatorSettings) -> None:
         self._device = device
         self._xp = arrays.reference_namespace(device)
         self._tables = tables
-        self._shuffles = shuffles
-        self._numbers_kept: dict[int, Any] = {}
+        self._settings = settings
+        self._arange_cache: dict[int, Any] = {}
 
     def block(
         self,
@@ -50,18 +50,18 @@ class Reference:
 
         ``patch_order``, on the device, is None where batches are interleaved.
         """
-        with devices.on(self._device):
-            column = self._numbers(self._tables.max_batch_size)
+        with devices.device_context(self._device):
+            column = self._arange(self._tables.max_batch_size)
             block, length, group = self._block(streams, epoch, slots, patch_order, column)
             return self._xp.astype(block, getattr(self._xp, dtype), copy=False), length, group
 
     def batch(self, streams: Streams, epoch: Any, slot: Any) -> tuple[Any, Any, Any]:
         """Return indices (B,), length and group of one batch; ``epoch`` and ``slot`` are 0-d."""
         patch_order = None
-        if not self._shuffles.interleave:
+        if not self._settings.interleave:
             patch_order = self._patch_order(streams, epoch)
         # Numbers made inside a compiled graph would be 32-bit there (pytorch #175966).
-        column = self._numbers_kept[self._tables.max_batch_size]
+        column = self._arange_cache[self._tables.max_batch_size]
         slots = self._xp.reshape(slot, (1,))
         samples, length, group = self._block(streams, epoch, slots, patch_order, column)
         return samples[0], length[0], group[0]
@@ -69,28 +69,30 @@ class Reference:
     def prepare_batch(self) -> None:
         """Make what `batch` needs beforehand; nothing of it may be made while it is traced."""
         tables = self._tables
-        wanted = {tables.max_batch_size}
-        if not self._shuffles.interleave:
-            wanted |= {int(tables.counts.shape[0]), tables.num_patches}
-        with devices.on(self._device):
-            for count in wanted - set(self._numbers_kept):
-                self._numbers_kept[count] = self._numbers(count)
-        for array in (*tables.members(), *self._numbers_kept.values()):
+        sizes = {tables.max_batch_size}
+        if not self._settings.interleave:
+            sizes |= {int(tables.counts.shape[0]), tables.num_patches}
+        with devices.device_context(self._device):
+            for size in sizes - set(self._arange_cache):
+                self._arange_cache[size] = self._arange(size)
+        for array in (*tables.members(), *self._arange_cache.values()):
             torch_compile.keep_in_place(array)
 
-    def ragged(self, streams: Streams, epoch: int, at: BatchLocations) -> Any:
-        """Return the samples of located batches end to end, ``at.size`` of each."""
-        total = int(at.size.sum())
-        parts = [at.group, at.j, at.size, *([] if at.passes is None else [at.passes])]
-        with devices.on(self._device):
-            group, j, sizes, *passes = arrays.upload(np.stack(parts), self._device)
-            row = arrays.repeat_rows(sizes, total)
-            before = self._xp.cumulative_sum(sizes) - sizes
-            position = (j * self._tables.sizes[group] - before)[row] + self._numbers(total)
-            pass_ = passes[0][row] if passes else epoch
-            return self._samples(streams, pass_, group[row], position)
+    def ragged(self, streams: Streams, epoch: int, locations: BatchLocations) -> Any:
+        """Return the samples of located batches end to end, ``locations.size`` of each."""
+        total = int(locations.size.sum())
+        columns = [locations.group, locations.j, locations.size]
+        if locations.passes is not None:
+            columns.append(locations.passes)
+        with devices.device_context(self._device):
+            group, j, sizes, *passes = arrays.upload(np.stack(columns), self._device)
+            rows = arrays.repeat_rows(sizes, total)
+            offset = self._xp.cumulative_sum(sizes) - sizes
+            position = (j * self._tables.sizes[group] - offset)[rows] + self._arange(total)
+            passes_of_samples = passes[0][rows] if passes else epoch
+            return self._samples(streams, passes_of_samples, group[rows], position)
 
-    def _numbers(self, count: int) -> Any:
+    def _arange(self, count: int) -> Any:
         handle = devices.device_handle(self._device)
         return self._xp.arange(count, dtype=self._xp.int64, device=handle)
 
@@ -114,59 +116,59 @@ class Reference:
         """
         xp, tables = self._xp, self._tables
         if patch_order is not None:
-            groups, before = patch_order
-            place = last_at_most(xp, before, slots)
-            group, j = groups[place], slots - before[place]
+            groups, offsets = patch_order
+            index = search_offsets(xp, offsets, slots)
+            group, j = groups[index], slots - offsets[index]
         else:
-            places = slots
-            if self._shuffles.batches:
-                places = self._shuffled(streams, epoch, slots)
-            if tables.classes is not None:
-                group, j = tables.classes.batch_at(xp, places)
+            batch_index = slots
+            if self._settings.shuffle_batches:
+                batch_index = self._batch_indices(streams, epoch, slots)
+            if tables.buckets is not None:
+                group, j = tables.buckets.locate(xp, batch_index)
             else:
-                group = last_at_most(xp, tables.batch_offsets[:-1], places)
-                j = places - tables.batch_offsets[group]
-        if tables.own is None:
+                group = search_offsets(xp, tables.batch_offsets[:-1], batch_index)
+                j = batch_index - tables.batch_offsets[group]
+        if tables.batches_per_pass is None:
             return group, j, None
-        own = tables.own[group]
-        if tables.shares is not None:
-            passes, j = pass_and_batch(epoch, j, tables.batches[group], own)
+        own_batches = tables.batches_per_pass[group]
+        if tables.slot_shares is not None:
+            passes, j = pass_and_batch(epoch, j, tables.batches[group], own_batches)
             return group, j, passes
         # Where a step is filled up, a patch's first batches come again.
-        return group, j % own, None
+        return group, j % own_batches, None
 
-    def _shuffled(self, streams: Streams, epoch: Any, slots: Any) -> Any:
-        """Return the places in the natural order of batches that slots lead to."""
-        layout, classes = self._tables.layout, self._tables.classes
-        places = slots
-        if layout.has_an_order:
+    def _batch_indices(self, streams: Streams, epoch: Any, slots: Any) -> Any:
+        """Return the indices, in the natural order of batches, that slots lead to."""
+        layout, buckets = self._tables.layout, self._tables.buckets
+        index = slots
+        if layout.has_step_order:
             key = key_of(streams.batches, epoch, 0)
-            places = layout.places(
+            index = layout.batch_indices(
                 self._xp, slots, key, lambda steps: self._permute_all(steps, layout.full, key)
             )
-        if classes is None:
-            return places
-        which = classes.class_at(self._xp, places)
-        before = classes.offsets[which]
+        if buckets is None:
+            return index
+        bucket = buckets.bucket_of(self._xp, index)
+        offset = buckets.offsets[bucket]
         image = permute(
             self._xp,
-            places - before,
-            classes.counts[which],
-            key_of(streams.classes, epoch, which),
-            Grid(*(side[which] for side in classes.grid)),
-            classes.smallest,
-            classes.largest,
+            index - offset,
+            buckets.counts[bucket],
+            key_of(streams.buckets, epoch, bucket),
+            Grid(*(side[bucket] for side in buckets.grid)),
+            buckets.smallest,
+            buckets.largest,
         )
-        return before + image
+        return offset + image
 
     def _patch_order(self, streams: Streams, epoch: Any) -> PatchOrder:
         """Return an epoch's order of the patches, worked out on the device."""
-        count = self._tables.num_patches
-        patches = self._numbers_kept[count]
-        if self._shuffles.batches:
-            patches = self._permute_all(patches, count, key_of(streams.patches, epoch, 0))
-        numbers = self._numbers_kept[int(self._tables.counts.shape[0])]
-        return self._tables.ordered(self._xp, patches, numbers)
+        num_patches = self._tables.num_patches
+        patches = self._arange_cache[num_patches]
+        if self._settings.shuffle_batches:
+            patches = self._permute_all(patches, num_patches, key_of(streams.patches, epoch, 0))
+        group_numbers = self._arange_cache[int(self._tables.counts.shape[0])]
+        return self._tables.patch_order(self._xp, patches, group_numbers)
 
     def _permute_all(self, x: Any, n: int, key: tuple[Any, Any]) -> Any:
         """Return the images of ``x`` under one permutation of 0 .. n-1."""
@@ -182,10 +184,12 @@ class Reference:
         tables = self._tables
         n = tables.counts[group]
         position = position % n
-        if self._shuffles.samples:
+        if self._settings.shuffle_samples:
             key = key_of(streams.samples, pass_, group)
             grid = Grid(*(side[group] for side in tables.grid))
-            position = permute(self._xp, position, n, key, grid, tables.smallest, tables.largest)
+            position = permute(
+                self._xp, position, n, key, grid, tables.smallest_patch, tables.largest_patch
+            )
         index = tables.starts[group] + position
         if tables.order is None:
             return index

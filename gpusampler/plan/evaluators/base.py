@@ -7,16 +7,16 @@ from typing import Any, NamedTuple
 from gpusampler.core.arrays import Int64
 
 
-class Shuffles(NamedTuple):
+class EvaluatorSettings(NamedTuple):
     """What a plan permutes, and how its batches are filled.
 
-    ``samples`` inside every patch; ``batches`` of an epoch (or its steps), or its patches where
-    the batches of a patch come in a row, which is what ``interleave`` being false means; ``pad``: a
-    short batch is filled up to its patch's size.
+    ``shuffle_samples``: inside every patch; ``shuffle_batches``: of an epoch (or its steps), or its
+    patches where the batches of a patch come in a row, which is what ``interleave`` being false
+    means; ``pad``: a short batch is filled up to its patch's size.
     """
 
-    samples: bool
-    batches: bool
+    shuffle_samples: bool
+    shuffle_batches: bool
     interleave: bool
     pad: bool
 
@@ -26,7 +26,7 @@ class BatchLocations(NamedTuple):
 
     ``slot`` leads to batch ``j`` of patch ``group``, of which ``length`` samples count and ``size``
     are handed out. ``passes``: which pass over the patch it is of; None where that is the epoch.
-    (A patch that is cut into classes of cost is as many groups here.)
+    (A patch that is cut into cost bins is as many groups.)
     """
 
     slot: Int64
@@ -39,7 +39,7 @@ class BatchLocations(NamedTuple):
     def rows(self, rows: slice) -> BatchLocations:
         """Return some of the rows."""
         passes = None if self.passes is None else self.passes[rows]
-        slot, group, j, length, size = (part[rows] for part in self[:5])
+        slot, group, j, length, size = (column[rows] for column in self[:5])
         return BatchLocations(slot, group, j, length, size, passes)
 
 
@@ -97,6 +97,6 @@ class RaggedBlock(NamedTuple):
             return self, None
         rows = self[1:]
         end = int(starts[count])
-        first = RaggedBlock(self.samples[:end], *(column[:count] for column in rows))
-        rest = RaggedBlock(self.samples[end:], *(column[count:] for column in rows))
-        return first, rest._replace(starts=rest.starts - end)
+        head = RaggedBlock(self.samples[:end], *(column[:count] for column in rows))
+        tail = RaggedBlock(self.samples[end:], *(column[count:] for column in rows))
+        return head, tail._replace(starts=tail.starts - end)

@@ -9,20 +9,20 @@ from typing import Any, TypeVar
 from gpusampler.batching.tables import PatchOrder, PatchTables
 from gpusampler.core import arrays, devices, torch_compile
 from gpusampler.core.devices import Device
-from gpusampler.core.transfer import Ready
+from gpusampler.core.transfer import ReadyArrays
 from gpusampler.permutation.reference import Streams
-from gpusampler.plan.evaluators.array import Reference
-from gpusampler.plan.evaluators.base import BatchLocations, Shuffles
-from gpusampler.plan.evaluators.kernels.fused import Fused, fused_on
+from gpusampler.plan.evaluators.array import ArrayEvaluator
+from gpusampler.plan.evaluators.base import BatchLocations, EvaluatorSettings
+from gpusampler.plan.evaluators.kernels.fused import KernelEvaluator, kernel_evaluator_on
 
 T = TypeVar("T")
 
 _warned: set[tuple[str, str]] = set()
-"""Libraries whose kernel could not be built, and why, as this process has said already."""
+"""Libraries whose kernel could not be built, and why, as this process has warned already."""
 
 
-class Evaluator:
-    """Batches of a plan on its device; the methods are those of `Reference`.
+class DeviceEvaluator:
+    """Batches of a plan on its device; the methods are those of `ArrayEvaluator`.
 
     A kernel that cannot be built (no Triton, no compiler, a driver that does not fit) is given up
     with one warning that says why, and array operations make the same batches from then on.
@@ -34,46 +34,48 @@ class Evaluator:
     device : Device
     order : integer array, shape (N,), or None
         Samples sorted by patch, anywhere; uploaded if it is elsewhere.
-    shuffles : Shuffles
+    settings : EvaluatorSettings
     """
 
-    def __init__(self, tables: PatchTables, device: Device, order: Any, shuffles: Shuffles) -> None:
+    def __init__(
+        self, tables: PatchTables, device: Device, order: Any, settings: EvaluatorSettings
+    ) -> None:
         self.device = device
-        there = tables.on(device, order)
-        self._ready = Ready(device, there.members())
-        self.reference = Reference(there, device, shuffles)
+        device_tables = tables.on(device, order)
+        self._ready = ReadyArrays(device, device_tables.members())
+        self.array_evaluator = ArrayEvaluator(device_tables, device, settings)
         # A kernel finds out by itself what slots lead to where that is one permutation and one
         # search; what takes more is found out before.
         self._kernel_locates = (
-            shuffles.interleave
+            settings.interleave
             and tables.layout.width == 1
-            and tables.classes is None
-            and tables.shares is None
+            and tables.buckets is None
+            and tables.slot_shares is None
         )
-        self._parents = there.parents
-        self._patch_order: tuple[PatchOrder, PatchOrder, Ready] | None = None
-        self._patch_order_before: tuple[PatchOrder, PatchOrder, Ready] | None = None
-        self._built: set[tuple[str, str]] = set()
-        self.prepared = False
+        self._patch_of_bin = device_tables.patch_of_bin
+        self._uploaded_order: tuple[PatchOrder, PatchOrder, ReadyArrays] | None = None
+        self._previous_order: tuple[PatchOrder, PatchOrder, ReadyArrays] | None = None
+        self._built_kernels: set[tuple[str, str]] = set()
+        self.is_prepared = False
         """Whether `batch` may be traced."""
-        self._fused: Fused | None = None
+        self._kernel_evaluator: KernelEvaluator | None = None
         try:
-            self._fused = fused_on(there, device, shuffles)
+            self._kernel_evaluator = kernel_evaluator_on(device_tables, device, settings)
         except Exception as error:
             # Not only ImportError: what a library's version does not know ends its import, too.
-            self._give_up(error)
+            self._give_up_kernel(error)
 
     @property
     def has_kernel(self) -> bool:
         """Whether a kernel does the work; it may turn out at first use that it cannot."""
-        return self._fused is not None
+        return self._kernel_evaluator is not None
 
     def prepare(self) -> None:
         """Make what `batch` needs beforehand; nothing of it may be made while it is traced."""
-        self.reference.prepare_batch()
+        self.array_evaluator.prepare_batch()
         # Graphs wait for nothing: what they read must have arrived.
-        devices.wait_for(self.device)
-        self.prepared = True
+        devices.synchronize_stream(self.device)
+        self.is_prepared = True
 
     def block(
         self,
@@ -88,26 +90,26 @@ class Evaluator:
         ``patch_order``, on the host, is None where batches are interleaved.
         """
         self._ready.wait()
-        there = self.uploaded(patch_order)
-        found = self._by_kernel(
+        device_order = self._upload_order(patch_order)
+        block = self._try_kernel(
             ("block", dtype),
-            lambda fused: self._block_by_kernel(fused, streams, epoch, slots, there, dtype),
-            lambda: self.reference.block(streams, epoch, slots, there, dtype),
+            lambda kernel: self._kernel_block(kernel, streams, epoch, slots, device_order, dtype),
+            lambda: self.array_evaluator.block(streams, epoch, slots, device_order, dtype),
         )
-        return self._of_patches(found)
+        return self._to_patches(block)
 
-    def _of_patches(self, found: tuple[Any, Any, Any]) -> tuple[Any, Any, Any]:
-        """Return batches whose groups are patches, not classes of cost of one."""
-        if self._parents is None:
-            return found
-        indices, lengths, groups = found
+    def _to_patches(self, block: tuple[Any, Any, Any]) -> tuple[Any, Any, Any]:
+        """Return batches whose groups are patches, not cost bins of one."""
+        if self._patch_of_bin is None:
+            return block
+        indices, lengths, groups = block
         # Indexed by a single number, torch.compile would ask what it is.
-        patches = self._parents[groups.reshape(-1)].reshape(groups.shape)
+        patches = self._patch_of_bin[groups.reshape(-1)].reshape(groups.shape)
         return indices, lengths, patches
 
-    def _block_by_kernel(
+    def _kernel_block(
         self,
-        fused: Fused,
+        kernel: KernelEvaluator,
         streams: Streams,
         epoch: int,
         slots: Any,
@@ -115,82 +117,84 @@ class Evaluator:
         dtype: str,
     ) -> tuple[Any, Any, Any]:
         if self._kernel_locates:
-            return fused.block(streams, epoch, slots, dtype)
-        with devices.on(self.device):
-            rows = self.reference.locate(streams, epoch, slots, patch_order)
-        return fused.located_block(streams, epoch, *rows, dtype)
+            return kernel.block(streams, epoch, slots, dtype)
+        with devices.device_context(self.device):
+            locations = self.array_evaluator.locate(streams, epoch, slots, patch_order)
+        return kernel.located_block(streams, epoch, *locations, dtype)
 
-    def block_by_reference(
+    def block_by_arrays(
         self, streams: Streams, epoch: int, slots: Any, patch_order: PatchOrder | None
     ) -> tuple[Any, Any, Any]:
         """Return `block` by array operations, whatever there is."""
         self._ready.wait()
-        there = self.uploaded(patch_order)
-        return self._of_patches(self.reference.block(streams, epoch, slots, there))
+        device_order = self._upload_order(patch_order)
+        return self._to_patches(self.array_evaluator.block(streams, epoch, slots, device_order))
 
-    def ragged(self, streams: Streams, epoch: int, at: BatchLocations) -> Any:
-        """Return the samples of located batches end to end, ``at.size`` of each."""
+    def ragged(self, streams: Streams, epoch: int, locations: BatchLocations) -> Any:
+        """Return the samples of located batches end to end, ``locations.size`` of each."""
         self._ready.wait()
-        return self._by_kernel(
+        return self._try_kernel(
             ("ragged", "int64"),
-            lambda fused: fused.ragged(streams, epoch, at, located=not self._kernel_locates),
-            lambda: self.reference.ragged(streams, epoch, at),
+            lambda kernel: kernel.ragged(
+                streams, epoch, locations, is_located=not self._kernel_locates
+            ),
+            lambda: self.array_evaluator.ragged(streams, epoch, locations),
         )
 
     def batch(self, streams: Streams, epoch: Any, slot: Any) -> tuple[Any, Any, Any]:
         """Return indices (B,), length and group of one batch; ``epoch`` and ``slot`` are 0-d."""
-        if torch_compile.is_compiling():
-            return self._of_patches(self.reference.batch(streams, epoch, slot))
-        self._ready.wait()
-        if not self._kernel_locates:
-            return self._of_patches(self.reference.batch(streams, epoch, slot))
-        found = self._by_kernel(
-            ("batch", "int64"),
-            lambda fused: fused.batch(streams, epoch, slot),
-            lambda: self.reference.batch(streams, epoch, slot),
-        )
-        return self._of_patches(found)
+        if not torch_compile.is_compiling():
+            self._ready.wait()
+            if self._kernel_locates:
+                block = self._try_kernel(
+                    ("batch", "int64"),
+                    lambda kernel: kernel.batch(streams, epoch, slot),
+                    lambda: self.array_evaluator.batch(streams, epoch, slot),
+                )
+                return self._to_patches(block)
+        return self._to_patches(self.array_evaluator.batch(streams, epoch, slot))
 
-    def uploaded(self, patch_order: PatchOrder | None) -> PatchOrder | None:
-        """Return an epoch's order of the patches on the device; the last one is kept."""
+    def _upload_order(self, patch_order: PatchOrder | None) -> PatchOrder | None:
+        """Return an epoch's order of the patches on the device; the last one is cached."""
         if patch_order is None:
             return None
-        if self._patch_order is None or self._patch_order[0] is not patch_order:
+        if self._uploaded_order is None or self._uploaded_order[0] is not patch_order:
             # Another stream may still read the one before.
-            self._patch_order_before = self._patch_order
-            there = PatchOrder(*(arrays.upload(part, self.device) for part in patch_order))
-            self._patch_order = patch_order, there, Ready(self.device, list(there))
-        self._patch_order[2].wait()
-        return self._patch_order[1]
+            self._previous_order = self._uploaded_order
+            device_order = PatchOrder(*(arrays.upload(array, self.device) for array in patch_order))
+            ready = ReadyArrays(self.device, list(device_order))
+            self._uploaded_order = patch_order, device_order, ready
+        self._uploaded_order[2].wait()
+        return self._uploaded_order[1]
 
-    def _by_kernel(
-        self, form: tuple[str, str], run: Callable[[Fused], T], instead: Callable[[], T]
+    def _try_kernel(
+        self, name: tuple[str, str], run: Callable[[KernelEvaluator], T], fallback: Callable[[], T]
     ) -> T:
-        if self._fused is None:
-            return instead()
+        if self._kernel_evaluator is None:
+            return fallback()
         try:
-            found = run(self._fused)
+            result = run(self._kernel_evaluator)
         except Exception as error:
             # Once it has run, a failure is no matter of building it.
-            if form in self._built or devices.is_out_of_memory(error):
+            if name in self._built_kernels or devices.is_out_of_memory(error):
                 raise
-            self._give_up(error)
-            return instead()
-        self._built.add(form)
-        return found
+            self._give_up_kernel(error)
+            return fallback()
+        self._built_kernels.add(name)
+        return result
 
-    def _give_up(self, error: Exception) -> None:
+    def _give_up_kernel(self, error: Exception) -> None:
         # A compiler says what is wrong in the last of many lines.
         reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
         if len(reason) > 600:
             reason = f"{reason[:200]} ... {reason[-400:]}"
-        said = self.device.library, reason
-        if said not in _warned:
+        warning_key = self.device.library, reason
+        if warning_key not in _warned:
             # Where the warning is an error, every use is: the kernel is not given up.
             warnings.warn(
                 f"the kernel for {self.device} could not be built, so array operations make the "
                 f"same batches, more slowly: {reason}",
                 stacklevel=2,
             )
-            _warned.add(said)
-        self._fused = None
+            _warned.add(warning_key)
+        self._kernel_evaluator = None

@@ -18,28 +18,28 @@ SOURCE = Path(__file__).with_name("batches.cu")
 TYPES = {"int64": "long long", "int32": "int"}
 
 
-def defines(form: KernelSpec, order: str, out: str) -> tuple[str, ...]:
+def defines(spec: KernelSpec, order: str, out: str) -> tuple[str, ...]:
     """Return the options that make a kernel of a form from the source."""
-    flags = {name: str(value) for name, value in form.flags().items()}
+    flags = {name: str(value) for name, value in spec.flags().items()}
     flags |= {"ORDER_T": TYPES[order], "OUT_T": TYPES[out]}
     return tuple(f"-D{name}={value}" for name, value in flags.items())
 
 
 @cache
-def _kernel(form: KernelSpec, order: str, out: str) -> Any:
+def _kernel(spec: KernelSpec, order: str, out: str) -> Any:
     return cupy.RawKernel(
         SOURCE.read_text(),
         "gpusampler_batches",
-        options=("-std=c++17", *defines(form, order, out)),
+        options=("-std=c++17", *defines(spec, order, out)),
     )
 
 
-def launch(form: KernelSpec, geometry: Geometry, args: tuple[Any, ...]) -> None:
+def launch(spec: KernelSpec, geometry: Geometry, args: tuple[Any, ...]) -> None:
     """Run the kernel over arrays of CuPy, on its current device and stream."""
-    slots, starts, _, out, *rest = args
-    order = rest[11]
-    kernel = _kernel(form, "int64" if order is None else order.dtype.name, out.dtype.name)
-    values = (slots, starts, out, *rest, geometry.rows, geometry.columns, geometry.span)
+    slots, starts, _, out, *arguments = args
+    order = arguments[11]
+    kernel = _kernel(spec, "int64" if order is None else order.dtype.name, out.dtype.name)
+    values = (slots, starts, out, *arguments, geometry.rows, geometry.columns, geometry.span)
     kernel(geometry.blocks, (THREADS,), tuple(map(_as_argument, values)))
 
 

@@ -11,7 +11,7 @@ from gpusampler.batching.tables import PatchTables
 from gpusampler.core import arrays, devices
 from gpusampler.core.devices import Device
 from gpusampler.permutation.reference import Streams, absorb_pair, grid_of, key_of, rounds_for
-from gpusampler.plan.evaluators.base import BatchLocations, Shuffles
+from gpusampler.plan.evaluators.base import BatchLocations, EvaluatorSettings
 from gpusampler.plan.evaluators.kernels.kernel_spec import (
     Geometry,
     KernelSpec,
@@ -22,7 +22,7 @@ from gpusampler.plan.evaluators.kernels.kernel_spec import (
 Launch = Callable[[KernelSpec, Geometry, tuple[Any, ...]], None]
 
 
-class Fused:
+class KernelEvaluator:
     """Batches of a plan, evaluated on a device by a kernel.
 
     Parameters
@@ -30,24 +30,24 @@ class Fused:
     tables : PatchTables
         The plan's, on the device.
     device : Device
-    shuffles : Shuffles
+    settings : EvaluatorSettings
     launch : callable
-        ``launch(form, geometry, args)`` runs the kernel over its arrays and numbers.
+        ``launch(spec, geometry, args)`` runs the kernel over its arrays and numbers.
     geometry : callable
-        Cuts ``(form, num_rows, width)`` for it.
+        Cuts ``(spec, num_rows, width)`` for it.
     """
 
     def __init__(
         self,
         tables: PatchTables,
         device: Device,
-        shuffles: Shuffles,
+        settings: EvaluatorSettings,
         launch: Launch,
         geometry: Callable[[KernelSpec, int, int], Geometry],
     ) -> None:
         self._tables = tables
         self._device = device
-        self._shuffles = shuffles
+        self._settings = settings
         self._launch = launch
         self._geometry = geometry
         self._xp = arrays.namespace(device)
@@ -80,12 +80,12 @@ class Fused:
         self, streams: Streams, epoch: int, slots: Any, rows: tuple[Any, Any], dtype: str
     ) -> tuple[Any, Any, Any]:
         num_rows, width = int(slots.shape[0]), self._tables.max_batch_size
-        with devices.on(self._device):
+        with devices.device_context(self._device):
             out = self._empty((num_rows, width), dtype)
             lengths, groups = self._empty((num_rows,)), self._empty((num_rows,))
-            form = self._form(rows, ragged=False)
-            keys = self._keys(streams, epoch, form)
-            self._run(form, (slots, None, None, out, lengths, groups), rows, width, keys)
+            spec = self._kernel_spec(rows, ragged=False)
+            keys = self._keys(streams, epoch, spec)
+            self._run(spec, (slots, None, None, out, lengths, groups), rows, width, keys)
         return out, lengths, groups
 
     def batch(self, streams: Streams, epoch: Any, slot: Any) -> tuple[Any, Any, Any]:
@@ -95,13 +95,13 @@ class Fused:
         `block` takes them.
         """
         width = self._tables.max_batch_size
-        with devices.on(self._device):
+        with devices.device_context(self._device):
             out = self._empty((1, width))
             lengths, groups = self._empty((1,)), self._empty((1,))
-            form = KernelSpec.of(self._tables, self._shuffles, ragged=False, epoch_there=True)
+            spec = KernelSpec.of(self._tables, self._settings, ragged=False, epoch_on_device=True)
             slots = self._xp.reshape(slot, (1,))
             self._run(
-                form,
+                spec,
                 (slots, None, epoch, out, lengths, groups),
                 (None, None),
                 width,
@@ -109,38 +109,40 @@ class Fused:
             )
         return out[0], lengths[0], groups[0]
 
-    def ragged(self, streams: Streams, epoch: int, at: BatchLocations, *, located: bool) -> Any:
-        """Return the samples of located batches end to end, ``at.size`` of each.
+    def ragged(
+        self, streams: Streams, epoch: int, locations: BatchLocations, *, is_located: bool
+    ) -> Any:
+        """Return the samples of located batches end to end, ``locations.size`` of each.
 
-        Where they are is found out again by the kernel, unless it must be told: ``located``.
+        Where they are is found out again by the kernel, unless it must be told: ``is_located``.
         """
-        num_rows = at.size.size
+        num_rows = locations.size.size
         if num_rows == 0:
             return self._empty((0,))
         # One small array goes up, and nothing is waited for.
-        starts = np.cumsum(at.size) - at.size
-        parts = [starts, at.j, at.group] if located else [starts, at.slot]
-        if at.passes is not None:
-            parts.append(at.passes)
-        starts, slots, *told = arrays.upload(np.stack(parts), self._device)
-        rows = (*told, None, None)[:2]
-        if self._tables.uniform:
+        starts = np.cumsum(locations.size) - locations.size
+        columns = [starts, locations.j, locations.group] if is_located else [starts, locations.slot]
+        if locations.passes is not None:
+            columns.append(locations.passes)
+        starts, slots, *located_columns = arrays.upload(np.stack(columns), self._device)
+        rows = (*located_columns, None, None)[:2]
+        if self._tables.is_uniform:
             # The same kernel as for a block: each form is one to compile.
             block = self._block(streams, epoch, slots, rows, "int64")
             return self._xp.reshape(block[0], (-1,))
-        form = self._form(rows, ragged=True)
-        keys = self._keys(streams, epoch, form)
-        with devices.on(self._device):
-            out = self._empty((int(at.size.sum()),))
+        spec = self._kernel_spec(rows, ragged=True)
+        keys = self._keys(streams, epoch, spec)
+        with devices.device_context(self._device):
+            out = self._empty((int(locations.size.sum()),))
             row_arrays = (slots, starts, None, out, None, None)
-            self._run(form, row_arrays, rows, int(at.size.max()), keys)
+            self._run(spec, row_arrays, rows, int(locations.size.max()), keys)
         return out
 
-    def _form(self, rows: tuple[Any, Any], *, ragged: bool) -> KernelSpec:
+    def _kernel_spec(self, rows: tuple[Any, Any], *, ragged: bool) -> KernelSpec:
         group, passes = rows
         return KernelSpec.of(
             self._tables,
-            self._shuffles,
+            self._settings,
             ragged=ragged,
             located=group is not None,
             passes=passes is not None,
@@ -150,31 +152,31 @@ class Fused:
         handle = devices.device_handle(self._device)
         return self._xp.empty(shape, dtype=getattr(self._xp, dtype), device=handle)
 
-    def _keys(self, streams: Streams, epoch: int, form: KernelSpec) -> tuple[int, int, int, int]:
+    def _keys(self, streams: Streams, epoch: int, spec: KernelSpec) -> tuple[int, int, int, int]:
         # Where each row has a pass of its own, the kernel absorbs it.
-        samples = streams.samples if form.passes else absorb_pair(streams.samples, epoch)
+        samples = streams.samples if spec.passes else absorb_pair(streams.samples, epoch)
         return *key_of(streams.batches, epoch, 0), *samples
 
     def _run(
         self,
-        form: KernelSpec,
-        arrays_of_rows: tuple[Any, ...],
+        spec: KernelSpec,
+        row_arrays: tuple[Any, ...],
         rows: tuple[Any, Any],
-        widest: int,
+        max_lanes: int,
         keys: tuple[int, ...],
     ) -> None:
-        """Launch over rows of at most ``widest`` lanes."""
+        """Launch over rows of at most ``max_lanes`` lanes."""
         tables = self._tables
         width = tables.max_batch_size
-        num_rows = int(arrays_of_rows[0].shape[0])
+        num_rows = int(row_arrays[0].shape[0])
         if num_rows == 0:
             return
         num_groups = int(tables.counts.shape[0])
         grid = grid_of(tables.num_batches)
         # What is not used is 0: a side of a grid above 2**31 is no 32-bit number.
-        slot_grid = grid if form.slots > 1 else (0, 0, 0)
+        slot_grid = grid if spec.slots > 1 else (0, 0, 0)
         args = (
-            *arrays_of_rows,
+            *row_arrays,
             tables.counts,
             tables.sizes,
             tables.batch_offsets,
@@ -186,16 +188,16 @@ class Fused:
             width,
             num_groups,
             (num_groups - 1).bit_length(),
-            tables.num_batches if form.slots == 1 else 0,
+            tables.num_batches if spec.slots == 1 else 0,
             *slot_grid,
             rounds_for(tables.num_batches) // 2,
             *map(_signed, keys),
         )
         # The shape of a tile follows from the plan; how many of them, from the rows at hand.
-        geometry = self._geometry(form, num_rows, width)
-        across = -(-widest // geometry.span)
-        geometry = geometry._replace(blocks=(geometry.blocks[0], across))
-        self._launch(form, geometry, args)
+        geometry = self._geometry(spec, num_rows, width)
+        num_spans = -(-max_lanes // geometry.span)
+        geometry = geometry._replace(blocks=(geometry.blocks[0], num_spans))
+        self._launch(spec, geometry, args)
 
 
 def _signed(word: int) -> int:
@@ -203,7 +205,9 @@ def _signed(word: int) -> int:
     return word - (1 << 32) if word >> 31 else word
 
 
-def fused_on(tables: PatchTables, device: Device, shuffles: Shuffles) -> Fused | None:
+def kernel_evaluator_on(
+    tables: PatchTables, device: Device, settings: EvaluatorSettings
+) -> KernelEvaluator | None:
     """Return the evaluation by the kernel for a device; None where there is none for it.
 
     Raises
@@ -214,16 +218,16 @@ def fused_on(tables: PatchTables, device: Device, shuffles: Shuffles) -> Fused |
     if device.library == "cupy":
         from gpusampler.plan.evaluators.kernels.cuda_batches import launch as launch_cuda
 
-        return Fused(tables, device, shuffles, launch_cuda, cuda_geometry)
+        return KernelEvaluator(tables, device, settings, launch_cuda, cuda_geometry)
     if device.library == "torch" and device.name.startswith("cuda"):
         import torch
 
         from gpusampler.plan.evaluators.kernels.triton_batches import launch as launch_triton
 
-        def launch(form: KernelSpec, geometry: Geometry, args: tuple[Any, ...]) -> None:
+        def launch(spec: KernelSpec, geometry: Geometry, args: tuple[Any, ...]) -> None:
             # Triton launches on the current device, which need not be the plan's.
             with torch.cuda.device(device.name):
-                launch_triton(form, geometry, args)
+                launch_triton(spec, geometry, args)
 
-        return Fused(tables, device, shuffles, launch, triton_geometry)
+        return KernelEvaluator(tables, device, settings, launch, triton_geometry)
     return None

@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 from gpusampler.batching.tables import PatchTables
 from gpusampler.permutation.reference import SMALL, rounds_for
-from gpusampler.plan.evaluators.base import Shuffles
+from gpusampler.plan.evaluators.base import EvaluatorSettings
 
 SLOTS_AS_THEY_ARE, SLOTS_FISHER_YATES, SLOTS_32_BIT, SLOTS_64_BIT = range(4)
 
@@ -34,7 +34,7 @@ class KernelSpec(NamedTuple):
         Whether rows lie end to end, each as long as it is.
     pad : bool
         Whether a ragged row is as long as its patch's size.
-    epoch_there : bool
+    epoch_on_device : bool
         Whether the epoch is read from the device (Triton only).
     """
 
@@ -48,44 +48,44 @@ class KernelSpec(NamedTuple):
     ordered: bool
     ragged: bool
     pad: bool
-    epoch_there: bool
+    epoch_on_device: bool
 
     @classmethod
     def of(
         cls,
         tables: PatchTables,
-        shuffles: Shuffles,
+        settings: EvaluatorSettings,
         *,
         ragged: bool,
         located: bool = False,
         passes: bool = False,
-        epoch_there: bool = False,
+        epoch_on_device: bool = False,
     ) -> KernelSpec:
         """Return the form for a plan's tables; what no patch of it needs is left out."""
         slots = SLOTS_AS_THEY_ARE
-        if not located and shuffles.batches and tables.num_batches > 1:
+        if not located and settings.shuffle_batches and tables.num_batches > 1:
             if tables.num_batches <= SMALL:
                 slots = SLOTS_FISHER_YATES
             else:
                 slots = SLOTS_32_BIT if tables.num_batches <= 1 << 32 else SLOTS_64_BIT
         small = fewest = most = 0
-        if shuffles.samples and tables.smallest <= SMALL:
-            small = power_of_two(max(2, min(tables.largest, SMALL)))
-        if shuffles.samples and tables.largest > SMALL:
-            fewest = rounds_for(tables.largest) // 2
-            most = rounds_for(max(tables.smallest, SMALL + 1)) // 2
+        if settings.shuffle_samples and tables.smallest_patch <= SMALL:
+            small = power_of_two(max(2, min(tables.largest_patch, SMALL)))
+        if settings.shuffle_samples and tables.largest_patch > SMALL:
+            fewest = rounds_for(tables.largest_patch) // 2
+            most = rounds_for(max(tables.smallest_patch, SMALL + 1)) // 2
         return cls(
             slots=slots,
             located=located,
-            passes=passes and shuffles.samples,
-            samples=shuffles.samples,
+            passes=passes and settings.shuffle_samples,
+            samples=settings.shuffle_samples,
             small=small,
             fewest=fewest,
             most=most,
             ordered=tables.order is not None,
             ragged=ragged,
-            pad=ragged and shuffles.pad,
-            epoch_there=epoch_there,
+            pad=ragged and settings.pad,
+            epoch_on_device=epoch_on_device,
         )
 
     def flags(self) -> dict[str, int]:
@@ -105,12 +105,12 @@ class Geometry(NamedTuple):
     blocks: tuple[int, int]
 
 
-MOST_BLOCKS = (1 << 16) - 1
+MAX_BLOCKS = (1 << 16) - 1
 """Blocks side by side, as CUDA has it."""
 
 
-def triton_geometry(form: KernelSpec, num_rows: int, width: int) -> Geometry:
-    """Return tiles of 1,024 or 2,048 lanes; their shape depends on form and width alone.
+def triton_geometry(spec: KernelSpec, num_rows: int, width: int) -> Geometry:
+    """Return tiles of 1,024 or 2,048 lanes; their shape depends on spec and width alone.
 
     Each shape is a kernel to compile, so there are few; a training step's single row has its own.
     The larger tile spreads the work of a row over more lanes; where rows are wide, of several
@@ -120,26 +120,26 @@ def triton_geometry(form: KernelSpec, num_rows: int, width: int) -> Geometry:
     if width > 32:
         # Of the shapes that leave the fewest lanes idle, the widest.
         columns = min((32, 64, 128), key=lambda lanes: (-(-width // lanes) * lanes, -lanes))
-    span = max(columns, min(power_of_two(width), 4096), power_of_two(-(-width // MOST_BLOCKS)))
-    plain = form.fewest == form.most and not form.small and not form.ragged
-    lanes = 2048 if plain and span == columns and width % 16 == 0 else 1024
-    rows = 1 if form.epoch_there else lanes // columns
+    span = max(columns, min(power_of_two(width), 4096), power_of_two(-(-width // MAX_BLOCKS)))
+    is_plain = spec.fewest == spec.most and not spec.small and not spec.ragged
+    lanes = 2048 if is_plain and span == columns and width % 16 == 0 else 1024
+    rows = 1 if spec.epoch_on_device else lanes // columns
     return Geometry(rows, columns, span, (-(-num_rows // rows), -(-width // span)))
 
 
 THREADS = 256
 MOST_ROWS = 64
-LANES = 4096
+BLOCK_LANES = 4096
 
 
-def cuda_geometry(form: KernelSpec, num_rows: int, width: int) -> Geometry:
+def cuda_geometry(spec: KernelSpec, num_rows: int, width: int) -> Geometry:
     """Return blocks of 256 threads and about 4,096 lanes (constants of ``batches.cu``)."""
-    rows = max(1, min(MOST_ROWS, LANES // width, num_rows))
+    rows = max(1, min(MOST_ROWS, BLOCK_LANES // width, num_rows))
     columns = min(power_of_two(width), max(32, THREADS // power_of_two(rows)))
-    span = width if width <= LANES else max(LANES, -(-width // MOST_BLOCKS))
+    span = width if width <= BLOCK_LANES else max(BLOCK_LANES, -(-width // MAX_BLOCKS))
     return Geometry(rows, columns, span, (-(-num_rows // rows), -(-width // span)))
 
 
-def power_of_two(least: int) -> int:
-    """Return the smallest power of two that is not below ``least >= 1``."""
-    return 1 << (least - 1).bit_length()
+def power_of_two(minimum: int) -> int:
+    """Return the smallest power of two that is not below ``minimum >= 1``."""
+    return 1 << (minimum - 1).bit_length()

@@ -164,7 +164,7 @@ def batches_kernel(
     ORDERED: tl.constexpr,
     RAGGED: tl.constexpr,
     PAD: tl.constexpr,
-    EPOCH_THERE: tl.constexpr,
+    EPOCH_ON_DEVICE: tl.constexpr,
     ROWS: tl.constexpr,
     COLS: tl.constexpr,
     SPAN: tl.constexpr,
@@ -175,7 +175,7 @@ def batches_kernel(
     slot = tl.load(slots + row, mask=inside, other=0)
     k0, k1 = key0.to(tl.uint32), key1.to(tl.uint32)
     s0, s1 = state0.to(tl.uint32), state1.to(tl.uint32)
-    if EPOCH_THERE:
+    if EPOCH_ON_DEVICE:
         # The keys of the epoch that a tensor holds: what a CUDA graph replays.
         now = tl.load(epoch)
         k0, k1 = _absorb_epoch(k0, k1, now)
@@ -287,11 +287,11 @@ def batches_kernel(
         tl.store(out + row_begin + lane.to(tl.int64), sample.to(out.dtype.element_ty), mask=mask)
 
 
-def launch(form: KernelSpec, geometry: Geometry, args: tuple[Any, ...]) -> None:
+def launch(spec: KernelSpec, geometry: Geometry, args: tuple[Any, ...]) -> None:
     """Run the kernel over arrays of torch, on their device's current stream."""
     batches_kernel[geometry.blocks](
         *args,
-        **form.flags(),
+        **spec.flags(),
         ROWS=geometry.rows,
         COLS=geometry.columns,
         SPAN=geometry.span,
