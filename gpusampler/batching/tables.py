@@ -133,6 +133,9 @@ class PatchTables:
                 f"{'largest' if is_one_size else 'nearest'} has {int(counts[nearest])} samples), "
                 "so no batch is left"
             )
+        first_bin = None
+        if patch_of_bin is not None:
+            first_bin = np.append(first_bins(patch_of_bin), patch_of_bin.size)
         batches.flags.writeable = False
         lengths = returned_sizes(sizes, counts, partial)
         max_lengths = lengths[batches > 0]
@@ -148,9 +151,7 @@ class PatchTables:
             batches_per_pass=None,
             slot_shares=None,
             patch_of_bin=patch_of_bin,
-            first_bin=None
-            if patch_of_bin is None
-            else np.append(first_bins(patch_of_bin), patch_of_bin.size),
+            first_bin=first_bin,
             grid=grids_of(arrays.namespace(HOST), counts),
             order=None,
             num_batches=total,
@@ -316,17 +317,8 @@ class PatchTables:
             )
 
 
-_ARRAYS = (
-    "counts",
-    "starts",
-    "sizes",
-    "batches",
-    "batch_offsets",
-    "batches_per_pass",
-    "patch_of_bin",
-    "first_bin",
-    "order",
-)
+_ARRAYS = ["counts", "starts", "sizes", "batches", "batch_offsets"]
+_ARRAYS += ["batches_per_pass", "patch_of_bin", "first_bin", "order"]
 
 
 def _running_total(numbers: Int64) -> Int64:

@@ -26,13 +26,7 @@ _NO_IDS = np.empty(0, np.int64)
 
 
 def arrow_ids(source: Any, column: Any, progress: bool) -> PatchIds | None:
-    """Return the ids in a pyarrow array or table; None for anything else.
-
-    Raises
-    ------
-    TypeError, ValueError
-        If they are neither integers nor names, or none; if a column is due, or is none.
-    """
+    """Return the ids in a pyarrow array or table; None for anything else."""
     if is_instance(source, "pyarrow", "Table", "RecordBatch"):
         label = f"a {type(source).__name__}"
         source = source.column(choose_column(source.schema.names, column, label))
@@ -57,19 +51,7 @@ def arrow_values_ids(
     seekable: bool = True,
     progress: bool = False,
 ) -> PatchIds:
-    """Return the ids that a function gives as Arrow arrays.
-
-    Parameters
-    ----------
-    values : callable
-        ``values(start, stop)``: an Array, a ChunkedArray or a list of Arrays, of length
-        stop - start.
-    dtype : str
-        By `id_dtype`.
-    size : int
-    modified, seekable, progress
-        As in `NamedIds`.
-    """
+    """Return the ids that a function gives as Arrow arrays."""
     check_shape((size,))
     if dtype == "str":
         return NamedIds(
@@ -89,15 +71,7 @@ def arrow_values_ids(
 
 
 def id_dtype(arrow_type: Any, location: str = "") -> str:
-    """Return "str", or the integers' dtype, of an Arrow type that ids may have.
-
-    Raises
-    ------
-    TypeError
-        If ids may not have it.
-    ValueError
-        If it is the type of a column without values.
-    """
+    """Return "str", or the integers' dtype, of an Arrow type that ids may have."""
     types: Any = devices.loaded_module("pyarrow.types")
     value_type = arrow_type.value_type if types.is_dictionary(arrow_type) else arrow_type
     if types.is_null(value_type):

@@ -27,13 +27,7 @@ def is_instance(source: Any, module: str, *names: str) -> bool:
 
 
 def import_library(module: str, extra: str, source: Any) -> Any:
-    """Return a library that a source needs.
-
-    Raises
-    ------
-    RuntimeError
-        If it is not installed.
-    """
+    """Return a library that a source needs."""
     try:
         return import_module(module)
     except ImportError as error:
@@ -50,13 +44,7 @@ def list_names(names: Sequence[Any]) -> str:
 
 
 def choose_column(columns: Sequence[Any], column: Any, label: str) -> Any:
-    """Return the column to read: the one named, else "patch_id", else the only one.
-
-    Raises
-    ------
-    ValueError
-        If it is not there, or several are and none is named.
-    """
+    """Return the column to read: the one named, else "patch_id", else the only one."""
     listing = list_names(columns)
     if column is None:
         if not len(columns):
@@ -110,13 +98,7 @@ def is_missing(value: Any) -> bool:
 
 
 def check_fits_int64(ids: NDArray[Any], first: int) -> NDArray[Any]:
-    """Return integers in native byte order, checked to fit in int64.
-
-    Raises
-    ------
-    ValueError
-        If one does not; ``first`` is the sample of ``ids[0]``.
-    """
+    """Return integers in native byte order, checked to fit in int64."""
     if not ids.dtype.isnative:
         ids = ids.astype(ids.dtype.newbyteorder("="))
     if ids.dtype == np.uint64:

@@ -26,13 +26,7 @@ _INTEGERS = frozenset(f"{sign}int{bits}" for sign in ("", "u") for bits in (8, 1
 
 
 def dataframe_ids(source: Any, column: Any, progress: bool) -> PatchIds | None:
-    """Return the ids in a column of pandas, polars or HuggingFace; None for anything else.
-
-    Raises
-    ------
-    TypeError, ValueError
-        If they are neither integers nor names, or none; if a column is due, or is none.
-    """
+    """Return the ids in a column of pandas, polars or HuggingFace; None for anything else."""
     for reader in (_pandas_ids, _polars_ids, _huggingface_ids):
         ids = reader(source, column, progress)
         if ids is not None:

@@ -110,13 +110,7 @@ class BackingFile:
 
 
 def array_ids(source: Any, column: Any, name: str, progress: bool) -> PatchIds:
-    """Return the ids in an array of one of the libraries.
-
-    Raises
-    ------
-    TypeError, ValueError
-        If they are neither integers nor names, not 1-D, none, or masked.
-    """
+    """Return the ids in an array of one of the libraries."""
     if isinstance(source, np.ndarray):
         if source.dtype.names is not None:
             source = source[choose_column(source.dtype.names, column, "a structured array")]
@@ -191,13 +185,7 @@ def is_list_of_ids(source: Any) -> bool:
 
 
 def list_ids(source: Any, name: str, progress: bool) -> PatchIds:
-    """Return the ids in a list, a tuple, a range, or what NumPy makes an array of.
-
-    Raises
-    ------
-    TypeError, ValueError
-        As by `array_ids`.
-    """
+    """Return the ids in a list, a tuple, a range, or what NumPy makes an array of."""
     if isinstance(source, (list, tuple)) and any(
         isinstance(item, (str, bytes)) or item is None for item in source[:1]
     ):

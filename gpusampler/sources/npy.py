@@ -17,15 +17,7 @@ _GZIP, _ZIP = b"\x1f\x8b", b"PK\x03\x04"
 
 
 def npy_ids(path: str, column: Any, progress: bool) -> PatchIds:
-    """Return the ids in an .npy file, of which only the header is read now (names: all of it).
-
-    Raises
-    ------
-    TypeError
-        If it holds neither integers nor names.
-    ValueError
-        If it is no .npy file, is cut off, is not 1-D, is empty, or a column is named.
-    """
+    """Return the ids in an .npy file, of which only the header is read now (names: all of it)."""
     check_no_column(column, "an .npy file")
     with open(path, "rb") as file:
         shape, dtype = _read_header(file, path)

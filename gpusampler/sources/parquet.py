@@ -19,13 +19,7 @@ _READ_BYTES = 1 << 20
 
 
 def parquet_ids(source: Any, column: Any, progress: bool) -> PatchIds | None:
-    """Return the ids in a ParquetFile or a Dataset of pyarrow; None for anything else.
-
-    Raises
-    ------
-    TypeError, ValueError
-        As by `parquet_path_ids`, or if the dataset has files of another format.
-    """
+    """Return the ids in a ParquetFile or a Dataset of pyarrow; None for anything else."""
     if is_instance(source, "pyarrow.parquet", "ParquetFile"):
         return _column_ids([lambda: source], ["the Parquet file"], column, None, progress)
     if not is_instance(source, "pyarrow.dataset", "Dataset"):
@@ -50,15 +44,6 @@ def parquet_path_ids(path: str, column: Any, progress: bool) -> PatchIds:
     """Return the ids in a column of a Parquet file, or of all in a folder, sorted by their paths.
 
     Only the files' footers are read now (names: the column).
-
-    Raises
-    ------
-    RuntimeError
-        If pyarrow is not installed.
-    TypeError
-        If the column holds neither integers nor names, or not the same in all files.
-    ValueError
-        If a file is no Parquet, there is no such column, or it is empty.
     """
     pq = import_library("pyarrow.parquet", "parquet", path)
     paths = _list_files(path) if os.path.isdir(path) else [path]

@@ -21,15 +21,7 @@ THREAD_POOL_ABOVE = 1000
 
 
 def sample_by_sample_ids(dataset: Any, size: int, progress: bool) -> PatchIds:
-    """Return ``dataset[i]["patch_id"]`` for every i, each asked for once.
-
-    Raises
-    ------
-    TypeError, ValueError
-        If a sample has no patch id, or one that does not fit, or some are names and some integers.
-    RuntimeError
-        If a sample cannot be read; the text names it.
-    """
+    """Return ``dataset[i]["patch_id"]`` for every i, each asked for once."""
     ids = np.empty(size, np.int64)
     labels: dict[str, int] = {}
     label_lock = threading.Lock()

@@ -68,13 +68,7 @@ class NamedIds(PatchIds):
         self._id_dtype = np.dtype(arrays.narrowest_dtype("numpy", len(self.names))[0])
 
     def read(self, start: int, stop: int) -> NDArray[Any]:
-        """Return the places of the names of samples ``start .. stop - 1``; see `PatchIds.read`.
-
-        Raises
-        ------
-        OSError
-            If a name is there that was not when the names were collected.
-        """
+        """Return the places of the names of samples ``start .. stop - 1``; see `PatchIds.read`."""
         if start == stop:
             return np.empty(0, self._id_dtype)
         codes, labels = self._factorize(start, stop)
@@ -125,15 +119,7 @@ def used_codes(codes: NDArray[Any], num_labels: int) -> NDArray[np.int64]:
 
 
 def factorize_list(values: list[Any], first: int) -> Factorized:
-    """Factor names in a list, which may be bytes of UTF-8 too.
-
-    Raises
-    ------
-    TypeError
-        If one is no name.
-    ValueError
-        If one is missing, or is no UTF-8; ``first`` is the sample of ``values[0]``.
-    """
+    """Factor names in a list, which may be bytes of UTF-8 too."""
     if not all(issubclass(t, (str, bytes)) for t in set(map(type, values))):
         for i, value in enumerate(values):
             if is_missing(value):

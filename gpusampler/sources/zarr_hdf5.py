@@ -25,13 +25,7 @@ _MIN_READ = 1 << 16
 
 
 def zarr_hdf5_ids(source: Any, column: Any, progress: bool) -> PatchIds | None:
-    """Return the ids in an array or a group of zarr or h5py; None for anything else.
-
-    Raises
-    ------
-    TypeError, ValueError
-        If they are neither integers nor names, not 1-D, or none; if a column is due, or is none.
-    """
+    """Return the ids in an array or a group of zarr or h5py; None for anything else."""
     if is_instance(source, "zarr", "Array", "Group"):
         return _zarr_ids(source, column, f"a zarr {type(source).__name__}", None, progress)
     if is_instance(source, "h5py", "Dataset", "Group"):
@@ -45,15 +39,7 @@ def zarr_hdf5_ids(source: Any, column: Any, progress: bool) -> PatchIds | None:
 
 
 def zarr_path_ids(path: str, column: Any, progress: bool) -> PatchIds:
-    """Return the ids in a folder of Zarr: an array, or one of a group.
-
-    Raises
-    ------
-    RuntimeError
-        If zarr is not installed.
-    TypeError, ValueError
-        As by `zarr_hdf5_ids`, or if this is no Zarr.
-    """
+    """Return the ids in a folder of Zarr: an array, or one of a group."""
     zarr = import_library("zarr", "zarr", path)
     try:
         source = zarr.open(path, mode="r")
@@ -66,17 +52,7 @@ def zarr_path_ids(path: str, column: Any, progress: bool) -> PatchIds:
 
 
 def hdf5_path_ids(path: str, column: Any, progress: bool) -> PatchIds:
-    """Return the ids in a dataset of an HDF5 file, which is open only while it is read.
-
-    Raises
-    ------
-    RuntimeError
-        If h5py is not installed.
-    OSError
-        If it is no HDF5 file, or is cut off.
-    TypeError, ValueError
-        As by `zarr_hdf5_ids`.
-    """
+    """Return the ids in a dataset of an HDF5 file, which is open only while it is read."""
     h5py = import_library("h5py", "hdf5", path)
 
     def open_file() -> Any:
