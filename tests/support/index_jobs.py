@@ -20,6 +20,7 @@ import tempfile
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -496,6 +497,8 @@ def changed_while_mapped(folder: Path, change: str, device: str) -> None:
 
 
 def not_permitted(_: Path) -> None:
+    # The user below may not be able to read the environment.
+    import_module("filelock")
     ids = ids_of("dense")
     groups = PatchGroups.from_ids(ids)
     with tempfile.TemporaryDirectory() as name:
