@@ -112,7 +112,8 @@ def cut_up(batch_size: int, output: str) -> Callable[[], Any]:
 
     def ours() -> Callable[[], Any]:
         plan = PatchBatchSampler(PatchGroups.from_counts([N]), batch_size, seed=0).plan
-        block = plan.evaluate_ragged(0, np.arange(TILE // batch_size))
+        locations = plan.evaluator.locate(0, np.arange(TILE // batch_size))
+        block = plan.evaluator.ragged(0, locations)
 
         def work() -> None:
             for _ in range(N // TILE):
@@ -136,7 +137,7 @@ def located(**options: Any) -> Callable[[], Any]:
 
         def work() -> None:
             for _ in range(4):
-                plan.locate(next(epochs), slots)
+                plan.evaluator.locate(next(epochs), slots)
 
         return work
 

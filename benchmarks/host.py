@@ -107,18 +107,25 @@ def stages(ids: np.ndarray, size: int, rounds: int) -> dict[Any, float]:
     """Return seconds a batch of (form, stage), measured on whole blocks of batches."""
     sampler = PatchBatchSampler(ids, size, seed=0)
     plan = sampler.plan
-    count = plan.block_lanes // size
+    count = plan.evaluator.block_samples // size
     slots = np.arange(count, 2 * count)
-    at = plan.locate(3, slots)
+    at = plan.evaluator.locate(3, slots)
     lists = list(map(list, np.zeros((count, size), np.int64).tolist()))
     best = Best()
     for _ in range(20 * rounds):
         for name in forms():
             with form(name):
-                block = plan.batches_at(3, at)
-                best.time((name, "which patch, which batch of it"), lambda: plan.locate(3, slots))
-                best.time((name, "keys"), lambda: key_of(plan._streams.samples, 3, at.group))
-                best.time((name, "keys, permutations, look-up"), lambda: plan.batches_at(3, at))
+                block = plan.evaluator.ragged(3, at)
+                best.time(
+                    (name, "which patch, which batch of it"),
+                    lambda: plan.evaluator.locate(3, slots),
+                )
+                best.time(
+                    (name, "keys"), lambda: key_of(plan.evaluator.streams.samples, 3, at.group)
+                )
+                best.time(
+                    (name, "keys, permutations, look-up"), lambda: plan.evaluator.ragged(3, at)
+                )
                 for output in ("list", "numpy"):
                     cut: Any = batches_module._SPLITTERS[output]
                     what = "cut into lists" if output == "list" else "cut into arrays"

@@ -100,7 +100,8 @@ def measured(groups: PatchGroups, costs: np.ndarray, mean_batch: int, partial: s
     most = max(float(costs.mean()) * mean_batch, float(costs.max()))
     budget = CostBudget(most, sample_costs=costs)
     plan = EpochPlan(groups, budget, seed=0, partial=partial)
-    block = plan.evaluate_ragged(0, np.arange(plan.num_batches))
+    locations = plan.evaluator.locate(0, np.arange(plan.num_batches))
+    block = plan.evaluator.ragged(0, locations)
     cost = costs[block.samples]
     # Batches do not lie in the order of slots.
     by_start = np.argsort(block.starts)

@@ -106,7 +106,7 @@ def idea_picture(path: Path, slot: int = 12, epoch: int = 0) -> None:
     ids = tutorial_ids()
     plan = sampler_of(ids).plan
     groups = plan.groups
-    at = plan.locate(epoch, np.array([slot]))
+    at = plan.evaluator.locate(epoch, np.array([slot]))
     group, j = int(at.group[0]), int(at.j[0])
     first = np.concatenate([[0], np.cumsum(plan.batches_by_patch)])
     batch = int(first[group]) + j

@@ -74,7 +74,7 @@ def batch_costs(counts: np.ndarray, costs: np.ndarray, batch_size: Any) -> np.nd
     """Return what each batch of an epoch costs."""
     groups = PatchGroups.from_counts(counts)
     sampler = PatchBatchSampler(groups, batch_size, seed=0, num_replicas=1, rank=0, progress=False)
-    at = sampler.plan.locate(0, np.arange(sampler.plan.num_batches))
+    at = sampler.plan.evaluator.locate(0, np.arange(sampler.plan.num_batches))
     found: np.ndarray = costs[at.group] * at.size
     return found
 

@@ -90,7 +90,7 @@ def waiting(workload: Workload, steps: str, ranks: int, epochs: int = EPOCHS) ->
     slots = np.arange(-(-plan.num_batches // ranks) * ranks) % plan.num_batches
     took = []
     for epoch in range(epochs):
-        at = plan.locate(epoch, slots)
+        at = plan.evaluator.locate(epoch, slots)
         costs = workload.costs[at.group] * at.size
         took.append(float(costs.reshape(-1, ranks).max(axis=1).sum()) / ideal)
     return Waiting(float(np.mean(took)), plan.num_batches / own - 1)
@@ -100,11 +100,11 @@ def microseconds(workload: Workload, steps: str, ranks: int) -> float:
     """Return what locating a slot takes, the best of several rounds."""
     plan = workload.plan(steps, ranks)
     slots = np.arange(BLOCK) % plan.num_batches
-    plan.locate(0, slots)
+    plan.evaluator.locate(0, slots)
     rounds = []
     for epoch in range(15):
         start = time.perf_counter()
-        plan.locate(epoch, slots)
+        plan.evaluator.locate(epoch, slots)
         rounds.append(time.perf_counter() - start)
     return min(rounds) / BLOCK * 1e6
 

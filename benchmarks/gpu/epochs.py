@@ -326,5 +326,5 @@ def peak_memory(bench: Bench) -> None:
 
 
 def _kept(plan: EpochPlan) -> int:
-    tables = plan._evaluator().array_evaluator._tables
+    tables = plan.evaluator.device_evaluator().array_evaluator._tables
     return sum(int(array.nbytes) for array in tables.members())

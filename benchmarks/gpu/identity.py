@@ -162,7 +162,7 @@ def kernel_in_use(bench: Bench) -> None:
             warnings.simplefilter("always")
             plan = EpochPlan(groups, 64, 0, device=device)
             plan.evaluate(0, np.arange(plan.num_batches))
-            held = plan._evaluator().has_kernel
+            held = plan.evaluator.device_evaluator().has_kernel
         said = [f"{w.category.__name__}: {w.message}" for w in caught]
         detail = said or ("in use" if held else "there is none for this device")
         bench.record.check(f"{library}: the kernel was built and is in use", held, detail)
@@ -261,7 +261,7 @@ def _compare(
     wanted = host.evaluate(drawn.epoch, slots)
     forms = {
         "kernel": plan.evaluate(drawn.epoch, there),
-        "reference": plan.evaluate_reference(drawn.epoch, there),
+        "reference": plan.evaluator.block_by_arrays(drawn.epoch, there),
     }
     for form, block in forms.items():
         for name, part in zip(wanted._fields, block, strict=True):
@@ -272,7 +272,7 @@ def _compare(
         seen.compare(drawn, f"{library} kernel: int32 indices", narrow, wide)
     if drawn.number % 4 == drawn.number // 8 % 4:
         _compare_iteration(bench, seen, drawn, host, groups, library, device)
-    in_use = plan._evaluator().has_kernel
+    in_use = plan.evaluator.device_evaluator().has_kernel
     seen.compare(drawn, f"{library}: every form of the kernel was built", in_use, True)
 
 
@@ -304,5 +304,5 @@ def _compare_iteration(
     )
     lists = list(islice(there, most)), list(islice(here, most))
     seen.compare(drawn, f"{library}: lists", *lists)
-    in_use = there.plan._evaluator().has_kernel
+    in_use = there.plan.evaluator.device_evaluator().has_kernel
     seen.compare(drawn, f"{library}: every form of the kernel was built", in_use, True)

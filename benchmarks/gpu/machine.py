@@ -253,7 +253,7 @@ class Rehearsal(Machine):
 def _play_device() -> None:
     """Let torch's "cpu" count as a device, with the Triton kernel where Triton is installed."""
     from gpusampler.core.devices import Device
-    from gpusampler.plan.evaluators import select
+    from gpusampler.plan.evaluators import device as device_module
     from gpusampler.plan.evaluators.kernels.fused import KernelEvaluator
     from gpusampler.plan.evaluators.kernels.kernel_spec import triton_geometry
 
@@ -270,7 +270,7 @@ def _play_device() -> None:
         launch = import_module("gpusampler.plan.evaluators.kernels.triton_batches").launch
         return KernelEvaluator(tables, device, settings, launch, triton_geometry)
 
-    select.kernel_evaluator_on = kernel_evaluator_on
+    device_module.kernel_evaluator_on = kernel_evaluator_on
 
 
 def _why_no_cupy() -> str | None:

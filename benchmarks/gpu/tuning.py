@@ -112,7 +112,7 @@ class Trial:
         with devices.device_context(self._device):
             xp, handle = arrays.namespace(self._device), devices.device_handle(self._device)
             slots = xp.arange(self._plan.num_batches, dtype=xp.int64, device=handle)
-            call = partial(evaluator.block, self._plan._streams, 0, slots)
+            call = partial(evaluator.block, self._plan.evaluator.streams, 0, slots)
             found = arrays.to_numpy(call()[0][: self._wanted.shape[0]])
             name = f"{self._kind}, {tile}"
             right = bool(np.array_equal(found, self._wanted))

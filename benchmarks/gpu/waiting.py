@@ -67,7 +67,7 @@ def _error_of(bench: Bench, made: PatchBatchSampler | PatchTensorLoader) -> str:
         return str(error)[:400]
     sampler = made if isinstance(made, PatchBatchSampler) else made.batch_sampler
     # A kernel that waited at its first use would have been given up, and nothing raised.
-    return "" if sampler.plan._evaluator().has_kernel else "the kernel was given up"
+    return "" if sampler.plan.evaluator.device_evaluator().has_kernel else "the kernel was given up"
 
 
 def _detector_works(bench: Bench) -> None:

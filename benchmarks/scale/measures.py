@@ -148,7 +148,7 @@ def from_counts(size: int, checked: int) -> dict[str, Any]:
     slots = np.random.default_rng(1).integers(0, plan.num_batches, checked)
     slots = np.concatenate([[0, plan.num_batches - 1], slots])
     block = plan.evaluate(3, slots)
-    again = plan.evaluate_reference(3, slots)
+    again = plan.evaluator.block_by_arrays(3, slots)
     patch = block.indices // counts[0]
     positions = np.sort(block.indices, axis=1)
     return {

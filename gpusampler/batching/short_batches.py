@@ -1,4 +1,4 @@
-"""What ``partial`` makes of a patch's last batch, when it is short: keep it, drop it or pad it."""
+"""Keep, drop or pad the last batch of a patch if it is short, as ``partial`` requests."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ PARTIALS = ("keep", "drop", "pad")
 
 
 def count_batches(counts: Int64, sizes: Int64, partial: str) -> Int64:
-    """Return how many batches patches of ``counts`` samples have: int64, shape (G,)."""
+    """Return the number of batches of patches with ``counts`` samples: int64, shape (G,)."""
     return counts // sizes if partial == "drop" else -(-counts // sizes)
 
 
-def returned_sizes(sizes: Int64, lengths: Int64, partial: str) -> Int64:
-    """Return how many samples batches are returned with, of which ``lengths`` count.
+def returned_sizes(sizes: Int64, lengths: Int64, *, pad: bool) -> Int64:
+    """Return the number of samples in returned batches with ``lengths`` valid samples.
 
-    Under "pad" that is the batch size: positions beyond a patch's samples repeat some of them.
+    With ``pad`` this is the batch size, because padding repeats samples of the patch.
     """
-    return sizes if partial == "pad" else np.minimum(sizes, lengths)
+    return sizes if pad else np.minimum(sizes, lengths)

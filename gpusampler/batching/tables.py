@@ -1,4 +1,4 @@
-"""The small tables of a plan, on the host and on a device, and what evaluation hands around."""
+"""Tables of a plan, one element per patch or cost bin, on the host or on a device."""
 
 from __future__ import annotations
 
@@ -20,13 +20,9 @@ from gpusampler.permutation.reference import Grid, grids_of
 
 
 class PatchOrder(NamedTuple):
-    """An epoch's order of the patches, where the batches of a patch come in a row.
+    """Order of the patches (or cost bins) of an epoch if each patch's batches are consecutive.
 
-    Attributes
-    ----------
-    groups, offsets : int64 arrays, shape (G,)
-        The patches in order (or their cost bins, those of a patch in a row), and the slots before
-        each.
+    ``groups`` and the ``offsets`` of their first slots are int64, shape (G,).
     """
 
     groups: Any
@@ -35,39 +31,42 @@ class PatchOrder(NamedTuple):
 
 @dataclass(frozen=True)
 class PatchTables:
-    """What evaluation looks up by group; int64 arrays of shape (G,) on one device.
+    """Lookup tables by group (patch or cost bin); int64 arrays of shape (G,) on one device.
 
     Attributes
     ----------
     counts, starts : arrays
         As in `PatchGroups`.
     sizes : array
-        Batch size of each patch, 1 at least: also of patches that are left out.
+        Batch size of each group; 1 for groups over the budget, which have no batch.
     batches : array
-        Slots of each patch in an epoch: its batches, and those that come again or are left out so
-        that steps are of one patch, or those that weights give it.
+        Slots of each group in an epoch: its batches, including repeats and without dropped batches
+        if steps are of one patch; or the slots assigned by weights.
     batch_offsets : array, shape (G + 1,)
         Running total of ``batches``.
     batches_per_pass : array, or None
-        Batches that a patch has, where its slots are more or fewer.
+        Own batches of each group, if its slots differ from them.
     slot_shares : NumPy array (on any device), or None
-        Slots that weights give each patch, before they are made to fill steps; where there are
-        any, passes over a patch go on from epoch to epoch.
+        Slots assigned by weights, before they are rounded to whole steps. If given, passes over a
+        patch continue from epoch to epoch.
     patch_of_bin : array, or None
-        The patch that each group is of, where patches are cut into cost bins.
+        Patch of each group, if groups are cost bins.
     first_bin : array, shape (patches + 1,), or None
-        The first bin of each patch there, and at last how many there are.
+        First bin of each patch, then the number of bins.
     grid : Grid of arrays
-        Sides of each patch's permutation.
+        Sides of each group's permutation.
     order : array, shape (N,), or None
     num_batches, max_batch_size, smallest_patch, largest_patch : int
-        M, B, and the smallest and largest patch.
+        M, B, and the samples of the smallest and largest group with a batch.
     is_uniform : bool
-        Whether every batch is handed out at B.
+        Whether every batch is returned with B samples.
     layout : StepLayout
-        How the M slots are cut into steps.
+        Steps of the M slots.
     buckets : CostBuckets, or None
-        The batches by cost, where steps are balanced.
+        Batches by cost, if steps are balanced.
+    larger : array, or None
+        Number of leading batches of each group with one sample more than ``sizes``; None if all
+        are 0.
     """
 
     counts: Any
@@ -88,6 +87,7 @@ class PatchTables:
     is_uniform: bool
     layout: StepLayout
     buckets: CostBuckets | None
+    larger: Any = None
 
     @classmethod
     def build(
@@ -97,21 +97,10 @@ class PatchTables:
         partial: str,
         patch_of_bin: Int64 | None = None,
     ) -> PatchTables:
-        """Return the host tables of groups, in steps of one slot; ``order`` is left to the plan.
+        """Return host tables in steps of one slot, without ``order``, which the plan adds.
 
-        Parameters
-        ----------
-        groups : PatchGroups
-        sizes : int64 array, shape (G,)
-            Batch size of each group; 0: it is left out.
-        partial : {"keep", "drop", "pad"}
-        patch_of_bin : int64 array, shape (G,), optional
-            As in the attributes.
-
-        Raises
-        ------
-        ValueError
-            If no batch is left: every patch is smaller than the batch size under "drop".
+        ``sizes`` are batch sizes, shape (G,); groups with size 0 get no batch. Raise ValueError if
+        partial="drop" leaves no batch.
         """
         counts = groups.counts
         is_left_out = sizes == 0
@@ -122,22 +111,21 @@ class PatchTables:
         offsets = _running_total(batches)
         total = int(offsets[-1])
         if total == 0:
-            # The one that lacks fewest samples.
+            # The group that lacks the fewest samples.
             groups_with_size = np.flatnonzero(~is_left_out)
             nearest = groups_with_size[(sizes - counts)[groups_with_size].argmin()]
-            units = "patches" if patch_of_bin is None else "classes of cost of patches"
+            unit = "patch" if patch_of_bin is None else "cost bin"
             is_one_size = bool((sizes[groups_with_size] == sizes[nearest]).all())
             raise ValueError(
-                f"batch_size must be at most the largest patch under partial='drop', got "
-                f"{int(sizes[nearest])}: all {groups_with_size.size} {units} are smaller (the "
-                f"{'largest' if is_one_size else 'nearest'} has {int(counts[nearest])} samples), "
-                "so no batch is left"
+                f"partial='drop' leaves no batches: batch_size={int(sizes[nearest])}, "
+                f"{'largest' if is_one_size else 'nearest'} {unit} {int(counts[nearest])}. Reduce "
+                "it or use 'keep'/'pad'."
             )
         first_bin = None
         if patch_of_bin is not None:
             first_bin = np.append(first_bins(patch_of_bin), patch_of_bin.size)
         batches.flags.writeable = False
-        lengths = returned_sizes(sizes, counts, partial)
+        lengths = returned_sizes(sizes, counts, pad=partial == "pad")
         max_lengths = lengths[batches > 0]
         is_uniform = bool((max_lengths == max_lengths[0]).all())
         if partial == "keep":
@@ -156,7 +144,7 @@ class PatchTables:
             order=None,
             num_batches=total,
             max_batch_size=int(max_lengths.max()),
-            # Patches that are left out are never met.
+            # Groups without a batch are never evaluated.
             smallest_patch=int(counts[batches > 0].min()),
             largest_patch=int(counts[batches > 0].max()),
             is_uniform=is_uniform,
@@ -165,36 +153,35 @@ class PatchTables:
         )
 
     def with_slot_shares(self, slot_shares: Int64) -> PatchTables:
-        """Return the tables for passes that go on from epoch to epoch, in steps of one slot.
-
-        Parameters
-        ----------
-        slot_shares : int64 array, shape (G,)
-            Slots of each group in an epoch; 0 where it has no batch, else at least 1.
-        """
+        """Return the tables with slots from weights, >= 1 for groups with a batch, shape (G,)."""
         slot_shares.flags.writeable = False
         tables = replace(self, batches_per_pass=self.batches, slot_shares=slot_shares)
         return tables._with_slots(slot_shares, 1)
 
     def with_buckets(self, partial: str, costs: NDArray[np.float64]) -> PatchTables:
-        """Return the tables with batches sorted by cost, for balanced steps.
-
-        Parameters
-        ----------
-        partial : {"keep", "drop", "pad"}
-        costs : float64 array, shape (G,)
-            Of a sample of each group.
-        """
+        """Return the tables with batches sorted by cost; ``costs`` are per sample, shape (G,)."""
         sizes = self.sizes
         if self.slot_shares is not None:
-            # Which slot has a patch's short batch changes from epoch to epoch: all count as whole.
-            sizes = returned_sizes(sizes, self.counts, partial)
+            # The slot of the short batch changes with the epoch, so all batches count as whole.
+            sizes = returned_sizes(sizes, self.counts, pad=partial == "pad")
             partial = "drop"
         buckets = CostBuckets.build(self.counts, sizes, self.batches, partial, costs)
         return replace(self, buckets=buckets)
 
+    def first_position_and_size(self, xp: Any, group: Any, j: Any) -> tuple[Any, Any]:
+        """Return the first positions of batches ``j`` of groups, and the sizes of these batches."""
+        size = self.sizes[group]
+        if self.larger is None:
+            return j * size, size
+        larger = self.larger[group]
+        return j * size + xp.minimum(j, larger), size + (j < larger)
+
+    def patches_of(self, groups: Int64) -> Int64:
+        """Return the patches of groups, which are patches or cost bins."""
+        return groups if self.patch_of_bin is None else np.asarray(self.patch_of_bin[groups])
+
     def _with_slots(self, batches: Int64, width: int) -> PatchTables:
-        """Return the tables with other slots by patch, in steps of a width."""
+        """Return the tables with new slots by group, in steps of ``width`` slots."""
         offsets = _running_total(batches)
         total = int(offsets[-1])
         batches.flags.writeable = False
@@ -204,25 +191,15 @@ class PatchTables:
         )
 
     def with_step_width(self, width: int) -> PatchTables:
-        """Return the tables for steps of another width; which batches share one is not touched."""
+        """Return the tables with a new step width and unchanged slots."""
         return replace(self, layout=StepLayout.of(self.num_batches, width))
 
     def with_same_patch_steps(self, width: int, uneven: str) -> PatchTables:
-        """Return the tables for steps that are of one patch each.
+        """Return the tables for steps of one patch each, or raise ValueError if none is left.
 
-        Parameters
-        ----------
-        width : int
-            Slots of a step.
-        uneven : {"pad", "drop"}
-            What becomes of a patch's batches that fill no step: its first ones come again, or they
-            are left out. Where weights say how many slots a patch has, whole steps are shared out
-            by them, as many as hold the epoch's batches, or as they fill.
-
-        Raises
-        ------
-        ValueError
-            If no step is left, or weights leave a patch without any.
+        ``uneven`` applies to the last step of a patch: "pad" repeats its first batches, "drop"
+        drops the step. With weights, whole steps are assigned to patches; "pad" rounds their number
+        up, "drop" down.
         """
         own_batches = self.own_batches
         if self.slot_shares is not None:
@@ -231,52 +208,43 @@ class PatchTables:
         steps = own_batches // width if uneven == "drop" else -(-own_batches // width)
         if not bool(steps.any()):
             raise ValueError(
-                "step_width must be at most the batches of the largest patch under "
-                f"steps='same_patch', uneven='drop', got {width} for {int(own_batches.max())} "
-                "batches"
+                f"step_width must be at most {int(own_batches.max())}, the batches of the largest "
+                f"patch, if steps='same_patch' and uneven='drop', got {width}"
             )
         return replace(self, batches_per_pass=own_batches)._with_slots(steps * width, width)
 
     @staticmethod
     def _steps_by_share(slot_shares: Int64, width: int, uneven: str) -> Int64:
-        """Return the steps of each patch, at least one for each that takes part."""
+        """Return the steps of each patch, at least one for each patch with slots."""
         slots, num_taking_part = int(slot_shares.sum()), int((slot_shares > 0).sum())
         steps = slots // width if uneven == "drop" else max(-(-slots // width), num_taking_part)
         if steps < num_taking_part:
             raise ValueError(
-                "epoch_batches must be enough for a step of each patch under steps='same_patch', "
-                f"uneven='drop', at least {num_taking_part} steps of {width} batches, got {slots}"
+                f"epoch_batches must be at least {num_taking_part * width}, a step of {width} "
+                f"batches for each of {num_taking_part} patches, if steps='same_patch' and "
+                f"uneven='drop', got {slots}"
             )
         return apportion(slot_shares, steps, (slot_shares > 0).astype(np.int64))
 
     def members(self) -> list[Any]:
-        """Return the arrays."""
+        """Return all arrays except those that are None."""
         tables = [getattr(self, name) for name in _ARRAYS]
         buckets = [] if self.buckets is None else self.buckets.members()
         return [table for table in tables if table is not None] + [*self.grid, *buckets]
 
     @property
     def num_patches(self) -> int:
-        """Number of patches, each cut into cost bins or not."""
+        """Number of patches, whether groups are patches or cost bins."""
         of_patches = self.counts if self.first_bin is None else self.first_bin[1:]
         return int(of_patches.shape[0])
 
     @property
     def own_batches(self) -> Any:
-        """Batches that each patch is cut into, however many slots it has."""
+        """Batches of each group, regardless of its slots."""
         return self.batches if self.batches_per_pass is None else self.batches_per_pass
 
     def patch_order(self, xp: Any, patches: Any, group_numbers: Any) -> PatchOrder:
-        """Return an order of the patches, with the slots before each.
-
-        Parameters
-        ----------
-        xp : module
-            Array namespace.
-        patches : int64 array, shape (patches,)
-        group_numbers : int64 array, shape (G,)
-            0 .. G-1.
-        """
+        """Return the groups of ``patches`` in this order; ``group_numbers`` are 0 .. G-1."""
         groups = patches
         if self.first_bin is not None:
             first = self.first_bin[patches]
@@ -289,16 +257,16 @@ class PatchTables:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the arrays here; one number in place of many takes none."""
+        """Bytes of the arrays; broadcast scalars count 0."""
         return sum(int(m.nbytes) for m in self.members() if m.size == 0 or any(m.strides))
 
     @property
     def upload_nbytes(self) -> int:
-        """Bytes of the arrays once they are sent to a device, but for the order."""
+        """Bytes of the arrays after an upload, without the order."""
         return sum(int(member.nbytes) for member in self.members())
 
     def on(self, device: Device, order: Any) -> PatchTables:
-        """Return the same tables on a device, with the order (uploaded if it is elsewhere)."""
+        """Return the tables and the order on a device."""
 
         def convert(table: Any) -> Any:
             if arrays.device_of(table).on_host:
@@ -318,11 +286,11 @@ class PatchTables:
 
 
 _ARRAYS = ["counts", "starts", "sizes", "batches", "batch_offsets"]
-_ARRAYS += ["batches_per_pass", "patch_of_bin", "first_bin", "order"]
+_ARRAYS += ["batches_per_pass", "patch_of_bin", "first_bin", "order", "larger"]
 
 
 def _running_total(numbers: Int64) -> Int64:
-    """Return how many there are before each, and at last in all."""
+    """Return the exclusive running total, then the sum: shape (G + 1,)."""
     total = np.zeros(numbers.size + 1, np.int64)
     np.cumsum(numbers, out=total[1:])
     return total

@@ -1,16 +1,17 @@
-"""What an epoch covers: samples seen once, repeated and missed, by patch."""
+"""What an epoch covers: samples seen once, repeated and missed, per patch."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from gpusampler.batching.cost_bins import reduce_by_patch
 from gpusampler.core.arrays import Int64
+from gpusampler.core.log import warn
 from gpusampler.plan.epoch_plan import EpochPlan
 from gpusampler.plan.mixture_coverage import repeated_and_missed_of_mixture
 
@@ -19,18 +20,18 @@ _COUNT_NAMES = ("counts", "seen_once", "repeated", "missed", "batches")
 
 @dataclass(frozen=True, eq=False)
 class Coverage:
-    """How often an epoch hands out the samples of each patch, over all ranks.
+    """How often an epoch returns the samples of each patch, over all ranks.
 
     Attributes
     ----------
-    patch_ids : int64 array, or array of str where patches have names, shape (G,)
-        The patches, ascending.
+    patch_ids : int64 array, or array of str if patches have names, shape (G,)
+        Patches, ascending.
     counts : int64 array, shape (G,)
-        Their samples.
+        Samples of each patch.
     seen_once, repeated, missed : int64 arrays, shape (G,)
-        Samples handed out exactly once, more than once, not at all; they add up to ``counts``.
+        Samples returned exactly once, more than once, or never; they add up to ``counts``.
     batches : int64 array, shape (G,)
-        Batches of each patch that are handed out, repeated ones included.
+        Batches of each patch that are returned, repeated ones included.
 
     Examples
     --------
@@ -50,7 +51,7 @@ class Coverage:
 
     @property
     def exact(self) -> bool:
-        """Whether every sample is handed out exactly once."""
+        """Whether every sample is returned exactly once."""
         return bool((self.seen_once == self.counts).all())
 
     def totals(self) -> dict[str, int]:
@@ -58,7 +59,7 @@ class Coverage:
         return {name: int(getattr(self, name).sum()) for name in _COUNT_NAMES}
 
     def __iter__(self) -> Iterator[dict[str, int]]:
-        """Yield one mapping a patch."""
+        """Yield one mapping per patch."""
         for group, patch_id in enumerate(self.patch_ids.tolist()):
             row = {name: int(getattr(self, name)[group]) for name in _COUNT_NAMES}
             yield {"patch_id": patch_id, **row}
@@ -68,7 +69,7 @@ class Coverage:
         return int(self.patch_ids.size)
 
     def __eq__(self, other: object) -> bool:
-        """Return whether the other counts the same."""
+        """Return whether all patches and counts are equal."""
         if not isinstance(other, Coverage):
             return NotImplemented
         return all(np.array_equal(value, vars(other)[name]) for name, value in vars(self).items())
@@ -81,26 +82,73 @@ class Coverage:
         return f"Coverage({len(self)} patches, {listed})"
 
 
+class OmittedSamples(NamedTuple):
+    """Samples of each patch that are in no batch of any epoch, by reason: int64, shape (G,) each.
+
+    ``over_budget``: their batches cost more than ``max_cost``; ``dropped``: they do not fill a
+    batch under ``partial="drop"``; ``without_step``: their batches do not fill a step. A patch that
+    is split into cost bins may lose only some of them.
+    """
+
+    over_budget: Int64
+    dropped: Int64
+    without_step: Int64
+
+
+def omitted_samples(plan: EpochPlan) -> OmittedSamples:
+    """Return the samples that a plan omits."""
+    tables, units = plan.tables, plan.units
+    masks = (
+        units.sizes == 0,
+        (tables.own_batches == 0) & (units.sizes > 0),
+        (tables.batches == 0) & (tables.own_batches > 0),
+    )
+    return OmittedSamples(
+        *(
+            reduce_by_patch(np.where(mask, tables.counts, 0), units.patch_of_bin, np.add)
+            for mask in masks
+        )
+    )
+
+
+def warn_of_omitted_samples(plan: EpochPlan) -> None:
+    """Warn, by reason, of the samples that a plan omits."""
+    omitted = omitted_samples(plan)
+    skipped = omitted.over_budget
+    if skipped.any():
+        warn(
+            f"over_budget='skip' leaves out {int(skipped.sum())} samples, of "
+            f"{int((skipped > 0).sum())} of {plan.groups.num_patches} patches: a batch of them "
+            "would cost more than max_cost"
+        )
+    batch = "a batch" if plan.batch_size is None else f"batch_size={plan.batch_size}"
+    step = f"step_width={plan.step_width} batches"
+    for samples, setting, unit in (
+        (omitted.dropped, "partial='drop'", batch),
+        (omitted.without_step, "uneven='drop' under steps='same_patch'", step),
+    ):
+        if samples.any():
+            patches = f"{int((samples > 0).sum())} of {samples.size} patches"
+            if plan.tables.patch_of_bin is not None:
+                # Further cost bins of the same patch may remain.
+                patches = f"whole cost bins of {patches}"
+            warn(
+                f"{setting} leaves out {patches} ({int(samples.sum())} samples): they are smaller "
+                f"than {unit}"
+            )
+
+
 def coverage_of(plan: EpochPlan, epoch: int, slots_handed_out: int) -> Coverage:
-    """Return what an epoch covers when its first ``slots_handed_out`` slots are handed out.
+    """Return what the first ``slots_handed_out`` slots of an epoch cover, over all ranks.
 
-    Parameters
-    ----------
-    plan : EpochPlan
-    epoch : int
-    slots_handed_out : int
-        All ranks together. Fewer than M leaves the last slots out; more starts again at slot 0.
-
-    Returns
-    -------
-    Coverage
-        In closed form: only batches that are left out or come again are looked at. Where weights
-        mix patches, those that an epoch goes through more than once, or from one pass into the
-        next, are worked out sample by sample.
+    Slots from M on start again at slot 0. Counts are computed in closed form, from the skipped and
+    repeated batches alone. With weights, samples are counted if an epoch goes through a patch more
+    than once, or crosses from one pass into the next.
     """
     tables, groups, total = plan.tables, plan.groups, plan.num_batches
     first_changed, end_changed = sorted((slots_handed_out, total))
-    changed = plan.locate(epoch, np.arange(first_changed, end_changed, dtype=np.int64) % total)
+    changed_slots = np.arange(first_changed, end_changed, dtype=np.int64) % total
+    changed = plan.evaluator.locate(epoch, changed_slots)
     change = 1 if slots_handed_out > total else -1
     batches = tables.batches.copy()
     np.add.at(batches, changed.group, change)
@@ -131,27 +179,26 @@ def coverage_of(plan: EpochPlan, epoch: int, slots_handed_out: int) -> Coverage:
 
 
 def _repeated_and_missed(plan: EpochPlan) -> tuple[Int64, Int64]:
-    """Samples of each patch that all slots of an epoch repeat, and those that they miss."""
+    """Return the samples of each patch that all slots of an epoch repeat, and those they miss."""
     tables = plan.tables
     counts, size, own_batches = tables.counts, tables.sizes, tables.own_batches
-    # Under "drop" some samples are in no batch at all; under "pad" the last batch is filled up.
+    # Under "drop", some samples are in no batch; under "pad", the last batch is filled up.
     num_dropped = np.maximum(counts - own_batches * size, 0)
     num_padded = np.maximum(own_batches * size - counts, 0) * (plan.partial == "pad")
-    # A patch's batches are handed out this often, the first few once more.
+    # Every batch of a patch is returned ``rounds`` times, the first ``extra`` once more.
     rounds, extra = np.divmod(tables.batches, np.maximum(own_batches, 1))
     missed = np.where(rounds == 0, counts - extra * size, num_dropped)
-    # What the last batch is filled up with is of the first, as is what is handed out once more.
+    # Padding and extra batches both repeat samples from the start of the patch.
     repeated = np.maximum(np.minimum(num_padded, counts), extra * size)
     repeated[rounds == 0] = 0
     return np.where(rounds > 1, counts - num_dropped, repeated), missed
 
 
 def _patch_segments(plan: EpochPlan, group: int, changes: dict[int, int]) -> list[tuple[int, int]]:
-    """Cut a patch into segments whose samples are all handed out equally often.
+    """Return (samples, times) of segments of a patch whose samples are returned equally often.
 
-    ``changes`` says how much oftener, or less often, some batches of the patch are handed out than
-    the plan has them. Returns (samples, times) of each segment. Samples that no batch holds (under
-    "drop") are in none.
+    ``changes`` maps batches to how many times more (or fewer) they are returned than planned.
+    Samples that are in no batch (under "drop") are in no segment.
     """
     tables = plan.tables
     count, size = int(tables.counts[group]), int(tables.sizes[group])
@@ -164,7 +211,7 @@ def _patch_segments(plan: EpochPlan, group: int, changes: dict[int, int]) -> lis
     filled = plan.partial == "pad"
     last = own_batches - 1
     if last == 0 and filled:
-        # The only batch goes round the patch, perhaps several times.
+        # The only batch wraps around the patch, perhaps several times.
         full_turns, remainder = divmod(size, count)
         times = times_of(0)
         return [(remainder, times * (full_turns + 1)), (count - remainder, times * full_turns)]
@@ -178,7 +225,7 @@ def _patch_segments(plan: EpochPlan, group: int, changes: dict[int, int]) -> lis
         segments.append((min(size, count - last * size), times_of(last)))
     between = [j for j in changes if 0 < j < last]
     segments += [(size, times_of(j)) for j in between]
-    # The others, of which the first few are handed out once more.
+    # Remaining batches; the first ``oftener`` appear one extra time.
     oftener = max(min(extra, last) - 1, 0)
     unchanged = oftener - sum(j < extra for j in between)
     others = max(last - 1, 0) - oftener - sum(j >= extra for j in between)

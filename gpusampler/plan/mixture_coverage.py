@@ -1,7 +1,8 @@
-"""How often an epoch hands out samples where weights mix patches: passes go on between epochs."""
+"""How often an epoch returns each sample with weights, where passes continue across epochs."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import numpy as np
@@ -14,12 +15,12 @@ from gpusampler.plan.epoch_plan import EpochPlan
 from gpusampler.plan.evaluators.base import BatchLocations
 
 CHUNK = 1 << 22
-"""Samples, or positions, looked at together: tens of megabytes. (A patch's samples are counted as
-one: 4 bytes each, where an epoch goes from one pass over it into the next.)"""
+"""Samples or positions per block: tens of megabytes. A patch whose samples are counted is always
+one block, of 4 bytes per sample."""
 
 
 class PositionRanges(NamedTuple):
-    """Ranges of positions in passes over groups, handed out ``times``; int64 arrays, shape (K,)."""
+    """Ranges of positions in passes over groups, returned ``times`` times; int64, shape (K,)."""
 
     group: Int64
     passes: Int64
@@ -28,40 +29,29 @@ class PositionRanges(NamedTuple):
     times: Int64
 
     def select(self, ranges: Int64 | slice) -> PositionRanges:
-        """Return some of the ranges."""
+        """Return the ranges at these indices."""
         return PositionRanges(*(column[ranges] for column in self))
 
 
 def repeated_and_missed_of_mixture(
     plan: EpochPlan, epoch: int, changed: BatchLocations, change: int
 ) -> tuple[Int64, Int64]:
-    """Return the samples of each group that an epoch repeats, and those that it misses.
+    """Return how many samples of each group an epoch repeats and misses: int64, shape (G,).
 
-    Parameters
-    ----------
-    plan : EpochPlan
-    epoch : int
-    changed : BatchLocations
-        Batches that are handed out ``change`` times more often than the plan has them.
-    change : int
-
-    Returns
-    -------
-    int64 arrays, shape (G,)
-        In closed form for groups that an epoch is within one pass of, or hands out whole passes
-        of; where two passes meet, their samples are counted.
+    The batches ``changed`` are returned ``change`` times more often than planned. Counts have a
+    closed form if an epoch stays within one pass over a group, or consists of complete passes.
+    Where two passes meet, samples are counted.
     """
     tables = plan.tables
     counts, sizes = tables.counts, tables.sizes
-    # There are shares.
     assert tables.batches_per_pass is not None
     assert changed.passes is not None
     own_batches, slots = np.maximum(tables.batches_per_pass, 1), tables.batches
     first_pass, first_batch = pass_and_batch(epoch, np.zeros_like(slots), slots, own_batches)
     num_ended, end = np.divmod(first_batch + slots, own_batches)
     is_within = num_ended == 0
-    full = np.where(is_within, 0, num_ended - (first_batch > 0))
-    # Begun by the epoch before, or by this one and left to the next: at most two parts of passes.
+    full = np.maximum(num_ended - (first_batch > 0), 0)
+    # At most two incomplete passes: the first of the epoch (head) and the last (tail).
     head_end = np.where(is_within, end, own_batches)
     head_length = _num_positions(plan, head_end) - first_batch * sizes
     head_length = np.where(is_within | (first_batch > 0), head_length, 0)
@@ -73,32 +63,25 @@ def repeated_and_missed_of_mixture(
 
     covered = _num_positions(plan, own_batches)
     is_exact = covered == counts
-    num_partial = (head_length > 0).astype(np.int64) + (tail_length > 0)
     partial = head_length + tail_length
-    # Nothing is counted where a sample is in one run at most besides whole passes of all samples.
     exact, inexact = np.where(is_exact, full, 0), np.where(is_exact, 0, full)
-    is_closed = (num_partial + inexact <= 1) & (covered <= counts)
-    # Two passes that hold all samples, some of them twice as "pad" fills up, repeat all.
+    # No counting if a sample is in at most one range besides passes over all samples.
+    is_closed = (inexact + (head_length > 0) + (tail_length > 0) <= 1) & (covered <= counts)
+    # Two passes over all samples (some of them twice, by padding) repeat every sample.
     is_closed |= (covered >= counts) & (full > 1)
     is_closed[changed.group] = False
-    num_seen = np.where(full > 0, covered, partial)
-    missed = np.where(is_closed, np.maximum(counts - num_seen, 0), 0)
+    missed = np.maximum(counts - np.where(full > 0, covered, partial), 0)
     repeated = np.where(full > 1, counts, np.where(is_exact & (full == 1), partial, 0))
-    repeated = np.where(is_closed, repeated, 0)
 
     counted = np.flatnonzero(~is_closed)
     between = PositionRanges(group, zeros, zeros, covered, ones).select(np.repeat(group, inexact))
     between = between._replace(passes=expand_runs(first_pass + (first_batch > 0), inexact))
-    extra = PositionRanges(
-        changed.group,
-        changed.passes,
-        changed.j * sizes[changed.group],
-        changed.size,
-        np.full(changed.group.shape, change, np.int64),
-    )
+    extra_first = changed.j * sizes[changed.group]
+    extra_times = np.full_like(changed.group, change)
+    extra = PositionRanges(changed.group, changed.passes, extra_first, changed.size, extra_times)
     ranges = PositionRanges(*map(np.concatenate, zip(head, tail, between, extra, strict=True)))
     ranges = ranges.select(np.flatnonzero(~is_closed[ranges.group] & (ranges.length > 0)))
-    # By group, so that the rows of some groups are found without a look at all others.
+    # Sorted by group, so that a search finds the ranges of a block of groups.
     ranges = ranges.select(np.argsort(ranges.group, kind="stable"))
     for first, last in _blocks(counts[counted]):
         block = counted[first:last]
@@ -112,50 +95,43 @@ def repeated_and_missed_of_mixture(
 
 
 def _num_positions(plan: EpochPlan, batches: Int64) -> Int64:
-    """Return the positions that the first ``batches`` of each group hold."""
+    """Return how many positions the first ``batches`` of each group have."""
     tables = plan.tables
     num_positions: Int64 = batches * tables.sizes
     return np.minimum(num_positions, tables.counts) if plan.partial == "keep" else num_positions
 
 
-def _blocks(counts: Int64) -> list[tuple[int, int]]:
-    """Cut groups into blocks of about `CHUNK` samples, of a group at least."""
+def _blocks(counts: Int64) -> Iterator[tuple[int, int]]:
+    """Yield (first, last) of blocks with at most `CHUNK` samples, or with a single count."""
     ends = np.cumsum(counts)
-    blocks, first = [], 0
+    first = 0
     while first < counts.size:
-        before = int(ends[first - 1]) if first else 0
-        last = max(first + 1, int(np.searchsorted(ends, before + CHUNK, side="right")))
-        blocks.append((first, last))
+        limit = ends[first] - counts[first] + CHUNK
+        last = max(first + 1, int(np.searchsorted(ends, limit, side="right")))
+        yield first, last
         first = last
-    return blocks
 
 
 def _times_by_sample(
     plan: EpochPlan, groups: Int64, exact_passes: Int64, ranges: PositionRanges
 ) -> NDArray[np.int32]:
-    """Return how often the samples of some groups, ascending, are handed out, end to end.
-
-    ``ranges`` are those of these groups.
-    """
+    """Return how often each sample of ascending ``groups`` is returned; groups are end to end."""
     counts = plan.tables.counts[groups]
     starts = np.cumsum(counts) - counts
-    # How many more than a few there are is of no matter; changes take off one a rank at most.
+    # The exact number of many passes does not matter: changes remove at most one per rank.
     times = np.repeat(np.minimum(exact_passes, 1 << 30).astype(np.int32), counts)
-    # Long ranges are cut, and ranges are taken together, so that no array is much longer than that.
+    # Long ranges are split and short ones joined, so that no array is much longer than CHUNK.
     num_pieces = -(-ranges.length // CHUNK)
     skipped = expand_runs(np.zeros_like(num_pieces), num_pieces) * CHUNK
     ranges = ranges.select(np.repeat(np.arange(num_pieces.size), num_pieces))
-    ranges = ranges._replace(
-        first=ranges.first + skipped, length=np.minimum(ranges.length - skipped, CHUNK)
-    )
+    lengths = np.minimum(ranges.length - skipped, CHUNK)
+    ranges = ranges._replace(first=ranges.first + skipped, length=lengths)
     for first, last in _blocks(ranges.length):
-        block = ranges.select(np.arange(first, last))
+        block = ranges.select(slice(first, last))
         base = starts[np.searchsorted(groups, block.group)]
-        samples, block_starts = plan.permute_positions(
+        samples, block_starts = plan.evaluator.host.permute_positions(
             block.group, block.passes, block.first, block.length, base
         )
-        order = np.argsort(block_starts, kind="stable")
-        np.add.at(
-            times, samples, np.repeat(block.times[order], block.length[order]).astype(np.int32)
-        )
+        block = block.select(np.argsort(block_starts, kind="stable"))
+        np.add.at(times, samples, np.repeat(block.times, block.length).astype(np.int32))
     return times

@@ -11,11 +11,13 @@ import gc
 import numpy as np
 import pytest
 
+from gpusampler.plan.evaluators.select import PlanEvaluator
+
 pytest.importorskip("torch")
 
 import torch
 
-from gpusampler import EpochPlan, PatchBatchSampler
+from gpusampler import PatchBatchSampler
 from gpusampler.core import devices, transfer
 from gpusampler.core.devices import Device
 from gpusampler.core.transfer import HostTransfer, side_stream
@@ -37,7 +39,7 @@ def sides(monkeypatch, cpu_as_device):
 @pytest.fixture
 def small_blocks(monkeypatch):
     """Blocks of a few batches, so that an epoch has many of them."""
-    monkeypatch.setattr(EpochPlan, "block_lanes", property(lambda plan: 24))
+    monkeypatch.setattr(PlanEvaluator, "block_samples", property(lambda plan: 24))
     monkeypatch.setattr(batches_module, "FIRST_LOCATED_SLOTS", 8)
 
 
@@ -234,7 +236,7 @@ def test_batches_that_travel_are_those_of_the_host(sides, monkeypatch, settings,
     settings = {"seed": 1, "batch_size": 4, **settings}
     ranks = settings.get("num_replicas", 1) > 1
     host = quiet(IDS, **settings)
-    monkeypatch.setattr(EpochPlan, "block_lanes", property(lambda plan: lanes))
+    monkeypatch.setattr(PlanEvaluator, "block_samples", property(lambda plan: lanes))
     sampler = quiet(IDS, device="cpu", output=output, **settings)
     batch_type = {"list": list, "numpy": np.ndarray, "tensor": torch.Tensor}[output]
     for epoch in (0, 1):
@@ -294,14 +296,14 @@ def test_a_block_is_evaluated_and_sent_before_the_one_before_it_is_waited_for(
     sides, monkeypatch, output
 ):
     evaluated = []
-    original = EpochPlan.batches_at
+    original = PlanEvaluator.ragged
 
-    def batches_at(plan, epoch, slots):
+    def ragged(evaluator, epoch, locations):
         sides[-1].log.append(("evaluate", len(evaluated)))
-        evaluated.append(slots.size.size)
-        return original(plan, epoch, slots)
+        evaluated.append(locations.size.size)
+        return original(evaluator, epoch, locations)
 
-    monkeypatch.setattr(EpochPlan, "batches_at", batches_at)
+    monkeypatch.setattr(PlanEvaluator, "ragged", ragged)
     sampler = there(output=output)
     iterator = iter(sampler)
     next(iterator)

@@ -19,7 +19,7 @@ from gpusampler.permutation import numpy_impl, position_ranges
 from gpusampler.permutation.reference import VERSION, Grid, derive_key, grid_of, grids_of, permute
 from support import make_golden, oracle
 from support.optional_torch import every_namespace, torch
-from support.strategies import expected_by_patch
+from support.strategies import expected_by_patch, ragged_of
 
 GOLDEN = json.loads(make_golden.PATH.read_text())
 STEPS = json.loads(make_golden.STEPS_PATH.read_text())
@@ -230,10 +230,10 @@ def test_epochs(xp, epoch):
     block = plan.evaluate(epoch["epoch"], slots)
     assert handed_out(block, plan) == epoch["batches"]
 
-    reference = plan.evaluate_reference(epoch["epoch"], slots)
+    reference = plan.evaluator.block_by_arrays(epoch["epoch"], slots)
     assert handed_out(reference, plan) == epoch["batches"]
 
-    ragged = plan.evaluate_ragged(epoch["epoch"], np.arange(plan.num_batches))
+    ragged = ragged_of(plan, epoch["epoch"], np.arange(plan.num_batches))
     assert [
         [int(plan.groups.patch_ids[group]), ragged.samples[start : start + size].tolist()]
         for group, start, size in zip(ragged.groups, ragged.starts, ragged.sizes, strict=True)

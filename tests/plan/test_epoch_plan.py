@@ -17,6 +17,7 @@ from support.strategies import (
     expected_by_patch,
     patchy_ids,
     plan_settings,
+    ragged_of,
     seeds,
     times_seen,
 )
@@ -30,7 +31,7 @@ def whole_epoch(library, plan, epoch, reference=False):
     """All batches of an epoch as NumPy (indices, lengths, groups), checked for type and place."""
     slots = np.arange(plan.num_batches)
     if reference:
-        block = plan.evaluate_reference(epoch, library.array(slots))
+        block = plan.evaluator.block_by_arrays(epoch, library.array(slots))
     else:
         block = plan.evaluate(epoch, slots)
     blocks = [library.host(part) for part in block]
@@ -91,11 +92,11 @@ def test_any_slots_are_those_of_the_whole_epoch(library, data, seed, epoch):
     for form in (slot_list, slots, slots.astype(np.int32), library.array(slots)):
         for part, all_of_it in zip(plan.evaluate(epoch, form), epoch_blocks, strict=True):
             np.testing.assert_array_equal(library.host(part), all_of_it[slots])
-    reference = plan.evaluate_reference(epoch, library.array(slots))
+    reference = plan.evaluator.block_by_arrays(epoch, library.array(slots))
     for part, all_of_it in zip(reference, epoch_blocks, strict=True):
         np.testing.assert_array_equal(library.host(part), all_of_it[slots])
     if slot_list:
-        ragged = plan.evaluate_ragged(epoch, slots)
+        ragged = ragged_of(plan, epoch, slots)
         samples = np.asarray(ragged.samples.tolist())
         for k, slot in enumerate(slot_list):
             handed_out = plan.batch_size if plan.partial == "pad" else epoch_blocks[1][slot]
@@ -306,7 +307,11 @@ def test_the_argument_checks():
             (ValueError, RuntimeError),
             "device must be .*, got 'quantum'",
         ),
-        ({"batch_size": 5, "partial": "drop"}, ValueError, "all 2 patches are smaller"),
+        (
+            {"batch_size": 5, "partial": "drop"},
+            ValueError,
+            "partial='drop' leaves no batches: batch_size=5",
+        ),
     ]:
         with pytest.raises(error, match=match):
             EpochPlan(groups, **{"batch_size": 2, "seed": 0, **settings})

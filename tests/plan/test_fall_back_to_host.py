@@ -11,10 +11,11 @@ from gpusampler import EpochPlan, PatchBatchSampler, PatchGroups, PatchTensorLoa
 from gpusampler.batching.tables import PatchTables
 from gpusampler.core.devices import HOST, Device
 from gpusampler.core.transfer import HostTransfer
-from gpusampler.plan.evaluators.select import DeviceEvaluator
+from gpusampler.plan.evaluators.device import DeviceEvaluator
 from gpusampler.sampler import batches as batches_module
 from gpusampler.sampler.batches import BlockReader, HostBlockReader
 from support.fake_streams import LateSideStream
+from support.strategies import ragged_of
 
 torch = pytest.importorskip("torch")
 
@@ -74,13 +75,13 @@ PLACES = {
 def test_the_epoch_goes_on_with_the_same_batches(monkeypatch, place, output, error):
     calls = fails_from(monkeypatch, *PLACES[place], error)
     sampler = make(output=output)
-    with pytest.warns(UserWarning, match="memory of cpu has run out") as warned:
+    with pytest.warns(UserWarning, match="cpu has run out of memory") as warned:
         assert plain(sampler) == WANTED
     assert len(warned) == 1
     assert warned[0].filename == __file__
-    assert "the same ones" in str(warned[0].message)
-    assert sampler.plan.works_on_host
-    assert sampler.plan._device_evaluator is None
+    assert "identical batches" in str(warned[0].message)
+    assert sampler.plan.evaluator.works_on_host
+    assert sampler.plan.evaluator._device_evaluator is None
     # It is not tried again, and not warned of again.
     tried = len(calls)
     assert plain(sampler) == OTHER
@@ -149,7 +150,7 @@ def test_evaluate_hands_its_blocks_out_on_the_device(monkeypatch):
     fails_from(monkeypatch, DeviceEvaluator, "block", 0, FULL)
     for slots in ([3, 0], np.array([5]), torch.tensor([7, 7])):
         expected = host.evaluate(2, np.asarray(slots), dtype="int32")
-        if not plan.works_on_host:
+        if not plan.evaluator.works_on_host:
             with pytest.warns(UserWarning, match="has run out"):
                 result = plan.evaluate(2, slots, dtype="int32")
         else:
@@ -166,7 +167,7 @@ def test_what_is_wrong_with_slots_is_still_said(monkeypatch):
         plan.evaluate(0, [-1])
     with pytest.raises(TypeError, match="slots must be integers"):
         plan.evaluate(0, torch.zeros(2))
-    assert not plan.works_on_host
+    assert not plan.evaluator.works_on_host
 
 
 def test_other_errors_are_not_swallowed(monkeypatch):
@@ -174,7 +175,7 @@ def test_other_errors_are_not_swallowed(monkeypatch):
     sampler = make()
     with pytest.raises(RuntimeError, match="illegal memory access"):
         list(sampler)
-    assert not sampler.plan.works_on_host
+    assert not sampler.plan.evaluator.works_on_host
 
 
 def test_plans_that_are_alike_have_one_warning(monkeypatch):
@@ -182,13 +183,13 @@ def test_plans_that_are_alike_have_one_warning(monkeypatch):
     plan = EpochPlan(PatchGroups.from_ids(IDS), SIZE, 1, device="cpu", steps="same_patch")
     wider = plan.with_step_width(4).with_seed(2)
     with pytest.warns(UserWarning, match="has run out") as warned:
-        wider.evaluate_ragged(0, np.arange(3))
-    plan.evaluate_ragged(0, np.arange(3))
+        ragged_of(wider, 0, np.arange(3))
+    ragged_of(plan, 0, np.arange(3))
     assert len(warned) == 1
-    assert plan.works_on_host
+    assert plan.evaluator.works_on_host
     # Another process, or another device, has memory of its own.
-    assert not pickle.loads(pickle.dumps(plan)).works_on_host
-    assert plan.on("numpy").works_on_host
+    assert not pickle.loads(pickle.dumps(plan)).evaluator.works_on_host
+    assert plan.on("numpy").evaluator.works_on_host
 
 
 def test_graphs_are_told(monkeypatch):
@@ -203,9 +204,9 @@ def test_tables_are_known_before_they_are_made():
     table_bytes = plan.table_bytes
     assert set(table_bytes) == {"numpy", "cpu"}
     groups, tables = plan.groups, plan._tables
-    assert table_bytes["cpu"] == plan._upload_nbytes()
-    assert plan.needs_upload
-    device_arrays = plan._evaluator().array_evaluator._tables.members()
+    assert table_bytes["cpu"] == plan.evaluator.upload_nbytes
+    assert plan.evaluator.needs_upload
+    device_arrays = plan.evaluator.device_evaluator().array_evaluator._tables.members()
     assert table_bytes["cpu"] == sum(member.nbytes for member in device_arrays)
     assert table_bytes["numpy"] == groups.order.nbytes + tables.nbytes
     host = make("numpy").plan.table_bytes
@@ -252,10 +253,10 @@ def test_a_cursor_goes_on_where_it_is(monkeypatch, compiled):
         step = torch.compile(step, fullgraph=True, backend="eager")
     result = [step().tolist() for _ in range(2)]
     # A graph that was captured reads the tables where they were, so they must stay there.
-    tables = sampler.plan._device_evaluator
+    tables = sampler.plan.evaluator._device_evaluator
     fails_from(monkeypatch, DeviceEvaluator, "ragged", 0, FULL)
     with pytest.warns(UserWarning, match="has run out"):
         assert plain(sampler) == expected
-    assert sampler.plan._device_evaluator is tables
+    assert sampler.plan.evaluator._device_evaluator is tables
     assert set(sampler.plan.table_bytes) == {"numpy", "cpu"}
     assert result + [step().tolist() for _ in range(2)] == expected[:4]

@@ -17,7 +17,7 @@ TOP = (1 << 31) - 1
 
 def batch_of(plan: EpochPlan, slots: np.ndarray, epoch: int) -> np.ndarray:
     """Running number, over all patches, of the batches that slots lead to."""
-    location = plan.locate(epoch, slots)
+    location = plan.evaluator.locate(epoch, slots)
     return (np.cumsum(plan.batches_by_patch) - plan.batches_by_patch)[location.group] + location.j
 
 
@@ -46,7 +46,7 @@ def test_random_slots_are_valid_and_distinct(library, counts, batch_size):
     assert (indices < offsets[groups + 1][:, None]).all()
     valid = np.concatenate([row[:n] for row, n in zip(indices, lengths, strict=True)])
     assert np.unique(valid).size == valid.size
-    reference = plan.evaluate_reference(3, library.array(slots))
+    reference = plan.evaluator.block_by_arrays(3, library.array(slots))
     for part, expected in zip(
         map(library.host, reference), (indices, lengths, groups), strict=True
     ):
@@ -69,7 +69,7 @@ def test_the_way_back_leads_from_every_batch_to_its_slot(counts, batch_size):
 def test_the_way_back_leads_from_every_sample_to_its_place():
     plan = EpochPlan(PatchGroups.from_counts([5, TOP]), 50, 4)
     slots = np.random.default_rng(2).integers(0, plan.num_batches, 40)
-    locations, block = plan.locate(6, slots), plan.evaluate(6, slots)
+    locations, block = plan.evaluator.locate(6, slots), plan.evaluate(6, slots)
     key = derive_key(4, PURPOSE_SAMPLES, 6, 1)
     checked = 0
     for row, group, j in zip(

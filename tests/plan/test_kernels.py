@@ -40,7 +40,7 @@ HIGH = 1 << 31
 
 def expected_samples(plan: EpochPlan, epoch: int, locations: Any) -> np.ndarray:
     """The samples of located batches, end to end, from NumPy."""
-    block = plan.batches_at(epoch, locations)
+    block = plan.evaluator.ragged(epoch, locations)
     ends = block.starts + block.sizes
     samples = [block.samples[start:end] for start, end in zip(block.starts, ends, strict=True)]
     return np.concatenate([*samples, np.zeros(0, np.int64)])
@@ -62,13 +62,13 @@ def check(plan: EpochPlan, kind: str, epoch: int, slots: Any, dtype: str = "int6
     slots = np.asarray(slots, np.int64)
     kernel = kernel_of(plan, kind)
     check_block(plan, kernel, epoch, slots, dtype)
-    locations = plan.locate(epoch, slots)
+    locations = plan.evaluator.locate(epoch, slots)
     np.testing.assert_array_equal(
         kernel.ragged(plan, epoch, locations),
         expected_samples(plan, epoch, locations),
         err_msg="ragged",
     )
-    reference = plan.evaluate_reference(epoch, slots)
+    reference = plan.evaluator.block_by_arrays(epoch, slots)
     for actual, desired in zip(plan.evaluate(epoch, slots), reference, strict=True):
         np.testing.assert_array_equal(actual, desired)
     return kernel
@@ -161,7 +161,7 @@ class TestGolden:
         assert rows == epoch["batches"]
 
         if not plan._tables.is_uniform:
-            flat = kernel.ragged(plan, epoch["epoch"], plan.locate(epoch["epoch"], slots))
+            flat = kernel.ragged(plan, epoch["epoch"], plan.evaluator.locate(epoch["epoch"], slots))
             assert flat.tolist() == [i for _, samples in epoch["batches"] for i in samples]
 
 
@@ -308,7 +308,8 @@ def test_keys_beyond_a_signed_word(kind, counts):
     kernel = check(plan, kind, epoch, np.arange(0, plan.num_batches, 1 + plan.num_batches // 40))
     # Keys go over as signed words of the same bits, which the plan's own must need.
     assert all(
-        word >= HIGH for word in kernel.evaluator._keys(plan._streams, epoch, kernel.launches[0][0])
+        word >= HIGH
+        for word in kernel.evaluator._keys(plan.evaluator.streams, epoch, kernel.launches[0][0])
     )
     assert form_of(plan).slots > 0
 
@@ -462,7 +463,7 @@ def test_narrow_ragged_rows_of_a_wide_plan(kind):
     # No block is launched for columns that none of the rows at hand has.
     plan = plan_of([3, 4200], 4200)
     slots = np.arange(2)
-    located = plan.locate(0, slots)
+    located = plan.evaluator.locate(0, slots)
     kernel = kernel_of(plan, kind)
     for group, blocks in ((0, 1), (1, 2)):
         locations = located.rows(located.group == group)
@@ -541,7 +542,7 @@ def test_epoch_and_slot_are_read_on_the_device(kind, counts, batch_size, setting
     for device, epoch in enumerate(EPOCHS):
         slot = device * (number - 1) // (len(EPOCHS) - 1)
         tensors = (torch.tensor(value, device=kernel.device.name) for value in (epoch, slot))
-        result = [host(part) for part in kernel.evaluator.batch(plan._streams, *tensors)]
+        result = [host(part) for part in kernel.evaluator.batch(plan.evaluator.streams, *tensors)]
         expected = plan.evaluate(epoch, [slot])
         for actual, desired in zip(result, expected, strict=True):
             assert actual.shape == desired.shape[1:]

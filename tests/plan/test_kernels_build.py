@@ -111,7 +111,7 @@ def test_a_numpy_plan_loads_no_kernel():
         "groups = gpusampler.PatchGroups.from_counts([50, 3])\n"
         "plan = gpusampler.EpochPlan(groups, 4, 0)\n"
         "assert plan.evaluate(0, [1, 2]).lengths.size == 2\n"
-        "assert plan.evaluate_reference(0, plan.sizes_by_patch[:1] * 0).lengths.size == 1\n"
+        "assert plan.evaluator.block_by_arrays(0, plan.sizes_by_patch[:1] * 0).lengths.size == 1\n"
         "print(*sys.modules)"
     )
     loaded = set(run_python("-c", code).stdout.split())

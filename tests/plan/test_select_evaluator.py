@@ -14,10 +14,11 @@ import pytest
 
 from gpusampler import EpochPlan, PatchBatchSampler, PatchGroups
 from gpusampler.core import devices
-from gpusampler.plan.evaluators import select
+from gpusampler.plan.evaluators import device as device_module
 from gpusampler.plan.evaluators.kernels.fused import KernelEvaluator
 from gpusampler.plan.evaluators.kernels.kernel_spec import triton_geometry
 from support.kernels import TRITON, device_of_kernel, kernel_evaluator_of
+from support.strategies import ragged_of
 
 torch = pytest.importorskip("torch")
 
@@ -30,7 +31,7 @@ HOST_PLAN = EpochPlan(GROUPS, 4, 1)
 
 @pytest.fixture(autouse=True)
 def nothing_said_yet(monkeypatch):
-    monkeypatch.setattr(select, "_warned", set())
+    monkeypatch.setattr(device_module, "_warned", set())
 
 
 def launching(monkeypatch, launch) -> None:
@@ -39,7 +40,7 @@ def launching(monkeypatch, launch) -> None:
     def kernel_evaluator_on(tables, device, shuffles):
         return KernelEvaluator(tables, device, shuffles, launch, triton_geometry)
 
-    monkeypatch.setattr(select, "kernel_evaluator_on", kernel_evaluator_on)
+    monkeypatch.setattr(device_module, "kernel_evaluator_on", kernel_evaluator_on)
 
 
 def raising(*errors: BaseException | None):
@@ -68,7 +69,7 @@ def assert_block_of_the_host(plan: EpochPlan, epoch: int = 0) -> None:
 
 
 def assert_ragged_of_the_host(plan: EpochPlan) -> None:
-    actual, desired = (which.evaluate_ragged(0, SLOTS) for which in (plan, HOST_PLAN))
+    actual, desired = (ragged_of(which, 0, SLOTS) for which in (plan, HOST_PLAN))
     assert isinstance(actual.samples, torch.Tensor)
     for mine, its, size in zip(actual.starts, desired.starts, desired.sizes, strict=True):
         np.testing.assert_array_equal(
@@ -76,7 +77,7 @@ def assert_ragged_of_the_host(plan: EpochPlan) -> None:
         )
 
 
-FAILED = "the kernel for cpu could not be built, .*: RuntimeError: no compiler$"
+FAILED = "the kernel for cpu could not be built; .*: RuntimeError: no compiler$"
 
 
 def test_a_kernel_that_cannot_be_built_is_given_up_with_one_warning(monkeypatch):
@@ -99,14 +100,14 @@ def test_a_kernel_whose_library_is_not_there_is_given_up_with_one_warning(monkey
     def kernel_evaluator_on(*_):
         raise ImportError("No module named 'triton'")
 
-    monkeypatch.setattr(select, "kernel_evaluator_on", kernel_evaluator_on)
+    monkeypatch.setattr(device_module, "kernel_evaluator_on", kernel_evaluator_on)
     plan = there()
     with pytest.warns(UserWarning, match="ImportError: No module named 'triton'") as warned:
         assert_block_of_the_host(plan)
     assert len(warned) == 1
     for asked in (plan, there()):
         assert_ragged_of_the_host(asked)
-        assert not asked._evaluator().has_kernel
+        assert not asked.evaluator.device_evaluator().has_kernel
 
 
 def test_an_error_without_words_is_named(monkeypatch):
@@ -122,22 +123,24 @@ def test_running_out_of_memory_is_no_reason_to_give_the_kernel_up(monkeypatch, e
     launching(monkeypatch, raising(error))
     plan = there()
     # The host goes on instead, with one warning that is of memory and not of the kernel.
-    with pytest.warns(UserWarning, match="memory of cpu has run out") as warned:
+    with pytest.warns(UserWarning, match="cpu has run out of memory") as warned:
         result = plan.evaluate(0, SLOTS)
     assert len(warned) == 1
     for actual, desired in zip(result, HOST_PLAN.evaluate(0, SLOTS), strict=True):
         np.testing.assert_array_equal(actual.numpy(), desired)
-    assert select._warned == set()
+    assert device_module._warned == set()
 
 
-@pytest.mark.parametrize("method", ["evaluate", "evaluate_ragged"])
-def test_a_kernel_that_has_run_may_not_fail(monkeypatch, method):
+@pytest.mark.parametrize(
+    "evaluate", [EpochPlan.evaluate, ragged_of], ids=["evaluate", "evaluate_ragged"]
+)
+def test_a_kernel_that_has_run_may_not_fail(monkeypatch, evaluate):
     launching(monkeypatch, raising(None, RuntimeError("illegal memory access")))
     plan = there()
-    getattr(plan, method)(0, SLOTS)
+    evaluate(plan, 0, SLOTS)
     with pytest.raises(RuntimeError, match="illegal memory access"):
-        getattr(plan, method)(0, SLOTS)
-    assert plan._evaluator().has_kernel
+        evaluate(plan, 0, SLOTS)
+    assert plan.evaluator.device_evaluator().has_kernel
 
 
 def test_an_interrupt_is_no_failure(monkeypatch):
@@ -145,20 +148,20 @@ def test_an_interrupt_is_no_failure(monkeypatch):
     plan = there()
     with pytest.raises(KeyboardInterrupt):
         plan.evaluate(0, SLOTS)
-    assert plan._evaluator().has_kernel
+    assert plan.evaluator.device_evaluator().has_kernel
 
 
 def test_what_a_device_has_no_kernel_for_is_done_by_array_operations():
     plan = there()
     assert_block_of_the_host(plan)
     assert_ragged_of_the_host(plan)
-    assert not plan._evaluator().has_kernel
+    assert not plan.evaluator.device_evaluator().has_kernel
 
 
 def test_larger_blocks_are_made_at_once_where_a_kernel_makes_them(monkeypatch):
-    without = there().block_lanes
+    without = there().evaluator.block_samples
     launching(monkeypatch, raising())
-    assert HOST_PLAN.block_lanes < without < there().block_lanes
+    assert HOST_PLAN.evaluator.block_samples < without < there().evaluator.block_samples
 
 
 @pytest.mark.parametrize("kind", [TRITON])
@@ -181,7 +184,7 @@ class TestThroughAKernel:
             result._launch = counted
             return result
 
-        monkeypatch.setattr(select, "kernel_evaluator_on", kernel_evaluator_on)
+        monkeypatch.setattr(device_module, "kernel_evaluator_on", kernel_evaluator_on)
 
     @pytest.mark.parametrize("interleave", [True, False])
     def test_a_plan_evaluates(self, interleave):
@@ -197,7 +200,7 @@ class TestThroughAKernel:
         plan = EpochPlan(GROUPS, 4, 1, interleave=interleave, device=self.device)
         expected = EpochPlan(GROUPS, 4, 1, interleave=interleave).evaluate(2**40, [7])
         numbers = (torch.tensor(value, device=self.device.name) for value in (2**40, 7))
-        for actual, desired in zip(plan.batch_of_tensors(*numbers), expected, strict=True):
+        for actual, desired in zip(plan.evaluator.batch(*numbers), expected, strict=True):
             assert actual.tolist() == desired[0].tolist()
         # The patches' order of an epoch that only the device knows is left to array operations.
         assert self.launches == interleave
@@ -267,7 +270,7 @@ def test_a_library_that_ends_its_own_import_is_given_up_too(monkeypatch):
     def kernel_evaluator_on(*_):
         raise TypeError("jit() got an unexpected keyword argument")
 
-    monkeypatch.setattr(select, "kernel_evaluator_on", kernel_evaluator_on)
+    monkeypatch.setattr(device_module, "kernel_evaluator_on", kernel_evaluator_on)
     with pytest.warns(UserWarning, match="TypeError: jit"):
         assert_block_of_the_host(there())
 
@@ -276,18 +279,20 @@ def test_tables_are_shared_by_plans_of_other_seeds(cpu_as_device):
     plan = there()
     plan.evaluate(0, [0])
     other = plan.with_seed(99)
-    assert other._device_evaluator is plan._device_evaluator
+    assert other.evaluator._device_evaluator is plan.evaluator._device_evaluator
     expected = EpochPlan(plan.groups, plan.batch_size, 99).evaluate(0, [0, 1])
     for actual, desired in zip(other.evaluate(0, [0, 1]), expected, strict=True):
         np.testing.assert_array_equal(actual.numpy(), desired)
-    assert plan.on("numpy")._device_evaluator is None
+    assert plan.on("numpy").evaluator._device_evaluator is None
 
 
 def test_a_forked_worker_is_told_that_it_cannot_read_the_order(cpu_as_device, monkeypatch):
     ids = torch.tensor([3, 1, 3, 1, 2])
     sampler = PatchBatchSampler(ids, 2, seed=0, device="cpu")
     monkeypatch.setattr(devices, "is_in_worker", lambda: True)
-    with pytest.raises(RuntimeError, match=r"ids must be on the host, .*an order on cpu"):
+    with pytest.raises(
+        RuntimeError, match=r"Forked workers cannot read ids on cpu\. Pass CPU ids or use mult"
+    ):
         next(iter(sampler))
     # One that was sent to a worker has its order on the host.
     assert len(list(pickle.loads(pickle.dumps(sampler)))) == 3

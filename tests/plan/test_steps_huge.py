@@ -43,13 +43,13 @@ def check(plan: EpochPlan, settings: oracle.Settings, epoch: int, slots: np.ndar
     counts = plan.groups.counts.tolist()
     expected = oracle.Balanced(runs_of(counts, settings), plan.seed, epoch, settings)
     assert expected.total == plan.num_batches
-    locations = plan.locate(epoch, slots)
+    locations = plan.evaluator.locate(epoch, slots)
     result = [*zip(locations.group.tolist(), locations.j.tolist(), strict=True)]
     assert result == [expected.at(slot) for slot in slots.tolist()]
 
     torch = pytest.importorskip("torch")
     block = plan.evaluate(epoch, slots)
-    reference = plan.on("cpu").evaluate_reference(epoch, torch.from_numpy(slots))
+    reference = plan.on("cpu").evaluator.block_by_arrays(epoch, torch.from_numpy(slots))
     for actual, desired in zip(block, reference, strict=True):
         np.testing.assert_array_equal(actual, desired.numpy())
     rows = [*zip(block.indices, result, block.lengths, strict=True)]
@@ -79,7 +79,7 @@ def test_a_trillion_samples_in_balanced_steps(width, partial):
         groups, 64, 9, steps="balanced", step_width=width, patch_costs=costs, partial=partial
     )
     slots = slots_of(plan.num_batches, width, seed=width)
-    locations = plan.locate(2**40, slots)
+    locations = plan.evaluator.locate(2**40, slots)
     seconds = process_time() - start_time
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
@@ -157,7 +157,7 @@ def test_a_trillion_samples_in_steps_of_one_patch(interleave, uneven):
                 break
             step -= steps[patch]
         expected.append((patch, (step * 1024 + p) % own_batches[patch]))
-    locations = sampler.plan.locate(number, slots)
+    locations = sampler.plan.evaluator.locate(number, slots)
     assert [*zip(locations.group.tolist(), locations.j.tolist(), strict=True)] == expected
     totals = sampler.coverage(number).totals()
     assert totals["batches"] == len(sampler)

@@ -21,6 +21,7 @@ from torch.utils.data import DataLoader
 from gpusampler import PatchBatchSampler, PatchTensorLoader
 from gpusampler.core import tracing
 from gpusampler.core.tracing import EVALUATE, HAND_OUT, RANGES, TRANSFER, Recorder
+from gpusampler.plan.evaluators.select import PlanEvaluator
 from gpusampler.sources.base import HostIds
 from support.paths import SUPPORT
 from support.processes import run_python
@@ -206,13 +207,13 @@ def test_work_of_the_loop_is_the_loops():
 @pytest.mark.serial("measures time")
 def test_time_is_said_of_what_took_it(monkeypatch):
     sampler = make()
-    original = type(sampler.plan).batches_at
+    original = PlanEvaluator.ragged
 
-    def slow(plan, epoch, at):
+    def slow(evaluator, epoch, locations):
         busy(0.03)
-        return original(plan, epoch, at)
+        return original(evaluator, epoch, locations)
 
-    monkeypatch.setattr(type(sampler.plan), "batches_at", slow)
+    monkeypatch.setattr(PlanEvaluator, "ragged", slow)
     with sampler.profile() as p:
         list(sampler)
     rows = rows_of(p)
@@ -292,7 +293,7 @@ class TestInTheMiddle:
 
     def test_one_at_a_time(self):
         sampler = make()
-        with sampler.profile(), pytest.raises(RuntimeError, match="must end before another"):
+        with sampler.profile(), pytest.raises(RuntimeError, match="already active"):
             sampler.profile().__enter__()
         with sampler.profile() as p:
             next(iter(sampler))

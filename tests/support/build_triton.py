@@ -94,18 +94,18 @@ def evaluate(case: tuple[PatchGroups, int, str, dict[str, Any]]) -> None:
         tables, CPU, evaluator_settings, triton_batches.launch, triton_geometry
     )
     slots = np.arange(min(plan.num_batches, 1000))
-    locations = plan.locate(3, slots)
+    locations = plan.evaluator.locate(3, slots)
     if method == "step":
-        evaluation.batch(plan._streams, torch.tensor(3), torch.tensor(1))
+        evaluation.batch(plan.evaluator.streams, torch.tensor(3), torch.tensor(1))
     elif method == "ragged":
-        evaluation.ragged(plan._streams, 3, locations, is_located=False)
+        evaluation.ragged(plan.evaluator.streams, 3, locations, is_located=False)
     elif method == "located":
         arrays = (locations.group, locations.j, locations.passes)
         rows = [None if part is None else torch.from_numpy(part) for part in arrays]
-        evaluation.located_block(plan._streams, 3, *rows)
+        evaluation.located_block(plan.evaluator.streams, 3, *rows)
     else:
         dtype = "int32" if method.endswith("int32") else "int64"
-        evaluation.block(plan._streams, 3, torch.from_numpy(slots), dtype)
+        evaluation.block(plan.evaluator.streams, 3, torch.from_numpy(slots), dtype)
 
 
 def main(folder: Path) -> None:

@@ -115,7 +115,7 @@ class World:
     def load(self, state: dict[str, Any]) -> None:
         with warnings.catch_warnings():
             # Other ranks may cut across steps of one patch; test_steps_state.py asks for that.
-            warnings.filterwarnings("ignore", "epoch .* was begun in steps of")
+            warnings.filterwarnings("ignore", "Until epoch .* ends, ")
             for sampler in self.samplers:
                 sampler.load_state_dict(state)
 

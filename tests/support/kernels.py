@@ -213,21 +213,27 @@ class Kernel(NamedTuple):
         slots = np.asarray(slots, np.int64)
         with devices.device_context(self.device):
             if self.locates:
-                block = self.evaluator.block(plan._streams, epoch, self.to_device(slots), dtype)
+                block = self.evaluator.block(
+                    plan.evaluator.streams, epoch, self.to_device(slots), dtype
+                )
             else:
                 # As the array form locates them, whether they exist or not.
                 reference = ArrayEvaluator(plan._tables, HOST, evaluator_settings_of(plan))
-                order = plan._patch_order(epoch)
-                rows = reference.locate(plan._streams, epoch, slots, order)
+                order = plan.evaluator.host.patch_order(epoch)
+                rows = reference.locate(plan.evaluator.streams, epoch, slots, order)
                 device_rows = [None if part is None else self.to_device(part) for part in rows]
-                block = self.evaluator.located_block(plan._streams, epoch, *device_rows, dtype)
+                block = self.evaluator.located_block(
+                    plan.evaluator.streams, epoch, *device_rows, dtype
+                )
             return [*map(host, block)]
 
     def ragged(self, plan: EpochPlan, epoch: int, locations: BatchLocations) -> np.ndarray:
         """The samples of located batches, end to end, on the host."""
         with devices.device_context(self.device):
             return host(
-                self.evaluator.ragged(plan._streams, epoch, locations, is_located=not self.locates)
+                self.evaluator.ragged(
+                    plan.evaluator.streams, epoch, locations, is_located=not self.locates
+                )
             )
 
 
@@ -257,7 +263,7 @@ def kernel_of(plan: EpochPlan, kind: str) -> Kernel:
     device = device_of_kernel(kind)
     settings = evaluator_settings_of(plan)
     evaluation = kernel_evaluator_of(
-        plan._tables.on(device, plan._units.groups.order), device, settings, kind
+        plan._tables.on(device, plan.units.groups.order), device, settings, kind
     )
     guarded_launch = GuardedLaunch(evaluation._launch, device)
     evaluation._launch = guarded_launch

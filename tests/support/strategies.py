@@ -11,8 +11,9 @@ from typing import Any
 import numpy as np
 from hypothesis import strategies as st
 
-from gpusampler import PatchBatchSampler, PatchGroups
+from gpusampler import EpochPlan, PatchBatchSampler, PatchGroups
 from gpusampler.permutation.reference import COIN_ROUND, keyed_hash, rounds_for
+from gpusampler.plan.evaluators.base import RaggedBlock
 
 STEPS = ["balanced", "same_patch"]
 
@@ -42,6 +43,11 @@ def is_contiguous(ids: Any) -> bool:
     """Whether the samples of every patch lie side by side."""
     ids = np.asarray(ids)
     return int((ids[1:] != ids[:-1]).sum()) + 1 == np.unique(ids).size
+
+
+def ragged_of(plan: EpochPlan, epoch: int, slots: np.ndarray) -> RaggedBlock:
+    """The batches at some slots, as iteration evaluates them."""
+    return plan.evaluator.ragged(epoch, plan.evaluator.locate(epoch, slots))
 
 
 def times_seen(batches: Any, size: int) -> np.ndarray:

@@ -1,1 +1,1 @@
-"""The forms in which a plan's batches are evaluated: array operations and kernels."""
+"""Evaluators of a plan's batches: on the host, by array operations and by kernels."""

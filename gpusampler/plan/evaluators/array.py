@@ -1,8 +1,7 @@
 """A plan's arithmetic in plain array operations, on any device of any array library.
 
-The form that the host's fast one and every kernel must equal, integer for integer. No value is
-inspected on the host, and no shape depends on one: torch.compile traces it, and a CUDA graph
-captures it.
+The host evaluator and every kernel must return the same integers. No value is read on the host, and
+no shape depends on a value, so that torch.compile can trace it and a CUDA graph can capture it.
 """
 
 from __future__ import annotations
@@ -21,15 +20,7 @@ from gpusampler.plan.evaluators.base import BatchLocations, EvaluatorSettings
 
 
 class ArrayEvaluator:
-    """Batches of a plan, evaluated on a device.
-
-    Parameters
-    ----------
-    tables : PatchTables
-        The plan's, on the device.
-    device : Device
-    settings : EvaluatorSettings
-    """
+    """Batches of a plan, evaluated on a device, where ``tables`` must be."""
 
     def __init__(self, tables: PatchTables, device: Device, settings: EvaluatorSettings) -> None:
         self._device = device
@@ -48,7 +39,7 @@ class ArrayEvaluator:
     ) -> tuple[Any, Any, Any]:
         """Return indices (K, B), lengths (K,) and groups (K,) of the batches at ``slots``.
 
-        ``patch_order``, on the device, is None where batches are interleaved.
+        ``patch_order``, on the device, is None if batches are interleaved.
         """
         with devices.device_context(self._device):
             column = self._arange(self._tables.max_batch_size)
@@ -60,14 +51,14 @@ class ArrayEvaluator:
         patch_order = None
         if not self._settings.interleave:
             patch_order = self._patch_order(streams, epoch)
-        # Numbers made inside a compiled graph would be 32-bit there (pytorch #175966).
+        # An arange inside a compiled graph would compute in 32 bits (pytorch #175966).
         column = self._arange_cache[self._tables.max_batch_size]
         slots = self._xp.reshape(slot, (1,))
         samples, length, group = self._block(streams, epoch, slots, patch_order, column)
         return samples[0], length[0], group[0]
 
     def prepare_batch(self) -> None:
-        """Make what `batch` needs beforehand; nothing of it may be made while it is traced."""
+        """Create the arrays that `batch` needs; none may be created while it is traced."""
         tables = self._tables
         sizes = {tables.max_batch_size}
         if not self._settings.interleave:
@@ -79,7 +70,7 @@ class ArrayEvaluator:
             torch_compile.keep_in_place(array)
 
     def ragged(self, streams: Streams, epoch: int, locations: BatchLocations) -> Any:
-        """Return the samples of located batches end to end, ``locations.size`` of each."""
+        """Return ``locations.size`` samples of each located batch, end to end."""
         total = int(locations.size.sum())
         columns = [locations.group, locations.j, locations.size]
         if locations.passes is not None:
@@ -88,7 +79,8 @@ class ArrayEvaluator:
             group, j, sizes, *passes = arrays.upload(np.stack(columns), self._device)
             rows = arrays.repeat_rows(sizes, total)
             offset = self._xp.cumulative_sum(sizes) - sizes
-            position = (j * self._tables.sizes[group] - offset)[rows] + self._arange(total)
+            first, _ = self._tables.first_position_and_size(self._xp, group, j)
+            position = (first - offset)[rows] + self._arange(total)
             passes_of_samples = passes[0][rows] if passes else epoch
             return self._samples(streams, passes_of_samples, group[rows], position)
 
@@ -101,19 +93,16 @@ class ArrayEvaluator:
     ) -> tuple[Any, Any, Any]:
         tables = self._tables
         group, j, passes = self.locate(streams, epoch, slots, patch_order)
-        size = tables.sizes[group]
-        length = self._xp.minimum(size, tables.counts[group] - j * size)
-        position = (j * size)[:, None] + column[None, :]
+        first, size = tables.first_position_and_size(self._xp, group, j)
+        length = self._xp.minimum(size, tables.counts[group] - first)
+        position = first[:, None] + column[None, :]
         pass_ = epoch if passes is None else passes[:, None]
         return self._samples(streams, pass_, group[:, None], position), length, group
 
     def locate(
         self, streams: Streams, epoch: Any, slots: Any, patch_order: PatchOrder | None
     ) -> tuple[Any, Any, Any]:
-        """Return the patch, which batch of it, and of which pass, that each slot leads to.
-
-        The passes are None where that is the epoch.
-        """
+        """Return group, batch in the group, and pass of each slot; passes None mean the epoch."""
         xp, tables = self._xp, self._tables
         if patch_order is not None:
             groups, offsets = patch_order
@@ -134,11 +123,11 @@ class ArrayEvaluator:
         if tables.slot_shares is not None:
             passes, j = pass_and_batch(epoch, j, tables.batches[group], own_batches)
             return group, j, passes
-        # Where a step is filled up, a patch's first batches come again.
+        # Padded steps repeat a patch's first batches.
         return group, j % own_batches, None
 
     def _batch_indices(self, streams: Streams, epoch: Any, slots: Any) -> Any:
-        """Return the indices, in the natural order of batches, that slots lead to."""
+        """Return each slot's batch, as an index into the batches before shuffling."""
         layout, buckets = self._tables.layout, self._tables.buckets
         index = slots
         if layout.has_step_order:
@@ -162,7 +151,7 @@ class ArrayEvaluator:
         return offset + image
 
     def _patch_order(self, streams: Streams, epoch: Any) -> PatchOrder:
-        """Return an epoch's order of the patches, worked out on the device."""
+        """Return an epoch's order of patches, computed on the device."""
         num_patches = self._tables.num_patches
         patches = self._arange_cache[num_patches]
         if self._settings.shuffle_batches:
@@ -174,13 +163,13 @@ class ArrayEvaluator:
         """Return the images of ``x`` under one permutation of 0 .. n-1."""
         if n == 1:
             return x
-        # Added to zeros of x's shape: the key is an array itself where the epoch is one.
+        # Broadcast to x's shape, because the key is an array if the epoch is one.
         zero = x * 0
         grid = Grid(*(zero + side for side in grid_of(n)))
         return permute(self._xp, x, zero + n, (zero + key[0], zero + key[1]), grid, n, n)
 
     def _samples(self, streams: Streams, pass_: Any, group: Any, position: Any) -> Any:
-        """Return the samples at positions (any, from 0 on) of groups; all of them broadcast."""
+        """Return samples at positions modulo the group's size; the arguments broadcast."""
         tables = self._tables
         n = tables.counts[group]
         position = position % n

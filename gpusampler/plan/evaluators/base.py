@@ -1,18 +1,18 @@
-"""What evaluators take and return: batches in blocks, and where slots lead."""
+"""The evaluator protocol, its settings, and the types it returns."""
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 from gpusampler.core.arrays import Int64
 
 
 class EvaluatorSettings(NamedTuple):
-    """What a plan permutes, and how its batches are filled.
+    """What a plan permutes, and whether it pads.
 
-    ``shuffle_samples``: inside every patch; ``shuffle_batches``: of an epoch (or its steps), or its
-    patches where the batches of a patch come in a row, which is what ``interleave`` being false
-    means; ``pad``: a short batch is filled up to its patch's size.
+    ``shuffle_samples``: permute inside every patch. ``shuffle_batches``: permute the batches (or
+    steps) of an epoch; if ``interleave`` is False, which makes the batches of a patch consecutive,
+    permute the patches. ``pad``: fill a short batch up to its patch's batch size.
     """
 
     shuffle_samples: bool
@@ -22,11 +22,11 @@ class EvaluatorSettings(NamedTuple):
 
 
 class BatchLocations(NamedTuple):
-    """Where slots lead: int64 NumPy arrays of shape (K,).
+    """The batches that slots map to: int64 NumPy arrays of shape (K,).
 
-    ``slot`` leads to batch ``j`` of patch ``group``, of which ``length`` samples count and ``size``
-    are handed out. ``passes``: which pass over the patch it is of; None where that is the epoch.
-    (A patch that is cut into cost bins is as many groups.)
+    ``slot`` maps to batch ``j`` of ``group``, which is a patch or a cost bin of one. The batch
+    returns ``size`` samples, of which ``length`` count. ``passes`` is its pass over the group, or
+    None if that is the epoch.
     """
 
     slot: Int64
@@ -37,24 +37,24 @@ class BatchLocations(NamedTuple):
     passes: Int64 | None
 
     def rows(self, rows: slice) -> BatchLocations:
-        """Return some of the rows."""
+        """Return a slice of the rows."""
         passes = None if self.passes is None else self.passes[rows]
         slot, group, j, length, size = (column[rows] for column in self[:5])
         return BatchLocations(slot, group, j, length, size, passes)
 
 
 class BatchBlock(NamedTuple):
-    """Some batches of a plan.
+    """Batches of a plan, all of the same width, on the plan's device.
 
     Attributes
     ----------
-    indices : int64 array, shape (K, B)
-        Samples. A row beyond its length repeats samples of the same patch, so that gathering with
-        the whole block is always safe.
+    indices : int64 or int32 array, shape (K, B)
+        Samples. Past its length, a row repeats samples of the same patch, so that gathering the
+        whole block is always safe.
     lengths : int64 array, shape (K,)
         Samples of each batch that count, 1 .. B.
     groups : int64 array, shape (K,)
-        The batch's patch, as a place among the sorted patch ids.
+        Patch of each batch, as an index into the sorted patch ids.
 
     Examples
     --------
@@ -71,14 +71,11 @@ class BatchBlock(NamedTuple):
 
 
 class RaggedBlock(NamedTuple):
-    """Some batches of a plan, each of its own size, side by side.
+    """Batches of a plan, each of its own size, in one array.
 
-    Attributes
-    ----------
-    samples : int64 array, shape (T,)
-        On the plan's device (a NumPy array where that is the host); the rest is NumPy.
-    starts, sizes, lengths, groups : int64 arrays, shape (K,)
-        Batch k is ``samples[starts[k] : starts[k] + sizes[k]]``, of which ``lengths[k]`` count.
+    Batch k is ``samples[starts[k] : starts[k] + sizes[k]]``, of which ``lengths[k]`` samples count.
+    ``samples`` is int64, of shape (T,), and on the evaluator's device; the others are int64 NumPy
+    arrays of shape (K,).
     """
 
     samples: Any
@@ -88,9 +85,9 @@ class RaggedBlock(NamedTuple):
     groups: Int64
 
     def split(self, count: int) -> tuple[RaggedBlock, RaggedBlock | None]:
-        """Return the first batches and the rest, None where there is none.
+        """Return the first ``count`` batches and the remaining ones, or None if none remain.
 
-        Batches that do not lie in their order stay together.
+        Batches that are not stored in order are not split.
         """
         starts = self.starts
         if count >= starts.size or bool((starts[1:] < starts[:-1]).any()):
@@ -100,3 +97,20 @@ class RaggedBlock(NamedTuple):
         head = RaggedBlock(self.samples[:end], *(column[:count] for column in rows))
         tail = RaggedBlock(self.samples[end:], *(column[count:] for column in rows))
         return head, tail._replace(starts=tail.starts - end)
+
+
+class Evaluator(Protocol):
+    """Evaluates a plan's batches; all evaluators return the same integers.
+
+    A `RaggedBlock` stores batches in any order, given by ``starts``: the host stores batches of
+    similar patches next to each other, a kernel keeps the order of the slots.
+    """
+
+    def locate(self, epoch: int, slots: Int64) -> BatchLocations:
+        """Return the batches that slots (int64, shape (K,), in 0 .. M-1) map to."""
+
+    def block(self, epoch: int, slots: Any, dtype: str = "int64") -> BatchBlock:
+        """Return the batches at slots, each padded to the largest batch size."""
+
+    def ragged(self, epoch: int, locations: BatchLocations) -> RaggedBlock:
+        """Return located batches, each of its own size."""

@@ -1,200 +1,255 @@
-"""Evaluation on a plan's device: by a kernel where there is one, else by array operations."""
+"""Choice of a plan's evaluator: the device's, or the host's if the device cannot be used."""
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable
 from typing import Any, TypeVar
 
-from gpusampler.batching.tables import PatchOrder, PatchTables
-from gpusampler.core import arrays, devices, torch_compile
-from gpusampler.core.devices import Device
-from gpusampler.core.transfer import ReadyArrays
+import numpy as np
+
+from gpusampler.batching.tables import PatchTables
+from gpusampler.core import arrays, devices, memory, torch_compile
+from gpusampler.core.arrays import Int64
+from gpusampler.core.devices import HOST, Device
+from gpusampler.core.validation import as_array
+from gpusampler.groups.patch_groups import PatchGroups
 from gpusampler.permutation.reference import Streams
-from gpusampler.plan.evaluators.array import ArrayEvaluator
-from gpusampler.plan.evaluators.base import BatchLocations, EvaluatorSettings
-from gpusampler.plan.evaluators.kernels.fused import KernelEvaluator, kernel_evaluator_on
+from gpusampler.plan.evaluators.base import (
+    BatchBlock,
+    BatchLocations,
+    EvaluatorSettings,
+    RaggedBlock,
+)
+from gpusampler.plan.evaluators.device import DeviceEvaluator
+from gpusampler.plan.evaluators.host import HostEvaluator
+from gpusampler.plan.evaluators.memory_fallback import DEVICE_HINT, FullDevices
 
 T = TypeVar("T")
 
-_warned: set[tuple[str, str]] = set()
-"""Libraries whose kernel could not be built, and why, as this process has warned already."""
 
+class PlanEvaluator:
+    """An `Evaluator` that uses a plan's device if possible, and the host otherwise.
 
-class DeviceEvaluator:
-    """Batches of a plan on its device; the methods are those of `ArrayEvaluator`.
-
-    A kernel that cannot be built (no Triton, no compiler, a driver that does not fit) is given up
-    with one warning that says why, and array operations make the same batches from then on.
-
-    Parameters
-    ----------
-    tables : PatchTables
-        The plan's, on the host.
-    device : Device
-    order : integer array, shape (N,), or None
-        Samples sorted by patch, anywhere; uploaded if it is elsewhere.
-    settings : EvaluatorSettings
+    The host evaluates if it is the device, in a DataLoader worker, and after the device has run out
+    of memory. The arguments are those of `HostEvaluator`; the tables and the order of ``groups``
+    are uploaded at first use.
     """
 
     def __init__(
-        self, tables: PatchTables, device: Device, order: Any, settings: EvaluatorSettings
+        self,
+        tables: PatchTables,
+        groups: PatchGroups,
+        device: Device,
+        settings: EvaluatorSettings,
+        streams: Streams,
     ) -> None:
-        self.device = device
-        device_tables = tables.on(device, order)
-        self._ready = ReadyArrays(device, device_tables.members())
-        self.array_evaluator = ArrayEvaluator(device_tables, device, settings)
-        # A kernel finds out by itself what slots lead to where that is one permutation and one
-        # search; what takes more is found out before.
-        self._kernel_locates = (
-            settings.interleave
-            and tables.layout.width == 1
-            and tables.buckets is None
-            and tables.slot_shares is None
-        )
-        self._patch_of_bin = device_tables.patch_of_bin
-        self._uploaded_order: tuple[PatchOrder, PatchOrder, ReadyArrays] | None = None
-        self._previous_order: tuple[PatchOrder, PatchOrder, ReadyArrays] | None = None
-        self._built_kernels: set[tuple[str, str]] = set()
-        self.is_prepared = False
-        """Whether `batch` may be traced."""
-        self._kernel_evaluator: KernelEvaluator | None = None
-        try:
-            self._kernel_evaluator = kernel_evaluator_on(device_tables, device, settings)
-        except Exception as error:
-            # Not only ImportError: what a library's version does not know ends its import, too.
-            self._give_up_kernel(error)
+        self._tables, self._groups = tables, groups
+        self.device, self.settings, self.streams = device, settings, streams
+        self.host = HostEvaluator(tables, groups, settings, streams)
+        self._device_evaluator: DeviceEvaluator | None = None
+        # Shared by copies.
+        self._full_devices = FullDevices()
+
+    def with_changes(
+        self,
+        tables: PatchTables | None = None,
+        device: Device | None = None,
+        streams: Streams | None = None,
+    ) -> PlanEvaluator:
+        """Return a copy with different tables, device or keys; it shares what it can."""
+        changed = PlanEvaluator.__new__(PlanEvaluator)
+        changed.__dict__.update(self.__dict__)
+        if tables is not None or device is not None:
+            changed._device_evaluator = None
+        changed._tables = self._tables if tables is None else tables
+        changed.device = self.device if device is None else device
+        changed.streams = self.streams if streams is None else streams
+        if tables is not None or streams is not None:
+            changed.host = self.host.with_changes(changed._tables, changed.streams)
+        return changed
 
     @property
-    def has_kernel(self) -> bool:
-        """Whether a kernel does the work; it may turn out at first use that it cannot."""
-        return self._kernel_evaluator is not None
+    def works_on_host(self) -> bool:
+        """Whether the host currently evaluates in this process."""
+        # A DataLoader worker must not use a GPU.
+        return self.device.on_host or self.device in self._full_devices or devices.is_in_worker()
 
-    def prepare(self) -> None:
-        """Make what `batch` needs beforehand; nothing of it may be made while it is traced."""
-        self.array_evaluator.prepare_batch()
-        # Graphs wait for nothing: what they read must have arrived.
-        devices.synchronize_stream(self.device)
-        self.is_prepared = True
+    @property
+    def needs_upload(self) -> bool:
+        """Whether the tables must still be uploaded."""
+        return self._device_evaluator is None and not self.works_on_host
 
-    def block(
-        self,
-        streams: Streams,
-        epoch: int,
-        slots: Any,
-        patch_order: PatchOrder | None,
-        dtype: str = "int64",
-    ) -> tuple[Any, Any, Any]:
-        """Return indices (K, B), lengths (K,) and groups (K,) of the batches at ``slots``.
+    @property
+    def table_bytes(self) -> dict[str, int]:
+        """See `EpochPlan.table_bytes`."""
+        order = self._groups._unchecked_order
+        host = str(HOST)
+        sizes = {host: self._tables.nbytes}
+        if order is not None:
+            device = arrays.device_of(order)
+            name = host if device.on_host else str(device)
+            sizes[name] = sizes.get(name, 0) + int(order.nbytes)
+            if self.works_on_host and not device.on_host:
+                sizes[host] += int(order.nbytes)
+        if not self.works_on_host or self._device_evaluator is not None:
+            name = str(self.device)
+            sizes[name] = sizes.get(name, 0) + self.upload_nbytes
+        return sizes
 
-        ``patch_order``, on the host, is None where batches are interleaved.
-        """
-        self._ready.wait()
-        device_order = self._upload_order(patch_order)
-        block = self._try_kernel(
-            ("block", dtype),
-            lambda kernel: self._kernel_block(kernel, streams, epoch, slots, device_order, dtype),
-            lambda: self.array_evaluator.block(streams, epoch, slots, device_order, dtype),
-        )
-        return self._to_patches(block)
+    @property
+    def upload_nbytes(self) -> int:
+        """Bytes of the tables and the order that are uploaded to the device."""
+        order = self._groups._unchecked_order
+        needs_upload = order is not None and arrays.device_of(order) != self.device
+        return self._tables.upload_nbytes + (int(order.nbytes) if needs_upload else 0)
 
-    def _to_patches(self, block: tuple[Any, Any, Any]) -> tuple[Any, Any, Any]:
-        """Return batches whose groups are patches, not cost bins of one."""
-        if self._patch_of_bin is None:
-            return block
-        indices, lengths, groups = block
-        # Indexed by a single number, torch.compile would ask what it is.
-        patches = self._patch_of_bin[groups.reshape(-1)].reshape(groups.shape)
-        return indices, lengths, patches
+    @property
+    def block_samples(self) -> int:
+        """Samples to evaluate per call: enough to amortize its overhead."""
+        evaluator = None if self.works_on_host else self.upload_tables()
+        return self.host.block_samples if evaluator is None else evaluator.block_samples
 
-    def _kernel_block(
-        self,
-        kernel: KernelEvaluator,
-        streams: Streams,
-        epoch: int,
-        slots: Any,
-        patch_order: PatchOrder | None,
-        dtype: str,
-    ) -> tuple[Any, Any, Any]:
-        if self._kernel_locates:
-            return kernel.block(streams, epoch, slots, dtype)
-        with devices.device_context(self.device):
-            locations = self.array_evaluator.locate(streams, epoch, slots, patch_order)
-        return kernel.located_block(streams, epoch, *locations, dtype)
+    def locate(self, epoch: int, slots: Int64) -> BatchLocations:
+        """Return the batches that slots map to, always computed on the host."""
+        return self.host.locate(epoch, slots)
 
-    def block_by_arrays(
-        self, streams: Streams, epoch: int, slots: Any, patch_order: PatchOrder | None
-    ) -> tuple[Any, Any, Any]:
-        """Return `block` by array operations, whatever there is."""
-        self._ready.wait()
-        device_order = self._upload_order(patch_order)
-        return self._to_patches(self.array_evaluator.block(streams, epoch, slots, device_order))
+    def block(self, epoch: int, slots: Any, dtype: str = "int64") -> BatchBlock:
+        """Return the batches at slots, on the plan's device; see `EpochPlan.evaluate`."""
+        if self.works_on_host:
+            block = self.host.block(epoch, self._check_host_slots(slots), dtype)
+            device = HOST if devices.is_in_worker() and not self.device.on_host else self.device
+            return BatchBlock(*(arrays.to_device(array, device) for array in block))
+        # Checked before the upload: a bad slot must raise before memory can run out.
+        checked_slots = self._check_slots(slots)
 
-    def ragged(self, streams: Streams, epoch: int, locations: BatchLocations) -> Any:
-        """Return the samples of located batches end to end, ``locations.size`` of each."""
-        self._ready.wait()
-        return self._try_kernel(
-            ("ragged", "int64"),
-            lambda kernel: kernel.ragged(
-                streams, epoch, locations, is_located=not self._kernel_locates
-            ),
-            lambda: self.array_evaluator.ragged(streams, epoch, locations),
-        )
-
-    def batch(self, streams: Streams, epoch: Any, slot: Any) -> tuple[Any, Any, Any]:
-        """Return indices (B,), length and group of one batch; ``epoch`` and ``slot`` are 0-d."""
-        if not torch_compile.is_compiling():
-            self._ready.wait()
-            if self._kernel_locates:
-                block = self._try_kernel(
-                    ("batch", "int64"),
-                    lambda kernel: kernel.batch(streams, epoch, slot),
-                    lambda: self.array_evaluator.batch(streams, epoch, slot),
-                )
-                return self._to_patches(block)
-        return self._to_patches(self.array_evaluator.batch(streams, epoch, slot))
-
-    def _upload_order(self, patch_order: PatchOrder | None) -> PatchOrder | None:
-        """Return an epoch's order of the patches on the device; the last one is cached."""
-        if patch_order is None:
-            return None
-        if self._uploaded_order is None or self._uploaded_order[0] is not patch_order:
-            # Another stream may still read the one before.
-            self._previous_order = self._uploaded_order
-            device_order = PatchOrder(*(arrays.upload(array, self.device) for array in patch_order))
-            ready = ReadyArrays(self.device, list(device_order))
-            self._uploaded_order = patch_order, device_order, ready
-        self._uploaded_order[2].wait()
-        return self._uploaded_order[1]
-
-    def _try_kernel(
-        self, name: tuple[str, str], run: Callable[[KernelEvaluator], T], fallback: Callable[[], T]
-    ) -> T:
-        if self._kernel_evaluator is None:
-            return fallback()
-        try:
-            result = run(self._kernel_evaluator)
-        except Exception as error:
-            # Once it has run, a failure is no matter of building it.
-            if name in self._built_kernels or devices.is_out_of_memory(error):
-                raise
-            self._give_up_kernel(error)
-            return fallback()
-        self._built_kernels.add(name)
-        return result
-
-    def _give_up_kernel(self, error: Exception) -> None:
-        # A compiler says what is wrong in the last of many lines.
-        reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
-        if len(reason) > 600:
-            reason = f"{reason[:200]} ... {reason[-400:]}"
-        warning_key = self.device.library, reason
-        if warning_key not in _warned:
-            # Where the warning is an error, every use is: the kernel is not given up.
-            warnings.warn(
-                f"the kernel for {self.device} could not be built, so array operations make the "
-                f"same batches, more slowly: {reason}",
-                stacklevel=2,
+        def evaluate(evaluator: DeviceEvaluator) -> BatchBlock:
+            device_slots = self._upload_slots(checked_slots)
+            patch_order = self.host.patch_order(epoch)
+            return BatchBlock(
+                *evaluator.block(self.streams, epoch, device_slots, patch_order, dtype)
             )
-            _warned.add(warning_key)
-        self._kernel_evaluator = None
+
+        device_block = self._try_on_device(evaluate)
+        # Once memory has run out, the host evaluates.
+        return self.block(epoch, slots, dtype) if device_block is None else device_block
+
+    def block_by_arrays(self, epoch: int, slots: Any) -> BatchBlock:
+        """Return `block` by array operations on the plan's device, without reading any value.
+
+        Every faster evaluation must equal this one. ``slots`` (int64, on the plan's device) are not
+        checked.
+        """
+        patch_order = self.host.patch_order(epoch)
+        evaluator = self.device_evaluator()
+        return BatchBlock(*evaluator.block_by_arrays(self.streams, epoch, slots, patch_order))
+
+    def ragged(self, epoch: int, locations: BatchLocations) -> RaggedBlock:
+        """Return located batches, each of its own size."""
+        samples = None
+        if not self.works_on_host:
+            samples = self._try_on_device(
+                lambda evaluator: evaluator.ragged(self.streams, epoch, locations)
+            )
+        if samples is None:
+            return self.host.ragged(epoch, locations)
+        starts = np.cumsum(locations.size) - locations.size
+        patches = self._tables.patches_of(locations.group)
+        return RaggedBlock(samples, starts, locations.size, locations.length, patches)
+
+    def batch(self, epoch: Any, slot: Any) -> BatchBlock:
+        """Return one batch; ``epoch`` and ``slot`` are 0-d tensors, as in `EpochPlan.batch`."""
+        evaluator = self._device_evaluator
+        if evaluator is None or not evaluator.is_prepared:
+            evaluator = self.prepare_batch()
+        # These checks read no values, so they also run while a graph is traced.
+        torch_compile.check_counter(epoch, "epoch", self.device)
+        torch_compile.check_counter(slot, "slot", self.device)
+        return BatchBlock(*evaluator.batch(self.streams, epoch, slot))
+
+    def prepare_batch(self) -> DeviceEvaluator:
+        """Upload what `batch` needs; the first call of `batch` does so, unless it is compiled."""
+        if not self.device.is_torch:
+            raise RuntimeError(
+                f"plan.batch needs a torch device, but this plan is on {str(self.device)!r}. Use "
+                "plan.on('cpu'), which returns identical batches."
+            )
+        if torch_compile.is_compiling():
+            raise RuntimeError(
+                "plan.batch was compiled before its first call, but a graph cannot upload its "
+                "tables. Call it once, or create sampler.cursor(), before compiling."
+            )
+        evaluator = self.device_evaluator()
+        # Without fullgraph=True, torch also traces functions in which a graph breaks.
+        torch_compile.untraced(evaluator.prepare)()
+        return evaluator
+
+    def device_evaluator(self) -> DeviceEvaluator:
+        """Return the evaluator on the plan's device; the first call uploads its tables."""
+        if self._device_evaluator is None:
+            purpose = f"the tables of {self._groups.num_samples} samples"
+            memory.check_free_memory(self.upload_nbytes, self.device, purpose, DEVICE_HINT)
+            self._device_evaluator = DeviceEvaluator(
+                self._tables, self.device, self._groups.order, self.settings
+            )
+        return self._device_evaluator
+
+    def upload_tables(self) -> DeviceEvaluator | None:
+        """Upload the tables if that has not been done; return None if they do not fit."""
+        return self._try_on_device(lambda evaluator: evaluator)
+
+    def _try_on_device(self, call: Callable[[DeviceEvaluator], T]) -> T | None:
+        """Return the device's result; fall back to the host and return None if memory runs out."""
+        try:
+            return call(self.device_evaluator())
+        except Exception as error:
+            if not devices.is_out_of_memory(error):
+                raise
+            self.fall_back_to_host(error)
+            return None
+
+    def fall_back_to_host(self, error: Exception) -> None:
+        """Evaluate on the host from now on, because the device has run out of memory; warn once."""
+        if self.device in self._full_devices:
+            return
+        self._full_devices.add(self.device, self.upload_nbytes, error)
+        # A captured or compiled graph still reads the tables.
+        if self._device_evaluator is not None and not self._device_evaluator.is_prepared:
+            self._device_evaluator = None
+
+    def _check_slots(self, slots: Any) -> Any:
+        """Return slots after a check; values are only checked on the host."""
+        if arrays.library_of(slots) is None or arrays.device_of(slots).on_host:
+            return self._check_host_slots(slots)
+        _check_slots_type(slots)
+        return slots
+
+    def _upload_slots(self, slots: Any) -> Any:
+        """Return checked slots as int64 on the plan's device."""
+        if arrays.is_numpy(slots):
+            return arrays.upload(slots, self.device)
+        slots = arrays.to_device(slots, self.device)
+        xp = arrays.namespace(self.device)
+        # Kernels read contiguous memory.
+        return arrays.as_contiguous(xp.astype(slots, xp.int64, copy=False))
+
+    def _check_host_slots(self, slots: Any) -> Int64:
+        slots = arrays.to_numpy(as_array(slots, "slots"))
+        if slots.size == 0 and slots.ndim == 1:
+            return np.zeros(0, np.int64)
+        _check_slots_type(slots)
+        num_batches = self._tables.num_batches
+        for extreme in (int(slots.min()), int(slots.max())):
+            if not 0 <= extreme < num_batches:
+                raise ValueError(f"slots must be in 0 .. {num_batches - 1}, got {extreme}")
+        return np.asarray(slots, np.int64)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Drop device memory; the tables are uploaded again at first use."""
+        return {**self.__dict__, "_device_evaluator": None, "_full_devices": FullDevices()}
+
+
+def _check_slots_type(slots: Any) -> None:
+    if slots.ndim != 1:
+        raise ValueError(f"slots must be 1-D, got shape {tuple(slots.shape)}")
+    if not arrays.is_integer(slots):
+        raise TypeError(f"slots must be integers, got dtype {arrays.dtype_name(slots)}")

@@ -1,4 +1,4 @@
-"""A plan's arithmetic fused into one launch: Triton for torch on CUDA, CUDA C for CuPy.
+"""A plan's arithmetic in a single launch: Triton for torch on CUDA, CUDA C for CuPy.
 
-Nothing here is imported, and nothing is compiled, before a plan on a GPU is first evaluated.
+Nothing is imported or compiled before a plan on a GPU is first evaluated.
 """

@@ -1,22 +1,22 @@
-// Slots in, batches out: `gpusampler.plan.evaluators.array` in one launch, integer for integer.
+// The batch kernel: `gpusampler.plan.evaluators.array` in a single launch, integer for integer.
 //
-// A block of threads takes some rows (batches). First a thread a row finds out what the row is:
+// A block of threads computes several rows (batches). First, one thread per row locates the row:
 // slot -> batch (keyed bijection) -> patch (search) -> key, grid and first position. Then all
-// threads write the rows' samples: position -> permutation -> order. What no patch of the plan
-// needs is left out by the macros that are given at compilation:
+// threads write the rows' samples: position -> permutation -> order. Macros leave out what no
+// patch of the plan needs:
 //
-//   SLOTS     0 slots as they are, 1 Fisher-Yates, 2 grid of 32-bit slots, 3 grid of 64-bit slots
-//   LOCATED   `slots` holds batches of the patches that `row_groups` holds
-//   PASSES    they are of the passes over their patches that `row_passes` holds, not of the epoch
+//   SLOTS     0 no permutation of slots, 1 Fisher-Yates, 2 grid of 32-bit slots, 3 of 64-bit slots
+//   LOCATED   `slots` holds batches of the patches in `row_groups`
+//   PASSES    each row is in the pass over its patch in `row_passes`, not in the epoch
 //   SAMPLES   permute inside the patches
-//   SMALL     the largest n that goes through Fisher-Yates here, 0 if none
+//   SMALL     the largest n permuted by Fisher-Yates, 0 if none
 //   FEWEST, MOST  pairs of rounds of the largest and of the smallest patch above 32; 0 if none
 //   ORDERED   look samples up in `order`
-//   RAGGED    rows lie at `starts`, each as long as it is; otherwise rows of `width`, end to end
-//   PAD       a ragged row is as long as its patch's size
+//   RAGGED    rows start at `starts`, each of its own length; otherwise rows of `width`, end to end
+//   PAD       a ragged row is as long as its patch's batch size
 //   ORDER_T, OUT_T  element types
 //
-// Without nvcc or NVRTC the same text is C++ for the host: tests run it there.
+// Without nvcc or NVRTC, this is C++ for the host: tests compile and run it.
 
 #ifdef __CUDACC__
 #define KERNEL extern "C" __global__
@@ -69,7 +69,7 @@ DEVICE void shuffle_grid(u32 &line, u32 &col, u32 a, u32 b, u32 rem, u32 key, u3
     for (int pair = 0; pair < pairs; ++pair) {
         u32 side = a - (col >= rem);
         u32 moved = line + MULHI(mix((col * SPREAD) ^ key), side);
-        // Below `side` the difference wraps to something huge: the minimum is the conditional.
+        // If moved < side, the difference wraps to a huge number, so the minimum is still right.
         line = MIN(moved, moved - side);
         key += step;
         side = line == a - 1 ? rem : b;
@@ -127,7 +127,7 @@ KERNEL void gpusampler_batches(
 #if LOCATED
             const i64 j = slot, group = row_groups[row_0 + t];
 #else
-            // The last patch whose first batch is not beyond this one.
+            // Search for the last patch whose first batch is not after this one.
             int place = 0;
             for (int bit = steps - 1; bit >= 0; --bit) {
                 const int ahead = place + (1 << bit);
@@ -135,15 +135,17 @@ KERNEL void gpusampler_batches(
             }
             const i64 j = slot - search[place], group = place;
 #endif
-            const i64 n = counts[group], size = sizes[group];
-            const i64 length = n - j * size < size ? n - j * size : size;
+            // Low word: the size. High word: how many of the first batches have one sample more.
+            const i64 n = counts[group], low = sizes[group] & 0xFFFFFFFF, larger = sizes[group] >> 32;
+            const i64 first = j * low + (j < larger ? j : larger), size = low + (j < larger);
+            const i64 length = n - first < size ? n - first : size;
             Row &row = rows[t];
             row.n = (u32)n;
-            row.first = (u32)(j * size);
+            row.first = (u32)first;
             row.base = bases[group];
 #if RAGGED
             row.out = starts[row_0 + t];
-            // None for a slot that is none: nothing is written then.
+            // No lanes, so no writes, for an invalid slot.
             row.lanes = (u32)(PAD ? size : length > 0 ? length : 0);
 #else
             row.out = (i64)(row_0 + t) * width;
@@ -181,7 +183,7 @@ KERNEL void gpusampler_batches(
         }
     END_THREADS
 #endif
-    // `columns`, a power of two, threads side by side in a row.
+    // `columns` threads, a power of two, share a row.
     FOR_EACH_THREAD(t)
         const u32 from = (u32)blockIdx.y * span;
         for (int r = t / columns; r < here; r += THREADS / columns) {
@@ -200,7 +202,7 @@ KERNEL void gpusampler_batches(
 #endif
 #if SAMPLES && MOST
                 if (!SMALL || row.pairs) {
-                    // A division is a multiplication that is at most 1 short.
+                    // Division by a multiplication that is at most 1 too small.
                     u32 line = MULHI(x, row.inverse), col = x - line * row.b;
                     if (col >= row.b) { ++line; col -= row.b; }
                     shuffle_grid(line, col, row.a, row.b, row.rem, row.k0, row.step,

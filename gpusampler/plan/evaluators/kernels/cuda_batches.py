@@ -1,7 +1,4 @@
-"""Slots in, batches out, in CUDA C for CuPy; compiled by NVRTC at first use.
-
-Imported at first use only.
-"""
+"""The batch kernel in CUDA C for CuPy; NVRTC compiles it. Imported at first use only."""
 
 from __future__ import annotations
 
@@ -19,7 +16,7 @@ TYPES = {"int64": "long long", "int32": "int"}
 
 
 def defines(spec: KernelSpec, order: str, out: str) -> tuple[str, ...]:
-    """Return the options that make a kernel of a form from the source."""
+    """Return the compiler options of a spec."""
     flags = {name: str(value) for name, value in spec.flags().items()}
     flags |= {"ORDER_T": TYPES[order], "OUT_T": TYPES[out]}
     return tuple(f"-D{name}={value}" for name, value in flags.items())
@@ -35,7 +32,7 @@ def _kernel(spec: KernelSpec, order: str, out: str) -> Any:
 
 
 def launch(spec: KernelSpec, geometry: Geometry, args: tuple[Any, ...]) -> None:
-    """Run the kernel over arrays of CuPy, on its current device and stream."""
+    """Run the kernel on CuPy arrays, on CuPy's current device and stream."""
     slots, starts, _, out, *arguments = args
     order = arguments[11]
     kernel = _kernel(spec, "int64" if order is None else order.dtype.name, out.dtype.name)

@@ -1,4 +1,4 @@
-"""A plan's evaluation by one of the kernels: the same interface as `evaluators.array`."""
+"""Evaluation of a plan by a kernel."""
 
 from __future__ import annotations
 
@@ -23,18 +23,10 @@ Launch = Callable[[KernelSpec, Geometry, tuple[Any, ...]], None]
 
 
 class KernelEvaluator:
-    """Batches of a plan, evaluated on a device by a kernel.
+    """Batches of a plan, evaluated on a device, where ``tables`` must be, by a kernel.
 
-    Parameters
-    ----------
-    tables : PatchTables
-        The plan's, on the device.
-    device : Device
-    settings : EvaluatorSettings
-    launch : callable
-        ``launch(spec, geometry, args)`` runs the kernel over its arrays and numbers.
-    geometry : callable
-        Cuts ``(spec, num_rows, width)`` for it.
+    ``launch(spec, geometry, args)`` runs the kernel on arrays and numbers. ``geometry(spec,
+    num_rows, width)`` divides the launch into blocks.
     """
 
     def __init__(
@@ -51,13 +43,18 @@ class KernelEvaluator:
         self._launch = launch
         self._geometry = geometry
         self._xp = arrays.namespace(device)
+        # Both in one word, so that batches that differ by one in size need no extra argument.
+        with devices.device_context(device):
+            self._sizes = tables.sizes
+            if tables.larger is not None:
+                self._sizes = tables.sizes + (tables.larger << 32)
 
     def block(
         self, streams: Streams, epoch: int, slots: Any, dtype: str = "int64"
     ) -> tuple[Any, Any, Any]:
         """Return indices (K, B), lengths (K,) and groups (K,) of the batches at ``slots``.
 
-        For plans whose slots the kernel can locate: interleaved, in steps of one.
+        The kernel locates slots only if the plan interleaves and has no steps, buckets or weights.
         """
         return self._block(streams, epoch, slots, (None, None), dtype)
 
@@ -70,9 +67,9 @@ class KernelEvaluator:
         passes: Any = None,
         dtype: str = "int64",
     ) -> tuple[Any, Any, Any]:
-        """Return `block` of batches ``j`` of patches ``group``, which are on the device.
+        """Return `block` for batches ``j`` of patches ``group``, both on the device.
 
-        ``passes``, of which pass over its patch each is, is None where that is the epoch.
+        ``passes`` is each batch's pass over its patch, or None if that is the epoch.
         """
         return self._block(streams, epoch, j, (group, passes), dtype)
 
@@ -91,8 +88,8 @@ class KernelEvaluator:
     def batch(self, streams: Streams, epoch: Any, slot: Any) -> tuple[Any, Any, Any]:
         """Return indices (B,), length and group of one batch; ``epoch`` and ``slot`` are 0-d.
 
-        Both are read by the kernel, so that a CUDA graph replays it for other values. For plans as
-        `block` takes them.
+        The kernel reads both, so that a CUDA graph can replay it for different values. The plan
+        must meet the conditions of `block`.
         """
         width = self._tables.max_batch_size
         with devices.device_context(self._device):
@@ -112,14 +109,14 @@ class KernelEvaluator:
     def ragged(
         self, streams: Streams, epoch: int, locations: BatchLocations, *, is_located: bool
     ) -> Any:
-        """Return the samples of located batches end to end, ``locations.size`` of each.
+        """Return ``locations.size`` samples of each located batch, end to end.
 
-        Where they are is found out again by the kernel, unless it must be told: ``is_located``.
+        If not ``is_located``, the kernel locates the slots again.
         """
         num_rows = locations.size.size
         if num_rows == 0:
             return self._empty((0,))
-        # One small array goes up, and nothing is waited for.
+        # One small upload, which the host does not wait for.
         starts = np.cumsum(locations.size) - locations.size
         columns = [starts, locations.j, locations.group] if is_located else [starts, locations.slot]
         if locations.passes is not None:
@@ -127,7 +124,7 @@ class KernelEvaluator:
         starts, slots, *located_columns = arrays.upload(np.stack(columns), self._device)
         rows = (*located_columns, None, None)[:2]
         if self._tables.is_uniform:
-            # The same kernel as for a block: each form is one to compile.
+            # The same kernel as for `block`, because each spec is compiled separately.
             block = self._block(streams, epoch, slots, rows, "int64")
             return self._xp.reshape(block[0], (-1,))
         spec = self._kernel_spec(rows, ragged=True)
@@ -153,7 +150,7 @@ class KernelEvaluator:
         return self._xp.empty(shape, dtype=getattr(self._xp, dtype), device=handle)
 
     def _keys(self, streams: Streams, epoch: int, spec: KernelSpec) -> tuple[int, int, int, int]:
-        # Where each row has a pass of its own, the kernel absorbs it.
+        # If each row has its own pass, the kernel absorbs it into the key.
         samples = streams.samples if spec.passes else absorb_pair(streams.samples, epoch)
         return *key_of(streams.batches, epoch, 0), *samples
 
@@ -165,7 +162,7 @@ class KernelEvaluator:
         max_lanes: int,
         keys: tuple[int, ...],
     ) -> None:
-        """Launch over rows of at most ``max_lanes`` lanes."""
+        """Launch the kernel for rows of at most ``max_lanes`` lanes."""
         tables = self._tables
         width = tables.max_batch_size
         num_rows = int(row_arrays[0].shape[0])
@@ -173,12 +170,12 @@ class KernelEvaluator:
             return
         num_groups = int(tables.counts.shape[0])
         grid = grid_of(tables.num_batches)
-        # What is not used is 0: a side of a grid above 2**31 is no 32-bit number.
+        # Unused sides are 0: those of large grids may not fit in 32 bits.
         slot_grid = grid if spec.slots > 1 else (0, 0, 0)
         args = (
             *row_arrays,
             tables.counts,
-            tables.sizes,
+            self._sizes,
             tables.batch_offsets,
             *rows,
             tables.starts,
@@ -193,7 +190,7 @@ class KernelEvaluator:
             rounds_for(tables.num_batches) // 2,
             *map(_signed, keys),
         )
-        # The shape of a tile follows from the plan; how many of them, from the rows at hand.
+        # The shape of tiles depends on the plan, their number on these rows.
         geometry = self._geometry(spec, num_rows, width)
         num_spans = -(-max_lanes // geometry.span)
         geometry = geometry._replace(blocks=(geometry.blocks[0], num_spans))
@@ -201,25 +198,22 @@ class KernelEvaluator:
 
 
 def _signed(word: int) -> int:
-    """Return a 32-bit word as the signed number of the same bits."""
+    """Return the signed number with the same 32 bits."""
     return word - (1 << 32) if word >> 31 else word
 
 
 def kernel_evaluator_on(
     tables: PatchTables, device: Device, settings: EvaluatorSettings
 ) -> KernelEvaluator | None:
-    """Return the evaluation by the kernel for a device; None where there is none for it.
+    """Return an evaluator with the kernel for a device, or None if the device has no kernel.
 
-    Raises
-    ------
-    ImportError
-        If the library that the kernel is written in is not there.
+    Raises ImportError if the library of the kernel is not installed.
     """
     if device.library == "cupy":
         from gpusampler.plan.evaluators.kernels.cuda_batches import launch as launch_cuda
 
         return KernelEvaluator(tables, device, settings, launch_cuda, cuda_geometry)
-    if device.library == "torch" and device.name.startswith("cuda"):
+    if device.is_torch_cuda:
         import torch
 
         from gpusampler.plan.evaluators.kernels.triton_batches import launch as launch_triton

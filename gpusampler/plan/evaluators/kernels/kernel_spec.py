@@ -1,4 +1,4 @@
-"""What a kernel is compiled for, and how a launch is cut into blocks: plain numbers, no library."""
+"""Compile-time settings of a kernel, and how a launch is divided into blocks."""
 
 from __future__ import annotations
 
@@ -12,30 +12,16 @@ SLOTS_AS_THEY_ARE, SLOTS_FISHER_YATES, SLOTS_32_BIT, SLOTS_64_BIT = range(4)
 
 
 class KernelSpec(NamedTuple):
-    """What a kernel is compiled for; the same names as macros of CUDA C and arguments of Triton.
+    """Compile-time settings of a kernel: macros in CUDA C and constants in Triton, by these names.
 
-    Attributes
-    ----------
-    slots : int
-        How slots are permuted: not, by Fisher-Yates, on a grid of 32-bit or of 64-bit slots.
-    located : bool
-        Whether rows are told as batches of patches, and not as slots.
-    passes : bool
-        Whether rows are of a pass over their patch each, told like it, and not of the epoch.
-    samples : bool
-        Whether samples are permuted inside their patches.
-    small : int
-        Power of two that no patch of up to 32 samples exceeds; 0 if there is no such patch.
-    fewest, most : int
-        Pairs of rounds of the largest patch, and of the smallest above 32; 0 if there is none.
-    ordered : bool
-        Whether samples are looked up in an order.
-    ragged : bool
-        Whether rows lie end to end, each as long as it is.
-    pad : bool
-        Whether a ragged row is as long as its patch's size.
-    epoch_on_device : bool
-        Whether the epoch is read from the device (Triton only).
+    ``slots``: slots are not permuted (0), or by Fisher-Yates (1), or on a grid of 32-bit (2) or of
+    64-bit slots (3). ``located``: rows are batches of patches instead of slots. ``passes``: each
+    row has its own pass over its patch instead of the epoch. ``samples``: permute inside patches.
+    ``small``: a power of two, at least the largest patch of up to 32 samples; 0 if there is none.
+    ``fewest``, ``most``: pairs of rounds of the largest patch, and of the smallest patch above 32
+    samples; 0 if there is none. ``ordered``: look samples up in an order. ``ragged``: rows are end
+    to end, each of its own length. ``pad``: a ragged row is as long as its patch's batch size.
+    ``epoch_on_device``: read the epoch from the device (Triton only).
     """
 
     slots: int
@@ -61,7 +47,7 @@ class KernelSpec(NamedTuple):
         passes: bool = False,
         epoch_on_device: bool = False,
     ) -> KernelSpec:
-        """Return the form for a plan's tables; what no patch of it needs is left out."""
+        """Return the spec for a plan's tables, without anything that none of its patches needs."""
         slots = SLOTS_AS_THEY_ARE
         if not located and settings.shuffle_batches and tables.num_batches > 1:
             if tables.num_batches <= SMALL:
@@ -89,14 +75,14 @@ class KernelSpec(NamedTuple):
         )
 
     def flags(self) -> dict[str, int]:
-        """Return the attributes by the names of the macros."""
+        """Return the values by macro name."""
         return {name.upper(): int(value) for name, value in self._asdict().items()}
 
 
 class Geometry(NamedTuple):
-    """How a launch is cut: ``blocks`` of ``rows`` rows, ``columns`` lanes wide.
+    """Division of a launch into ``blocks`` of ``rows`` rows, processed ``columns`` lanes at a time.
 
-    A block covers ``span`` lanes of its rows, so that wide rows are shared by several.
+    A block covers ``span`` lanes of its rows, so several blocks share wide rows.
     """
 
     rows: int
@@ -106,19 +92,19 @@ class Geometry(NamedTuple):
 
 
 MAX_BLOCKS = (1 << 16) - 1
-"""Blocks side by side, as CUDA has it."""
+"""CUDA's limit on the blocks of a launch in its second dimension."""
 
 
 def triton_geometry(spec: KernelSpec, num_rows: int, width: int) -> Geometry:
-    """Return tiles of 1,024 or 2,048 lanes; their shape depends on spec and width alone.
+    """Return tiles of 1,024 or 2,048 lanes; their shape depends only on spec and width.
 
-    Each shape is a kernel to compile, so there are few; a training step's single row has its own.
-    The larger tile spreads the work of a row over more lanes; where rows are wide, of several
-    kinds, or not written 16 bytes at a time, it would not fit in registers.
+    Each shape is compiled separately, so there are few; the single row of `batch` has its own. The
+    larger tile spreads the work of a row over more lanes, but would not fit in registers if rows
+    are wide, need different permutations, or are not written 16 bytes at a time.
     """
     columns = power_of_two(width)
     if width > 32:
-        # Of the shapes that leave the fewest lanes idle, the widest.
+        # The widest of the shapes with the fewest idle lanes.
         columns = min((32, 64, 128), key=lambda lanes: (-(-width // lanes) * lanes, -lanes))
     span = max(columns, min(power_of_two(width), 4096), power_of_two(-(-width // MAX_BLOCKS)))
     is_plain = spec.fewest == spec.most and not spec.small and not spec.ragged
@@ -141,5 +127,5 @@ def cuda_geometry(spec: KernelSpec, num_rows: int, width: int) -> Geometry:
 
 
 def power_of_two(minimum: int) -> int:
-    """Return the smallest power of two that is not below ``minimum >= 1``."""
+    """Return the smallest power of two that is at least ``minimum >= 1``."""
     return 1 << (minimum - 1).bit_length()

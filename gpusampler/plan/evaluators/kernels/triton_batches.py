@@ -1,13 +1,13 @@
-"""Slots in, batches out, in Triton: `evaluators.array` in one launch, integer for integer.
+"""The batch kernel in Triton: `evaluators.array` in a single launch, integer for integer.
 
-Imported at first use only. A program takes ``ROWS`` rows (batches): it finds out what each row is
-(slot -> batch by a keyed bijection -> patch by a search -> key, grid and first position) and then
-writes the rows' samples (position -> permutation -> order), ``COLS`` of each row at a time. Where
-rows are LOCATED, ``slots`` holds batches of the patches that ``row_groups`` holds; where it holds
-PASSES, of those over the patches that ``row_passes`` holds.
+Imported at first use only. A program computes ``ROWS`` rows (batches). First it locates each row:
+slot -> batch (keyed bijection) -> patch (search) -> key, grid and first position. Then it writes
+the rows' samples: position -> permutation -> order, ``COLS`` per row at a time. If LOCATED,
+``slots`` holds batches of the patches in ``row_groups``; if PASSES, each row is in the pass over
+its patch that ``row_passes`` holds.
 
-Integer arguments are signed 32-bit numbers, keys by their bits: Triton types an argument by its
-value, and a key that is 64-bit in one epoch would be another kernel to compile.
+Integer arguments are signed 32-bit numbers, including keys (reinterpreted bits). Triton types an
+argument by its value, so a key that needs 64 bits in one epoch would compile another kernel.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ def _hash(value, round_key):
 
 @triton.jit
 def _rotate(line, amount, side):
-    # Below `side` the difference wraps to something huge: the minimum is the conditional.
+    # If moved < side, the difference wraps to a huge number, so the minimum is still right.
     moved = line + tl.umulhi(amount, side)
     return tl.minimum(moved, moved - side)
 
@@ -65,7 +65,7 @@ def _round_pair(line, col, a, b, rem, key, step):
 def _fisher_yates(x, n, key, step, MOST: tl.constexpr):
     """Transpositions (i, j_i) from i = MOST-1 down to 1; those from n on change nothing."""
     for done in range(MOST - 1):
-        # Of the key's shape: one hash a row, not one a lane.
+        # In the key's shape: one hash per row, not per lane.
         i = (key * 0 + (MOST - 1 - done)).to(tl.uint32)
         j = tl.umulhi(_hash(i, key + i * step), i + 1)
         j = tl.where(i < n, j, i)
@@ -101,8 +101,8 @@ def _permute_slots(slot, n, a, b, rem, pairs, key, step, FORM: tl.constexpr):
     return image
 
 
-# Not specialised: that one of these happens to be 1, or a multiple of 16, is no other kernel. (The
-# width is: rows of a multiple of 16 are written 16 bytes at a time.)
+# Not specialized: a value of 1, or a multiple of 16, must not compile another kernel. (The width is
+# specialized: rows of a multiple of 16 are written 16 bytes at a time.)
 _VALUES = [
     "num_rows",
     "num_groups",
@@ -118,8 +118,7 @@ _VALUES = [
     "state1",
 ]
 
-
-# Nor is where in memory these begin: they are parts of a user's tensors.
+# Not specialized on alignment: these may be views of a user's tensors.
 _PLACES = ["slots", "starts", "epoch", "row_groups", "row_passes"]
 
 
@@ -176,7 +175,7 @@ def batches_kernel(
     k0, k1 = key0.to(tl.uint32), key1.to(tl.uint32)
     s0, s1 = state0.to(tl.uint32), state1.to(tl.uint32)
     if EPOCH_ON_DEVICE:
-        # The keys of the epoch that a tensor holds: what a CUDA graph replays.
+        # The epoch is in a tensor, so that a CUDA graph can replay the kernel for any epoch.
         now = tl.load(epoch)
         k0, k1 = _absorb_epoch(k0, k1, now)
         k0, k1 = _absorb_epoch(k0, k1, now * 0)
@@ -188,7 +187,7 @@ def batches_kernel(
         j = slot
         group = tl.load(row_groups + row, mask=inside, other=0)
     else:
-        # The last patch whose first batch is not beyond this one.
+        # Search for the last patch whose first batch is not after this one.
         place = tl.zeros([ROWS], tl.int32)
         step_ahead = 1 << steps
         for _ in range(steps):
@@ -200,15 +199,19 @@ def batches_kernel(
         j = slot - tl.load(search + place, mask=inside, other=0)
         group = place.to(tl.int64)
 
-    size = tl.load(sizes + group, mask=inside, other=1)
+    # Low word: the size. High word: how many of the first batches have one sample more.
+    size_word = tl.load(sizes + group, mask=inside, other=1)
+    size, larger = size_word & 0xFFFFFFFF, size_word >> 32
+    first_position = j * size + tl.minimum(j, larger)
+    size += (j < larger).to(tl.int64)
     count = tl.load(counts + group, mask=inside, other=1)
     base = tl.load(bases + group, mask=inside, other=0)
-    first = (j * size).to(tl.uint32)
+    first = first_position.to(tl.uint32)
     n = count.to(tl.uint32)
-    length = tl.minimum(size, count - j * size)
+    length = tl.minimum(size, count - first_position)
     if RAGGED:
         begin = tl.load(starts + row, mask=inside, other=0)
-        # None for a slot that is none: nothing is written then.
+        # No lanes, so no writes, for an invalid slot.
         lanes = tl.maximum(length, 0)
         if PAD:
             lanes = size
@@ -223,7 +226,7 @@ def batches_kernel(
             tl.store(groups + row, group, mask=inside)
 
     if SAMPLES:
-        # What belongs to a row, as a column beside the row's lanes.
+        # Values per row, as columns that broadcast over lanes.
         key, step = s0, s1
         if PASSES:
             passes = tl.load(row_passes + row, mask=inside, other=0)
@@ -235,7 +238,7 @@ def batches_kernel(
         a = tl.load(side_a + group, mask=inside, other=1).to(tl.uint32)[:, None]
         b = tl.load(side_b + group, mask=inside, other=1).to(tl.uint32)[:, None]
         rem = tl.load(side_rem + group, mask=inside, other=1).to(tl.uint32)[:, None]
-        # One division a row; a lane's is a multiplication that is at most 1 short.
+        # One division per row; per lane, a multiplication that is at most 1 too small.
         inverse = 0xFFFFFFFF // b
         own = tl.where(n >= 65536, 3, tl.where(n >= 1024, 4, tl.where(n > 32, 6, 0)))
         own = tl.where(inside, own, 0)
@@ -243,11 +246,11 @@ def batches_kernel(
         own = own[:, None]
         smallest = tl.min(tl.where(inside, count, 1 << 31), axis=0)
         row_key, row_step = key[:, None], step[:, None]
-        # Loop-carried values keep the layout they have: these are spread over the tile before.
+        # Loop-carried values keep their layout, so they are broadcast before the loop.
         tile_key = tl.broadcast_to(row_key, [ROWS, COLS])
 
     lane_0 = tl.program_id(1) * SPAN
-    # Whether any row goes beyond its patch here, to begin again at its first sample.
+    # Whether any row wraps around its patch in this span.
     beyond = inside & (first.to(tl.int64) + tl.minimum(lanes, lane_0 + SPAN) > count)
     wraps = tl.max(beyond.to(tl.int32), axis=0)
     row_first, row_n = first[:, None], n[:, None]
@@ -288,7 +291,7 @@ def batches_kernel(
 
 
 def launch(spec: KernelSpec, geometry: Geometry, args: tuple[Any, ...]) -> None:
-    """Run the kernel over arrays of torch, on their device's current stream."""
+    """Run the kernel on torch tensors, on their device's current stream."""
     batches_kernel[geometry.blocks](
         *args,
         **spec.flags(),

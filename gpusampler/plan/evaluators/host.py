@@ -1,0 +1,199 @@
+"""Evaluation on the host, by NumPy or by code that Numba compiles."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from gpusampler.batching.mixture import pass_and_batch
+from gpusampler.batching.short_batches import returned_sizes
+from gpusampler.batching.tables import PatchOrder, PatchTables
+from gpusampler.core import arrays, devices, memory
+from gpusampler.core.arrays import Int64
+from gpusampler.core.devices import HOST
+from gpusampler.groups.patch_groups import PatchGroups
+from gpusampler.permutation import numpy_impl
+from gpusampler.permutation.numba import jit
+from gpusampler.permutation.position_ranges import permute_ranges
+from gpusampler.permutation.reference import Grid, Streams, grid_of, key_of, permute
+from gpusampler.plan.evaluators.base import (
+    BatchBlock,
+    BatchLocations,
+    EvaluatorSettings,
+    RaggedBlock,
+)
+from gpusampler.plan.evaluators.memory_fallback import SORT_HINT
+
+
+class HostEvaluator:
+    """An `Evaluator` on the host, where ``tables`` must be.
+
+    ``groups`` are patches or cost bins; their order may be on a device or in a file. ``streams``
+    are the keys of the plan's seed.
+    """
+
+    def __init__(
+        self,
+        tables: PatchTables,
+        groups: PatchGroups,
+        settings: EvaluatorSettings,
+        streams: Streams,
+    ) -> None:
+        self._tables = tables
+        self._groups = groups
+        self._settings = settings
+        self._streams = streams
+        self._patch_orders: dict[int, PatchOrder] = {}
+        self._order_copy: Any = None
+
+    def with_changes(self, tables: PatchTables, streams: Streams) -> HostEvaluator:
+        """Return a copy with different tables or keys."""
+        changed = HostEvaluator(tables, self._groups, self._settings, streams)
+        changed._order_copy = self._order_copy
+        return changed
+
+    @property
+    def block_samples(self) -> int:
+        """Samples to evaluate per call: few enough to be in cache when they become lists."""
+        # A call of compiled code has more overhead.
+        return 1 << 15 if jit.compiled_form(0) is None else 1 << 16
+
+    def locate(self, epoch: int, slots: Int64) -> BatchLocations:
+        """Return the batches that slots map to."""
+        tables = self._tables
+        patch_order = self.patch_order(epoch)
+        if patch_order is not None:
+            groups, offsets = patch_order
+            index = np.searchsorted(offsets, slots, side="right") - 1
+            group, j = groups[index], slots - offsets[index]
+        else:
+            shuffle = self._settings.shuffle_batches
+            batch_index = self._batch_indices(epoch, slots) if shuffle else slots
+            if tables.buckets is None:
+                group = np.searchsorted(tables.batch_offsets, batch_index, side="right") - 1
+                j = batch_index - tables.batch_offsets[group]
+            else:
+                group, j = tables.buckets.locate(np, batch_index)
+        passes = None
+        if tables.batches_per_pass is not None:
+            own_batches = tables.batches_per_pass[group]
+            if tables.slot_shares is None:
+                j = j % own_batches
+            else:
+                passes, j = pass_and_batch(epoch, j, tables.batches[group], own_batches)
+        first, size = tables.first_position_and_size(np, group, j)
+        length = np.minimum(size, tables.counts[group] - first)
+        size = returned_sizes(size, length, pad=self._settings.pad)
+        return BatchLocations(slots, group, j, length, size, passes)
+
+    def block(self, epoch: int, slots: Int64, dtype: str = "int64") -> BatchBlock:
+        """Return the batches at slots, each padded to the largest batch size."""
+        locations = self.locate(epoch, slots)
+        width = self._tables.max_batch_size
+        samples, starts = self._samples(epoch, locations, np.full(slots.size, width, np.int64))
+        rows = samples.reshape(slots.size, width)
+        if bool((starts[1:] < starts[:-1]).any()):
+            rows = rows[starts // width]
+        patches = self._tables.patches_of(locations.group)
+        return BatchBlock(rows.astype(dtype, copy=False), locations.length, patches)
+
+    def ragged(self, epoch: int, locations: BatchLocations) -> RaggedBlock:
+        """Return located batches; those of similar patches are stored next to each other."""
+        samples, starts = self._samples(epoch, locations, locations.size)
+        patches = self._tables.patches_of(locations.group)
+        return RaggedBlock(samples, starts, locations.size, locations.length, patches)
+
+    def permute_positions(
+        self, group: Int64, passes: Any, first: Int64, length: Int64, base: Int64, order: Any = None
+    ) -> tuple[Int64, Int64]:
+        """Return permuted positions, int64 of shape (T,), and the start of each range in them.
+
+        Each range is ``length`` positions from ``first`` on, in a pass over a group; ``passes`` may
+        be an int. ``base`` is added to the images. If given, ``order`` is indexed by the sums.
+        """
+        key = None
+        if self._settings.shuffle_samples:
+            key = key_of(self._streams.samples, passes, group)
+        grid = Grid(*(side[group] for side in self._tables.grid))
+        return permute_ranges(first, length, self._tables.counts[group], key, grid, base, order)
+
+    def patch_order(self, epoch: int) -> PatchOrder | None:
+        """Return an epoch's order of patches, None if interleaved; the last two are cached."""
+        if self._settings.interleave:
+            return None
+        patch_order = self._patch_orders.get(epoch)
+        if patch_order is None:
+            tables = self._tables
+            patches = np.arange(tables.num_patches, dtype=np.int64)
+            if self._settings.shuffle_batches:
+                key = key_of(self._streams.patches, epoch, 0)
+                patches = numpy_impl.permute_one(patches, patches.size, key, grid_of(patches.size))
+            group_numbers = np.arange(tables.counts.size, dtype=np.int64)
+            patch_order = tables.patch_order(arrays.namespace(HOST), patches, group_numbers)
+            # Replaced rather than updated: a different thread may be reading it.
+            self._patch_orders = {**dict([*self._patch_orders.items()][-1:]), epoch: patch_order}
+        return patch_order
+
+    def _batch_indices(self, epoch: int, slots: Int64) -> Int64:
+        """Return each slot's batch, as an index into the batches before shuffling."""
+        layout, buckets = self._tables.layout, self._tables.buckets
+        index = slots
+        if layout.has_step_order:
+            key = key_of(self._streams.batches, epoch, 0)
+            index = layout.batch_indices(
+                np, slots, key, lambda steps: _permute(steps, layout.full, key)
+            )
+        if buckets is None or slots.size == 0:
+            return index
+        bucket = buckets.bucket_of(np, index)
+        offset, n = buckets.offsets[bucket], buckets.counts[bucket]
+        key = key_of(self._streams.buckets, epoch, bucket)
+        grid = Grid(*(side[bucket] for side in buckets.grid))
+        within = index - offset
+        if buckets.largest >= 1 << 31:
+            xp, bounds = arrays.namespace(HOST), (buckets.smallest, buckets.largest)
+            return np.asarray(offset + permute(xp, within, n, key, grid, *bounds))
+        ones = np.ones_like(within)
+        image, starts = permute_ranges(within, ones, n, key, grid, offset, None)
+        return image[starts]
+
+    def _samples(self, epoch: int, locations: BatchLocations, sizes: Int64) -> tuple[Int64, Int64]:
+        """Return ``sizes`` samples of each batch, and where each batch starts."""
+        group, tables = locations.group, self._tables
+        passes = epoch if locations.passes is None else locations.passes
+        first, _ = tables.first_position_and_size(np, group, locations.j)
+        base = tables.starts[group]
+        return self.permute_positions(group, passes, first, sizes, base, self._order())
+
+    def _order(self) -> Any:
+        # Not cached: each read checks the file that the order may be mapped from.
+        order = self._groups.order
+        if order is None or arrays.is_numpy(order):
+            return order
+        if self._order_copy is None:
+            device = arrays.device_of(order)
+            if devices.is_in_worker() and not device.on_host:
+                raise RuntimeError(
+                    f"Forked workers cannot read ids on {device}. Pass CPU ids or use "
+                    "multiprocessing_context='spawn'."
+                )
+            if not device.on_host:
+                purpose = "the host's copy of the samples' order"
+                memory.check_free_memory(int(order.nbytes), HOST, purpose, SORT_HINT)
+            self._order_copy = arrays.to_numpy(order)
+        return self._order_copy
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Drop caches; they are filled again at first use."""
+        return {**self.__dict__, "_patch_orders": {}, "_order_copy": None}
+
+
+def _permute(x: Int64, n: int, key: tuple[int, int]) -> Int64:
+    """Return the images of ``x`` under one permutation of 0 .. n-1."""
+    if n == 1:
+        return x
+    grid = grid_of(n)
+    if n <= numpy_impl.MAX_N:
+        return numpy_impl.permute_one(x, n, key, grid)
+    return np.asarray(permute(arrays.namespace(HOST), x, n, key, grid, n, n))
