@@ -1,7 +1,7 @@
-"""Batches that come from one patch each: exact, seekable, the same on every backend, fast.
+"""Batches from one patch each: exact, seekable, fast, and identical on every backend.
 
-``PatchBatchSampler`` is what a ``DataLoader`` holds; ``PatchGroups`` and ``EpochPlan`` are what it
-is made of; ``PatchTensorLoader`` takes a loader's place where the data is in memory. Importing the
+``PatchBatchSampler`` is the batch sampler of a ``DataLoader``. It builds on ``PatchGroups`` and
+``EpochPlan``. ``PatchTensorLoader`` replaces the loader if the data is in memory. Importing the
 package imports neither torch nor CuPy.
 """
 

@@ -1,7 +1,7 @@
-"""Going on in the middle of an epoch in Lightning, which importing this module imports.
+"""Callback that resumes in the middle of an epoch in Lightning; importing it imports Lightning.
 
-Lightning restores its count of batches, but it tells no loader where to go on: a plain
-``DataLoader`` hands out the epoch's first batches once more.
+Lightning restores its own batch count but not the position of the loader, so a plain ``DataLoader``
+repeats the first batches of the epoch.
 """
 
 from __future__ import annotations
@@ -23,20 +23,21 @@ else:
 
 
 class ResumeSampler(Callback):
-    """Callback with which ``Trainer.fit(..., ckpt_path=...)`` goes on at the very next batch.
+    """Callback with which ``Trainer.fit(..., ckpt_path=...)`` resumes at exactly the next batch.
 
-    It saves the place of the training loader's `PatchBatchSampler` in every checkpoint, by the
-    batches that were trained on (workers draw ahead of those), and goes on from there: in the
-    middle of an epoch or at its end, with any number of workers and on any number of ranks.
+    It saves the position of the training loader's `PatchBatchSampler` in every checkpoint. The
+    position counts the batches that were trained on, not those that workers have prefetched. The
+    run resumes there, in the middle of an epoch or at its end, with any number of workers and on
+    any number of ranks.
 
-    Give it to the trainer: ``Trainer(callbacks=[ResumeSampler()], use_distributed_sampler=False)``.
+    Pass it to the trainer: ``Trainer(callbacks=[ResumeSampler()], use_distributed_sampler=False)``.
 
     Notes
     -----
-    There must be one training loader, and its ``batch_sampler`` a `PatchBatchSampler`; ``fit``
-    raises TypeError where it is not. On another number of ranks Lightning's count of the epoch's
-    batches becomes what these ranks would have counted, so that it ends the epoch where it ends.
-    Gradients that were accumulated when a checkpoint was taken are in no checkpoint of Lightning.
+    ``fit`` raises TypeError unless there is exactly one training loader and its ``batch_sampler``
+    is a `PatchBatchSampler`. If the number of ranks changes, the callback adjusts Lightning's batch
+    count to the new number, so that the epoch ends at the right batch. A checkpoint of Lightning
+    does not contain accumulated gradients.
 
     Examples
     --------
@@ -57,33 +58,33 @@ class ResumeSampler(Callback):
             return {} if self._saved_state is None else {"sampler": self._saved_state}
         steps = 0
         if self._batch_counts is not None:
-            # Lightning counts from the epoch's start, and a pass from where it went on.
+            # Lightning counts from the epoch's start, a resumed pass from where it resumed.
             steps = self._batch_counts.processed - (len(self._sampler) - self._shard.steps)
         return {"sampler": self._sampler._tracker.state_after(self._shard, steps)}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Keep a saved state until there is a sampler to load it."""
+        """Store a saved state until training starts and the sampler can load it."""
         self._saved_state = state_dict["sampler"]
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Forget what an earlier run has left."""
+        """Discard the state of an earlier run."""
         self._saved_state = self._sampler = self._shard = self._batch_counts = None
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Go on from the saved state."""
+        """Load the saved state into the sampler."""
         sampler = _sampler_of(trainer)
         epoch = _current_epoch(trainer)
         saved_state, self._saved_state = self._saved_state, None
-        # Workers have drawn from the sampler's own next epoch by now, whichever Lightning is in.
+        # Workers have already drawn from the sampler's next epoch, whichever epoch Lightning is in.
         self._is_resuming = saved_state is not None or epoch > 0 or sampler.epoch > 1
-        # What Lightning has left is over, even if `limit_train_batches` cut it short.
+        # Lightning has left that epoch, possibly early because of `limit_train_batches`.
         is_epoch_over = saved_state is not None and saved_state["epoch"] < epoch
         if saved_state is not None:
             sampler.load_state_dict({**saved_state, "slot": 0} if is_epoch_over else saved_state)
         sampler.set_epoch(epoch)
         shard = self._bind_epoch(trainer)
         if saved_state is not None and trainer.fit_loop.restarting:
-            # Lightning takes a plain loader for one that would begin the epoch again.
+            # Lightning assumes that a plain loader would restart the epoch.
             warnings.filterwarnings("ignore", "You're resuming from a checkpoint that ended before")
             is_within_epoch = shard.steps > 0 and not is_epoch_over
             _set_batch_counts(trainer, len(sampler) - shard.steps if is_within_epoch else None)
@@ -93,16 +94,16 @@ class ResumeSampler(Callback):
             _restart_fetcher(trainer)
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Note where the epoch begins."""
+        """Record the start of the epoch."""
         self._bind_epoch(trainer)
         if self._is_resuming:
-            # The loader may have been loaded again since.
+            # Lightning may have reloaded the loader since `on_train_start`.
             _restart_fetcher(trainer)
 
     def on_train_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        """Note that Lightning's count of batches is this epoch's by now."""
+        """Start reading Lightning's batch count, which now belongs to the current epoch."""
         self._is_resuming = False
         self._batch_counts = trainer.fit_loop.epoch_loop.batch_progress.current
 
@@ -128,41 +129,41 @@ def _sampler_of(trainer: Trainer) -> PatchBatchSampler:
 
 
 def _current_epoch(trainer: Trainer) -> int:
-    """Return the epoch that Lightning hands to ``set_epoch``."""
+    """Return the epoch that Lightning passes to ``set_epoch``."""
     epoch_counts: Any = trainer.fit_loop.epoch_progress.current
     return int(epoch_counts.processed)
 
 
 def _restart_fetcher(trainer: Trainer) -> None:
-    """Let the loader's workers forget what they drew before ``set_epoch``."""
+    """Discard the batches that the loader's workers drew before ``set_epoch``."""
     fetcher: Any = trainer.fit_loop._data_fetcher
     iter(fetcher)
-    # Lightning may do the same after this, and is to find the same epoch.
+    # Lightning may restart the fetcher again, which must draw the same epoch.
     _sampler_of(trainer).set_epoch(_current_epoch(trainer))
 
 
 def _set_batch_counts(trainer: Trainer, num_done: int | None) -> None:
-    """Let Lightning count ``num_done`` batches of the epoch, None for all: it ends epochs by that.
+    """Set Lightning's count of finished batches (None: all), which decides when an epoch ends.
 
-    It changes nothing where there are as many ranks as before, but at the start of an epoch.
+    If the number of ranks has not changed, this only matters at the start of an epoch.
     """
     batch_progress: Any = trainer.fit_loop.epoch_loop.batch_progress
     counts = batch_progress.current
     target = trainer.num_training_batches if num_done is None else num_done
     difference = target - counts.processed
     if num_done == 0:
-        # A checkpoint from the start of an epoch has this of the one before, and Lightning would
-        # leave a whole epoch out.
+        # At the start of an epoch, the checkpoint still holds the previous epoch's flag, which
+        # would make Lightning skip a whole epoch.
         batch_progress.is_last_batch = False
     for name in ("ready", "started", "processed", "completed"):
         setattr(counts, name, getattr(counts, name) + difference)
 
 
 def _finish_epoch(trainer: Trainer) -> None:
-    """Let Lightning begin the next epoch where it restarts at the end of one.
+    """Make Lightning begin the next epoch after a restart at the end of an epoch.
 
-    By itself it does so by halves: it takes a later checkpoint within that next epoch for one at
-    its start, or, under ``max_steps``, leaves it after one batch.
+    Otherwise its counters are half updated: it treats a later checkpoint in the next epoch as one
+    at its start, or, with ``max_steps``, ends that epoch after one batch.
     """
     loop = trainer.fit_loop
     epoch_counts: Any = loop.epoch_progress.current

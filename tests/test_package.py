@@ -153,10 +153,10 @@ def test_the_package_works_where_torch_is_not_installed():
         "    except RuntimeError as error: print(error)\n"
     ).splitlines()
     assert len(messages) == 3
-    assert re.search("device .* torch is not installed, got 'cpu'.*gpusampler.torch", messages[0])
-    assert re.search("device .* cupy is not installed, got 'cupy'", messages[1])
+    assert re.search("device='cpu' .* torch is not installed.*pip install torch", messages[0])
+    assert re.search("device='cupy' .* cupy is not installed", messages[1])
     # The argument that was given is the one that is named.
-    assert re.search("output .* torch", messages[2])
+    assert re.search("output='tensor' .* torch is not installed", messages[2])
 
 
 @pytest.mark.serial("measures time")

@@ -1,4 +1,4 @@
-"""How many samples a batch has and how many batches a patch has: sizes, budgets, weights, steps."""
+"""Batch sizes, cost budgets, mixture weights and steps."""
 
 from gpusampler.batching.cost_budget import CostBudget
 from gpusampler.batching.mixture import Temperature

@@ -1,4 +1,4 @@
-"""How many samples a patch's batches hold: one number, a number by patch, or a budget of cost."""
+"""Batch size of each patch: from one number, a mapping by patch id, or a cost budget."""
 
 from __future__ import annotations
 
@@ -16,16 +16,10 @@ from gpusampler.groups.patch_groups import PatchGroups
 
 
 class BatchSizes(NamedTuple):
-    """Batch sizes of patches, and what went into them.
+    """Batch sizes of patches: int64, shape (G,), 0 for patches over the budget.
 
-    Attributes
-    ----------
-    sizes : int64 array, shape (G,)
-        0 where a patch is left out, as it is over the budget.
-    common_size : int, or None
-        The size, where all have the same.
-    costs : float64 array, shape (G,), or None
-        Of a sample of each patch, where a budget knows them.
+    ``common_size`` is the size if all patches have the same one, else None. ``costs`` are the costs
+    per sample, float64, shape (G,), None without a budget.
     """
 
     sizes: Int64
@@ -34,19 +28,9 @@ class BatchSizes(NamedTuple):
 
 
 def batch_sizes_of(batch_size: Any, groups: PatchGroups, partial: str) -> BatchSizes:
-    """Return the batch size of each patch.
+    """Return the batch size of each patch, or raise TypeError or ValueError.
 
-    Parameters
-    ----------
-    batch_size : int, mapping from patch ids, or CostBudget without ``sample_costs``
-    groups : PatchGroups
-    partial : {"keep", "drop", "pad"}
-
-    Raises
-    ------
-    TypeError, ValueError
-        If it is none of these, a patch has no size, a size is no integer in 1 .. 2**31 - 1, or a
-        patch is over the budget and is not to be skipped.
+    ``batch_size`` is an int, a mapping from patch ids, or a CostBudget without ``sample_costs``.
     """
     if isinstance(batch_size, CostBudget):
         return _sizes_within_budget(batch_size, groups, partial)
@@ -55,21 +39,21 @@ def batch_sizes_of(batch_size: Any, groups: PatchGroups, partial: str) -> BatchS
         return BatchSizes(sizes, common_size(sizes), None)
     check_batch_size(batch_size)
     size = int(batch_size)
-    # A broadcast scalar takes no memory.
+    # A broadcast scalar needs no memory.
     return BatchSizes(np.broadcast_to(np.int64(size), groups.counts.shape), size, None)
 
 
 def common_size(sizes: Int64) -> int | None:
-    """Return the size that all patches have, None if they differ or one is left out."""
+    """Return the size common to all patches, None if sizes differ or a patch has size 0."""
     first = int(sizes[0])
     return first if first and bool((sizes == first).all()) else None
 
 
 def check_batch_size(batch_size: Any) -> None:
-    """Raise, as `batch_sizes_of` does, what can be told before patches are known."""
+    """Raise the errors of `batch_sizes_of` that do not depend on the patches."""
     if isinstance(batch_size, (CostBudget, Mapping)):
         return
-    # An array of one number has an index too, and says so only when it is asked.
+    # Arrays define __index__ too.
     if not hasattr(batch_size, "__index__") or getattr(batch_size, "shape", ()) != ():
         raise TypeError(
             "batch_size must be an int, a mapping from patch ids to ints, or a CostBudget, got "
@@ -88,7 +72,7 @@ def _sizes_by_patch(batch_size: Mapping[Any, Any], groups: PatchGroups) -> Int64
 def _sizes_within_budget(budget: CostBudget, groups: PatchGroups, partial: str) -> BatchSizes:
     if budget.cost is None:
         raise ValueError(
-            "cost must be given in a CostBudget where no dataset says it by patch_costs(), got None"
+            "cost must be given in CostBudget if the dataset has no patch_costs(), got None"
         )
     costs = positive_by_patch(budget.cost, groups, "cost")
     sizes = budget.sizes_for(costs)

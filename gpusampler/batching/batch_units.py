@@ -1,4 +1,4 @@
-"""BatchUnits: what batches are cut from, whole patches or the cost bins of patches."""
+"""BatchUnits: the sets of samples that batches are cut from, patches or cost bins."""
 
 from __future__ import annotations
 
@@ -15,22 +15,22 @@ from gpusampler.groups.patch_groups import PatchGroups
 
 
 class BatchUnits(NamedTuple):
-    """What the batches of a plan are cut from: patches, or cost bins of patches.
+    """The P units that batches are cut from: patches, or their cost bins.
 
     Attributes
     ----------
     groups : PatchGroups
-        The patches, or the cost bins that they are cut into.
+        One group per unit.
     sizes : int64 array, shape (P,)
-        Batch size of each; 0: left out.
+        Batch size of each unit, 0 if it is over the budget.
     common_size : int, or None
-        Where it is the same for all.
+        The size if all units have the same one.
     costs : float64 array, shape (P,), or None
-        Of a sample, where a budget knows it.
+        Cost per sample (the largest in a bin); None without a budget.
     patch_of_bin : int64 array, shape (P,), or None
-        The patch of each cost bin, ascending.
+        Patch of each bin, ascending; None if units are patches.
     has_sample_costs : bool
-        The costs are the largest of samples that differ.
+        Whether samples of one unit may differ in cost.
     """
 
     groups: PatchGroups
@@ -42,23 +42,11 @@ class BatchUnits(NamedTuple):
 
     @classmethod
     def of(cls, groups: PatchGroups, batch_size: Any, partial: str) -> BatchUnits:
-        """Cut patches as a batch size asks for.
-
-        Parameters
-        ----------
-        groups : PatchGroups
-        batch_size : int, mapping from patch ids, or CostBudget
-        partial : {"keep", "drop", "pad"}
-
-        Raises
-        ------
-        TypeError, ValueError
-            As by `batch_sizes_of` and `cut_into_bins`.
-        """
+        """Cut patches into cost bins if ``batch_size`` is a budget with ``sample_costs``."""
         if isinstance(batch_size, CostBudget) and batch_size.sample_costs is not None:
             bins = cut_into_bins(groups, batch_size, partial)
             if bins.groups.num_patches == groups.num_patches:
-                # Nothing was cut: the samples of a bin are in the order of its patch.
+                # One bin per patch: the patches themselves are the units.
                 return cls(groups, bins.sizes, common_size(bins.sizes), bins.costs, None, True)
             return cls(bins.groups, bins.sizes, None, bins.costs, bins.patch_of_bin, True)
         sizes = batch_sizes_of(batch_size, groups, partial)
@@ -66,6 +54,6 @@ class BatchUnits(NamedTuple):
 
     @property
     def fingerprint(self) -> int:
-        """A 64-bit number of the sizes, and of which samples are in which cost bin."""
+        """64-bit hash of the sizes and of the assignment of samples to cost bins."""
         sizes = of_numbers(self.sizes)
         return sizes if self.patch_of_bin is None else combine(sizes, self.groups.fingerprint)

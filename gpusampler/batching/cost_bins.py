@@ -1,26 +1,25 @@
-"""Cost bins: the samples of a patch cut by cost, for batches whose samples cost nearly the same.
+"""Cost bins: samples of one patch divided by cost, so that samples of a batch cost nearly the same.
 
-Where samples of one patch differ in cost (lengths, say), packing them one by one into batches of
-equal cost would be no pure function of (seed, epoch, slot) at O(1): where a batch begins would
-depend on all that come before it, and how many there are would change from epoch to epoch. So each
-patch is cut into bins by cost, once; a bin has one batch size, that of its largest cost, and is
-from there on what a patch is: permuted by itself, cut into batches of its size. No batch costs more
-than its size times that largest cost, which is within the budget, padded or not.
+Packing samples one by one into batches of equal cost would not be a function of (seed, epoch, slot)
+in O(1): the start of a batch would depend on all batches before it, and the number of batches on
+the epoch. Instead each patch is divided into bins by cost, once. A bin has one batch size, that of
+its largest cost, and is then treated like a patch: it has its own permutation and its own batches.
+No batch costs more than its size times the largest cost, which is within the budget, padded or not.
 
-**Where bins begin.** Each sample would be allowed batches of some size if all cost what it does:
-the largest within the budget, as `CostBudget` rounds it. Samples whose sizes agree in their four
-leading bits (all sizes up to 16, eight in every octave from there on) stay together: below 16 they
-lose nothing by it. Of all ways to cut the row of these classes, from the cheapest to the costliest,
-into bins, that with the fewest batches is taken, where a bin of a single batch counts as two, as
-it would have the same members in every epoch; among equals, the one whose costliest bin is the
-longest (and so on, down to the cheapest), which has few bins. Under ``partial="drop"`` samples
-that fill no batch count as well: three times the batches that they would fill. Sizes and exact
-comparisons decide: every machine cuts alike. Samples over the budget are a bin of their own.
+**Bin boundaries.** The size of a sample is the largest batch size within the budget if all samples
+cost the same as this one, as rounded by `CostBudget`. Samples whose sizes have equal four leading
+bits (exact up to size 16, then eight values per octave) form a size class. Dynamic programming
+divides the size classes of a patch, by ascending cost, into the bins with the fewest batches. A bin
+with a single batch counts as two, because it would have the same members in every epoch. Ties
+prefer the longest most expensive bin, then the longest next one, and so few bins. Under
+``partial="drop"``, samples that do not fill a batch count three times the batches that they would
+fill. All comparisons are exact, so every machine finds the same bins. Samples over the budget are a
+separate bin.
 
-**What it costs.** A batch's members are of one bin. A patch has at most eight bins for each
-octave of sizes, in practice about the square root of its batches. Measured with a mean batch of 8
-samples (``python -m benchmarks.parts``): the share of the budget that batches use, bins of a
-patch, and the share of samples in bins of one batch.
+**Cost of the method.** All samples of a batch are from one bin. A patch has at most eight bins per
+octave of sizes, in practice about the square root of its number of batches. Measured with a mean
+batch of 8 samples (``python -m benchmarks.parts``): fraction of the budget that batches use, bins
+per patch, and fraction of samples in bins with one batch.
 
 =====================  ==========  ==================  ==================  ==================
 patches                one size    1/8 octave, merged  as many bins as     this rule
@@ -31,7 +30,7 @@ patches                one size    1/8 octave, merged  as many bins as     this 
 100 of 100, lognormal  0.19  1  0  0.67  10.2  0.30    0.74   5.8  0.17    0.72   5.0  0.00
 =====================  ==========  ==================  ==================  ==================
 
-Three leading bits use up to 0.04 less of the budget, five up to 0.03 more in more bins.
+Three leading bits use up to 0.04 less of the budget; five use up to 0.03 more, with more bins.
 """
 
 from __future__ import annotations
@@ -52,41 +51,39 @@ from gpusampler.groups.patch_groups import PatchGroups
 from gpusampler.groups.subsets import expand_runs, sort_by_group
 
 CHUNK = 1 << 18
-"""Samples (or pairs of classes) that are worked on at once."""
+"""Samples, or pairs of size classes, processed at once."""
 
 PATCHES_PER_BLOCK = 1 << 14
-"""Patches that are worked on at once, at most: there are counters for each of their classes."""
+"""Maximum number of patches processed at once, which bounds the counters of their classes."""
 
 MIN_COUNTED_BATCHES = 2
-"""A bin of fewer batches counts as one of so many."""
+"""Penalty of bins with fewer batches."""
 
 DROP_PENALTY = 3.0
-"""What a batch's worth of samples that "drop" leaves out counts, in batches.
+"""Penalty of dropped samples, in batches per batch of dropped samples.
 
-Measured with 100 patches of 100 lognormal lengths and a mean batch of 8, 4 % are left out with 3,
-6 % with 2, 12 % with 1 and 16 % if only batches count; batches use 0.74 to 0.77 of the budget.
+Measured with 100 patches of 100 lognormal lengths and a mean batch of 8: 4 % of samples are dropped
+with 3, 6 % with 2, 12 % with 1 and 16 % with 0; batches use 0.74 to 0.77 of the budget.
 """
 
-
 MAX_SIZE_CLASSES = 32 << MANTISSA_BITS
-"""Room for the classes of a patch: eight for each of 31 octaves of sizes, and one over budget."""
+"""Exclusive limit on class numbers: eight for each of 31 octaves, and one over the budget."""
 
 
 class CostBins(NamedTuple):
-    """Patches cut into bins by cost.
+    """Cost bins of patches.
 
     Attributes
     ----------
     groups : PatchGroups
-        One group a bin, with its number 0 .. P-1 for an id: bins of a patch side by side, the
-        cheapest first, patches ascending; source, device and form as in the patches' groups, but
-        that an order which belongs on a GPU lies on the host, for who needs it there to send.
+        One group per bin, with ids 0 .. P-1, sorted by patch, then by cost. The order of GPU groups
+        is on the host.
     patch_of_bin : int64 array, shape (P,)
-        The patch of each bin, as a place among the sorted patch ids.
+        Index of the patch of each bin in the sorted patch ids.
     costs : float64 array, shape (P,)
-        The largest cost of a sample in each bin.
+        Largest cost of a sample in each bin.
     sizes : int64 array, shape (P,)
-        Batch size of each bin; 0 where its samples are over the budget, and skipped.
+        Batch size of each bin, 0 if its samples are over the budget and skipped.
     """
 
     groups: PatchGroups
@@ -96,7 +93,7 @@ class CostBins(NamedTuple):
 
 
 class _SizeClasses(NamedTuple):
-    """Samples of a patch that stay together: one row each, the cheapest of a patch first."""
+    """Size classes, shape (R,): patch, samples and largest cost; sorted by patch, then by cost."""
 
     patches: Int64
     counts: Int64
@@ -104,33 +101,19 @@ class _SizeClasses(NamedTuple):
 
 
 def first_bins(patch_of_bin: Int64) -> Int64:
-    """Return the first bin of each patch, shape (G,); bins of a patch lie side by side."""
+    """Return the index of the first bin of each patch, shape (G,)."""
     return np.flatnonzero(np.diff(patch_of_bin, prepend=-1))
 
 
 def reduce_by_patch(values: NDArray[Any], patch_of_bin: Int64 | None, ufunc: np.ufunc) -> Any:
-    """Reduce numbers of cost bins, shape (P,), to numbers of patches, (G,); None: they are that."""
+    """Reduce values of bins, shape (P,), to patches, shape (G,); no-op without ``patch_of_bin``."""
     return values if patch_of_bin is None else ufunc.reduceat(values, first_bins(patch_of_bin))
 
 
 def cut_into_bins(groups: PatchGroups, budget: CostBudget, partial: str) -> CostBins:
-    """Cut patches into bins by cost.
+    """Divide patches into bins by the ``sample_costs`` of a budget, or raise for invalid costs.
 
-    Parameters
-    ----------
-    groups : PatchGroups
-    budget : CostBudget
-        With ``sample_costs``, one number for each sample of the dataset. Those of samples that
-        ``groups`` do not hold are not looked at. Integers above 2**53 are rounded up.
-    partial : {"keep", "drop", "pad"}
-
-    Raises
-    ------
-    TypeError
-        If costs are no numbers.
-    ValueError
-        If there are not as many as samples, one is not in (0, 2**512), or a sample is over the
-        budget and is not to be skipped, or all are.
+    Costs of samples outside ``groups`` are ignored; integers above 2**53 are rounded up.
     """
     costs = check_numbers(budget.sample_costs, groups.source_size, "sample_costs", "sample")
     order = None if groups.order is None else arrays.to_numpy(groups.order)
@@ -168,14 +151,14 @@ def cut_into_bins(groups: PatchGroups, budget: CostBudget, partial: str) -> Cost
 
 
 def _round_up(values: NDArray[Any]) -> NDArray[np.float64]:
-    """Return numbers as float64, none smaller than it was, lest a batch be over the budget."""
+    """Return values as float64, rounded up so that no batch exceeds the budget."""
     if values.dtype.kind == "f":
         with np.errstate(over="ignore", under="ignore"):
             rounded = values.astype(np.float64)
         return np.nextafter(rounded, np.inf, out=rounded, where=rounded < values)
     rounded = values.astype(np.float64)
     if values.dtype.itemsize == 8 and bool((is_large := values > 1 << 53).any()):
-        # With the lowest 11 bits cleared 53 are left, which float64 holds; so is the next such.
+        # Clearing the lowest 11 of 64 bits leaves 53, which float64 represents exactly.
         truncated = values[is_large] >> 11 << 11
         rounded[is_large] = truncated.astype(np.float64) + 2048.0 * (truncated < values[is_large])
     return rounded
@@ -184,7 +167,7 @@ def _round_up(values: NDArray[Any]) -> NDArray[np.float64]:
 def _sort_into_size_classes(
     groups: PatchGroups, order: NDArray[Any] | None, costs: NDArray[Any], budget: CostBudget
 ) -> tuple[_SizeClasses, NDArray[Any]]:
-    """Return the classes of all patches, and the class of each sample in the groups' order."""
+    """Return the size classes of all patches, and the class of each sample in the groups' order."""
     dtype = np.int32 if groups.num_samples < INT32_SAMPLES else np.int64
     class_of_sample = np.empty(groups.num_samples, dtype)
     blocks: list[tuple[Int64, Int64, NDArray[np.float64]]] = []
@@ -218,7 +201,7 @@ def _sort_into_size_classes(
         blocks.append((keys, class_counts[nonempty], max_costs))
     keys, counts, max_costs = map(np.concatenate, zip(*blocks, strict=True))
     if bool((keys[1:] <= keys[:-1]).any()):
-        # A patch was worked on in several blocks.
+        # Merge the classes of a patch that spans several blocks.
         keys, index_of_key = np.unique(keys, return_inverse=True)
         block_counts, block_max_costs = counts, max_costs
         counts, max_costs = np.zeros(keys.size, np.int64), np.zeros(keys.size)
@@ -229,13 +212,7 @@ def _sort_into_size_classes(
 
 
 def _blocks(offsets: Int64) -> Iterator[tuple[int, int, int, int]]:
-    """Yield whole patches, or a part of a large one: the first, the last, and from where to where.
-
-    Parameters
-    ----------
-    offsets : int64 array, shape (G + 1,)
-        Samples before each patch.
-    """
+    """Yield blocks (first patch, end patch, start, stop); a large patch spans several blocks."""
     first = 0
     while first + 1 < offsets.size:
         start = int(offsets[first])
@@ -247,7 +224,7 @@ def _blocks(offsets: Int64) -> Iterator[tuple[int, int, int, int]]:
 
 
 def _size_class_of(sizes: Int64) -> Int64:
-    """Return which class samples of some batch sizes are in: the cheapest first, 0 sizes last."""
+    """Return the size class of batch sizes: 0 is the cheapest, size 0 is last."""
     largest_bits = int(leading_bits(np.array([float(MAX_BATCH_SIZE)]))[0])
     smallest_bits = int(leading_bits(np.array([1.0]))[0])
     size_class = largest_bits - leading_bits(sizes.astype(np.float64))
@@ -257,7 +234,7 @@ def _size_class_of(sizes: Int64) -> Int64:
 def _check_cost_range(
     cost: NDArray[np.float64], costs: NDArray[Any], samples: NDArray[Any]
 ) -> None:
-    """Raise ValueError unless all costs of some samples are in (0, 2**512)."""
+    """Raise ValueError unless all costs are in (0, 2**512)."""
     out_of_range = ~((cost > 0) & (cost < COST_LIMIT))
     if bool(out_of_range.any()):
         sample = int(samples[out_of_range].min())
@@ -273,32 +250,34 @@ def _raise_over_budget(
     is_over: NDArray[np.bool_],
     budget: CostBudget,
 ) -> NoReturn:
-    """Raise the ValueError for samples over the budget; arrays are in the groups' order."""
+    """Raise ValueError for samples over the budget; arrays are in the groups' order."""
     if budget.over_budget != "error":
+        cost = float(costs.min())
         raise ValueError(
-            "max_cost must be enough for at least one sample, got none: "
-            f"{budget.refusal(float(costs.min()))}"
+            f"max_cost={budget.max_cost} is too small for all {groups.num_samples} samples: the "
+            f"cheapest costs {cost}{budget.refusal(cost)}. Raise max_cost."
         )
     positions = np.flatnonzero(is_over)
     first = int(positions[samples[positions].argmin()])
     label = groups.labels[np.searchsorted(groups.offsets, first, side="right") - 1]
+    cost = float(costs[first])
     raise ValueError(
-        f"max_cost must be enough for every sample, got {positions.size} of {groups.num_samples} "
-        f"over the budget, sample {samples[first]} of patch {label} first: "
-        f"{budget.refusal(float(costs[first]))}; over_budget='skip' leaves them out"
+        f"max_cost={budget.max_cost} is too small for {positions.size} of {groups.num_samples} "
+        f"samples: sample {samples[first]} of patch {label} costs {cost}{budget.refusal(cost)}. "
+        "Raise max_cost or pass over_budget='skip'."
     )
 
 
 def _bin_ends(
     classes: _SizeClasses, sizes: Int64, num_patches: int, budget: CostBudget, partial: str
 ) -> NDArray[np.bool_]:
-    """Return which classes are the costliest of a bin: boolean, shape (R,)."""
+    """Return whether each size class is the most expensive of its bin: boolean, shape (R,)."""
     first = np.searchsorted(classes.patches, np.arange(num_patches))
     num_within = np.add.reduceat(sizes > 0, first, dtype=np.int64)
-    # Those over the budget, of which a patch has one class, stay by themselves.
+    # The class over the budget (at most one per patch) is a bin by itself.
     ends = sizes == 0
     ends[(first + num_within - 1)[num_within == 1]] = True
-    # The widest first, so that those side by side have about as many classes.
+    # Sorted by number of classes, so that patches of one chunk need little padding.
     patches = np.flatnonzero(num_within > 1)
     patches = patches[np.argsort(-num_within[patches], kind="stable")]
     while patches.size:
@@ -312,15 +291,15 @@ def _bin_ends(
 def _optimal_bin_ends(
     first: Int64, num_classes: Int64, counts: Int64, sizes: Int64, budget: CostBudget, partial: str
 ) -> Int64:
-    """Return the classes that end the bins of some patches, by dynamic programming.
+    """Return the last class of each bin, by dynamic programming.
 
-    ``first`` and ``num_classes``: of each patch's classes, which ``counts`` and ``sizes`` tell of.
+    Patch i has the classes ``first[i] .. first[i] + num_classes[i] - 1`` of ``counts``, ``sizes``.
     """
     max_classes = int(num_classes.max())
     columns = np.arange(max_classes)
     is_class = columns < num_classes[:, None]
     rows = first[:, None] + np.where(is_class, columns, 0)
-    # Beyond a patch's classes are others of one sample each; nobody asks for what comes of them.
+    # Padding classes have one sample of size 1; results for them are not used.
     size = np.where(is_class, sizes[rows], 1)
     samples_before = np.zeros((first.size, max_classes + 1), np.int64)
     np.cumsum(np.where(is_class, counts[rows], 1), axis=1, out=samples_before[:, 1:])
@@ -330,10 +309,10 @@ def _optimal_bin_ends(
         num_samples = samples_before[:, end, None] - samples_before[:, :end]
         penalty = _bin_penalty(num_samples, size[:, end - 1, None], budget, partial)
         penalty = min_penalty[:, :end] + penalty
-        # Of equals, the first: the longest bin.
+        # argmin takes the first of equals: the longest bin.
         best_start[:, end] = penalty.argmin(axis=1)
         min_penalty[:, end] = np.take_along_axis(penalty, best_start[:, end, None], axis=1)[:, 0]
-    # Back from the last bin to the first.
+    # Backtrack from the last bin to the first.
     ends, patch, stop = [], np.arange(first.size), num_classes
     while patch.size:
         ends.append(first[patch] + stop - 1)
@@ -345,9 +324,9 @@ def _optimal_bin_ends(
 def _bin_penalty(
     num_samples: Int64, size: Int64, budget: CostBudget, partial: str
 ) -> NDArray[np.float64]:
-    """Return what bins of some samples and batch sizes count, in batches."""
+    """Return the penalty of bins, in batches."""
     if partial != "drop":
-        # Quotients of numbers below 2**31 are never rounded to an integer that they are not.
+        # float64 division of integers below 2**31 never rounds a fraction to an integer.
         return np.asarray(np.maximum(np.ceil(num_samples / size), MIN_COUNTED_BATCHES))
     useful_size = budget.sizes_of_use(size, num_samples, partial)
     num_batches, num_left = np.divmod(num_samples, useful_size)

@@ -1,4 +1,4 @@
-"""CostBudget: the most that a batch may cost, and the batch sizes that it allows."""
+"""CostBudget: maximum cost of a batch, and the batch sizes within it."""
 
 from __future__ import annotations
 
@@ -22,40 +22,40 @@ MAX_BATCH_SIZE = (1 << 31) - 1
 
 @dataclass(frozen=True, eq=False)
 class CostBudget:
-    """The most that a batch may cost; each patch gets the largest batches within it.
+    """Maximum cost of a batch; each patch gets the largest batch size within it.
 
-    What a batch costs is its samples times the cost of each: of memory, say, where that goes with
-    the points of a patch's mesh. Give it as ``batch_size``. It holds plain values and may be kept:
-    `to_dict` makes JSON of it, and states of a sampler tell one set of sizes from another.
+    The cost of a batch is its number of samples times the cost per sample: memory, for example, if
+    it scales with the points of a patch's mesh. Pass it as ``batch_size``. `to_dict` converts it to
+    JSON, and the state of a sampler detects different batch sizes.
 
     Parameters
     ----------
     max_cost : float
-        The most that a batch may cost, > 0, in the unit of the costs.
+        Maximum cost of a batch, > 0, in the unit of the costs.
     cost : array (G,), mapping or callable, optional
-        Cost of a sample of each patch: positive numbers by ascending patch id, a mapping from
+        Cost per sample of each patch: positive numbers by ascending patch id, a mapping from
         patch ids, or a function of the patch id. Default: the dataset's ``patch_costs()``.
     sample_costs : array (N,), optional
-        In place of ``cost``, the cost of each sample of the dataset (its length, say). Each patch
-        is cut into classes of samples that cost nearly the same, a batch is of one class of one
-        patch, and costs at most its samples times the largest cost in its class, which is within
-        the budget: also where samples are padded to the longest of a batch.
+        Cost of each sample of the dataset (its length, for example), instead of ``cost``. Each
+        patch is divided into cost bins, whose samples cost nearly the same, and all samples of a
+        batch are from one bin. A batch costs at most its size times the largest cost in its bin,
+        which is within the budget, also if samples are padded to the longest in the batch.
     min_batch_size, max_batch_size : int, optional
-        Bounds of a batch's size, >= 1; none above by default.
+        Bounds of the batch size, >= 1. Default: no upper bound.
     multiple_of : int
-        Sizes are multiples of it.
+        Batch sizes are multiples of this.
     power_of_two : bool
-        Sizes are powers of two: few shapes, for loops that are compiled.
+        Batch sizes are powers of two, which limits the number of shapes for compiled loops.
     over_budget : {"error", "skip"}
-        What becomes of a patch of which not even the smallest batch is within the budget: a
-        ValueError, or it has no batch, which `PatchBatchSampler.coverage` counts as missed.
+        For a patch (or sample) whose smallest batch exceeds the budget: "error" raises ValueError,
+        "skip" leaves it out, which `PatchBatchSampler.coverage` reports as missed.
     calibration : mapping, optional
-        What `calibrate` has measured; kept for the reader, of no effect.
+        Measurements of `calibrate`, for information only.
 
     Raises
     ------
     TypeError, ValueError
-        If an argument is not as described. (Costs are checked where patches are known.)
+        If an argument is not as described. Costs are checked when the patches are known.
 
     Examples
     --------
@@ -77,12 +77,12 @@ class CostBudget:
     calibration: Mapping[str, Any] | None = field(default=None, kw_only=True, repr=False)
 
     def __post_init__(self) -> None:
-        """Check what does not depend on patches."""
+        """Check everything that does not depend on patches."""
         check_real(self.max_cost, "max_cost", "be > 0 and < 2**512", lambda x: 0 < x < COST_LIMIT)
         if self.cost is not None and self.sample_costs is not None:
             raise ValueError(
-                "sample_costs must be left out where cost is given: a sample costs what those of "
-                "its patch do, or what it says itself"
+                "sample_costs must be None if cost is given: pass costs per patch or per sample, "
+                "not both"
             )
         min_size = check_size(self.min_batch_size, "min_batch_size")
         if self.max_batch_size is not None:
@@ -95,44 +95,40 @@ class CostBudget:
         check_bool(self.power_of_two, "power_of_two")
         if self.power_of_two and self.multiple_of & (self.multiple_of - 1):
             raise ValueError(
-                "multiple_of must be a power of two where power_of_two=True, got "
-                f"{self.multiple_of}"
+                f"multiple_of must be a power of two if power_of_two=True, got {self.multiple_of}"
             )
         check_choice(self.over_budget, "over_budget", OVER_BUDGET)
         if self.calibration is not None and not isinstance(self.calibration, Mapping):
             raise TypeError(f"calibration must be a mapping, got {short_repr(self.calibration)}")
         if not self._rounded_down(np.array([self._largest_size]))[0] >= self.min_batch_size:
-            raise ValueError(
-                "max_batch_size must be at least the smallest size that the others allow, got "
-                f"none between {self._bounds}"
-            )
+            raise ValueError(f"no batch size satisfies {self._bounds}")
 
     def __eq__(self, other: object) -> bool:
-        """Return whether the other allows the same; what was calibrated is not compared."""
+        """Return whether all arguments except ``calibration`` are equal."""
         if not isinstance(other, CostBudget):
             return NotImplemented
         names = [name for name in self.__dataclass_fields__ if name != "calibration"]
         return all(_is_equal(getattr(self, name), getattr(other, name)) for name in names)
 
-    # Costs may be arrays and mappings, which have none either.
+    # Costs may be arrays and mappings, which are not hashable.
     __hash__ = None  # type: ignore[assignment]
 
     def sizes_for(self, costs: NDArray[np.float64]) -> Int64:
-        """Return the largest batch sizes within the budget, 0 where not even the smallest is.
+        """Return the largest batch sizes within the budget, 0 if no size is.
 
         Parameters
         ----------
         costs : float64 array, shape (G,)
-            Of a sample of each patch, > 0.
+            Cost per sample of each patch, > 0.
 
         Returns
         -------
         int64 array, shape (G,)
-            The largest ``size`` with ``size * cost <= max_cost`` in float64 arithmetic, and below
-            2**31, rounded as the budget says.
+            The largest ``size`` below 2**31 with ``size * cost <= max_cost`` in float64
+            arithmetic, within the bounds and rounding of the budget.
         """
         max_cost = float(self.max_cost)
-        # A quotient is rounded, so the product decides: the floor may be one off either way.
+        # The rounded quotient may be off by one either way; the product decides.
         with np.errstate(over="ignore"):
             ratio = np.floor(np.minimum(max_cost / costs, float(MAX_BATCH_SIZE)))
         ratio += (ratio + 1) * costs <= max_cost
@@ -144,10 +140,10 @@ class CostBudget:
         return np.where(sizes < self.min_batch_size, 0, sizes)
 
     def sizes_of_use(self, sizes: Int64, counts: Int64, partial: str) -> Int64:
-        """Return sizes no larger than patches of ``counts`` samples have a use for.
+        """Return sizes reduced to the useful size for patches of ``counts`` samples.
 
-        Under "drop" a size beyond the samples would leave the whole patch out; otherwise it is
-        only a wider table, or more to fill up.
+        Under "drop", a size larger than the patch would drop the whole patch; otherwise it would
+        only waste table width or padding.
         """
         if partial == "drop":
             rounded_down = self._rounded_down(np.minimum(sizes, counts))
@@ -165,13 +161,11 @@ class CostBudget:
         return 1 << _bit_length(sizes - 1) if self.power_of_two else sizes
 
     def refusal(self, cost: float) -> str:
-        """Return why a sample of some cost is over the budget."""
+        """Return the part of an error message that names bounds, if a single sample would fit."""
         max_size = int(CostBudget(self.max_cost).sizes_for(np.array([cost]))[0])
-        # The cost with all its digits: the last one may be what is too much.
-        return (
-            f"max_cost={self.max_cost} allows up to {max_size} samples of cost {cost} in a batch, "
-            f"and none of these sizes is right by {self._bounds}"
-        )
+        if max_size == 0:
+            return ""
+        return f", and no batch size up to {max_size} satisfies {self._bounds} within the budget"
 
     @property
     def _largest_size(self) -> int:
@@ -186,21 +180,20 @@ class CostBudget:
             bounds.append("power_of_two=True")
         if self.max_batch_size is not None:
             bounds.append(f"max_batch_size={self.max_batch_size}")
-        return ", ".join(bounds)
+        return " and ".join(bounds)
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the budget as plain values that JSON can hold.
+        """Return the budget as a dict of JSON-serializable values.
 
         Raises
         ------
         TypeError
-            If ``cost`` is a function, or an array, whose patches are not named, of anything but
-            numbers: `calibrate` makes a mapping of it.
+            If ``cost`` is a function or a non-numeric array. `calibrate` returns a mapping.
         """
         cost = self.cost
         if callable(cost) and not isinstance(cost, Mapping):
             raise TypeError(
-                "cost must be a mapping or an array to be kept, got a function: write "
+                "cost must be a mapping or an array to be saved, got a function; use "
                 "{patch_id: cost(patch_id) for patch_id in patch_ids}"
             )
         plain: dict[str, Any] = {
@@ -221,12 +214,16 @@ class CostBudget:
 
     @classmethod
     def from_dict(cls, saved: Mapping[str, Any]) -> CostBudget:
-        """Return the budget that `to_dict` made plain values of.
+        """Return the budget saved by `to_dict`.
+
+        Parameters
+        ----------
+        saved : mapping
 
         Raises
         ------
         TypeError, ValueError
-            If it is no such mapping, or its values are none of a budget.
+            If ``saved`` is not a mapping from `to_dict`, or a value is invalid.
         """
         if not isinstance(saved, Mapping) or "max_cost" not in saved:
             raise TypeError(f"saved must come from CostBudget.to_dict, got {short_repr(saved)}")
@@ -235,46 +232,48 @@ class CostBudget:
         if cost_by is not None and cost_by not in ("patch id", "place"):
             raise ValueError(f"cost_by must be 'patch id' or 'place', got {short_repr(cost_by)}")
         if cost_by is not None and arguments.get("cost") is None:
-            raise ValueError(f"cost must be there where cost_by={cost_by!r} is, got none")
+            raise ValueError(f"cost must be given if cost_by={cost_by!r}, got None")
         if cost_by == "patch id":
             arguments["cost"] = _by_patch_id(arguments["cost"])
         unknown = sorted(set(arguments) - set(cls.__dataclass_fields__))
         if unknown:
-            raise TypeError(f"saved must come from CostBudget.to_dict, got unknown {unknown}")
+            raise TypeError(f"saved must come from CostBudget.to_dict, got unknown keys {unknown}")
         return cls(**arguments)
 
 
 def check_size(value: Any, name: str) -> int:
-    """Return a number of samples in a batch as an int, or raise TypeError or ValueError."""
+    """Return a batch size as an int, or raise TypeError or ValueError."""
     return check_int(value, name, low=1, high=MAX_BATCH_SIZE + 1)
 
 
 def check_over_budget(
     budget: CostBudget, sizes: Int64, costs: NDArray[np.float64], labels: NDArray[Any]
 ) -> None:
-    """Raise ValueError if patches are over the budget, unless they are to be skipped.
+    """Raise ValueError if patches are over the budget, or all are with over_budget="skip".
 
-    ``sizes``, ``costs`` and ``labels``: shape (G,), of each patch.
+    ``sizes``, ``costs`` per sample and ``labels`` have shape (G,).
     """
     patches = np.flatnonzero(sizes == 0)
     if patches.size == 0:
         return
     first = int(patches[0])
     if budget.over_budget == "error":
+        cost = float(costs[first])
         raise ValueError(
-            f"max_cost must be enough for every patch, got {patches.size} of {sizes.size} over "
-            f"the budget, patch {labels[first]} first: {budget.refusal(float(costs[first]))}; "
-            "over_budget='skip' leaves them out"
+            f"max_cost={budget.max_cost} is too small for {patches.size} of {sizes.size} patches: "
+            f"a sample of patch {labels[first]} costs {cost}{budget.refusal(cost)}. Raise max_cost "
+            "or pass over_budget='skip'."
         )
     if patches.size == sizes.size:
+        cost = float(costs.min())
         raise ValueError(
-            f"max_cost must be enough for at least one patch, got none: "
-            f"{budget.refusal(float(costs.min()))}"
+            f"max_cost={budget.max_cost} is too small for all {sizes.size} patches: a sample of "
+            f"the cheapest costs {cost}{budget.refusal(cost)}. Raise max_cost."
         )
 
 
 def _bit_length(values: Int64) -> Int64:
-    """Return the bits of numbers from 0 to 2**31: exact, as float64 holds them."""
+    """Return the bit length of integers from 0 to 2**31, which float64 represents exactly."""
     return np.asarray(np.frexp(values.astype(np.float64))[1], np.int64)
 
 
@@ -283,18 +282,18 @@ def _by_patch_id(pairs: Any) -> dict[Any, Any]:
         return dict(pairs)
     except (TypeError, ValueError) as error:
         raise ValueError(
-            "cost must be pairs of patch id and cost where cost_by='patch id', got "
+            "cost must be pairs of patch id and cost if cost_by='patch id', got "
             f"{short_repr(pairs)}"
         ) from error
 
 
 def _plain(value: Any) -> Any:
-    # A number of any array library.
+    # Scalars of any array library.
     return value.item() if hasattr(value, "item") else value
 
 
 def _is_equal(a: Any, b: Any) -> bool:
-    """Return whether two arguments of a budget are equal: numbers, mappings, functions, arrays."""
+    """Return whether two values (numbers, mappings, functions or arrays) are equal."""
     plain_types = (Mapping, str, int, float, np.generic, type(None))
     if any(isinstance(value, plain_types) or callable(value) for value in (a, b)):
         return bool(a is b or a == b)

@@ -1,4 +1,4 @@
-"""What a sample of each patch costs: numbers by patch, in whatever form they are given."""
+"""Read costs per patch or per sample: arrays, mappings and functions of the patch id."""
 
 from __future__ import annotations
 
@@ -13,23 +13,16 @@ from gpusampler.core.text import short_repr
 from gpusampler.groups.patch_groups import PatchGroups
 
 COST_LIMIT = 2.0**512
-"""Costs are below this: times any number of samples they are still finite."""
+"""Exclusive limit on costs: the product with any number of samples stays finite."""
 
 
 def check_step_costs(costs: Any, groups: PatchGroups, steps: str) -> NDArray[np.float64] | None:
-    """Return the costs that a plan's steps are to be balanced by, if they are given.
-
-    Raises
-    ------
-    TypeError, ValueError
-        If they are not as `positive_by_patch` takes them, or given where steps are not balanced.
-    """
+    """Return the costs for steps="balanced", None if not given, or raise for other steps."""
     if steps == "balanced":
         return None if costs is None else positive_by_patch(costs, groups)
     if costs is not None:
         raise ValueError(
-            f"patch_costs must be left out under steps={steps!r}: only steps='balanced' has a use "
-            "for them"
+            f"patch_costs must be None if steps={steps!r}: only steps='balanced' uses them"
         )
     return None
 
@@ -37,27 +30,10 @@ def check_step_costs(costs: Any, groups: PatchGroups, steps: str) -> NDArray[np.
 def positive_by_patch(
     costs: Any, groups: PatchGroups, name: str = "patch_costs"
 ) -> NDArray[np.float64]:
-    """Return the cost of a sample of each patch, or another positive number by patch.
+    """Return one number in (0, 2**512) per patch as float64, shape (G,), or raise.
 
-    Parameters
-    ----------
-    costs : array (G,), mapping or callable
-        By ascending patch id, from patch ids (others may be there too), or a function of the
-        patch id.
-    groups : PatchGroups
-    name : str
-        Of the argument, for errors.
-
-    Returns
-    -------
-    float64 array, shape (G,)
-
-    Raises
-    ------
-    TypeError
-        If a cost is no number.
-    ValueError
-        If there are not as many as patches, a patch has none, or one is not in (0, 2**512).
+    ``costs`` is an array by ascending patch id, a mapping from patch ids (extra ids are allowed),
+    or a function of the patch id. ``name`` is the argument named in errors.
     """
     values = values_by_patch(costs, groups, name)
     numbers = check_numbers(values, groups.num_patches, name).astype(np.float64)
@@ -72,14 +48,11 @@ def positive_by_patch(
 
 
 def values_by_patch(values: Any, groups: PatchGroups, name: str) -> Any:
-    """Return what a mapping or a function of patch ids says, by ascending patch id; else as it is.
+    """Return values by ascending patch id from a mapping or function; return others unchanged.
 
-    Raises
-    ------
-    ValueError
-        If a mapping lacks a patch.
+    Raise ValueError if a mapping lacks a patch.
     """
-    # A column of a table with an index is a mapping, too: by place it would mix patches up.
+    # A pandas Series has keys too; reading it by position would mix up patches.
     if isinstance(values, Mapping) or hasattr(values, "keys"):
         patch_ids = groups.labels.tolist()
         missing = [patch_id for patch_id in patch_ids if patch_id not in values]
@@ -95,15 +68,7 @@ def values_by_patch(values: Any, groups: PatchGroups, name: str) -> Any:
 
 
 def check_numbers(values: Any, count: int, name: str, unit: str = "patch") -> NDArray[Any]:
-    """Return numbers, one a patch (or sample), as a NumPy array; their range is not checked.
-
-    Raises
-    ------
-    TypeError
-        If one is no number.
-    ValueError
-        If there are not ``count`` of them, in one dimension.
-    """
+    """Return numbers as a NumPy array of shape (count,), or raise; the range is not checked."""
     if isinstance(values, np.ma.MaskedArray):
         raise TypeError(f"{name} must have a value for every {unit}, got a masked array")
     numbers = None
@@ -113,9 +78,9 @@ def check_numbers(values: Any, count: int, name: str, unit: str = "patch") -> ND
         elif arrays.is_numeric(values):
             numbers = _to_numpy(values)
     except ValueError as error:
-        raise ValueError(f"{name} must be one number a {unit}: {error}") from error
+        raise ValueError(f"{name} must be one number per {unit}: {error}") from error
     if numbers is None or numbers.dtype.kind not in "iuf":
-        forms = ", one a sample"
+        forms = ", one per sample"
         if unit == "patch":
             forms = (
                 " by ascending patch id, a mapping from patch ids, or a function of the patch id"
@@ -125,15 +90,15 @@ def check_numbers(values: Any, count: int, name: str, unit: str = "patch") -> ND
         raise TypeError(f"{name} must be numbers{forms}, got {short_repr(values)}")
     if numbers.shape != (count,):
         raise ValueError(
-            f"{name} must be one number a {unit}, shape ({count},), got shape {numbers.shape}"
+            f"{name} must be one number per {unit}, shape ({count},), got shape {numbers.shape}"
         )
     return numbers
 
 
 def _to_numpy(values: Any) -> NDArray[Any]:
-    """Return an array of numbers as one of NumPy."""
+    """Return an array of any library as a NumPy array."""
     if arrays.dtype_name(values).startswith(("bfloat", "float8")):
-        # NumPy has no such numbers; each of them is one of float32.
+        # NumPy lacks these dtypes; float32 represents all their values.
         xp = arrays.namespace(arrays.device_of(values))
         values = xp.astype(values, xp.float32)
     return arrays.to_numpy(values)
@@ -145,7 +110,7 @@ def _join_ids(patch_ids: list[Any]) -> str:
 
 
 def _id_type_hint(missing: list[Any], values: Any) -> str:
-    """Say so where a mapping has an id as text, as after JSON, or a number that is a name."""
+    """Return a hint if a mapping has a missing id as str, as after JSON, or a str id as int."""
     for patch_id in missing:
         converted: Any = str(patch_id)
         if isinstance(patch_id, str):
@@ -153,5 +118,5 @@ def _id_type_hint(missing: list[Any], values: Any) -> str:
                 continue
             converted = int(patch_id)
         if converted in values:
-            return f" (it has {converted!r}, and the id is {patch_id!r})"
+            return f" (it has the key {converted!r}, but the patch id is {patch_id!r})"
     return ""

@@ -1,10 +1,9 @@
-"""Mixing: what share of an epoch's batches a patch has.
+"""Mixture weights: the number of slots of each patch in an epoch.
 
-A patch with as many slots as it has batches is gone through once an epoch. One with more starts
-another pass, under a fresh permutation; one with fewer goes on in the next epoch where it stopped
-in this one. Both follow from one line: the j-th slot of the patch in an epoch is its batch number
-``t = epoch * slots + j`` since the beginning, and ``divmod(t, own_batches)`` is the pass and the
-batch in it.
+A patch with as many slots as batches is visited once per epoch. With more slots, it starts the next
+pass with a new permutation; with fewer, the next epoch continues where this one stopped. Slot j of
+the patch in an epoch is its batch ``t = epoch * slots + j`` since epoch 0, and
+``divmod(t, own_batches)`` gives the pass and the batch in that pass.
 """
 
 from __future__ import annotations
@@ -24,29 +23,30 @@ from gpusampler.core.validation import check_int, check_real
 from gpusampler.groups.patch_groups import PatchGroups
 
 WEIGHT_SUM = 1 << 52
-"""Weights are integers that add up to about this much: a sum that float64 and int64 hold."""
+"""Approximate sum of integer weights, exact in float64 and int64."""
 
 EPOCH_BATCHES_LIMIT = 1 << 60
-"""Batches of an epoch are fewer."""
+"""Exclusive limit on the batches of an epoch."""
 
 
 @dataclass(frozen=True)
 class Temperature:
-    """Weights between the patches' own sizes and equal shares, for ``weights``.
+    """Mixture weights between proportional and equal, for the argument ``weights``.
 
-    A patch's share of an epoch's batches goes with its own batches to the power of 1 / t: 1 is the
-    plain epoch, more brings small patches up, infinity gives all patches equally many. (The
-    temperature of mixtures of languages and tasks: Arivazhagan et al. 2019, arXiv 1907.05019.)
+    A patch's share of the batches is proportional to its own number of batches to the power 1 / t.
+    ``t=1`` is the plain epoch, ``t > 1`` raises the share of small patches, and infinity gives all
+    patches equal shares. (As in mixtures of languages and tasks: Arivazhagan et al. 2019, arXiv
+    1907.05019.)
 
     Parameters
     ----------
     t : float
-        > 0; ``float("inf")`` is allowed.
+        Temperature, > 0; ``float("inf")`` is allowed.
 
     Raises
     ------
     TypeError, ValueError
-        If it is no such number.
+        If ``t`` is not a number > 0.
 
     Examples
     --------
@@ -63,18 +63,18 @@ class Temperature:
         check_real(self.t, "t", "be > 0", lambda x: x > 0)
 
     def weights(self, own: Int64) -> NDArray[np.float64]:
-        """Return the weights of patches that have ``own`` batches each, shape (G,); 0 for none."""
+        """Return float64 weights for the own batches of patches, shape (G,); 0 for 0 batches."""
         if self.t == 1:
             return own.astype(np.float64)
-        # Relative to the largest: no power overflows, and what underflows is 0 and gets one slot.
+        # Relative to the largest: powers cannot overflow; underflow to 0 still gets one slot.
         power = np.power(own / max(int(own.max()), 1), 1.0 / float(self.t))
-        # Processors differ in the last bits of a power; shares hardly ever depend on others.
+        # Rounded to 32 bits, because processors differ in the last bits of a power.
         mantissa, exponent = np.frexp(power)
         return np.where(own > 0, np.ldexp(np.rint(mantissa * 2.0**32), exponent - 32), 0.0)
 
 
 def check_epoch_batches(value: Any) -> int | None:
-    """Return the batches of an epoch as an int, None if they are left out, or raise."""
+    """Return ``epoch_batches`` as an int or None, or raise."""
     if value is None:
         return None
     return check_int(value, "epoch_batches", low=1, high=EPOCH_BATCHES_LIMIT)
@@ -87,42 +87,21 @@ def slots_by_patch(
     own_batches: Int64,
     patch_of_bin: Int64 | None = None,
 ) -> Int64:
-    """Return the slots of each patch in an epoch.
+    """Return the slots of each patch or cost bin in an epoch: int64, shape (P,), or raise.
 
-    Parameters
-    ----------
-    weights : array (G,), mapping, Temperature, or None
-        A patch's share of the batches; None: its own batches.
-    epoch_batches : int, optional
-        Slots of an epoch; default: all patches' own batches.
-    groups : PatchGroups
-    own_batches : int64 array, shape (P,)
-        Batches that each patch, or each cost bin of one, is cut into; those without any take no
-        part.
-    patch_of_bin : int64 array, shape (P,), optional
-        The patch of each bin, ascending; a patch's slots are shared out by its bins' batches.
-
-    Returns
-    -------
-    int64 array, shape (P,)
-        At least 1 for each patch that has a batch; see `apportion`.
-
-    Raises
-    ------
-    TypeError, ValueError
-        If an argument is not as described, or there are fewer slots than patches.
+    Each patch or bin with ``own_batches > 0`` gets at least one slot; see `apportion`. The slots of
+    a patch are divided among its bins in proportion to ``own_batches``, shape (P,). The default
+    weights are the own batches of patches, the default ``epoch_batches`` their sum.
     """
     min_slots = (own_batches > 0).astype(np.int64)
     num_taking_part = int(min_slots.sum())
     total = check_epoch_batches(epoch_batches)
     total = int(own_batches.sum()) if total is None else total
     if total < num_taking_part:
-        units = "patches"
-        if patch_of_bin is not None:
-            units = "classes of cost that patches are cut into, those"
+        units = "patches" if patch_of_bin is None else "cost bins"
         raise ValueError(
-            f"epoch_batches must be at least the number of {units} that have a batch, "
-            f"{num_taking_part}, got {total}"
+            f"epoch_batches must be at least {num_taking_part}, the number of {units} with a "
+            f"batch, got {total}"
         )
     patch_batches, patch_min_slots = (
         reduce_by_patch(values, patch_of_bin, np.add) for values in (own_batches, min_slots)
@@ -135,7 +114,7 @@ def slots_by_patch(
 
 
 def _check_weights(weights: Any, groups: PatchGroups, own_batches: Int64) -> NDArray[np.float64]:
-    """Return the weights of patches, 0 where they have no batch."""
+    """Return the weights of patches, 0 for patches without a batch."""
     if weights is None:
         return own_batches.astype(np.float64)
     if isinstance(weights, Temperature):
@@ -151,15 +130,9 @@ def _check_weights(weights: Any, groups: PatchGroups, own_batches: Int64) -> NDA
 def pass_and_batch(epoch: Any, j: Any, slots: Any, own_batches: Any) -> tuple[Any, Any]:
     """Return ``divmod(epoch * slots + j, own_batches)``: the pass over a patch and the batch in it.
 
-    The product is beyond 64 bits; what is multiplied here is not, but for the pass itself, which is
-    taken modulo 2**64, as int64 arrays of every library wrap around. Keys read the 64 bits.
-
-    Parameters
-    ----------
-    epoch : int, or 0-d int64 array
-        0 .. 2**63 - 1.
-    j, slots, own_batches : int64 arrays of one shape
-        The slot among the patch's ``slots`` of an epoch, and its own batches, 1 .. 2**31 - 1.
+    That product can exceed 64 bits; the products below cannot, except the pass, which wraps modulo
+    2**64 in every library. Keys use all 64 bits. ``epoch`` is an int or a 0-d int64 array in
+    0 .. 2**63 - 1; ``own_batches`` are 1 .. 2**31 - 1.
     """
     epoch_quotient, epoch_remainder = epoch // own_batches, epoch % own_batches
     slot_quotient, slot_remainder = slots // own_batches, slots % own_batches
@@ -170,10 +143,10 @@ def pass_and_batch(epoch: Any, j: Any, slots: Any, own_batches: Any) -> tuple[An
 
 
 def integer_weights(weights: NDArray[np.float64]) -> Int64:
-    """Return weights as integers in the same ratio, whose sum is at most about 2**52.
+    """Return weights as integers in the same ratio, with a sum of at most about 2**52.
 
-    Integral ones of a small sum stay as they are; others are multiplied by a power of two, which
-    is exact, and rounded. The sum that decides is rounded once, so that all machines agree.
+    Integers with a smaller sum are unchanged. Other weights are multiplied by a power of two, which
+    is exact, and rounded. ``math.fsum`` makes the sum equal on all machines.
     """
     total = math.fsum(weights.tolist())
     if total <= WEIGHT_SUM and bool((weights == np.floor(weights)).all()):
@@ -183,31 +156,17 @@ def integer_weights(weights: NDArray[np.float64]) -> Int64:
 
 
 def apportion(weights: Int64, total: int, minimum: Int64) -> Int64:
-    """Share out a total in proportion to weights: at least so much each, within 1 of the share.
+    """Divide ``total`` in proportion to weights by the largest-remainder (Hamilton) method.
 
-    Who would get less than its minimum gets that, and the others share the rest: whole parts first,
-    what is left over one each by the largest remainders (Hamilton's method), the lower place at a
-    tie.
-
-    Parameters
-    ----------
-    weights : int64 array, shape (G,)
-        0 or more, of a sum below 2**62.
-    total : int
-        At least the sum of ``minimum``, below 2**60.
-    minimum : int64 array, shape (G,)
-        0: gets nothing.
-
-    Returns
-    -------
-    int64 array, shape (G,)
-        They add up to ``total``.
+    Elements below their minimum get the minimum (0 gets nothing); the others divide the rest,
+    within 1 of their exact share. Ties go to the lower index. ``weights``, shape (G,), are >= 0
+    with a sum below 2**62; ``total`` is below 2**60 and at least the sum of ``minimum``.
     """
     return apportion_each(weights, np.array([total]), np.zeros(1, np.int64), minimum)
 
 
 def apportion_each(weights: Int64, totals: Int64, first: Int64, minimum: Int64) -> Int64:
-    """`apportion` several totals, each among neighbours: those from ``first`` on, shape (S,)."""
+    """`apportion` S totals, each among the consecutive elements that start at its ``first``."""
     shares = np.where(minimum > 0, minimum, 0)
     owners = np.repeat(np.arange(first.size), np.diff(first, append=weights.size))
     is_free = minimum > 0
@@ -222,7 +181,7 @@ def apportion_each(weights: Int64, totals: Int64, first: Int64, minimum: Int64) 
             break
         is_free[free[below_minimum]] = False
     shares[free] = quotient
-    # The rest of each total goes to its largest remainders.
+    # The leftover of each total goes to the largest remainders.
     leftover = remaining - np.add.reduceat(np.where(is_free, shares, 0), first)
     by_remainder = np.lexsort((-remainder, owner))
     free, owner = free[by_remainder], owner[by_remainder]
@@ -232,11 +191,10 @@ def apportion_each(weights: Int64, totals: Int64, first: Int64, minimum: Int64) 
 
 
 def _divmod_product(weights: Int64, totals: Int64, divisors: Int64) -> tuple[Int64, Int64]:
-    """Return ``divmod(weights * totals, divisors)``, whose products are beyond 64 bits.
+    """Return ``divmod(weights * totals, divisors)`` for products beyond 64 bits.
 
-    The quotient is guessed in float64, good to 2**-50, and what it lacks is worked out modulo
-    2**64: it is far smaller, so that it comes out exactly. (Slots that are shared out again, as
-    steps, may add up to more than float64 holds.)
+    float64 gives a quotient with relative error 2**-50; the exact correction is computed modulo
+    2**64. Divisors above the precision of float64 (slots divided again as steps) use Python ints.
     """
     divisors = np.maximum(divisors, 1)
     if bool((divisors > 2 * WEIGHT_SUM).any()):

@@ -1,9 +1,8 @@
-"""Steps: what the batches that are worked on at one time have in common.
+"""Steps: consecutive slots that the ranks (or micro-batches) process at the same time.
 
-A step is a run of slots, one for each rank (or micro-batch) that works on it. Under "free" a step
-is a single slot and batches come in any order. Under "same_patch" the batches of a step are of one
-patch. Under "balanced" they cost nearly the same: the grouped plan one level up, where batches are
-the samples, cost buckets the patches, and a step is the batch.
+Under "free", a step is a single slot, and batches are in random order. Under "same_patch",
+all batches of a step are from one patch. Under "balanced", they cost nearly the same: batches are
+grouped by cost into cost buckets, as samples are grouped by patch.
 """
 
 from __future__ import annotations
@@ -27,28 +26,18 @@ Uneven = Literal["pad", "drop"]
 UNEVENS = ("pad", "drop")
 
 MANTISSA_BITS = 3
-"""Cost buckets in an octave, as a power of two: costs in a bucket differ by 1/8 at most.
+"""log2 of the cost buckets per octave: costs in one bucket differ by at most 1/8.
 
-Measured with lognormal costs of 50 to 500 patches on 8 ranks, the slowest rank's time is 3 % above
-the mean's with 3 bits, 6 % with 2, and 1 % with 4, where a bucket holds half as many patches.
+Measured with lognormal costs of 50 to 500 patches on 8 ranks: the slowest rank takes 3 % longer
+than the mean with 3 bits, 6 % with 2, and 1 % with 4, where a bucket has half as many patches.
 """
 
 SHORT_STEP_ROUND = 62
-"""Round number of the hash that places the short step; no permutation has so many rounds."""
+"""Hash round that places the short step; permutations have fewer rounds."""
 
 
 class StepLayout(NamedTuple):
-    """How the slots of an epoch are cut into steps.
-
-    Attributes
-    ----------
-    width : int
-        Slots of a step.
-    full : int
-        Steps that have all of them; they come first.
-    short : int
-        Slots of one more step, the last; 0 if there is none.
-    """
+    """Steps of an epoch: ``full`` steps of ``width`` slots, then one of ``short`` slots if > 0."""
 
     width: int
     full: int
@@ -56,13 +45,13 @@ class StepLayout(NamedTuple):
 
     @classmethod
     def of(cls, num_slots: int, width: int) -> StepLayout:
-        """Cut an epoch into steps."""
+        """Divide the slots of an epoch into steps."""
         full, short = divmod(num_slots, width)
         return cls(width, full, short)
 
     @property
     def has_step_order(self) -> bool:
-        """Whether there are steps to be permuted."""
+        """Whether there are at least two steps to permute."""
         return self.full > 1 or (self.full == 1 and self.short > 0)
 
     def batch_indices(
@@ -72,29 +61,21 @@ class StepLayout(NamedTuple):
         key: tuple[Any, Any],
         permute_steps: Callable[[Any], Any],
     ) -> Any:
-        """Return the indices, in the natural order of batches, that slots lead to.
+        """Return the index of the batch of each slot, in the natural order of batches.
 
-        Parameters
-        ----------
-        xp : module
-            Array namespace of ``slots``.
-        slots : int64 array
-        key : pair of int or int64 arrays
-            Of the epoch's order of batches.
-        permute_steps : callable
-            Takes numbers of full steps to their images under the permutation of that key.
+        ``key`` is the key of the epoch's batch order; ``permute_steps`` permutes numbers of full
+        steps with that key.
         """
         if self.width == 1:
             return permute_steps(slots)
         step = slots // self.width
         within = slots - step * self.width
-        # The short step, whose number is `full`, has no image; any will do.
+        # The short step, number `full`, has no image; its value is replaced below.
         image = permute_steps(step % self.full)
         if not self.short:
             return image * self.width + within
-        # The short step's batches begin anywhere in the natural order, and go on round its end:
-        # each batch is as often among them as any other, and so bears as often what uneven="drop"
-        # leaves out. The full steps are cut from the others.
+        # The short step takes consecutive batches, cyclically, from a random start in the natural
+        # order, so uneven="drop" drops every batch equally often. Full steps use the other batches.
         total = self.full * self.width + self.short
         short_start = keyed_hash(key, SHORT_STEP_ROUND, 0) * min(total, (1 << 31) - 1) >> 32
         overflow = short_start + self.short - total
@@ -105,23 +86,23 @@ class StepLayout(NamedTuple):
 
 @dataclass(frozen=True)
 class CostBuckets:
-    """Batches in the order of what they cost; int64 arrays on one device.
+    """Batches sorted by cost; int64 arrays on one device.
 
-    The natural order goes bucket by bucket, cheapest first, and run by run: a run is the whole
-    batches of a patch, or its short one.
+    The natural order is sorted by bucket, cheapest first, then by run. A run is the whole batches
+    of a patch, or its short batch.
 
     Attributes
     ----------
     offsets, counts : arrays, shape (C,)
-        Batches before each bucket, and in it.
+        Batches before and in each bucket.
     grid : Grid of arrays
         Sides of each bucket's permutation.
     run_offsets, run_groups, run_first : arrays, shape (R,)
-        Batches before each run, the patch it is of, and its first batch of that patch.
+        Batches before each run, its patch, and its first batch in that patch.
     smallest, largest : int
-        Batches of the smallest and of the largest bucket.
+        Number of batches in the smallest and in the largest bucket.
     fingerprint : int
-        Of which batches are in which bucket: 64 bits.
+        64-bit hash of the bucket of every batch.
     """
 
     offsets: Any
@@ -138,23 +119,14 @@ class CostBuckets:
     def build(
         cls, counts: Int64, sizes: Int64, batches: Int64, partial: str, costs: NDArray[np.float64]
     ) -> CostBuckets:
-        """Sort a plan's batches by cost.
-
-        Parameters
-        ----------
-        counts, sizes, batches : int64 arrays, shape (G,)
-            Samples, batch size and batches of each patch.
-        partial : {"keep", "drop", "pad"}
-        costs : float64 array, shape (G,)
-            Of a sample of each patch.
-        """
+        """Sort batches by cost; all arrays are by patch, shape (G,), ``costs`` per sample."""
         groups = np.flatnonzero(batches)
         size, num_batches = sizes[groups], batches[groups]
         last_size = size
         if partial == "keep":
             last_size = np.minimum(size, counts[groups] - (num_batches - 1) * size)
         has_short = (last_size < size).astype(np.int64)
-        # Two runs a patch, one of which may be empty.
+        # Two runs per patch; empty ones are removed below.
         run_groups = np.repeat(groups, 2)
         run_first = np.stack([np.zeros_like(num_batches), num_batches - has_short], axis=1).ravel()
         run_counts = np.stack([num_batches - has_short, has_short], axis=1).ravel()
@@ -177,12 +149,12 @@ class CostBuckets:
             run_first=run_first,
             smallest=int(bucket_counts.min()),
             largest=int(bucket_counts.max()),
-            # What they cost is of no matter, only who shares a bucket.
+            # Depends only on the assignment of batches to buckets, not on costs.
             fingerprint=of_order(bucket_of_run, np.ones_like(order), order),
         )
 
     def members(self) -> list[Any]:
-        """Return the arrays."""
+        """Return all arrays."""
         return [*(getattr(self, name) for name in _BUCKET_ARRAYS), *self.grid]
 
     def map_arrays(self, convert: Callable[[Any], Any]) -> CostBuckets:
@@ -191,7 +163,7 @@ class CostBuckets:
         return replace(self, grid=Grid(*map(convert, self.grid)), **converted)
 
     def locate(self, xp: Any, index: Any) -> tuple[Any, Any]:
-        """Return the patch, and which batch of it, at indices in the natural order."""
+        """Return the patch, and the batch in it, at indices in the natural order."""
         run = search_offsets(xp, self.run_offsets, index)
         return self.run_groups[run], self.run_first[run] + index - self.run_offsets[run]
 
@@ -204,17 +176,16 @@ _BUCKET_ARRAYS = ("offsets", "counts", "run_offsets", "run_groups", "run_first")
 
 
 def search_offsets(xp: Any, offsets: Any, values: Any) -> Any:
-    """Return the last index of ``offsets``, which ascend from 0, whose entry is not above a value.
+    """Return the last index with ``offsets[index] <= value``; offsets ascend from 0.
 
-    It is an index whatever the value, as must be where values of a device are not inspected.
+    The index is in range for every value, so device values need no check.
     """
     return xp.searchsorted(offsets[1:], values, side="right")
 
 
 def leading_bits(values: NDArray[np.float64]) -> Int64:
-    """Return numbers that order values as they are, equal where values are nearly equal.
+    """Return the leading bits of values as int64: equal for nearly equal values, same order.
 
-    The leading bits of a floating-point number, read as an integer: exact, so that every machine
-    sorts alike, which a logarithm would not be.
+    Unlike a logarithm, this is exact and equal on every machine.
     """
     return np.asarray(values, np.float64).view(np.int64) >> (52 - MANTISSA_BITS)

@@ -1,1 +1,1 @@
-"""calibrate: a budget of cost from what a training step takes of the memory."""
+"""calibrate: derive a cost budget from the measured memory of a training step."""

@@ -1,4 +1,4 @@
-"""calibrate: a budget of cost from what the user's own training step takes of the memory."""
+"""calibrate: derive a cost budget from the measured memory of the user's training step."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ if TYPE_CHECKING:
 FIT_CHOICES = ("auto", "proportional", "affine")
 
 MALLOC_ADVICE = """\
-  malloc keeps pieces of what is freed, so an epoch may come to hold more than a dozen batches do:
-  leave room, or set MALLOC_MMAP_THRESHOLD_=1048576 for calibrating and training"""
+  malloc keeps part of the freed memory, so an epoch may use more memory than a dozen batches:
+  leave a margin, or set MALLOC_MMAP_THRESHOLD_=1048576 for calibration and training"""
 
 
 def calibrate(
@@ -47,81 +47,80 @@ def calibrate(
     picture: str | os.PathLike[str] | None = None,
     progress: bool = True,
 ) -> CostBudget:
-    """Measure what a training step takes of the memory, and return the budget that fits.
+    """Measure the memory of a training step and return the budget that fits the memory.
 
-    The step is made for a few patches (the cheapest, one in the middle, the dearest) and sizes that
-    double, each twice: what the optimizer and libraries make at the first step is held from then
-    on, and the second is measured. Through the peaks above what was held goes the line ``fixed +
-    per_cost * cost * batch_size``, of least squares of relative errors, and ``max_cost`` is what
-    fills the share of the memory by it. Then the dearest batch of all patches is tried, and a dozen
-    batches in a row; if they take more, the budget is made smaller until they do not.
+    Calibration runs the step for a few patches (the cheapest, a middle one, the most expensive) at
+    doubling batch sizes, twice each: the first run allocates what the optimizer and libraries keep,
+    the second is measured. It fits ``fixed + per_cost * cost * batch_size`` to the peaks above the
+    memory in use before, by least squares of relative errors, and sets ``max_cost`` to fill
+    ``share`` of the memory. Then it runs the most expensive batch of all patches, and a dozen
+    batches in a row; if they exceed the share, it reduces the budget until they fit.
 
-    On CUDA, memory is what torch gives out (``torch.cuda.max_memory_allocated``), in this process.
-    On the CPU, each measurement is made in a child process of its own, made by ``fork`` (Linux): by
-    its high-water mark of resident memory, with one thread, and malloc set to give back what is
-    freed; only for the batches in a row it is left as it is in this process, where it holds on to
-    pieces that do not fit what comes next (see the how-to page for what helps). Memory that runs
-    out is a finding, here as there: half the size is tried next.
+    On CUDA, the step runs in this process and memory is ``torch.cuda.max_memory_allocated``. On the
+    CPU, each measurement runs in a forked child process (Linux only), with one thread: memory is
+    the peak of resident memory, and malloc is set to return freed memory. Only the batches in a row
+    use malloc as this process has it, where it keeps freed pieces that do not fit later batches
+    (see the how-to page for what helps). If memory runs out, calibration tries half the size next.
 
     Parameters
     ----------
     step : callable
-        Your training step, ``step(batch)`` with a `Batch`: gathers, forward, backward, optimizer.
-        It is called many times.
+        Your training step, ``step(batch)`` with a `Batch`: gather, forward, backward, optimizer. It
+        is called many times.
     sampler : PatchBatchSampler
-        Of the patches that are to be trained on, with any batch size.
+        Sampler of the patches to train on, with any batch size.
     state : tuple
-        What the step changes: modules (with buffers, gradients and training mode), optimizers,
-        schedulers, anything else with ``state_dict`` and ``load_state_dict``, random generators,
-        tensors. It is as it was afterwards, bit for bit, as are the random generators of Python,
-        NumPy and torch; also when the step raises.
+        Objects that the step changes: modules (with buffers, gradients and training mode),
+        optimizers, schedulers, anything else with ``state_dict`` and ``load_state_dict``, random
+        generators, tensors. They are restored bit for bit, as are the global random generators of
+        Python, NumPy and torch, even if the step raises.
     cost : array (G,), mapping, callable or dataset, optional
         Cost of a sample of each patch, as for `CostBudget`, or a dataset with ``patch_costs()``.
         Default: the costs of the sampler's own budget, unless those are ``sample_costs``.
     fit : {"auto", "proportional", "affine"}
         "proportional": as above. "affine": ``fixed + per_patch * cost + (per_sample + per_cost *
-        cost) * batch_size``, for models that keep something once for a batch (the graph of its
-        patch) or for a sample whatever its cost (a latent grid); the costs of the budget are bytes
-        then. "auto": proportional, unless that is off by more than 15 % and affine by less than
-        half as much.
+        cost) * batch_size``, for models that store something once per batch (the graph of its
+        patch) or per sample whatever its cost (a latent grid); the costs of the budget are then
+        bytes. "auto": affine if the proportional fit is off by more than 15 % and affine by less
+        than half as much, else proportional.
     memory_limit : float, optional
-        Bytes, with what this process holds. Default: what is free on the device and what this
-        process holds already.
+        Bytes, including the memory that this process already uses. Default: the free memory of the
+        device plus the memory that this process uses.
     share : float
-        Of the limit, in (0, 1], that a batch may fill with what is held.
+        Fraction of the limit, in (0, 1], for a batch plus the memory already in use.
     max_batch_size, min_batch_size, multiple_of, power_of_two, over_budget
         As for `CostBudget`.
     picture : path, optional
-        Where to draw peaks, line and residuals (PNG).
+        PNG file for a plot of peaks, line and residuals.
     progress : bool
         Print the table.
 
     Returns
     -------
     CostBudget
-        ``cost`` is a mapping from patch ids; ``calibration`` has all that was measured, JSON-safe.
+        ``cost`` is a mapping from patch ids; ``calibration`` has all measurements, JSON-safe.
 
     Raises
     ------
     TypeError
-        If an argument has the wrong type, or an object of ``state`` cannot be put back.
+        If an argument has the wrong type, or an object of ``state`` cannot be restored.
     ValueError
-        If a value is out of range, costs are missing, or ``share`` of the limit does not suffice
-        for what is held, or for the smallest batch of a patch (see ``over_budget``).
+        If a value is out of range, costs are missing, or ``share`` of the limit is too small for
+        the memory in use or for the smallest batch of a patch (see ``over_budget``).
     RuntimeError
-        If the memory of the device cannot be measured here, no probe succeeds, or the step's
-        process ends or waits for ever.
+        If the memory of the device cannot be measured, no probe succeeds, or the child process ends
+        or hangs.
     ImportError
         If ``picture`` is given and matplotlib is not installed.
     BaseException
-        What the step raises, but for memory that has run out; from a child process with its
-        traceback as the cause.
+        Any error of the step, except out of memory; an error in a child process has the child's
+        traceback as its cause.
 
     Warns
     -----
     UserWarning
-        If the line is off by more than 15 % of a peak: the cost does not describe what the step
-        takes.
+        If the fit is off by more than 15 % of a peak: the cost does not predict the memory of the
+        step.
 
     Examples
     --------
@@ -131,11 +130,11 @@ def calibrate(
     >>> def step(batch):
     ...     field = np.ones((len(batch.indices), points[batch.patch_id], 8))
     >>> budget = calibrate(step, sampler, cost=points, memory_limit=2e9, share=0.5, progress=False)
-    >>> 55 < budget.calibration["per_cost"] < 73  # 8 numbers of 8 bytes a point
+    >>> 55 < budget.calibration["per_cost"] < 73  # 8 numbers of 8 bytes per point
     True
     >>> sampler = PatchBatchSampler([7] * 500 + [8] * 90, budget, seed=0)
     """
-    # Who does not calibrate does not wait for what only this needs.
+    # Lazy imports: only `calibrate` needs these.
     from inspect import isasyncgenfunction, iscoroutinefunction, isgeneratorfunction
 
     from gpusampler.calibration.memory_meter import meter_for
@@ -145,11 +144,10 @@ def calibrate(
 
     if not callable(step):
         raise TypeError(f"step must be a function of a batch, got {short_repr(step)}")
-    # Called, they do nothing, and that would take no memory.
+    # Calling one of these runs nothing, so it would use no memory.
     if isgeneratorfunction(step) or iscoroutinefunction(step) or isasyncgenfunction(step):
         raise TypeError(
-            "step must make the training step when it is called, got a function with yield or "
-            f"async: {short_repr(step)}"
+            f"step must be a plain function, got a generator or async function: {short_repr(step)}"
         )
     if not isinstance(sampler, PatchBatchSampler):
         raise TypeError(f"sampler must be a PatchBatchSampler, got {short_repr(sampler)}")
@@ -173,8 +171,8 @@ def calibrate(
     in_use = meter.memory_in_use()
     if share * meter.limit <= in_use:
         raise ValueError(
-            f"memory_limit must be more than the {format_bytes(in_use)} that are held "
-            f"already, times share={share:g}, got {format_bytes(meter.limit)}"
+            f"memory_limit * share must be more than the {format_bytes(in_use)} in use, "
+            f"got {format_bytes(meter.limit)} * {share:g}"
         )
     search = Search(meter, plan, costs, bounds, share, fit)
     search.run_probes()
@@ -196,17 +194,17 @@ def _check_costs(cost: Any, plan: EpochPlan) -> Floats:
     if cost is not None and not isinstance(cost, Mapping) and not isinstance(cost, np.ndarray):
         patch_costs = dataset_patch_costs(cost)
         cost = cost if patch_costs is None else patch_costs
-    if plan.costs_are_of_samples:
+    if plan.units.has_sample_costs:
         raise ValueError(
-            "sampler must not cut patches by sample_costs: what would be tried are the first "
-            "samples of a patch, whatever they cost; give a sampler whose patches are lengths"
+            "sampler must not use sample_costs: calibration ignores the costs of single samples. "
+            "Use the length of a sample as its patch id"
         )
     if cost is None:
         cost = plan.costs_by_patch
     if cost is None:
         raise ValueError(
-            "cost must be given, as a mapping from patch ids or a dataset that has patch_costs(), "
-            "where the sampler's batch_size is no CostBudget, got None"
+            "cost must be given, as a mapping from patch ids or a dataset with patch_costs(), "
+            "unless the sampler's batch_size is a CostBudget with costs, got None"
         )
     return positive_by_patch(cost, plan.groups, "cost")
 
@@ -224,6 +222,6 @@ def _check_picture(picture: Any) -> Path:
         import matplotlib  # noqa: F401
     except ImportError as error:
         raise ImportError(
-            "picture must be left out where matplotlib is not installed; pip install matplotlib"
+            "picture needs matplotlib, which is not installed: pip install matplotlib"
         ) from error
     return path

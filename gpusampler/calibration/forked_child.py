@@ -1,7 +1,6 @@
 """Run a function in a forked child so that an out-of-memory error cannot kill the parent.
 
-The function need not be pickled, and whatever it changes in memory is changed in the child alone.
-Linux only.
+The function need not be picklable, and its changes to memory stay in the child. Linux only.
 """
 
 from __future__ import annotations
@@ -27,13 +26,13 @@ from gpusampler.core import devices, memory
 T = TypeVar("T")
 
 HANG_TIMEOUT = 60.0
-"""Seconds without any work on a processor after which a child is taken to wait for ever."""
+"""Seconds without CPU time after which a child counts as hanging."""
 
 POLL_INTERVAL = 0.02
-"""Seconds between two looks at what a child takes."""
+"""Seconds between two checks of a child's memory."""
 
 MALLOC_THRESHOLD = 1 << 16
-"""Bytes from which the child's malloc maps a block of its own, which goes back when it is freed."""
+"""Bytes from which the child's malloc uses mmap, so that a freed block returns to the system."""
 
 _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_THRESHOLD = -1, -2, -3
 _PR_SET_PDEATHSIG = 1
@@ -42,24 +41,15 @@ _HOST_TEXTS = ("not enough memory", "can't allocate memory", "cannot allocate me
 
 
 class StepTraceback(Exception):
-    """The traceback of an error in a child, as text: the cause of the error that is raised here."""
+    """Text of a child's traceback; the cause of the error that the parent raises."""
 
     def __str__(self) -> str:
-        """Return the text, from a line of its own."""
         return f"\n{self.args[0]}"
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an error says that memory has run out, the host's or a device's.
-
-    Examples
-    --------
-    >>> is_out_of_memory(MemoryError()), is_out_of_memory(RuntimeError("std::bad_alloc"))
-    (True, True)
-    >>> is_out_of_memory(RuntimeError("shapes differ"))
-    False
-    """
-    # torch says it of the host in words only, and so does what it is made of.
+    """Whether an error means that host or device memory has run out."""
+    # For host memory, torch and its libraries report this only in the message.
     message = str(error).lower()
     return devices.is_out_of_memory(error) or (
         isinstance(error, (RuntimeError, OSError)) and any(text in message for text in _HOST_TEXTS)
@@ -67,40 +57,23 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def check_platform() -> None:
-    """Raise RuntimeError where there are no children whose peak can be told."""
+    """Raise RuntimeError if the peak memory of a child cannot be measured."""
     if sys.platform != "linux" or not os.access(memory.PROC / "self" / "clear_refs", os.W_OK):
         raise RuntimeError(
             "calibrate must run on Linux, with /proc/self/clear_refs, to measure a step on the "
-            f"CPU, got {sys.platform}; give CostBudget a max_cost of your own"
+            f"CPU, got {sys.platform}. Choose max_cost yourself and pass it to CostBudget"
         )
 
 
 def call_in_child(
     function: Callable[[], T], memory_limit: int | None = None, *, release_freed: bool = True
 ) -> tuple[bool, T | None]:
-    """Call a function in a forked child of this process.
+    """Call a function in a forked child; return (True, result), or (False, None) if out of memory.
 
-    Parameters
-    ----------
-    function : callable
-        What it returns is pickled.
-    memory_limit : int, optional
-        Bytes that the child may hold, with what this process holds already. Allocations beyond
-        fail; if it comes to hold more all the same, it is killed.
-    release_freed : bool
-        Let malloc give back at once what is freed. False: leave it as this process has it.
-
-    Returns
-    -------
-    (bool, object)
-        False and None if memory ran out, else True and what ``function`` returned.
-
-    Raises
-    ------
-    BaseException
-        What ``function`` raises, with the child's traceback as its cause.
-    RuntimeError
-        If the child ended by itself, or waits for something that never comes.
+    The result is pickled. ``memory_limit`` (bytes) includes the memory that this process already
+    uses: allocations beyond it fail, and a child that exceeds it anyway is killed. With
+    ``release_freed``, the child's malloc returns freed memory immediately. An error of ``function``
+    is raised with the child's traceback as its cause; a child that ends or hangs is a RuntimeError.
     """
     context = multiprocessing.get_context("fork")
     receiver, sender = context.Pipe(duplex=False)
@@ -124,21 +97,21 @@ def call_in_child(
     exitcode = child.exitcode
     assert exitcode is not None
     name = signal.Signals(-exitcode).name if exitcode < 0 else ""
-    # Libraries that do not look whether they were given memory end by one of these signals.
+    # Libraries that do not check for failed allocations end by one of these signals.
     is_crash = memory_limit is not None and peak > memory_limit // 2 and name in _CRASH_SIGNALS
     if name == "SIGKILL" or is_crash:
         return False, None
     ending = f"by {name}" if name else f"with exit status {exitcode}"
-    raise RuntimeError(f"step ended the child process that measures it, {ending}, and said nothing")
+    raise RuntimeError(f"the child process that runs step ended {ending}, without a Python error")
 
 
 def _start(child: BaseProcess) -> None:
     process = multiprocessing.current_process()
     is_daemon = process.daemon
     with warnings.catch_warnings():
-        # Python warns of threads, as their locks stay locked; a child that waits for one is told.
+        # Python warns that locks of other threads stay locked. HANG_TIMEOUT covers that case.
         warnings.filterwarnings("ignore", r".*use of fork\(\)", DeprecationWarning)
-        # Daemonic processes may not start children, which could outlive them; this child cannot.
+        # Daemonic processes may not start children that could outlive them. This child cannot.
         process.daemon = False
         try:
             child.start()
@@ -149,17 +122,9 @@ def _start(child: BaseProcess) -> None:
 def _wait_for_answer(
     receiver: Connection, child: BaseProcess, memory_limit: int | None
 ) -> tuple[bytes, int]:
-    """Wait until a child answers or ends; kill it if it takes too much.
+    """Return a child's answer (empty if it ended without one) and its peak resident bytes.
 
-    Returns
-    -------
-    (bytes, int)
-        What it has sent, if anything, and the most bytes that it was seen to hold.
-
-    Raises
-    ------
-    RuntimeError
-        If it does nothing for `HANG_TIMEOUT` seconds.
+    Kill the child if it exceeds the limit; raise RuntimeError if it hangs.
     """
     assert child.pid is not None
     peak, last_ticks, last_active = 0, -1, monotonic()
@@ -172,10 +137,10 @@ def _wait_for_answer(
             child.kill()
         elif monotonic() - last_active > HANG_TIMEOUT:
             raise RuntimeError(
-                f"step has done nothing for {HANG_TIMEOUT:.0f} s in the child process that "
-                "measures it: it waits for a thread, a lock or another rank that is not there. "
-                "calibrate before threads are started and ranks are joined, with a model that is "
-                "not wrapped in DDP"
+                f"step used no CPU time for {HANG_TIMEOUT:.0f} s in its forked child process: it "
+                "waits for a thread, a lock or a rank that the child does not have. Call "
+                "calibrate() before starting threads or a process group, with a model that is not "
+                "wrapped in DDP"
             )
     try:
         return receiver.recv_bytes(), peak
@@ -184,7 +149,7 @@ def _wait_for_answer(
 
 
 def _cpu_ticks(process: int) -> int:
-    """Return the time that a process and its own children have worked, in ticks."""
+    """Return the CPU time of a process and its children, in clock ticks."""
     with suppress(OSError):
         fields = (memory.PROC / str(process) / "stat").read_text().rpartition(")")[2].split()
         return sum(map(int, fields[11:15]))
@@ -198,7 +163,7 @@ def _run_child(
     sender: Connection,
     parent: int,
 ) -> None:
-    """Send what a function returns or raises, and end without a handler or thread of the parent."""
+    """Send a function's result or error, and exit without the parent's exit handlers."""
     import resource
 
     limits = resource.getrlimit(resource.RLIMIT_DATA)
@@ -220,18 +185,18 @@ def _run_child(
 
 
 def _configure_child(parent: int, release_freed: bool) -> None:
-    """Make this process one that is measured well, and goes before its parent does."""
+    """Set up this process for exact measurement, and to die with its parent."""
     library = ctypes.CDLL(None)
     library.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
     if os.getppid() != parent:
         os._exit(0)
-    # If memory runs out all the same, the kernel takes this process and not the parent.
+    # If system memory runs out anyway, the kernel kills this process, not the parent.
     with suppress(OSError):
         (memory.PROC / "self" / "oom_score_adj").write_text("1000")
-    # The kernel counts pages on each processor, and adds up now and then: on one, it is exact.
+    # The kernel counts pages per CPU and sums them only occasionally: on one CPU it is exact.
     with suppress(OSError):
         os.sched_setaffinity(0, {library.sched_getcpu()})
-    # Not every C library has them; peaks are less alike from run to run then.
+    # Not every C library has mallopt; without it, peaks vary more between runs.
     if release_freed and hasattr(library, "mallopt"):
         for setting in (_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD):
             library.mallopt(setting, MALLOC_THRESHOLD)
@@ -239,15 +204,15 @@ def _configure_child(parent: int, release_freed: bool) -> None:
     if devices.loaded_module("torch") is not None:
         import torch
 
-        # Threads of the parent's pool are not there; torch would wait for them.
+        # The threads of the parent's pool do not exist here; torch would wait for them.
         torch.set_num_threads(1)
-    # What is there by now is not looked through for garbage, which would copy all of it.
+    # Exclude existing objects from garbage collection, which would copy their memory pages.
     gc.freeze()
     release_freed_memory()
 
 
 def release_freed_memory() -> None:
-    """Give what was freed back to the system, also what is still held in a circle."""
+    """Return freed memory to the system, including that of reference cycles."""
     gc.collect()
     library = ctypes.CDLL(None)
     if hasattr(library, "malloc_trim"):
@@ -255,14 +220,14 @@ def release_freed_memory() -> None:
 
 
 def high_water_mark(reset: bool = False) -> int:
-    """Return the most bytes that this process has held, since that was last reset."""
+    """Return the peak resident bytes of this process since the last reset."""
     if reset:
         (memory.PROC / "self" / "clear_refs").write_text("5")
     return memory.peak_resident_bytes() or 0
 
 
 def _data_limit(memory_limit: int, limits: tuple[int, int]) -> int:
-    """Return the limit of private memory with which a process holds at most ``memory_limit``."""
+    """Return the RLIMIT_DATA that keeps resident memory within ``memory_limit``."""
     private = memory.kernel_field(memory.PROC / "self" / "status", "VmData") or 0
     data_limit = max(private, private + memory_limit - (memory.resident_bytes() or 0))
     return min([data_limit, *(limit for limit in limits if limit >= 0)])
@@ -274,7 +239,7 @@ def _pack_error(error: BaseException) -> bytes:
         answer = pickle.dumps((error, text))
         pickle.loads(answer)
     except Exception:
-        # Errors with arguments of their own often cannot be made again from what is pickled.
+        # Exceptions with custom constructor arguments often cannot be unpickled.
         described = RuntimeError(f"step raised {type(error).__name__}: {error}")
         answer = pickle.dumps((described, text))
     return answer

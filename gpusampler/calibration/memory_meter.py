@@ -1,4 +1,4 @@
-"""The memory that a step takes for a batch: measured in this process on CUDA, else in a child."""
+"""Measure the memory of a training step: on CUDA in this process, on the CPU in a forked child."""
 
 from __future__ import annotations
 
@@ -25,55 +25,47 @@ from gpusampler.sampler.batches import Batch
 T = TypeVar("T")
 Step = Callable[[Batch], object]
 Batches = Sequence[tuple[int, int]]
-"""The patch's group and the size of each batch."""
+"""(group of the patch, batch size) of each batch."""
 
 
 class Probe(NamedTuple):
-    """What a step has taken.
-
-    Attributes
-    ----------
-    baseline : int
-        Bytes held before the step, by a process in which one such step was made before.
-    peak : int
-        Bytes above that, at most, in the step.
-    """
+    """Bytes in use before a step (after one warm-up step), and the peak above that in the step."""
 
     baseline: int
     peak: int
 
 
 class Meter(Protocol):
-    """Measures steps on one device."""
+    """Measures the memory of steps on one device."""
 
     min_measurable: int
-    """Bytes from which a peak tells more than what it is measured with."""
+    """Smallest peak in bytes that stands out from measurement noise."""
 
     limit: int
-    """Bytes that there are, with what this process holds."""
+    """Available bytes, including those that this process uses."""
 
     def memory_in_use(self) -> int:
-        """Return the bytes that this process holds now."""
+        """Return the bytes that this process uses now."""
 
     def measure(self, group: int, size: int) -> Probe | None:
-        """Make a step with a batch of a patch, twice; None if memory ran out."""
+        """Run the step twice with a batch of a patch; None if memory ran out."""
 
     def measure_sequence(self, batches: Batches) -> int | None:
-        """Make steps with batches of patches, one after another, as training does."""
+        """Run the step on several batches in a row, as training does; return the peak bytes."""
 
 
 def meter_for(
     step: Step, plan: EpochPlan, state: Sequence[Any], limit: int | None
 ) -> tuple[str, Meter]:
-    """Return where a step works, and what measures it there."""
+    """Return the device of a step and the meter for it."""
     device = device_of(plan, state)
     if device != "cpu":
         return device, CudaMeter(step, plan, state, device, limit)
     check_platform()
     if any(tensor.is_shared() for tensor in tensors_of(state)):
         raise ValueError(
-            "state must not be in shared memory, got a tensor that is: the step is measured in a "
-            "child process, whose changes would be seen here"
+            "state must not be in shared memory, got a shared tensor: the step runs in a child "
+            "process, whose changes to it would not be undone"
         )
     return device, HostMeter(step, plan, limit)
 
@@ -93,7 +85,7 @@ def device_of(plan: EpochPlan, state: Sequence[Any]) -> str:
 
 
 def batch_of(plan: EpochPlan, group: int, size: int) -> Batch:
-    """Return a batch of a patch: its samples, which come again where there are fewer."""
+    """Return a batch of a patch's first samples, repeated if the patch has fewer."""
     groups = plan.groups
     start = int(groups.starts[group])
     stop = start + min(size, int(groups.counts[group]))
@@ -106,9 +98,9 @@ def batch_of(plan: EpochPlan, group: int, size: int) -> Batch:
 
 
 class HostMeter:
-    """The high-water mark of resident memory, in a child process for each measurement."""
+    """Measures the peak resident memory, in one child process per measurement."""
 
-    # Pages of code and of small objects come and go by tenths of a MiB.
+    # Pages of code and small objects vary by tenths of a MiB.
     min_measurable = 4 << 20
 
     def __init__(self, step: Step, plan: EpochPlan, limit: int | None) -> None:
@@ -117,17 +109,17 @@ class HostMeter:
             free, resident = memory.free_bytes(devices.HOST), memory.resident_bytes()
             if free is None or resident is None:
                 raise RuntimeError(
-                    "memory_limit must be given where the system does not say what is free"
+                    "memory_limit must be given if the system does not report free memory, got None"
                 )
             limit = free + resident
         self.limit = limit
 
     def memory_in_use(self) -> int:
-        """Return the bytes that are resident."""
+        """Return the resident bytes."""
         return memory.resident_bytes() or 0
 
     def measure(self, group: int, size: int) -> Probe | None:
-        """Make the steps in a child process."""
+        """Run the step twice in a child process."""
         file_bytes = memory.file_backed_bytes()
         try:
             _, probe = call_in_child(lambda: self._probe(group, size, file_bytes), self.limit)
@@ -137,9 +129,9 @@ class HostMeter:
         return _logged(self._plan, group, size, probe)
 
     def measure_sequence(self, batches: Batches) -> int | None:
-        """Make the steps in a child process, whose malloc is as this process has it.
+        """Run the steps in a child process with unchanged malloc settings, as in training.
 
-        It keeps what is freed, in pieces that do not fit what comes next.
+        malloc then keeps freed pieces that do not fit later batches.
         """
         file_bytes = memory.file_backed_bytes()
         _, peak = call_in_child(
@@ -165,21 +157,19 @@ class HostMeter:
 
 
 def _unmapped_bytes(file_bytes: int) -> int:
-    """Return the bytes of files that the parent holds and a child has not come to touch.
+    """Return the file-backed bytes of the parent that a child has not touched.
 
-    Pages of code are not there in a copy of a process until it runs through them.
+    A forked child maps pages of code only when it executes them.
     """
     return max(file_bytes - memory.file_backed_bytes(), 0)
 
 
 class CudaMeter:
-    """What torch has given out at most, in this process; state is put back after each measurement.
+    """Measures the peak that torch has allocated in this process; restores the state afterwards.
 
-    Parameters
-    ----------
-    limit : int, optional
-        Default: what is free on the device, and what this process has reserved. That is asked
-        again after the first measurement, as libraries take some when they are first used.
+    Without ``limit``, the limit is the free memory of the device plus what this process has
+    reserved. It is read again after the first measurement, because libraries allocate memory at
+    first use.
     """
 
     min_measurable = 1 << 20
@@ -200,11 +190,11 @@ class CudaMeter:
         return int(free + self._cuda.memory_reserved(self._device))
 
     def memory_in_use(self) -> int:
-        """Return the bytes that torch has given out."""
+        """Return the bytes that torch has allocated."""
         return int(self._cuda.memory_allocated(self._device))
 
     def measure(self, group: int, size: int) -> Probe | None:
-        """Make the steps here, and put the state back."""
+        """Run the step twice in this process, then restore the state."""
         probe = self._call_and_restore(lambda: self._probe(group, size))
         if self._refreshes_limit and probe is not None:
             self._refreshes_limit = False
@@ -212,22 +202,22 @@ class CudaMeter:
         return _logged(self._plan, group, size, probe)
 
     def measure_sequence(self, batches: Batches) -> int | None:
-        """Make the steps here, and put the state back."""
+        """Run the steps in this process, then restore the state."""
         return self._call_and_restore(lambda: self._sequence_peak(batches))
 
     def _call_and_restore(self, function: Callable[[], T]) -> T | None:
-        """Return what a function returns, None if memory ran out, with the state as it was."""
+        """Return a function's result, None if memory ran out; restore the state."""
         try:
             return self._call(function)
         finally:
-            # What the step leaves is to be gone before there is to be room for anything else.
+            # Free the step's memory before restoring, which needs memory itself.
             gc.collect()
             self._cuda.empty_cache()
             self._snapshot.restore()
             self._cuda.empty_cache()
 
     def _call(self, function: Callable[[], T]) -> T | None:
-        # The error holds its frames, and they the tensors: both are gone when this returns.
+        # The error refers to its frames and they to tensors; all are released on return.
         try:
             return function()
         except Exception as error:
@@ -264,11 +254,10 @@ def _logged(plan: EpochPlan, group: int, size: int, probe: Probe | None) -> Prob
 
 
 def _explain_fork_error(error: RuntimeError) -> None:
-    """Say what to do about errors that only a child has, on one more line of the traceback."""
+    """Raise an error with advice if a step failed only because it runs in a forked child."""
     message = str(error)
     if "forked subprocess" in message or "fork-based multiprocessing" in message:
         raise RuntimeError(
-            "step must not use CUDA, or follow a backward() in this process, where it is measured "
-            "in a child process: name a model that is on CUDA in state=, or calibrate first of "
-            f"all, got: {message}"
+            "calibrate() forks to run step, but this process already used CUDA or autograd. Pass "
+            "CUDA models in state=, or calibrate first."
         ) from error

@@ -1,4 +1,4 @@
-"""What a calibration has found: a table, and a picture of line and residuals."""
+"""Report of a calibration: a table, and a plot of line and residuals."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from gpusampler.core.text import format_bytes, format_table
 Record = Mapping[str, Any]
 
 MALLOC_NOTE = (
-    "malloc held on to what was freed, which made the budget smaller: MALLOC_MMAP_THRESHOLD_="
-    "1048576 in the environment gives most of it back"
+    "malloc kept freed memory, which made the budget smaller: set "
+    "MALLOC_MMAP_THRESHOLD_=1048576 in the environment to avoid most of that"
 )
 
 
 def format_record(record: Record) -> str:
-    """Return a calibration as a page of text."""
+    """Return the record of a calibration as text."""
     limit, share = record["memory_limit"], record["share"]
     per_batch = format_bytes(int(record["fixed"]))
     if record["per_patch"]:
@@ -72,7 +72,7 @@ def _row(point: Record) -> tuple[str, ...]:
 
 
 def draw_fit(record: Record, path: Path) -> None:
-    """Draw measured peaks, the line through them, and by how much it is off, into a PNG."""
+    """Draw measured peaks, the fitted line and its residuals into a PNG."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(10, 4), layout="constrained")
@@ -100,19 +100,17 @@ def draw_fit(record: Record, path: Path) -> None:
         unfitted = [point for point in points if not point["fitted"]]
         scatter(unfitted, None, facecolors="none", **style)
     if verified:
-        scatter(verified, "the dearest batch, tried", marker="*", color="tab:red", s=90, zorder=4)
+        scatter(verified, "most expensive batch", marker="*", color="tab:red", s=90, zorder=4)
     usable = (record["share"] * record["memory_limit"] - record["held"]) / mib
     predicted = [point["predicted"] / mib for point in [*measured, *verified]]
     ends = np.geomspace(min(predicted), max(*predicted, usable), 2)
     axes[0].plot(ends, ends, color="0.4", linewidth=1)
-    axes[0].axhline(
-        usable, color="tab:red", linestyle="--", linewidth=1, label="what a batch may take"
-    )
+    axes[0].axhline(usable, color="tab:red", linestyle="--", linewidth=1, label="limit of a batch")
     axes[0].set(
         xscale="log",
         yscale="log",
         xlabel="MiB by the line",
-        ylabel="MiB measured above what is held",
+        ylabel="MiB measured above the memory in use",
     )
     axes[0].set_title("Peaks and the line (open: too small to be fitted)", fontsize=10)
     axes[0].legend(fontsize=8, frameon=False)

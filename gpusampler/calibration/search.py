@@ -1,4 +1,4 @@
-"""What `calibrate` tries next, by what it has measured so far, and the budget that comes of it."""
+"""The search of `calibrate`: choose the next probe, fit the peaks, find the budget."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ from gpusampler.core.text import format_bytes
 from gpusampler.plan.epoch_plan import EpochPlan
 
 MIN_MEASURABLE_SIZES = 4
-"""Sizes of a patch whose peaks are large enough to tell something."""
+"""Number of sizes per patch whose peaks must be large enough to measure."""
 
 MIN_PEAK_RATIO = 3.0
-"""The largest of them is so many times the smallest, or what is fixed would hide what grows."""
+"""Minimum ratio of the largest to the smallest of these peaks, else the fixed part dominates."""
 
 MAX_GROWTH = 16
-"""Sizes grow by this at most, as long as peaks are too small to tell anything; then they double."""
+"""Largest growth of sizes while peaks are too small to measure; afterwards sizes double."""
 
 PROBE_SAMPLES = 4096
 """Small patches may be oversampled up to this many samples while peaks are too small to measure."""
@@ -36,20 +36,20 @@ MAX_PROBE_SAMPLES = 1 << 20
 """Upper limit for any probe."""
 
 MAX_RESIDUAL = 0.15
-"""By more than this share of a peak, the cost does not describe what the step takes."""
+"""Relative error of a peak above which the cost does not predict the memory of the step."""
 
 MAX_BUDGETS = 12
-"""Budgets that are tried before calibration gives up."""
+"""Number of budgets to try before calibration fails."""
 
 SEQUENCE_LENGTH = 12
-"""Batches that are made in a row with a budget: most of what malloc holds on to shows by then."""
+"""Batches in a row per budget: enough to show most of the freed memory that malloc keeps."""
 
 MAX_REFITS = 2
-"""Times that a dearest batch which is off by more than `MAX_RESIDUAL` moves the line."""
+"""Number of refits after a most expensive batch whose error exceeds `MAX_RESIDUAL`."""
 
 
 class Measurement(NamedTuple):
-    """One measurement: a patch's group, its cost, the batch's size, and what it took."""
+    """A probe (None if out of memory), with the group and cost of its patch and its batch size."""
 
     group: int
     cost: float
@@ -58,7 +58,7 @@ class Measurement(NamedTuple):
 
 
 class Search:
-    """What was measured so far, and what is tried next."""
+    """The measurements so far, the fit, and the choice of the next probe."""
 
     def __init__(
         self,
@@ -74,9 +74,9 @@ class Search:
         self.fit = Fit(0.0, 0.0)
         self.measurements: list[Measurement] = []
         self.verified: list[tuple[Measurement, float]] = []
-        """What was tried of budgets, and what was predicted."""
+        """Most expensive batch of each budget, with its predicted bytes."""
         self.sequence_peaks: list[int | None] = []
-        """What batches in a row held at most, of each budget that its dearest batch fits."""
+        """Peak of batches in a row, for each budget whose most expensive batch fits."""
         self.sizes: Int64 = np.zeros(costs.size, np.int64)
         unbounded = np.full(costs.size, MAX_BATCH_SIZE, np.int64)
         allowed = replace(bounds, max_cost=float(MAX_BATCH_SIZE)).sizes_for(np.ones(1))[0]
@@ -87,29 +87,28 @@ class Search:
 
     @property
     def usable_memory(self) -> float:
-        """Bytes that a batch may fill, with what is held."""
+        """Bytes for a batch plus the memory in use."""
         return self._share * self._meter.limit
 
     def run_probes(self) -> None:
-        """Measure a few patches at sizes that double."""
-        cheapest, dearest = int(np.argmin(self._costs)), int(np.argmax(self._costs))
-        # In the middle of what is to be fitted by shares: of the logarithms.
-        mean_cost = math.sqrt(self._costs[cheapest] * self._costs[dearest])
+        """Measure a few patches at doubling sizes."""
+        cheapest, most_expensive = int(np.argmin(self._costs)), int(np.argmax(self._costs))
+        # The geometric mean, because the fit minimizes relative errors.
+        mean_cost = math.sqrt(self._costs[cheapest] * self._costs[most_expensive])
         middle = int(np.argmin(np.abs(self._costs - mean_cost)))
         first_cost = 0.0
-        for group in dict.fromkeys((cheapest, middle, dearest)):
+        for group in dict.fromkeys((cheapest, middle, most_expensive)):
             measurable_cost = self._probe_patch(group, first_cost)
-            # Where one patch is first seen to take something, the next will be, too.
+            # The next patch is measurable from about the same cost of a batch.
             first_cost = first_cost or measurable_cost
         if not self._succeeded():
             raise RuntimeError(
-                f"step must fit into memory_limit={format_bytes(self._meter.limit)} with at least "
-                f"one batch of {self._min_size}, got none that does: "
-                f"{len(self.measurements)} probes, all out of memory"
+                f"step must fit into memory_limit={format_bytes(self._meter.limit)} with a batch "
+                f"of {self._min_size}, got {len(self.measurements)} probes, all out of memory"
             )
 
     def _probe_patch(self, group: int, first_cost: float) -> float:
-        """Measure one patch; return the cost of its smallest batch that tells something."""
+        """Measure one patch; return the cost of its smallest measurable batch, 0 if none is."""
         cost = float(self._costs[group])
         max_size = min(max(int(self._useful_sizes[group]), PROBE_SAMPLES), MAX_PROBE_SAMPLES)
         size = max(self._round_down(min(first_cost / cost, max_size)), self._min_size)
@@ -119,7 +118,7 @@ class Search:
         while size <= max_size and size < failed_size and self._fits(group, size, succeeded):
             measurement = self._measure(group, size)
             if measurement.probe is None:
-                # Half the way back, but not to where it has been.
+                # Try half the size, unless a size at least as large has already succeeded.
                 failed_size, size = size, self._round_down(size / 2)
                 if size < self._min_size or (succeeded and size <= succeeded[-1].size):
                     break
@@ -138,7 +137,7 @@ class Search:
         return measurable[0].cost * measurable[0].size if measurable else 0.0
 
     def _fits(self, group: int, size: int, succeeded: list[Measurement]) -> bool:
-        """Whether a batch is foreseen to stay within the share, as far as can be told by now."""
+        """Whether the measurements so far predict that a batch fits; True with too few of them."""
         if len(succeeded) >= 2:
             first, last = succeeded[-2:]
             slope = max(_peak(last) - _peak(first), 0) / (last.size - first.size)
@@ -164,7 +163,7 @@ class Search:
         return max((m.probe.baseline for m in self._succeeded() if m.probe), default=0)
 
     def _fitted(self) -> list[Measurement]:
-        """Return what is fitted: the measurements that are large enough, if there are some."""
+        """Return the measurements to fit: the measurable ones if they suffice, else all."""
         measurable = self._measurable()
         return measurable if len({m.cost * m.size for m in measurable}) >= 3 else self._succeeded()
 
@@ -172,7 +171,7 @@ class Search:
         fitted = self._fitted()
         arrays = _arrays_of(fitted)
         proportional = fit_peaks(*arrays)
-        # As many measurements as there are terms would be met by any.
+        # With as few measurements as terms, any form would fit exactly.
         if self._fit_choice == "proportional" or (self._fit_choice == "auto" and len(fitted) < 8):
             return proportional, "proportional"
         affine = fit_peaks(*arrays, "affine")
@@ -184,7 +183,7 @@ class Search:
         return proportional, "proportional"
 
     def find_budget(self) -> CostBudget:
-        """Return the budget by the fit, made smaller as long as its dearest batch takes more."""
+        """Return the budget of the fit, reduced until its most expensive batches fit."""
         refits = 0
         shrink = 1.0
         self.fit, self.fit_form = self._choose_fit()
@@ -207,7 +206,7 @@ class Search:
             baseline, peak = measurement.probe
             excess = baseline + peak - self.usable_memory
             if abs(predicted[group] / peak - 1) > MAX_RESIDUAL and refits < MAX_REFITS:
-                # Now that its greatest batch is known, the line can be a better one.
+                # The measured most expensive batch improves the fit.
                 refits += 1
                 self.fit, self.fit_form = self._choose_fit()
                 continue
@@ -218,43 +217,43 @@ class Search:
                 factor = 0.5 if sequence_peak is None else self._shrink_factor(sequence_peak)
                 shrink = min(float((self.sizes * costs).max()) / max_cost, shrink) * factor
                 continue
-            # Down the slope from what is there once to what was found; by one sample at least.
+            # Interpolate between the per-batch bytes and the peak; remove at least one sample.
             per_batch = min(float(self.fit.bytes_per_batch(self._costs[group])), peak - 1.0)
             factor = max(peak - excess - per_batch, 0.0) / (peak - per_batch)
             shrink = min(size * factor, math.nextafter(size, 0)) * float(costs[group]) / max_cost
         raise RuntimeError(
-            f"share={self._share:g} of memory_limit={format_bytes(self._meter.limit)} is exceeded "
-            f"by the dearest batch, however often ({MAX_BUDGETS} times) the budget is made "
-            "smaller: the cost does not describe what the step takes"
+            f"the most expensive batch exceeds share={self._share:g} of memory_limit="
+            f"{format_bytes(self._meter.limit)} with each of {MAX_BUDGETS} budgets: cost does not "
+            "predict the memory of step"
         )
 
-    def _measure_sequence(self, dearest: int) -> int | None:
-        """Make a few batches in a row: the dearest, and others as they come."""
+    def _measure_sequence(self, most_expensive: int) -> int | None:
+        """Measure batches in a row: of the most expensive group, then of random groups."""
         drawn = np.random.default_rng(0).choice(np.flatnonzero(self.sizes), SEQUENCE_LENGTH - 1)
-        groups = [dearest, *drawn.tolist()]
+        groups = [most_expensive, *drawn.tolist()]
         peak = self._meter.measure_sequence([(group, int(self.sizes[group])) for group in groups])
         self.sequence_peaks.append(peak)
         return peak
 
     def _shrink_factor(self, sequence_peak: int) -> float:
-        """Return to which part a budget is to be cut whose batches in a row held so much."""
+        """Return the factor for a budget whose batches in a row reached this peak."""
         baseline = self._baseline()
         return 0.98 * max(self.usable_memory - baseline, 0.0) / max(sequence_peak - baseline, 1)
 
     def _budget_costs(self) -> tuple[Floats, float]:
-        """Return what the budget counts a sample of each patch as, and how much there may be."""
+        """Return the budget's cost of a sample of each patch, and its ``max_cost``."""
         baseline = self._baseline()
         available_bytes = self.usable_memory - baseline
         growing_bytes = available_bytes - self.fit.fixed
         if not growing_bytes > 0:
             raise ValueError(
-                f"memory_limit must be more than what is held ({format_bytes(baseline)}) and what "
-                f"any batch takes ({format_bytes(int(self.fit.fixed))}), times "
-                f"share={self._share:g}, got {format_bytes(self._meter.limit)}"
+                f"memory_limit * share must be more than the {format_bytes(baseline)} in use plus "
+                f"{format_bytes(int(self.fit.fixed))} for any batch, got "
+                f"{format_bytes(self._meter.limit)} * {self._share:g}"
             )
         if self.fit_form == "proportional":
             return self._costs, growing_bytes / self.fit.per_cost
-        # What a batch of the patch takes once is spread over its samples, as many as fit.
+        # Spread the per-batch bytes of a patch over as many of its samples as fit.
         sample_bytes = available_bytes - self.fit.bytes_per_batch(self._costs)
         per_sample = self.fit.bytes_per_sample(self._costs)
         spread = per_sample * growing_bytes / np.maximum(sample_bytes, per_sample)
@@ -265,32 +264,32 @@ class Search:
             return batch_sizes_of(budget, self._plan.groups, self._plan.partial).sizes
         except ValueError as error:
             raise ValueError(
-                f"memory_limit={format_bytes(self._meter.limit)} must be enough, at "
-                f"share={self._share:g}, for every patch: {error}"
+                f"share={self._share:g} of memory_limit={format_bytes(self._meter.limit)} is too "
+                f"small for some patches: {error}"
             ) from error
 
     def worst_residual(self) -> float:
-        """Return by which share the fit is off at worst, of the peaks that tell something."""
+        """Return the largest relative error of the fit at a measurable peak."""
         return _worst_residual(self.fit, self._measurable())
 
     def warn_if_inaccurate(self) -> None:
-        """Warn where the cost does not describe what was measured."""
+        """Warn if the cost does not predict the measured peaks."""
         residual = self.worst_residual()
         if residual <= MAX_RESIDUAL:
             return
-        advice = "give costs that go with what a sample takes"
+        advice = "pass costs proportional to the memory of a sample"
         if self._fit_choice == "proportional":
             fitted = self._fitted()
             affine_residual = _worst_residual(fit_peaks(*_arrays_of(fitted), "affine"), fitted)
             if affine_residual < residual / 2:
-                advice = f"fit='affine' describes it within {affine_residual:.0%}"
+                advice = f"fit='affine' is off by at most {affine_residual:.0%}"
         log.warn(
-            f"the cost does not describe the memory that the step takes: the line is off by "
-            f"{residual:.0%} of a measured peak; {advice}"
+            f"cost does not predict the memory of step: the fit is off by {residual:.0%} of a "
+            f"measured peak; {advice}"
         )
 
     def record(self, device: str) -> dict[str, Any]:
-        """Return what was measured, as plain values."""
+        """Return all measurements as plain values."""
         labels = self._plan.groups.labels.tolist()
         median = np.argsort(self._costs, kind="stable")[self._costs.size // 2]
         groups = dict.fromkeys(
@@ -338,13 +337,13 @@ class Search:
         }
 
     def _round_down(self, size: float) -> int:
-        """Return the largest size that is allowed and no larger, 0 if none is."""
+        """Return the largest allowed size up to ``size``; 0 if there is none."""
         if size < 1:
             return 0
         return int(replace(self._bounds, max_cost=float(size)).sizes_for(np.ones(1))[0])
 
     def _grow(self, size: int, factor: float) -> int:
-        """Return an allowed size about ``factor`` times as large; beyond all, if there is none."""
+        """Return an allowed size about ``factor`` times as large, else `MAX_BATCH_SIZE`."""
         larger = self._round_down(size * factor)
         return larger if larger > size else MAX_BATCH_SIZE
 
@@ -355,7 +354,7 @@ def _peak(measurement: Measurement) -> int:
 
 
 def _worst_residual(fit: Fit, measurements: Sequence[Measurement]) -> float:
-    """Return by which share of a peak a fit is off at most."""
+    """Return the largest relative error of a fit."""
     return float(np.abs(residuals(fit, *_arrays_of(measurements))).max(initial=0.0))
 
 
@@ -370,7 +369,7 @@ def _arrays_of(measurements: Sequence[Measurement]) -> tuple[Floats, Floats, Flo
 
 def _versions() -> dict[str, str]:
     versions = {
-        # The package's number stands above this wing; it is there by now.
+        # Importing the package here would be circular; it is already loaded.
         "gpusampler": str(getattr(sys.modules.get("gpusampler"), "__version__", "unknown")),
         "python": platform.python_version(),
         "numpy": np.__version__,

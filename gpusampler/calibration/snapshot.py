@@ -1,4 +1,4 @@
-"""What a training step changes, copied to the host, and put back bit for bit."""
+"""Save the state that a training step changes to the host, and restore it bit for bit."""
 
 from __future__ import annotations
 
@@ -17,18 +17,7 @@ Restorer = Callable[[], None]
 
 
 class StateSnapshot:
-    """Copies of objects' state on the host, and of all random generators.
-
-    Parameters
-    ----------
-    objects : sequence
-        What `check_state` lets through.
-
-    Raises
-    ------
-    TypeError
-        If the state of one cannot be copied.
-    """
+    """Host copies of the state of objects (see `check_state`) and of all global generators."""
 
     def __init__(self, objects: Sequence[Any]) -> None:
         self._restorers: list[Restorer] = []
@@ -37,20 +26,19 @@ class StateSnapshot:
                 self._restorers.append(_saver_of(obj)(obj))
             except (TypeError, ValueError, RuntimeError, NotImplementedError) as error:
                 raise TypeError(
-                    f"state[{index}] must be something that can be copied, got a "
-                    f"{type(obj).__name__}: {error}"
+                    f"state[{index}] must be copyable, got a {type(obj).__name__}: {error}"
                 ) from error
-        # Last, so that nothing that is put back draws from them.
+        # Restored last, so that restoring the objects cannot advance the generators.
         self._restorers.append(_save_global_generators())
 
     def restore(self) -> None:
-        """Make everything what it was; as often as one likes."""
+        """Restore all saved state; may be called repeatedly."""
         for restore in self._restorers:
             restore()
 
 
 def check_state(objects: Any) -> tuple[Any, ...]:
-    """Return the objects whose state is to be put back."""
+    """Return the objects as a tuple; raise if one cannot be restored."""
     if not isinstance(objects, (tuple, list)):
         raise TypeError(
             f"state must be a tuple such as (model, optimizer), got {short_repr(type(objects))}"
@@ -59,22 +47,21 @@ def check_state(objects: Any) -> tuple[Any, ...]:
         if _saver_of(obj) is None:
             raise TypeError(
                 f"state[{index}] must have state_dict() and load_state_dict(), or be a tensor or a "
-                f"random generator, to be put back, got {short_repr(obj)}"
+                f"random generator, got {short_repr(obj)}"
             )
     torch = loaded_module("torch")
     for index, obj in enumerate(objects):
-        if torch is not None and isinstance(obj, torch.nn.Module):
-            for name, parameter in obj.named_parameters():
-                if torch.nn.parameter.is_lazy(parameter):
-                    raise ValueError(
-                        f"state[{index}] must have its parameters, got {name}, which its first "
-                        "batch makes: run the model once before"
-                    )
+        if torch is None or not isinstance(obj, torch.nn.Module):
+            continue
+        if any(map(torch.nn.parameter.is_lazy, obj.parameters())):
+            raise ValueError(
+                f"state[{index}] has uninitialized lazy parameters. Run one forward pass first."
+            )
     return tuple(objects)
 
 
 def tensors_of(objects: Sequence[Any]) -> Iterator[Any]:
-    """Yield the tensors that modules and optimizers work on."""
+    """Yield the tensors among the objects, and those of modules and optimizers."""
     torch = loaded_module("torch")
     if torch is None:
         return
@@ -90,7 +77,7 @@ def tensors_of(objects: Sequence[Any]) -> Iterator[Any]:
 
 
 def _saver_of(obj: Any) -> Any:
-    """Return the function that saves an object of some kind, None if none does."""
+    """Return the function that saves an object; None if there is none."""
     torch = loaded_module("torch")
     savers: list[tuple[Any, Callable[[Any], Restorer]]] = [
         (np.random.Generator, _save_numpy_generator),
@@ -113,14 +100,14 @@ def _saver_of(obj: Any) -> Any:
 
 
 class _TensorCopy:
-    """A tensor's values on the host, and where they are from."""
+    """A tensor's values on the host, and its device."""
 
     def __init__(self, tensor: Any) -> None:
         self._values = tensor.detach().cpu().clone()
         self._device = tensor.device
 
     def restore(self, tensor: Any) -> Any:
-        """Return a tensor of these values: the one given, if it has room for them."""
+        """Return a tensor of the saved values: ``tensor`` if shape, dtype and device match."""
         import torch
 
         values = self._values
@@ -130,7 +117,7 @@ class _TensorCopy:
             and (tensor.dtype, tensor.layout) == (values.dtype, values.layout)
             and tensor.device == self._device
         ):
-            # Of .data: in place, whatever autograd thinks of leaves, and in no history.
+            # .data allows an in-place copy into leaves and keeps it out of the autograd graph.
             tensor.data.copy_(values)
             return tensor
         return values.to(self._device, copy=True)
@@ -143,13 +130,13 @@ def _save_value(value: Any) -> Any:
     if type(value) in (list, tuple):
         return type(value)(_save_value(item) for item in value)
     if isinstance(value, dict):
-        # A dict of any kind becomes a plain one: who loads a state looks into it only.
+        # Subclasses of dict become plain dicts: load_state_dict only reads their items.
         return {key: _save_value(item) for key, item in value.items()}
     return copy.deepcopy(value)
 
 
 def _restore_value(saved: Any, current: Any) -> Any:
-    """Return what `_save_value` saved, in the tensors that are there now where those fit."""
+    """Return a value that `_save_value` saved, reusing the current tensors that match."""
     if isinstance(saved, _TensorCopy):
         return saved.restore(current)
     if type(saved) in (list, tuple):
@@ -164,7 +151,7 @@ def _restore_value(saved: Any, current: Any) -> Any:
 
 def _save_tensor(tensor: Any) -> Restorer:
     values, requires_grad = _TensorCopy(tensor), tensor.requires_grad
-    # No reference to the gradient itself: it would be held on where the step drops it.
+    # Copy the gradient: a reference would keep its memory after the step drops it.
     grad = _TensorCopy(tensor.grad) if tensor.is_leaf and tensor.grad is not None else None
 
     def restore() -> None:
@@ -215,7 +202,7 @@ def _save_submodule(module: Any) -> Restorer:
 
 
 def _save_optimizer(optimizer: Any) -> Restorer:
-    # Not by load_state_dict, which casts what it is given to the type of the parameters.
+    # load_state_dict would cast the state to the dtype of the parameters.
     state = {parameter: _save_value(dict(values)) for parameter, values in optimizer.state.items()}
     groups = [
         (
@@ -252,7 +239,7 @@ def _save_state_dict(obj: Any) -> Restorer:
     state = _save_value(obj.state_dict())
 
     def restore() -> None:
-        # A step that ended half way leaves a GradScaler's gradients unscaled, in its own books.
+        # After an interrupted step, a GradScaler still records the gradients as unscaled.
         optimizer_states = getattr(obj, "_per_optimizer_states", None)
         if optimizer_states is not None:
             optimizer_states.clear()
@@ -277,7 +264,7 @@ def _save_python_generator(generator: Any) -> Restorer:
 
 
 def _save_global_generators() -> Restorer:
-    # NumPy's old generator, the global one, is what is asked for.
+    # NumPy's legacy global generator must be saved, too.
     python_state, numpy_state = random.getstate(), np.random.get_state()  # noqa: NPY002
     torch: Any = loaded_module("torch")
     host_state = None if torch is None else torch.get_rng_state()

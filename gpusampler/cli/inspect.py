@@ -1,4 +1,4 @@
-"""What a batch size does to a set of patch ids: numbers, a table, a picture."""
+"""Effect of a batch size on a set of patch ids: numbers, a table, a picture."""
 
 from __future__ import annotations
 
@@ -24,17 +24,7 @@ _MAX_BARS = 60
 
 @dataclass(frozen=True)
 class Outcome:
-    """What one way with short batches does to an epoch.
-
-    Attributes
-    ----------
-    partial : {"keep", "drop", "pad"}
-        What happens to a patch's last, short batch.
-    batches : int
-        Batches in an epoch.
-    missed, repeated : int
-        Samples that an epoch leaves out, and samples that it hands out more than once.
-    """
+    """An epoch under one value of ``partial``: batches, and samples missed and repeated."""
 
     partial: str
     batches: int
@@ -44,24 +34,10 @@ class Outcome:
 
 @dataclass(frozen=True)
 class Inspection:
-    """Patch sizes and what a batch size makes of them.
+    """Patch sizes, and the batches of one batch size.
 
-    Attributes
-    ----------
-    source : str
-        What was inspected, for the heading.
-    batch_size : int
-        Samples in a full batch.
-    patch_ids : ndarray of int64, or of str, shape (G,)
-        The patches, ascending.
-    counts : ndarray of int64, shape (G,)
-        Their samples.
-    contiguous : bool
-        Whether each patch's samples follow one another; no order is kept then.
-    nbytes : int
-        Bytes that the sampler keeps.
-    outcomes : tuple of Outcome
-        For each value of `partial`.
+    ``source`` is the name in the heading. ``patch_ids`` and ``counts`` have shape (G,), ids
+    ascending. ``nbytes`` is the size of the sampler's tables, without an order if ``contiguous``.
     """
 
     source: str
@@ -84,7 +60,7 @@ class Inspection:
 
     @property
     def short_batches(self) -> Int64:
-        """Samples in each short batch when those are kept, at most one a patch."""
+        """Size of each short batch under ``partial="keep"``, at most one per patch."""
         remainders = self.counts % self.batch_size
         return remainders[remainders > 0]
 
@@ -94,8 +70,8 @@ class Inspection:
         each = self.nbytes / self.num_samples
         lines = [
             f"{self.source}: {self.num_samples:,} samples in {len(counts):,} patches",
-            f"memory kept by the sampler: {self.nbytes:,} bytes ({each:.3g} a sample; samples "
-            + ("stand patch by patch, no order kept)" if self.contiguous else "are in any order)"),
+            f"memory used by the sampler: {self.nbytes:,} bytes ({each:.3g} per sample; samples "
+            + ("sorted by patch, no order stored)" if self.contiguous else "in any order)"),
             "",
             _size_table(self.patch_ids, counts),
             "",
@@ -112,14 +88,7 @@ class Inspection:
 
 
 def inspect_source(source: Any, batch_size: int, name: str) -> Inspection:
-    """Inspect patch ids or a dataset that has them.
-
-    Examples
-    --------
-    >>> inspection = inspect_source([7, 7, 7, 2, 2], 2, "example")
-    >>> [(row.partial, row.batches, row.missed, row.repeated) for row in inspection.outcomes]
-    [('keep', 3, 0, 0), ('drop', 2, 1, 0), ('pad', 3, 0, 1)]
-    """
+    """Inspect patch ids, or a dataset with patch ids."""
     sampler = PatchBatchSampler(source, batch_size, seed=0, partial="keep")
     groups = sampler.plan.groups
     outcomes = []
@@ -128,7 +97,7 @@ def inspect_source(source: Any, batch_size: int, name: str) -> Inspection:
             outcomes.append(Outcome(partial, 0, groups.num_samples, 0))
             continue
         with warnings.catch_warnings():
-            # Patches left out whole under "drop" are what the table counts.
+            # The table already counts the patches that "drop" leaves out.
             warnings.simplefilter("ignore", UserWarning)
             partial_sampler = PatchBatchSampler(groups, batch_size, seed=0, partial=partial)
         totals = partial_sampler.coverage(0).totals()
@@ -218,12 +187,12 @@ def _draw_fill(axes: Axes, inspection: Inspection) -> None:
 
     size, short, full = inspection.batch_size, inspection.short_batches, inspection.full_batches
     step = max(1, -(-size // _MAX_BARS))
-    first = min(0.5, size - 0.5 - step)  # a batch of one is never short: one empty bin then
+    first = min(0.5, size - 0.5 - step)  # at batch size 1 no batch is short: one empty bin
     short_counts, edges = np.histogram(short, bins=np.arange(first, size - 0.5 + step, step))
     axes.bar(
         edges[:-1], short_counts, width=step * 0.9, align="edge", color="tab:orange", label="short"
     )
-    # Full batches stand apart from the last bin of short ones, which ends at the same place.
+    # Full batches get a bar of their own, right after the last bin of short batches.
     axes.bar(edges[-1], full, width=step * 0.9, align="edge", color="tab:green", label="full")
     batch_counts = np.append(short_counts, full)
     if batch_counts.max() > 30 * batch_counts[batch_counts > 0].min():

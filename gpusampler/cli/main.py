@@ -1,4 +1,4 @@
-"""The command line: try the job, look at patch ids."""
+"""The command line: run the demo, inspect patch ids."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class Refusal(click.ClickException):
 
 
 class OneLineErrors(click.Group):
-    """A group whose errors are one line on stderr, without a traceback."""
+    """A command group that prints errors as one line on stderr, without a traceback."""
 
     def main(
         self,
@@ -35,7 +35,7 @@ class OneLineErrors(click.Group):
         standalone_mode: bool = True,
         **extra: Any,
     ) -> Any:
-        """Run a command and exit; without `standalone_mode`, return and raise as click does."""
+        """Run a command and exit; without ``standalone_mode``, return and raise as click does."""
         if not standalone_mode:
             return super().main(args, prog_name, complete_var, False, **extra)
         try:
@@ -51,7 +51,7 @@ class OneLineErrors(click.Group):
         except click.Abort:  # click's name for Ctrl-C
             sys.exit(INTERRUPTED)
         except BrokenPipeError:
-            # The reader (head, less) went away. Nothing may be flushed into the pipe at exit.
+            # The reader (head, less) has closed the pipe, so nothing may be flushed to it at exit.
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             sys.exit(1)
         except Exception as error:
@@ -62,7 +62,7 @@ class OneLineErrors(click.Group):
 
 
 def _was_interrupted(error: BaseException | None) -> bool:
-    """Whether an error is what became of Ctrl-C, as when it breaks off the making of a class."""
+    """Whether Ctrl-C caused an error, directly or through errors raised while handling it."""
     while error is not None:
         if isinstance(error, KeyboardInterrupt):
             return True
@@ -72,15 +72,15 @@ def _was_interrupted(error: BaseException | None) -> bool:
 
 @contextmanager
 def _refusing() -> Iterator[None]:
-    # Only around work on the user's arguments and files: a bug elsewhere keeps its traceback.
+    # Wrap only work on the user's arguments and files: bugs elsewhere keep their traceback.
     try:
         yield
     except BrokenPipeError:
         raise
     except OSError as error:
-        # The system's errors carry a number that says nothing to a reader; ours carry a sentence.
-        told = f"{error.strerror}: {error.filename}" if error.filename else str(error)
-        raise Refusal(told) from error
+        # Leave out the error number of the operating system.
+        message = f"{error.strerror}: {error.filename}" if error.filename else str(error)
+        raise Refusal(message) from error
     except (ValueError, TypeError) as error:
         raise Refusal(str(error)) from error
 
@@ -88,18 +88,18 @@ def _refusing() -> Iterator[None]:
 def _need(task: str, *modules: str) -> None:
     missing = [name for name in modules if find_spec(name) is None]
     if missing:
-        raise Refusal(f"{task} needs {', '.join(missing)}: pip install 'gpusampler[demo]'")
+        packages = " ".join(missing).replace("neuralop", "neuraloperator")
+        raise Refusal(f"{task} needs {', '.join(missing)}: pip install {packages}")
 
 
 @contextmanager
 def _ending_at_once() -> Iterator[None]:
-    """Let Ctrl-C end the process at once while large libraries are imported.
+    """End the process on Ctrl-C while large libraries are imported; nothing is written yet.
 
-    Broken off in an import, they turn a KeyboardInterrupt into errors of their own. Nothing has
-    been written yet.
+    An interrupted import would turn the KeyboardInterrupt into a different error.
     """
     if signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
-        yield  # someone has other plans for it
+        yield  # the program has a handler
         return
     signal.signal(signal.SIGINT, lambda number, frame: os._exit(INTERRUPTED))
     try:
@@ -116,7 +116,7 @@ _DIRECTORY = click.Path(path_type=Path)
 )
 @click.version_option(__version__, prog_name="gpusampler")
 def cli() -> None:
-    """Batches that come from one patch each."""
+    """Make batches that each come from one patch."""
 
 
 @cli.command()
@@ -137,10 +137,10 @@ def cli() -> None:
     type=click.IntRange(0, 2**63 - 1),
     default=0,
     show_default=True,
-    help="Of the initial weights and of the batches.",
+    help="Seed of the initial weights and of the batches.",
 )
 def demo(out: Path, epochs: int, batch_size: int, data: Path | None, seed: int) -> None:
-    """Train a GINO on groundwater patches, about a quarter of a minute."""
+    """Train a GINO on groundwater patches (about 15 seconds)."""
     _need("the demo", "torch", "neuralop", "matplotlib")
     with _ending_at_once():
         import matplotlib.figure  # noqa: F401
@@ -165,23 +165,23 @@ def demo(out: Path, epochs: int, batch_size: int, data: Path | None, seed: int) 
 @cli.command()
 @click.argument("source", type=click.Path(path_type=Path))
 @click.option("--batch-size", type=click.IntRange(min=1), required=True)
-@click.option("--column", help="Which column, array or dataset of a file that has several.")
+@click.option("--column", help="Column, array or dataset to read, if the file has several.")
 @click.option(
-    "--out", type=_DIRECTORY, help="The picture, a PNG.  [default: gpusampler-inspect.png]"
+    "--out", type=_DIRECTORY, help="PNG file of the picture.  [default: gpusampler-inspect.png]"
 )
 @click.option(
     "--input-window",
     type=click.IntRange(min=1),
     default=6,
     show_default=True,
-    help="Patch folders: time steps into a sample.",
+    help="Patch folders: input time steps per sample.",
 )
 @click.option(
     "--output-window",
     type=click.IntRange(min=1),
     default=1,
     show_default=True,
-    help="Patch folders: time steps out of a sample.",
+    help="Patch folders: output time steps per sample.",
 )
 @click.option(
     "--split",
@@ -199,9 +199,9 @@ def inspect(
     output_window: int,
     split: str,
 ) -> None:
-    """Show what a batch size does to patch ids.
+    """Show patch sizes and how a batch size divides them into batches.
 
-    SOURCE is a patch folder, an index file, or a file with one patch id a sample: .npy, Parquet,
+    SOURCE is a patch folder, an index file, or a file with one patch id per sample: .npy, Parquet,
     Zarr or HDF5.
     """
     from gpusampler.cli.inspect import draw, inspect_source
@@ -213,7 +213,7 @@ def inspect(
         found = inspect_source(ids, batch_size, source.name or str(source))
     click.echo(found.text())
     if out is None and find_spec("matplotlib") is None:
-        click.echo("no picture: that needs matplotlib (pip install 'gpusampler[demo]')", err=True)
+        click.echo("no picture: it needs matplotlib (pip install matplotlib)", err=True)
         return
     picture = Path("gpusampler-inspect.png") if out is None else out
     with _refusing():
@@ -234,5 +234,5 @@ def _patch_ids(source: Path, column: str | None, inputs: int, outputs: int, spli
         return read_patch_ids(source, column)
     except ValueError as error:
         if source.is_dir():
-            raise ValueError(f"{error}; nor does it hold folders patch_<id>") from None
+            raise ValueError(f"{error}; it has no folders patch_<id> either") from None
         raise

@@ -1,1 +1,1 @@
-"""Devices, arrays, transfers, memory, argument checks: what every other wing stands on."""
+"""Devices, arrays, transfers, memory and argument checks, shared by all other packages."""

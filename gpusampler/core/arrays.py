@@ -1,7 +1,7 @@
-"""Array operations in which NumPy, torch and CuPy differ: kinds, copies, gathers and sorts.
+"""Array operations that differ between NumPy, torch and CuPy: dtypes, copies, gathers and sorts.
 
-Neither torch nor CuPy is imported until an array of theirs, or a device of theirs, is met. The
-algorithms elsewhere take the namespace from here and never ask which library it is.
+torch and CuPy are imported only when one of their arrays or devices is used. The algorithms in
+other modules take the array namespace from here and do not depend on the library.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ from gpusampler.core.devices import HOST, Device, Library, device_context, loade
 
 Int64 = NDArray[np.int64]
 MAX_PINNED_BYTES = 1 << 25
-"""Largest array that is put into pinned memory for one upload."""
+"""Largest array that `upload` copies through pinned memory."""
 
 
 def library_of(obj: Any) -> Library | None:
-    """Return the array library that ``obj`` is an array of, or None."""
+    """Return the library of an array, or None if ``obj`` is not an array."""
     if isinstance(obj, np.ndarray):
         return "numpy"
     torch = loaded_module("torch")
@@ -34,19 +34,24 @@ def library_of(obj: Any) -> Library | None:
     return None
 
 
+def is_numpy(array: Any) -> bool:
+    """Whether an object is a NumPy array."""
+    return isinstance(array, np.ndarray)
+
+
 def dtype_name(array: Any) -> str:
-    """Return the name of an array's dtype, such as "int64", in any byte order."""
+    """Return the name of an array's dtype, such as "int64", without its byte order."""
     name = getattr(array.dtype, "name", None)
     return str(array.dtype).rpartition(".")[2] if name is None else str(name)
 
 
 def is_integer(array: Any) -> bool:
-    """Whether an array holds integers; booleans are none."""
+    """Whether an array holds integers; False for booleans."""
     return dtype_name(array).startswith(("int", "uint"))
 
 
 def is_numeric(array: Any) -> bool:
-    """Whether every element of an array is a number or a boolean that lies in its memory."""
+    """Whether an array is dense and holds numbers or booleans (False if masked, sparse, ...)."""
     library = library_of(array)
     if library == "torch":
         import torch
@@ -59,7 +64,7 @@ def is_numeric(array: Any) -> bool:
 
 
 def has_dtype(library: Library, name: str) -> bool:
-    """Whether a library has numbers of a dtype, by its name."""
+    """Whether a library supports a numeric dtype of this name."""
     if library == "torch":
         import torch
 
@@ -68,12 +73,12 @@ def has_dtype(library: Library, name: str) -> bool:
         dtype = np.dtype(name)
     except TypeError:
         return False
-    # CuPy has NumPy's, but for what a GPU has no numbers for.
+    # CuPy supports NumPy's numeric dtypes except longdouble and clongdouble.
     return dtype.kind in "biufc" and (library == "numpy" or dtype.char not in "gG")
 
 
 def as_signed(array: Any) -> Any:
-    """Return the bits of a uint64 array as int64, without a copy."""
+    """Return an int64 view of a uint64 array."""
     if library_of(array) == "torch":
         import torch
 
@@ -95,19 +100,16 @@ def device_of(array: Any) -> Device:
 
 def namespace(device: Device) -> Any:
     """Return the array-api-compat namespace of a device's library."""
-    # NumPy has all of it itself by now; its namespace of array-api-compat takes every module of
-    # NumPy's along, which is most of the time that a first batch would take.
+    # NumPy 2.1 and later provides every function itself. Importing array_api_compat.numpy would
+    # import every NumPy module and take most of the time of a first batch.
     if device.library == "numpy" and hasattr(np, "cumulative_sum"):
         return np
     return import_module(f"array_api_compat.{device.library}")
 
 
 def reference_namespace(device: Device) -> Any:
-    """Return the functions that the reference evaluation uses, in a form that can be compiled.
-
-    array-api-compat's, but for torch, where torch.compile takes its dispatch for code to trace
-    (and warns of the caches in it): there the same functions are torch's own.
-    """
+    """Return the array functions of the reference evaluation, in a form that can be compiled."""
+    # torch.compile would trace the dispatch code of array-api-compat and warn about its caches.
     if device.library != "torch":
         return namespace(device)
     import torch
@@ -128,17 +130,14 @@ def reference_namespace(device: Device) -> Any:
 
 @cache
 def reuse_temporaries() -> None:
-    """Let the allocator keep what arrays of up to 32 MiB leave, for those that come after.
-
-    By default glibc takes each array above 128 KiB from the system anew, which fills it with zeros
-    page by page: more work than what is done with a chunk that lies in cache. Its limit rises to
-    the largest array that was given back, so one is. Elsewhere this is of no effect.
-    """
+    """Make glibc reuse the memory of freed arrays of up to 32 MiB; no effect on other systems."""
+    # By default glibc maps every array above 128 KiB anew, and zeroing its pages costs more than
+    # the computation. The threshold rises to the size of the largest freed array.
     np.empty(31 << 20, np.uint8)
 
 
 def to_numpy(array: Any) -> NDArray[Any]:
-    """Return an array as NumPy: the same memory where it is on the host, else one copy."""
+    """Return an array as NumPy: a view if it is on the host, else a copy."""
     library = library_of(array)
     if library == "torch":
         return np.asarray(array.detach().cpu().numpy())
@@ -148,7 +147,7 @@ def to_numpy(array: Any) -> NDArray[Any]:
 
 
 def to_device(array: Any, device: Device) -> Any:
-    """Return an array on ``device``: itself or the same memory where it can be, else one copy."""
+    """Return an array on ``device``: itself or a view if possible, else a copy."""
     if device_of(array) == device:
         return array
     if device.library == "numpy":
@@ -169,39 +168,39 @@ def to_device(array: Any, device: Device) -> Any:
 
 
 def _from_numpy(array: NDArray[Any]) -> Any:
-    # torch warns of, and could write through, a view of read-only memory; it knows no negative
-    # strides.
+    # torch warns about read-only memory, because it could write to it, and does not support
+    # negative strides.
     if not array.flags.writeable or any(stride < 0 for stride in array.strides):
         array = array.copy()
     return tensor_from_numpy(array)
 
 
 def tensor_from_numpy(array: NDArray[Any]) -> Any:
-    """Return a host torch tensor over the memory of a writable NumPy array."""
+    """Return a torch tensor that shares the memory of a writable NumPy array."""
     import torch
 
     return torch.from_numpy(array)
 
 
 def upload(array: NDArray[Any], device: Device) -> Any:
-    """Return a NumPy array on ``device`` without waiting for the device, where that is possible.
+    """Copy a NumPy array to ``device``, asynchronously if possible.
 
-    The array may be changed as soon as this returns.
+    The caller may change the array as soon as this returns.
     """
     array = np.ascontiguousarray(array)
-    if device.library == "torch" and device.name.startswith("cuda"):
+    if device.is_torch_cuda:
         tensor = _from_numpy(array)
         if array.nbytes <= MAX_PINNED_BYTES:
-            # The allocator of pinned memory keeps it until the copy is done.
+            # torch does not reuse the pinned buffer until the copy is done.
             tensor = tensor.pin_memory()
-        # Pageable memory has been read when an asynchronous copy of it returns.
+        # An asynchronous copy from pageable memory returns only after it has read that memory.
         return tensor.to(device.name, non_blocking=True)
-    # CuPy copies by way of pinned memory of its own.
+    # CuPy copies through its own pinned memory.
     return to_device(array, device)
 
 
 def as_contiguous(array: Any) -> Any:
-    """Return a 1-D array whose elements lie side by side: itself, or a copy on its device."""
+    """Return a 1-D array if it is contiguous, else a contiguous copy on its device."""
     if library_of(array) == "torch":
         return array.contiguous()
     return array if array.flags.c_contiguous else array.copy()
@@ -209,24 +208,12 @@ def as_contiguous(array: Any) -> Any:
 
 def stable_argsort(array: Any) -> Any:
     """Return the stable ascending argsort of a 1-D array as int64, on its device."""
-    # Libraries differ in what their own method takes, and in whether its default is stable.
+    # The libraries' own methods differ in arguments and in whether they are stable by default.
     return namespace(device_of(array)).argsort(array, stable=True)
 
 
 def unique_consecutive(array: Any) -> tuple[Any, Any]:
-    """Return the value and the length of every run of equal neighbours in a 1-D array.
-
-    Parameters
-    ----------
-    array : integer array, shape (N,)
-        Of any library; N may be 0.
-
-    Returns
-    -------
-    values : array of the same dtype, shape (R,)
-    counts : int64 array, shape (R,)
-        Both on the device of ``array``.
-    """
+    """Return (values, int64 lengths), shape (R,), of the R runs of equal values; N may be 0."""
     device = device_of(array)
     if device.library == "torch":
         import torch
@@ -244,14 +231,14 @@ def unique_consecutive(array: Any) -> tuple[Any, Any]:
 
 
 def to_index(index: Any, device: Device) -> Any:
-    """Return int64 row numbers in the form that `take_rows` takes on a device."""
+    """Return int64 row indices as an array that `take_rows` accepts for arrays on ``device``."""
     if device.library == "numpy" or device.on_host:
         return index if library_of(index) == "numpy" else to_numpy(index)
     return upload(index, device) if library_of(index) == "numpy" else to_device(index, device)
 
 
 def take_rows(array: Any, index: Any) -> Any:
-    """Return rows of an array, by `to_index` of its device: a new array of its library."""
+    """Return a new array of the rows at ``index``, which is from `to_index` for its device."""
     library = library_of(array)
     if library == "torch":
         import torch
@@ -263,14 +250,14 @@ def take_rows(array: Any, index: Any) -> Any:
         with device_context(device_of(array)):
             return array.take(index, axis=0)
     if not array.flags.c_contiguous:
-        # np.take would first copy the whole of it.
+        # np.take would first copy the whole array.
         return array[index]
-    # The numbers are known to be rows; "raise" would copy by way of a buffer.
+    # The indices are valid, and mode "raise" would copy through a buffer.
     return np.take(array, index, axis=0, mode="clip")
 
 
 def _selectable(tensor: Any) -> Any:
-    """Return a tensor as a type that torch gathers: its wide unsigned ones as signed."""
+    """Return a view of a dtype that torch can gather: signed for uint16, uint32 and uint64."""
     import torch
 
     signed = {torch.uint16: torch.int16, torch.uint32: torch.int32, torch.uint64: torch.int64}
@@ -278,7 +265,7 @@ def _selectable(tensor: Any) -> Any:
 
 
 def take_rows_into(pinned: Any, array: Any, index: Int64) -> None:
-    """Gather rows of a host array into pinned memory, which is flat and of their size."""
+    """Gather rows of a host array into pinned memory, a 1-D buffer of exactly their size."""
     shape = (index.size, *array.shape[1:])
     if library_of(array) == "torch":
         import torch
@@ -297,9 +284,9 @@ def take_rows_into(pinned: Any, array: Any, index: Int64) -> None:
 
 
 def split_rows(array: Any, sizes: list[int]) -> list[Any]:
-    """Return views of an array, side by side, of these numbers of rows (they add up to its own)."""
+    """Split an array into consecutive views of ``sizes`` rows; the sizes add up to its length."""
     if library_of(array) == "torch":
-        # One call for all of them: a slice at a time costs several times as much.
+        # One call is several times as fast as separate slices.
         if sizes and sizes.count(sizes[0]) == len(sizes):
             return list(array.unflatten(0, (len(sizes), sizes[0])).unbind())
         return list(array.split(sizes))
@@ -311,9 +298,9 @@ def split_rows(array: Any, sizes: list[int]) -> list[Any]:
 
 
 def repeat_rows(counts: Any, total: int) -> Any:
-    """Return each row's number as often as its count says, end to end: int64, shape (total,).
+    """Return row i repeated ``counts[i]`` times for all i: int64, shape (total,).
 
-    ``total`` is the sum of ``counts``; knowing it beforehand spares a device a synchronisation.
+    ``total`` must be the sum of ``counts``; passing it avoids a device synchronization.
     """
     device = device_of(counts)
     if device.library == "torch":
@@ -321,15 +308,16 @@ def repeat_rows(counts: Any, total: int) -> Any:
 
         return torch.repeat_interleave(counts, output_size=total)
     xp = namespace(device)
-    # The number of row ends at or before a lane: counts may lie on a device, so no np.repeat.
+    # Count the row ends at or before each element: cupy.repeat would need the counts on the host.
     lanes = xp.arange(total, dtype=xp.int64)
     return xp.searchsorted(xp.cumulative_sum(counts), lanes, side="right")
 
 
 def narrowest_dtype(library: Library, values: int) -> tuple[str, int]:
-    """Return the narrowest dtype that can be sorted and holds 0 .. values - 1, and its shift.
+    """Return the narrowest sortable dtype for 0 .. values - 1, and the offset to add to them.
 
-    torch sorts no unsigned type but uint8, so 2**15 .. 2**16 values go into int16 shifted down.
+    uint8 is the only unsigned dtype that torch sorts, so it stores up to 2**16 values as int16,
+    shifted by -2**15.
     """
     if values <= 1 << 8:
         return "uint8", 0

@@ -1,4 +1,4 @@
-"""Devices: which library, which name, whether it is there, and what the caller may do with it."""
+"""Devices: parsing and availability, synchronization, and use in DataLoader workers."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ Library = Literal["numpy", "torch", "cupy"]
 
 @dataclass(frozen=True)
 class Device:
-    """Where arrays live: a library, and the name by which it knows the device.
+    """Location of arrays: a library and its name for the device.
 
     Parameters
     ----------
@@ -35,33 +35,33 @@ class Device:
 
     @property
     def on_host(self) -> bool:
-        """Whether NumPy sees the memory of this device without a copy."""
+        """Whether NumPy can view arrays on this device without a copy."""
         return self.name == "cpu"
+
+    @property
+    def is_torch(self) -> bool:
+        """Whether this is a torch device."""
+        return self.library == "torch"
+
+    @property
+    def is_torch_cuda(self) -> bool:
+        """Whether this is a torch CUDA device."""
+        return self.library == "torch" and self.name.startswith("cuda")
 
 
 HOST = Device("numpy")
 
 
 def loaded_module(module: str) -> ModuleType | None:
-    """Return the module if the program has imported it already, else None."""
+    """Return a module that is already imported, else None."""
     return sys.modules.get(module)
 
 
 def parse_device(device: Any) -> Device:
-    """Return the device that a user's ``device`` argument names, checked to be there.
+    """Return the device of a ``device`` argument: "numpy", "cupy", "cupy:1" or a torch device.
 
-    Parameters
-    ----------
-    device : str or torch.device
-        "numpy", "cpu", "cuda", "cuda:1", "mps", ..., "cupy" or "cupy:1".
-
-    Raises
-    ------
-    ValueError
-        If the name is not known to the library.
-    RuntimeError
-        If the library or the device is not there, or the caller is a DataLoader's worker and the
-        device is no host.
+    Raises ValueError for an unknown name, and RuntimeError if the library or device is not
+    available or if a DataLoader worker asks for a GPU.
     """
     parsed = _parse(device)
     check_not_in_worker(parsed)
@@ -78,8 +78,8 @@ def _parse(device: Any) -> Device:
         import torch
     except ImportError as error:
         raise RuntimeError(
-            f"device must be 'numpy' where torch is not installed, got {name!r}; "
-            "install gpusampler[torch]"
+            f"device={name!r} requested, but torch is not installed. "
+            "Run `pip install torch`, or pass device='numpy'."
         ) from error
     try:
         parsed = torch.device(name)
@@ -89,23 +89,25 @@ def _parse(device: Any) -> Device:
         ) from error
     if parsed.type == "cuda":
         if not torch.cuda.is_available():
-            raise RuntimeError(f"device must be there: torch sees no CUDA device, got {name!r}")
-        # "cuda" is the device that this process uses, which need not be cuda:0.
+            raise RuntimeError(f"device={name!r} requested, but torch finds no CUDA device.")
+        # "cuda" is the current device of this process, which may differ from cuda:0.
         index = torch.cuda.current_device() if parsed.index is None else parsed.index
-        if index >= torch.cuda.device_count():
+        count = torch.cuda.device_count()
+        if index >= count:
             raise RuntimeError(
-                f"device must be there: torch sees {torch.cuda.device_count()} CUDA devices, "
-                f"got {name!r}"
+                f"device={name!r} requested, but torch finds {count} CUDA device(s)."
             )
         return Device("torch", f"cuda:{index}")
     if parsed.type == "cpu":
         return Device("torch", "cpu")
     try:
-        # The name in full, as arrays that lie there have it: "mps" is "mps:0".
+        # The full name, as tensors report it: "mps:0" for "mps".
         full_name = str(torch.empty(0, device=parsed).device)
     except (RuntimeError, NotImplementedError, AssertionError) as error:
         reason = str(error).splitlines()[0]
-        raise RuntimeError(f"device must be there: {reason} (got {name!r})") from error
+        raise RuntimeError(
+            f"device={name!r} requested, but torch cannot use it: {reason}"
+        ) from error
     if parsed.type == "meta":
         raise ValueError(f"device must hold values, got {name!r}")
     return Device("torch", full_name)
@@ -116,56 +118,56 @@ def _parse_cupy(name: str) -> Device:
         import cupy
     except ImportError as error:
         raise RuntimeError(
-            f"device must be there: cupy is not installed, got {name!r}; "
-            "install gpusampler[cupy12] or gpusampler[cupy13]"
+            f"device={name!r} requested, but cupy is not installed. "
+            "Run `pip install cupy-cuda12x` or `pip install cupy-cuda13x`."
         ) from error
     _, _, index = name.partition(":")
     if index and not index.isdecimal():
         raise ValueError(f"device must be 'cupy' or 'cupy:<index>', got {name!r}")
-    # `import cupy` succeeds without a driver, and with a wrong one even the question raises.
+    # `import cupy` succeeds without a driver; with a wrong driver, counting the devices raises.
     try:
         count = cupy.cuda.runtime.getDeviceCount()
     except cupy.cuda.runtime.CUDARuntimeError as error:
         raise RuntimeError(
-            f"device must be there: cupy sees no CUDA device ({error}), got {name!r}"
+            f"device={name!r} requested, but cupy finds no CUDA device ({error})."
         ) from error
     if int(index or 0) >= count:
-        raise RuntimeError(f"device must be there: cupy sees {count} devices, got {name!r}")
+        raise RuntimeError(f"device={name!r} requested, but cupy finds {count} CUDA device(s).")
     return Device("cupy", str(int(index)) if index else str(cupy.cuda.Device().id))
 
 
 def default_device() -> Device:
-    """Device for ids that came from no array: CUDA when torch is loaded and sees it, else NumPy."""
+    """Return the default device: CUDA if torch is imported and finds it, else NumPy."""
     torch = loaded_module("torch")
     if torch is None or is_in_worker():
         return HOST
     if torch.cuda.is_initialized():
         return Device("torch", f"cuda:{torch.cuda.current_device()}")
-    # Counted without CUDA being initialised: a process that makes a sampler may fork yet.
+    # device_count() does not initialize CUDA, so the process can still fork.
     count = torch.cuda.device_count()
-    # A rank that has set no device yet will take its own: launchers number the ranks of a machine.
+    # A rank that has not set its device yet will use the one of its local rank.
     local_rank = os.environ.get("LOCAL_RANK", "0")
     index = int(local_rank) if local_rank.isdecimal() and int(local_rank) < count else 0
     return Device("torch", f"cuda:{index}") if count > 0 else HOST
 
 
 def is_in_worker() -> bool:
-    """Whether this process is a worker of a torch DataLoader, where no GPU may be touched."""
+    """Whether this process is a worker of a torch DataLoader, which must not use a GPU."""
     data = loaded_module("torch.utils.data")
     return data is not None and data.get_worker_info() is not None
 
 
 def synchronize_stream(device: Device) -> None:
-    """Wait on the host for what a device has been told to do on its current stream."""
-    if device.library == "torch" and device.name.startswith("cuda"):
+    """Block the host until the current stream of a torch CUDA device is idle."""
+    if device.is_torch_cuda:
         import torch
 
         torch.cuda.current_stream(device.name).synchronize()
 
 
 def synchronize(device: Device) -> None:
-    """Wait on the host for all that a GPU has been told to do; nothing is to be waited for else."""
-    if device.library == "torch" and device.name.startswith("cuda"):
+    """Block the host until all streams of a GPU are idle; do nothing for other devices."""
+    if device.is_torch_cuda:
         import torch
 
         torch.cuda.synchronize(device.name)
@@ -174,9 +176,9 @@ def synchronize(device: Device) -> None:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an error says that a device's memory has run out."""
-    # CuPy's own is a MemoryError, torch's a RuntimeError. Where a driver says it by itself, of
-    # pinned memory or at a kernel's start, only the text tells.
+    """Whether an error reports that host or device memory ran out."""
+    # CuPy raises a MemoryError, torch a RuntimeError. Errors of the driver, from pinned memory or
+    # a kernel launch, can only be recognized by their text.
     return isinstance(error, MemoryError) or (
         isinstance(error, RuntimeError)
         and (type(error).__name__ == "OutOfMemoryError" or "out of memory" in str(error).lower())
@@ -184,11 +186,11 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def check_not_in_worker(device: Device) -> None:
-    """Raise RuntimeError if arrays of a GPU are about to be made in a worker of a DataLoader."""
+    """Raise RuntimeError if ``device`` is a GPU and this process is a DataLoader worker."""
     if not device.on_host and is_in_worker():
         raise RuntimeError(
-            f"device must be the host in a worker of a DataLoader, got {str(device)!r}: a worker "
-            "can hand out no arrays of a GPU. Iterate in the main process, or use device='numpy'"
+            f"device must be the host in a DataLoader worker, got {str(device)!r}: workers cannot "
+            "return GPU arrays. Iterate in the main process, or use device='numpy'"
         )
 
 
@@ -198,17 +200,14 @@ def has_torch() -> bool:
 
 
 def as_torch_device(device: Device) -> Device:
-    """Return the device by which torch knows where arrays of ``device`` are."""
+    """Return the torch device at the same location as ``device``."""
     if device.library == "torch":
         return device
     return Device("torch", "cpu" if device.on_host else f"cuda:{device.name}")
 
 
 def device_context(device: Device) -> AbstractContextManager[Any]:
-    """Return the context in which a library's functions work on ``device``.
-
-    CuPy makes new arrays on the current device, whatever its functions are told.
-    """
+    """Return a context that makes ``device`` CuPy's current device; no effect for others."""
     if device.library != "cupy":
         return nullcontext()
     return cast("AbstractContextManager[Any]", device_handle(device))
@@ -222,7 +221,7 @@ def cupy_stream() -> Any:
 
 
 def device_handle(device: Device) -> Any:
-    """Return what the library's own functions take as ``device=``."""
+    """Return the ``device=`` argument for functions of the device's library."""
     if device.library == "numpy":
         return "cpu"
     if device.library == "torch":

@@ -7,11 +7,11 @@ import sys
 import warnings
 
 logger = logging.getLogger("gpusampler")
-"""Says at level INFO what was made, read or gone on with; silent unless the program listens."""
+"""Logs the main steps at level INFO; the program must configure logging to see them."""
 
 
 def warn(text: str) -> None:
-    """Warn the line that called the package, from however deep inside it."""
+    """Emit a UserWarning at the line that called the package, at any call depth."""
     level, frame = 2, sys._getframe(1)
     while frame.f_back is not None and _is_ours(frame.f_globals.get("__name__", "")):
         level, frame = level + 1, frame.f_back

@@ -1,6 +1,7 @@
-"""Memory that there is, that is about to be taken, and that was: host and device.
+"""Free, used and peak memory of host and device, and warnings about it.
 
-What is not known (no Linux, no such question in a library) is None, and nothing is warned of.
+Functions return None for a value that the system or library does not report (the host's values
+need Linux); the warnings are then skipped.
 """
 
 from __future__ import annotations
@@ -16,30 +17,29 @@ from gpusampler.core.text import format_bytes
 PROC = Path("/proc")
 CGROUPS = Path("/sys/fs/cgroup")
 UNLIMITED_FROM = 1 << 60
-"""A cgroup's limit that is none."""
+"""A limit of a cgroup from this size on means no limit."""
 MIN_CHECKED_BYTES = 1 << 20
-"""Bytes that are worth the question what is free, which takes as long as a small sampler does."""
+"""Smaller allocations are not checked: measuring free memory takes as long as a small sampler."""
 GROWTH_EPOCHS = 5
 MIN_GROWTH_PER_EPOCH = 8 << 20
 MIN_GROWTH_TOTAL = 128 << 20
-"""What is called growing: in each of so many epochs running, and together, so many bytes.
+"""Memory is growing if it grew in each of `GROWTH_EPOCHS` epochs by at least these bytes.
 
-Allocators and caches settle within an epoch or two; what is still growing after five, by more than
-losses that are kept as numbers would take, ends a long run.
+Allocators and caches settle within two epochs, and losses stored as numbers take less.
 """
 _growth_warned: list[bool] = []
 
 
 def resident_bytes(process: int | None = None) -> int | None:
-    """Return the bytes of memory that a process holds, by default this one."""
+    """Return the resident bytes of a process, by default this one."""
     pages = _statm("self" if process is None else str(process))
     return None if pages is None else pages[0]
 
 
 def anonymous_bytes() -> int | None:
-    """Return the bytes of memory that this process holds and that are of no file and not shared.
+    """Return the resident bytes of this process that are neither file-backed nor shared.
 
-    Pages of a memory map come and go as the kernel likes; these stay.
+    The kernel may drop pages of memory maps at any time, but not these.
     """
     pages = _statm("self")
     return None if pages is None else pages[0] - pages[1]
@@ -55,17 +55,17 @@ def _statm(process: str) -> tuple[int, int] | None:
 
 
 def file_backed_bytes() -> int:
-    """Return the bytes of resident memory that are pages of files: code, and memory maps."""
+    """Return the resident bytes of this process that are pages of files: code and memory maps."""
     return kernel_field(PROC / "self" / "status", "RssFile") or 0
 
 
 def peak_resident_bytes() -> int | None:
-    """Return the most bytes that this process has ever held."""
+    """Return the peak resident bytes of this process."""
     return kernel_field(PROC / "self" / "status", "VmHWM")
 
 
 def kernel_field(path: Path, name: str) -> int | None:
-    """Return a number of bytes from a table of the kernel's, None if it is not there."""
+    """Return a number of bytes from a kernel table such as /proc/meminfo; None if missing."""
     with suppress(OSError, ValueError):
         for line in path.read_text().splitlines():
             words = line.replace(":", " ").split()
@@ -75,15 +75,15 @@ def kernel_field(path: Path, name: str) -> int | None:
 
 
 def free_bytes(device: Device) -> int | None:
-    """Return the bytes that may still be allocated on a device.
+    """Return the bytes that can still be allocated on a device.
 
-    On the host, the smallest of what the machine has and what the cgroups of this process leave.
-    On a GPU, with what the library's pool holds and has not given out.
+    On the host, the minimum over the machine and the cgroups of this process. On a GPU, including
+    unused memory in the library's pool.
     """
     if device.name == "cpu":
         limits = [kernel_field(PROC / "meminfo", "MemAvailable"), *_free_in_cgroups()]
         return min((free for free in limits if free is not None), default=None)
-    # Asking initialises the device, which what is about to be allocated would do anyway.
+    # This query initializes CUDA, as the allocation that follows would do.
     if device.library == "torch" and device.name.startswith("cuda"):
         import torch
 
@@ -100,7 +100,7 @@ def free_bytes(device: Device) -> int | None:
 
 
 def _free_in_cgroups() -> list[int]:
-    """Return what each limit on this process leaves, of cgroups version 1 and 2."""
+    """Return the free bytes under each memory limit of this process, of cgroups v1 and v2."""
     free_sizes = []
     try:
         lines = (PROC / "self" / "cgroup").read_text().splitlines()
@@ -113,7 +113,7 @@ def _free_in_cgroups() -> list[int]:
             continue
         version = 1 if controllers else 2
         root = CGROUPS / "memory" if version == 1 else CGROUPS
-        # In a container the path may be the host's, of which only the root is to be seen.
+        # In a container the path may be that of the host, where only the root is visible.
         inner = root / path.lstrip("/")
         for folder in {root, inner, *(p for p in inner.parents if root in p.parents)}:
             free = _free_in_cgroup(folder, version)
@@ -132,16 +132,16 @@ def _free_in_cgroup(folder: Path, version: int) -> int | None:
         limit = int((folder / limit_file).read_text())
         used = int((folder / usage_file).read_text())
     except (OSError, ValueError):
-        # "max" is no number: no limit.
+        # "max" means no limit.
         return None
     if limit >= UNLIMITED_FROM:
         return None
-    # Pages of files that were read once are given back before anything is refused.
+    # The kernel reclaims inactive file pages before an allocation fails.
     return max(0, limit - used + (kernel_field(folder / "memory.stat", reclaimable) or 0))
 
 
 def peak_device_bytes(device: Device) -> int | None:
-    """Return the most bytes that were ever given out on a GPU, None where that is not counted."""
+    """Return the peak bytes that torch allocated on a GPU; None for other devices."""
     if device.library == "torch" and device.name.startswith("cuda"):
         import torch
 
@@ -150,7 +150,7 @@ def peak_device_bytes(device: Device) -> int | None:
 
 
 def allocated_device_bytes(device: Device) -> int | None:
-    """Return the bytes that are given out on a GPU now, None for anything else."""
+    """Return the bytes that are currently allocated on a GPU; None for other devices."""
     if device.library == "torch" and device.name.startswith("cuda"):
         import torch
 
@@ -164,58 +164,28 @@ def allocated_device_bytes(device: Device) -> int | None:
 
 
 def check_free_memory(needed: int, device: Device, purpose: str, advice: str) -> None:
-    """Warn if what is about to be allocated takes more than half of the memory that is free.
+    """Warn if ``needed`` bytes are at least 1 MiB and more than half of the free memory.
 
-    Not if it is less than a MiB.
-
-    Parameters
-    ----------
-    needed : int
-        Bytes.
-    device : Device
-        The host's memory or a GPU's.
-    purpose : str
-        What is made, for the text.
-    advice : str
-        What to do, for the text.
-
-    Warns
-    -----
-    UserWarning
-        With both figures.
-
-    Examples
-    --------
-    >>> from gpusampler.core.arrays import HOST
-    >>> check_free_memory(1000, HOST, "a table", "make it smaller")
+    The text is "``purpose`` will take ..., more than half of ...; ``advice``".
     """
     if needed < MIN_CHECKED_BYTES:
         return
     free = free_bytes(device)
     if free is not None and needed > free // 2:
         log.warn(
-            f"{purpose} will take {format_bytes(needed)} of the {format_bytes(free)} that are free "
-            f"on {device}, more than half; {advice}"
+            f"{purpose} will take {format_bytes(needed)}, more than half of the "
+            f"{format_bytes(free)} that are free on {device}; {advice}"
         )
 
 
 class GrowthWatch:
-    """Warns, once in a process, when its memory grows from epoch to epoch.
-
-    `check` is called where an epoch begins; see `GROWTH_EPOCHS` for what is called growing.
-    """
+    """Warns once per process if its memory grows in each of `GROWTH_EPOCHS` epochs."""
 
     def __init__(self) -> None:
         self._sizes: list[int] = []
 
     def check(self) -> None:
-        """Compare with the epochs before.
-
-        Warns
-        -----
-        UserWarning
-            With the figures.
-        """
+        """Compare the memory at the start of an epoch with that of earlier epochs."""
         size = anonymous_bytes()
         if size is None or _growth_warned:
             return
@@ -231,11 +201,11 @@ class GrowthWatch:
         log.warn(
             f"the memory of this process has grown in each of the last {GROWTH_EPOCHS} epochs, "
             f"from {format_bytes(sizes[0])} to {format_bytes(size)}, "
-            f"{format_bytes(grown // GROWTH_EPOCHS)} an epoch: "
-            "something keeps what an epoch makes, such as losses with their graphs "
-            "(sum loss.item()), batches in a list, or a cache without an end"
+            f"{format_bytes(grown // GROWTH_EPOCHS)} per epoch; common causes are losses kept "
+            "with their graphs (sum loss.item() instead), batches kept in a list, and caches "
+            "without a size limit"
         )
 
     def __reduce__(self) -> tuple[type[GrowthWatch], tuple[()]]:
-        """Travel as a new one: another process has another size."""
+        """Pickle as a new watch, because sizes of this process mean nothing in another."""
         return GrowthWatch, ()

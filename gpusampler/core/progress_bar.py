@@ -1,4 +1,4 @@
-"""Progress bars, shown only where work takes long."""
+"""Progress bars that appear only if work takes longer than a second."""
 
 from __future__ import annotations
 
@@ -9,23 +9,11 @@ from typing import Any, TypeVar
 
 T = TypeVar("T")
 SHOW_AFTER_SECONDS = 1.0
-"""Seconds after which a bar is shown."""
+"""Seconds after which a bar appears."""
 
 
 class ProgressBar:
-    """Counts what is done, and shows a bar of tqdm's once that has taken more than a second.
-
-    tqdm is made then and not before: each process in which it is made once has a thread of its and
-    a semaphore from there on, and one that has threads should not fork, as DataLoaders do.
-
-    Parameters
-    ----------
-    total : int
-    label, unit : str
-        What is counted.
-    progress : bool
-        False: no bar. No bar either where standard error is no terminal.
-    """
+    """Shows a tqdm bar after a second, if ``progress`` and standard error is a terminal."""
 
     def __init__(self, total: int, label: str, unit: str, progress: bool) -> None:
         self._options = {"total": total, "desc": label, "unit": f" {unit}", "unit_scale": True}
@@ -35,33 +23,35 @@ class ProgressBar:
         self._bar: Any = None
 
     def __enter__(self) -> ProgressBar:
-        """Return itself."""
+        """Return this bar."""
         return self
 
     def update(self, count: int) -> None:
-        """Count some more."""
+        """Add ``count`` to the number of finished items."""
         if not self._enabled:
             return
         self._count += count
         if self._bar is None:
             if time() - self._start < SHOW_AFTER_SECONDS:
                 return
+            # Imported late: tqdm starts a thread, and a process with threads should not fork, as
+            # a DataLoader does.
             from tqdm import tqdm
 
             self._bar = tqdm(**self._options)
-            # So that what is shown as the time taken, and what is left, count from the start.
+            # Elapsed and remaining time count from the start of the work.
             self._bar.start_t = self._bar.last_print_t = self._start
             count = self._count
         self._bar.update(count)
 
     def __exit__(self, *error: object) -> None:
-        """Leave the bar as it is."""
+        """Close the bar; it stays on the screen."""
         if self._bar is not None:
             self._bar.close()
 
 
 def iterate_with_bar(items: Sequence[T], label: str, unit: str, progress: bool) -> Iterator[T]:
-    """Iterate over items under a `ProgressBar` that counts them."""
+    """Yield the items and count them on a `ProgressBar`."""
     with ProgressBar(len(items), label, unit, progress) as bar:
         for item in items:
             yield item
@@ -69,5 +59,5 @@ def iterate_with_bar(items: Sequence[T], label: str, unit: str, progress: bool) 
 
 
 def _is_on_terminal() -> bool:
-    # None in a program that has no console.
+    # sys.stderr is None in a program without a console.
     return sys.stderr is not None and sys.stderr.isatty()

@@ -1,4 +1,4 @@
-"""Text for people: values in errors, bytes, tables."""
+"""Formatting of byte counts, of values in error messages, and of tables."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 
 
 def format_bytes(count: int) -> str:
-    """Return a number of bytes as a person says it.
+    """Return a number of bytes with a binary unit.
 
     Examples
     --------
@@ -23,8 +23,8 @@ def format_bytes(count: int) -> str:
 
 
 def short_repr(value: Any) -> str:
-    """Return a value as it is shown in an error; long ones are cut."""
-    # Python refuses to write out an integer of more than a few thousand digits.
+    """Return the repr of a value for an error message, truncated to 200 characters."""
+    # Python raises for the repr of an integer with more than a few thousand digits.
     if isinstance(value, int) and value.bit_length() > 256:
         return f"an int of {value.bit_length()} bits"
     text = repr(value)
@@ -39,19 +39,10 @@ def format_table(
     rule: bool = False,
     indent: int = 0,
 ) -> str:
-    """Return rows of cells in columns that are two spaces apart.
+    """Return rows of cells as aligned columns, with ``indent`` spaces before each line.
 
-    Parameters
-    ----------
-    rows : sequence of sequence of str
-    align : str
-        "<" or ">" for each column; one alone is for all of them.
-    header : sequence of str, optional
-        The names of the columns.
-    rule : bool
-        Whether a line of dashes stands below the header.
-    indent : int
-        Spaces before each line.
+    ``align`` is "<" or ">" for each column, or a single one for all columns. ``rule`` adds a line
+    of dashes below the header.
 
     Examples
     --------

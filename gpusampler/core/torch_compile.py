@@ -1,4 +1,4 @@
-"""What torch.compile must be told about the code that it traces."""
+"""Helpers for code that torch.compile traces."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from gpusampler.core.devices import Device, loaded_module
 
 
 def is_compiling() -> bool:
-    """Whether torch.compile is tracing the caller."""
+    """Whether torch.compile is currently tracing."""
     torch = loaded_module("torch")
     return torch is not None and bool(torch.compiler.is_compiling())
 
 
 def check_counter(value: Any, name: str, device: Device) -> None:
-    """Raise unless ``value`` is a 0-d int64 tensor on a device of torch's."""
+    """Raise TypeError or ValueError unless ``value`` is a 0-d int64 torch tensor on ``device``."""
     import torch
 
     if not isinstance(value, torch.Tensor):
@@ -29,7 +29,7 @@ def check_counter(value: Any, name: str, device: Device) -> None:
 
 
 def untraced(function: Callable[[], None]) -> Callable[[], None]:
-    """Return a function that torch.compile runs as it stands."""
+    """Return a function that torch.compile calls without tracing it."""
     import torch
 
     compiler: Any = torch.compiler
@@ -38,9 +38,9 @@ def untraced(function: Callable[[], None]) -> Callable[[], None]:
 
 
 def keep_in_place(array: Any) -> None:
-    """Tell torch.compile that a tensor stays where it is.
+    """Mark a tensor's address as static for torch.compile.
 
-    Graphs that it captures would otherwise copy the tensor, however large, at every replay.
+    Captured CUDA graphs would otherwise copy the whole tensor at every replay.
     """
     from torch._dynamo import mark_static_address
 

@@ -1,6 +1,6 @@
-"""Ranges of work that are timed, and shown in ``torch.profiler`` and NVTX where those are on.
+"""Named ranges of work that are timed, and shown in ``torch.profiler`` and NVTX if enabled.
 
-A `Range` stands around whole blocks of work, never around a single batch, so it is always on.
+Ranges are always on: they surround whole blocks of work, never a single batch.
 """
 
 from __future__ import annotations
@@ -25,49 +25,41 @@ LOAD_IDS, GROUP, EVALUATE, TRANSFER, HAND_OUT = (
     "hand_out",
 )
 RANGES = (LOAD_IDS, GROUP, EVALUATE, TRANSFER, HAND_OUT)
-"""What a sampler's time goes to; profilers show them as "gpusampler.evaluate" and so on."""
+"""Names of all ranges; profilers show them as "gpusampler.evaluate" and so on."""
 
 
 class RangeWatcher(Protocol):
-    """Who looks at every range while it lasts: a profile."""
+    """Observer of all ranges, such as an active profile."""
 
     batches: int
-    """Batches handed out; iterators count them."""
+    """Number of yielded batches; iterators increase it."""
 
     def enter(self) -> float:
         """Return the time at which an outermost range begins."""
 
     def before_exit(self, name: str) -> None:
-        """Be told that a range is about to end."""
+        """Called just before a range ends."""
 
     def after_exit(self, now: float) -> None:
-        """Be told that an outermost range has ended."""
+        """Called after an outermost range has ended."""
 
 
 class ProfiledIterator(Protocol):
-    """Who hands batches out by a path that nobody sees, until it is told to stop doing so."""
+    """Iterator with a fast path that a profile cannot observe, and a way to leave that path."""
 
     def observe_each_batch(self) -> None:
-        """Hand the batches that are ready out one by one."""
+        """Yield every remaining batch through code that a profile can observe."""
 
 
 class _OpenRanges(threading.local):
-    """The ranges that a thread is in: [start, seconds of ranges inside, how to end it]."""
+    """Open ranges of a thread: [start, seconds in nested ranges, function that ends it or None]."""
 
     def __init__(self) -> None:
         self.frames: list[list[Any]] = []
 
 
 class Range:
-    """Part of a `Recorder`: a context that counts its calls and its own time.
-
-    Attributes
-    ----------
-    name : str
-    calls : int
-    seconds : float
-        Without those of the ranges inside it.
-    """
+    """Context manager that counts its calls and its seconds without those of nested ranges."""
 
     __slots__ = ("_label", "_recorder", "calls", "name", "seconds")
 
@@ -105,16 +97,10 @@ class Range:
 
 
 class Recorder:
-    """Where a sampler's time goes. A copy, such as a worker's, counts from nothing.
+    """Time of a sampler per range; copies, such as those in workers, start at zero.
 
-    Attributes
-    ----------
-    batches : int
-        Made so far.
-    watcher : RangeWatcher or None
-        A profile, while it lasts.
-    iterators : set of ProfiledIterator
-        Those that have begun and are still alive.
+    ``batches`` counts the batches made so far, ``watcher`` is the active profile or None, and
+    ``iterators`` holds the iterators that have started and are still alive.
 
     Examples
     --------
@@ -139,16 +125,16 @@ class Recorder:
         return self._ranges.values()
 
     def range(self, name: str) -> Range:
-        """Return a range by its name: the same one every time."""
+        """Return the range of a name, always the same object."""
         return self._ranges[name]
 
     def __reduce__(self) -> tuple[type[Recorder], tuple[()]]:
-        """Travel as an empty one."""
+        """Pickle as an empty recorder."""
         return Recorder, ()
 
 
 def _begin_profiler_range(label: str) -> Callable[[], object] | None:
-    """Begin a range in the profilers that are on; return how to end it, None where none is."""
+    """Begin a range in all active profilers; return a function that ends it, or None if none is."""
     ends: list[Callable[[], object]] = []
     if _is_torch_profiling():
         from torch.autograd.profiler import record_function
@@ -163,12 +149,11 @@ def _begin_profiler_range(label: str) -> Callable[[], object] | None:
         ends.append(pop)
     if not ends:
         return None
-    # Those begun last end first.
     return lambda: [end() for end in reversed(ends)]
 
 
 def _is_torch_profiling() -> bool:
-    """Whether a profiler of torch is on; ``emit_nvtx`` is one, and makes NVTX ranges itself."""
+    """Whether a torch profiler is active, including ``emit_nvtx``, which makes NVTX ranges."""
     autograd = sys.modules.get("torch.autograd")
     enabled = getattr(autograd, "_profiler_enabled", None)
     return enabled is not None and bool(enabled())
@@ -176,12 +161,12 @@ def _is_torch_profiling() -> bool:
 
 @cache
 def _nvtx_functions() -> tuple[Callable[[str], Any], Callable[[], Any]] | None:
-    """Return what begins and ends an NVTX range, None where nobody has asked for them."""
-    # Nsight Systems and Compute set the first for the programs that they start.
+    """Return functions that begin and end an NVTX range, or None if NVTX is not enabled."""
+    # Nsight Systems and Nsight Compute set NVTX_INJECTION64_PATH for the programs they start.
     if not os.environ.get("NVTX_INJECTION64_PATH") and os.environ.get("GPUSAMPLER_NVTX") != "1":
         return None
     torch, cupy = sys.modules.get("torch"), sys.modules.get("cupy")
-    # Counted, which initialises no CUDA: the process may fork yet.
+    # device_count() does not initialize CUDA, so the process can still fork.
     if torch is not None and torch.cuda.device_count() > 0:
         return torch.cuda.nvtx.range_push, torch.cuda.nvtx.range_pop
     with suppress(Exception):
@@ -190,6 +175,6 @@ def _nvtx_functions() -> tuple[Callable[[str], Any], Callable[[], Any]] | None:
     try:
         import nvtx
     except ImportError:
-        logger.info("NVTX ranges were asked for, but there is none of torch, cupy and nvtx")
+        logger.info("NVTX ranges were requested, but none of torch, cupy and nvtx can make them")
         return None
     return nvtx.push_range, nvtx.pop_range

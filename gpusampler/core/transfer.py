@@ -1,7 +1,7 @@
-"""Side streams, events and pinned memory: arrays that travel while something else is done.
+"""Asynchronous copies between device and host: side streams, events and pinned memory.
 
-`HostTransfer` brings arrays from a device to the host a step ahead of their use. What a library
-calls its streams is behind `SideStream`, of which tests have one that copies as late as it may.
+`HostTransfer` copies arrays to the host one step ahead of their use. `SideStream` hides the
+differences between libraries; the tests implement one that copies as late as allowed.
 """
 
 from __future__ import annotations
@@ -24,43 +24,39 @@ class Event(Protocol):
     """A point in the work of a stream."""
 
     def synchronize(self) -> None:
-        """Wait on the host until the point is passed."""
+        """Block the host until the stream reaches this point."""
 
 
 class SideStream(Protocol):
-    """A stream beside the one that computes, on a device of one library."""
+    """A stream for copies beside the compute stream, on a device of one library."""
 
     def allocate_pinned(self, size: int, dtype: str) -> Any:
         """Return page-locked host memory as a 1-D array of the library (NumPy's for CuPy)."""
 
     def copy_to_host(self, source: Any, target: Any) -> Event:
-        """Begin to copy a device array to pinned memory, after what computes it.
+        """Begin to copy a device array to pinned memory, after the work that computes it.
 
-        The caller keeps ``source`` until the event is passed, and ``target`` alone.
+        Until the event, the caller keeps ``source`` alive and does not touch ``target``.
         """
 
     def copy_to_device(self, source: Any, shape: tuple[int, ...]) -> tuple[Any, Event]:
         """Begin to copy pinned memory to a new device array.
 
-        The caller keeps ``source`` as it is until the event is passed.
+        The caller must not change ``source`` until the event.
         """
 
     def wait_for_copy(self, event: Event, array: Any) -> None:
-        """Let the computing stream use an array from `copy_to_device`, once its copy is done."""
+        """Make the compute stream wait for the copy of an array from `copy_to_device`."""
 
     def finish(self) -> None:
-        """Wait until memory of the copies may be given back, even of those nobody waits for."""
+        """Block the host until the memory of all copies can be freed."""
 
 
 class ReadyArrays:
-    """Arrays that were made on the current stream, to be used on any.
+    """Arrays made on the current stream that any stream may use after `wait`.
 
-    Parameters
-    ----------
-    device : Device
-    arrays : list of arrays
-        torch keeps their memory until every stream that has used them is done with them. CuPy knows
-        no such thing: there they must live on for as long.
+    torch does not reuse their memory until every stream has finished with them. CuPy does not
+    track this: the caller must keep the arrays alive.
     """
 
     def __init__(self, device: Device, arrays: list[Any]) -> None:
@@ -81,7 +77,7 @@ class ReadyArrays:
                 self._event = devices.cupy_stream().record()
 
     def wait(self) -> None:
-        """Let the current stream use the arrays; the host does not wait."""
+        """Make the current stream wait for the arrays; the host does not wait."""
         if self._event is None:
             return
         if self._device.library == "cupy":
@@ -94,7 +90,7 @@ class ReadyArrays:
         import torch
 
         stream = torch.cuda.current_stream(self._device.name)
-        # A graph that is captured waits for nothing outside it; what it uses was made before.
+        # A capturing stream cannot wait for events outside its graph; the arrays were made before.
         if stream.cuda_stream in self._waiting_streams or torch.cuda.is_current_stream_capturing():
             return
         stream.wait_event(self._event)
@@ -104,7 +100,7 @@ class ReadyArrays:
 
 
 class TorchSideStream:
-    """A side stream of torch on CUDA."""
+    """`SideStream` of torch on CUDA."""
 
     def __init__(self, device: Device) -> None:
         import torch
@@ -118,7 +114,7 @@ class TorchSideStream:
         return self._torch.empty(size, dtype=getattr(self._torch, dtype), pin_memory=True)
 
     def copy_to_host(self, source: Any, target: Any) -> Event:
-        """Begin to copy a device array to pinned memory, after what computes it."""
+        """Begin to copy a device array to pinned memory."""
         self._stream.wait_stream(self._torch.cuda.current_stream(self._device))
         with self._torch.cuda.stream(self._stream):
             target.copy_(source, non_blocking=True)
@@ -132,15 +128,15 @@ class TorchSideStream:
             return device_array, self._record_event()
 
     def wait_for_copy(self, event: Any, array: Any) -> None:
-        """Let the current stream use an array from `copy_to_device`, once its copy is done."""
+        """Make the current stream wait for the copy of an array."""
         current = self._torch.cuda.current_stream(self._device)
         current.wait_event(event)
-        # It was made on the side stream: its memory must not be used anew before this stream is
-        # done with it.
+        # The array was allocated on the side stream; its memory must not be reused before the
+        # current stream has finished with it.
         array.record_stream(current)
 
     def finish(self) -> None:
-        """Do nothing: torch gives no memory out again before the streams that used it are done."""
+        """Do nothing: torch reuses memory only after the streams that used it are done."""
 
     def _record_event(self) -> Event:
         event = self._torch.cuda.Event()
@@ -150,7 +146,7 @@ class TorchSideStream:
 
 
 class CupySideStream:
-    """A side stream of CuPy."""
+    """`SideStream` of CuPy."""
 
     def __init__(self, device: Device) -> None:
         import cupy
@@ -167,7 +163,7 @@ class CupySideStream:
         return cupyx.empty_pinned(size, dtype)
 
     def copy_to_host(self, source: Any, target: Any) -> Event:
-        """Begin to copy a device array to pinned memory, after what computes it."""
+        """Begin to copy a device array to pinned memory."""
         with devices.device_context(self._device):
             self._stream.wait_event(devices.cupy_stream().record())
             source.data.copy_to_host_async(target.ctypes.data, source.nbytes, self._stream)
@@ -177,36 +173,35 @@ class CupySideStream:
     def copy_to_device(self, source: Any, shape: tuple[int, ...]) -> tuple[Any, Event]:
         """Begin to copy pinned memory to a new device array."""
         with devices.device_context(self._device):
-            # Made on the stream that will use it, whose earlier work on the same memory comes
-            # first.
+            # Allocated on the current stream, so the copy must wait for that stream's earlier work
+            # on the same memory.
             device_array = self._cupy.empty(shape, dtype=source.dtype)
             self._stream.wait_event(devices.cupy_stream().record())
             device_array.data.copy_from_host_async(source.ctypes.data, source.nbytes, self._stream)
             return device_array, self._stream.record()
 
     def wait_for_copy(self, event: Any, array: Any) -> None:
-        """Let the current stream use an array from `copy_to_device`, once its copy is done."""
+        """Make the current stream wait for the copy of an array."""
         with devices.device_context(self._device):
             devices.cupy_stream().wait_event(event)
 
     def finish(self) -> None:
-        """Wait for all copies: CuPy's pools give memory out again at once."""
+        """Wait for all copies, because CuPy's pools reuse freed memory at once."""
         self._stream.synchronize()
 
 
 def finish_copies(side: SideStream | None) -> None:
-    """Do what `SideStream.finish` does, for objects that are about to go."""
-    # When the program ends, the driver may be gone before them.
+    """Call `SideStream.finish` from a ``__del__`` method."""
+    # At interpreter shutdown the driver may already be unloaded.
     if side is not None and not sys.is_finalizing():
         side.finish()
 
 
 @cache
 def side_stream(device: Device) -> SideStream | None:
-    """Return the side stream on a device; None where copies are not asynchronous.
+    """Return the process-wide side stream of a device; None if its copies are synchronous.
 
-    One for the process: memory that is given back is kept for the stream it was made on, so every
-    new stream would hold some of its own.
+    Allocators keep freed memory per stream, so further streams would waste memory.
     """
     if device.library == "cupy":
         return CupySideStream(device)
@@ -216,17 +211,17 @@ def side_stream(device: Device) -> SideStream | None:
 
 
 class Prefetcher(Generic[T]):
-    """Begins things one ahead of where they are used, so that they are on their way meanwhile."""
+    """Starts each item one step before it is used."""
 
     def __init__(self) -> None:
         self._started = False
         self._next: T | None = None
 
     def get_next(self, start: Callable[[], T | None]) -> T | None:
-        """Return the next one, the one after it having been begun; None after the last.
+        """Return the next item after starting the one that follows; None after the last.
 
-        ``start`` begins one, and returns None after the last. It is not kept: as a method of who
-        holds this it would make a cycle, and pinned memory would wait for the garbage collector.
+        ``start`` starts and returns an item, or returns None after the last. It is not stored: a
+        bound method would form a reference cycle, which delays freeing pinned memory.
         """
         if not self._started:
             self._started = True
@@ -238,14 +233,10 @@ class Prefetcher(Generic[T]):
 
 
 class HostTransfer:
-    """Device arrays on their way to the host, through two pinned buffers.
+    """Copies device arrays to the host through two pinned buffers.
 
-    `send` begins a copy, `take` waits for the oldest one. What `take` returned is good until the
-    next `send` but one.
-
-    Parameters
-    ----------
-    side : SideStream
+    `send` begins a copy and `take` waits for the oldest one. An array from `take` stays valid
+    until the second `send` after it.
     """
 
     BUFFERS = 2
@@ -257,7 +248,7 @@ class HostTransfer:
         self._next = 0
 
     def send(self, array: Any) -> None:
-        """Begin to copy a 1-D array; at most two may be on their way."""
+        """Begin to copy a 1-D array; at most two copies may be pending."""
         if len(self._pending) == self.BUFFERS:
             raise RuntimeError("take must be called before a third array is sent")
         size = int(array.shape[0])
@@ -266,16 +257,16 @@ class HostTransfer:
             buffer = self._side.allocate_pinned(size, arrays.dtype_name(array))
             self._buffers[self._next] = buffer
         event = self._side.copy_to_host(array, buffer[:size])
-        # The array is kept until then: its memory could be used anew while it is read.
+        # Keep the array alive until the copy is done, so that its memory is not reused.
         self._pending.append((self._next, size, array, event))
         self._next = (self._next + 1) % self.BUFFERS
 
     def take(self) -> NDArray[Any]:
-        """Wait for the oldest array and return it as NumPy, in pinned memory."""
+        """Wait for the oldest array and return it as a NumPy array in pinned memory."""
         index, size, _, event = self._pending.pop(0)
         event.synchronize()
         return np.asarray(self._buffers[index][:size])
 
     def __del__(self) -> None:
-        """Give the buffers back only when no copy is under way: an epoch may be left anywhere."""
+        """Wait for pending copies before the buffers are freed; an epoch may end at any point."""
         finish_copies(self._side)

@@ -1,4 +1,4 @@
-"""Checks of arguments that several wings share: each names the argument, the rule and the value."""
+"""Argument checks; every error names the argument, the rule and the value."""
 
 from __future__ import annotations
 
@@ -20,15 +20,7 @@ from gpusampler.core.text import short_repr
 
 
 def check_int(value: Any, name: str, *, low: int, high: int | None = None) -> int:
-    """Return ``value`` as an int, or raise.
-
-    Raises
-    ------
-    TypeError
-        If it is no integer; booleans are none here.
-    ValueError
-        If it is smaller than ``low``, or not smaller than ``high``.
-    """
+    """Return ``value`` as an int, ``low <= value < high``, or raise; booleans are rejected."""
     if isinstance(value, (bool, np.bool_)):
         raise TypeError(f"{name} must be an int, got {value!r}")
     try:
@@ -51,33 +43,18 @@ def check_real(
     is_sequence: bool = False,
     kind: str = "",
 ) -> Any:
-    """Return a real number as an int or a float, or a sequence of them as float64, or raise.
+    """Return a real number as an int or float, or a sequence of them as a float64 array.
 
-    Parameters
-    ----------
-    value : object
-    name, rule : str
-        For the text of errors: "``name`` must ``rule``, got ...".
-    is_allowed : callable
-        Whether the number, or each element of the array, obeys the rule.
-    is_sequence : bool
-        Whether ``value`` must be a sequence.
-    kind : str, optional
-        What ``value`` must be, for the text of the TypeError.
-
-    Raises
-    ------
-    TypeError
-        If it is no real number, or no sequence of them; a boolean is none here.
-    ValueError
-        If it does not obey the rule.
+    Raises ValueError "``name`` must ``rule``, got ..." unless ``is_allowed`` is true for the number
+    or for all elements, and TypeError "``name`` must be ``kind``, got ..." for other types,
+    booleans included.
     """
     numbers: Any = None
     if is_sequence:
         with suppress(TypeError, ValueError):
             numbers = np.asarray(list(value), np.float64)
     elif isinstance(value, Real) and not isinstance(value, bool):
-        # A Python number: NumPy would convert the bounds to its narrower types.
+        # A Python number: with a NumPy scalar, the rule's bounds would be cast to its dtype.
         numbers = int(value) if isinstance(value, Integral) else float(value)
     if numbers is None:
         kind = kind or ("a sequence of numbers" if is_sequence else "a number")
@@ -100,27 +77,17 @@ def check_bool(value: Any, name: str) -> bool:
 
 
 def check_path(value: Any, name: str = "path") -> Path:
-    """Return where a file is, or is to be, or raise before anything else is done.
-
-    Raises
-    ------
-    TypeError
-        If it is neither a str nor a path.
-    FileNotFoundError, IsADirectoryError, NotADirectoryError
-        If its folder is not there, or it is a folder itself.
-    """
+    """Return the Path of a file, which may be missing, in an existing folder, or raise."""
     if not isinstance(value, (str, os.PathLike)) or not isinstance(os.fspath(value), str):
         raise TypeError(f"{name} must be a str or an os.PathLike of one, got {short_repr(value)}")
     path, path_text = Path(value), os.fspath(value)
     if path.is_dir():
         raise IsADirectoryError(errno.EISDIR, f"{name} must be a file, got a folder", path_text)
     if not path.parent.exists():
-        raise FileNotFoundError(
-            errno.ENOENT, f"{name} must be in a folder that is there, got no such folder", path_text
-        )
+        raise FileNotFoundError(errno.ENOENT, f"{name} must be in an existing folder", path_text)
     if not path.parent.is_dir():
         raise NotADirectoryError(
-            errno.ENOTDIR, f"{name} must be in a folder, got one in a file", path_text
+            errno.ENOTDIR, f"{name} must be in a folder, but its parent is a file", path_text
         )
     return path
 
@@ -134,34 +101,20 @@ def check_choice(value: Any, name: str, choices: tuple[str, ...]) -> str:
 
 
 def check_ids(ids: Any) -> Any:
-    """Return patch ids as an array of one of the libraries, 1-D, of integers that fit in int64.
-
-    Raises
-    ------
-    TypeError
-        If they are no integers (booleans and floats included).
-    ValueError
-        If they are not 1-D, are empty, or do not fit.
-    """
+    """Return patch ids as a non-empty 1-D integer array whose values fit in int64, or raise."""
     ids = check_id_array(ids)
     _check_fits(ids, "ids")
     return ids
 
 
 def check_id_array(ids: Any, name: str = "ids") -> Any:
-    """Return patch ids as `check_ids` does, without a look at the values of an array.
-
-    Raises
-    ------
-    TypeError, ValueError
-        As by `check_ids`, but for ids of uint64 that do not fit in int64.
-    """
+    """Like `check_ids`, but without checking that uint64 values fit in int64."""
     original = ids
     ids = as_array(ids, name)
     if isinstance(ids, np.ma.MaskedArray):
         raise TypeError(f"{name} must have a value for every sample, got a masked array")
     if len(ids.shape) != 1:
-        raise ValueError(f"{name} must be 1-D, one id a sample, got shape {tuple(ids.shape)}")
+        raise ValueError(f"{name} must be 1-D, one id per sample, got shape {tuple(ids.shape)}")
     if int(ids.shape[0]) == 0:
         raise ValueError(f"{name} must name at least one sample, got none")
     if not arrays.is_integer(ids):
@@ -171,7 +124,7 @@ def check_id_array(ids: Any, name: str = "ids") -> Any:
 
 
 def as_int64(values: Any, name: str) -> Int64:
-    """Return an argument as a 1-D int64 NumPy array, a copy, or raise TypeError or ValueError."""
+    """Return a copy of an argument as a 1-D int64 NumPy array, or raise TypeError or ValueError."""
     array: NDArray[Any] = arrays.to_numpy(as_array(values, name))
     if array.ndim != 1:
         raise ValueError(f"{name} must be 1-D, got shape {array.shape}")
@@ -185,17 +138,10 @@ def as_int64(values: Any, name: str) -> Int64:
 
 
 def as_array(values: Any, name: str) -> Any:
-    """Return an array of one of the libraries as it is, a list or a column as a NumPy array.
-
-    Raises
-    ------
-    TypeError
-        If it is neither: NumPy would ask a dataset for sample after sample, without an end.
-    ValueError
-        If NumPy can make no array of it.
-    """
+    """Return an array unchanged, and a list or column as a NumPy array."""
     if arrays.library_of(values) is not None:
         return values
+    # np.asarray would read a dataset without a length sample by sample, forever.
     if not (isinstance(values, (list, tuple, range, int, float)) or hasattr(values, "__array__")):
         raise TypeError(
             f"{name} must be an array or a list of integers, got {type(values).__name__}"
@@ -207,14 +153,14 @@ def as_array(values: Any, name: str) -> Any:
 
 
 def _check_python_integers(values: Any, name: str) -> None:
-    """Tell a list of integers that NumPy made objects or floats of, for want of a wider type."""
+    """Raise ValueError for Python integers that NumPy stored as objects or floats: too large."""
     if isinstance(values, (list, tuple)) and all(type(value) is int for value in values):
         largest = max(values, key=abs)
         raise ValueError(f"{name} must fit in int64, got {largest}")
 
 
 def _check_fits(array: Any, name: str) -> None:
-    # Nothing else is wider than int64 on one side only.
+    # uint64 is the only integer dtype with values outside int64.
     if arrays.dtype_name(array) == "uint64":
         smallest = int(arrays.as_signed(array).min())
         if smallest < 0:

@@ -1,1 +1,1 @@
-"""The main job: train a GINO on groundwater patches, simulated with MODFLOW 6."""
+"""The demo: train a GINO on groundwater patches that were simulated with MODFLOW 6."""

@@ -1,4 +1,4 @@
-"""Where the data that come with the package lie."""
+"""The data embedded in the package."""
 
 from __future__ import annotations
 
@@ -16,5 +16,8 @@ def small_data() -> Path:
     """
     folder = files("gpusampler.demo").joinpath("data", "small")
     if not isinstance(folder, Path) or not folder.is_dir():
-        raise FileNotFoundError(f"the embedded data must be a folder on disk, got {folder}")
+        raise FileNotFoundError(
+            f"the demo's data must be a folder on disk, got {folder}: install gpusampler unpacked, "
+            "not as a zip archive"
+        )
     return folder

@@ -1,4 +1,4 @@
-"""A small GINO of neuraloperator, and what it needs to run at speed without torch-scatter."""
+"""A small GINO of neuraloperator, and a segment_csr that is fast without torch-scatter."""
 
 from __future__ import annotations
 
@@ -14,24 +14,24 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class GinoConfig:
-    """Sizes of a GINO that learns in seconds on one core.
+    """Sizes of a GINO that trains in seconds on one core.
 
     Attributes
     ----------
     hidden, layers : int
         Channels and blocks of the Fourier neural operator.
     modes : int
-        Fourier modes kept an axis.
+        Fourier modes per axis.
     embed : int
         Frequencies of the positional embedding.
     mlp : tuple of int
-        Hidden widths of both kernels' MLPs.
+        Hidden widths of the MLPs of both kernels.
     grid : int
-        Latent nodes an axis; even.
+        Latent nodes per axis; even.
     in_radius, out_radius : float
         Radii of the two graphs, in units of the patch's box: about two cells of the latent
-        grid. Radii that take in the whole patch (1.6 and 5) cost 15 times as much and end at a
-        probe loss of 0.32 where these reach 0.06: a plume is local.
+        grid. Radii that cover the whole patch (1.6 and 5) cost 15 times as much and reach a
+        probe loss of 0.32 instead of 0.06, because a plume is local.
     """
 
     hidden: int = 16
@@ -45,8 +45,8 @@ class GinoConfig:
 
 
 def import_gino() -> Any:
-    """Return the class `neuralop.models.GINO`, leaving the caller's warning filters as they are."""
-    # neuralop puts warnings.filterwarnings("once") in front of the caller's filters on import.
+    """Return the class `neuralop.models.GINO` without changing the warning filters."""
+    # On import, neuralop calls warnings.filterwarnings("once").
     with warnings.catch_warnings():
         from neuralop.models import GINO
 
@@ -54,29 +54,15 @@ def import_gino() -> Any:
 
 
 class PatchGino:
-    """A GINO that forecasts a patch's core from its core and ghost points.
+    """A GINO that forecasts a patch's core points from its core and ghost points.
 
-    The past of a point, its ``Tin * C`` values, are the channels of the input function on
-    core and ghost points; the answer is asked at the core points. All samples of a batch
-    share the two graphs, which is why a batch must come from one patch.
+    The channels of the input function are the ``Tin * C`` past values of a core or ghost point;
+    the output is evaluated at the core points. All samples of a batch share the two graphs, so a
+    batch must come from one patch. The network, ``net``, is float32 on the CPU.
 
-    Parameters
-    ----------
-    inputs, outputs : int
-        Time steps in and out, Tin and Tout.
-    columns, targets : int
-        Columns in and out, C and Ct.
-    config : GinoConfig
-        Sizes of the network.
-    seed : int
-        Seed of the initial weights, except the last layer's, which start at 0 so that the first
-        forecast is the training mean. They are drawn inside `torch.random.fork_rng`: the
-        global generator is left as it was.
-
-    Attributes
-    ----------
-    net : torch.nn.Module
-        The `neuralop.models.GINO`, float32, on the CPU.
+    ``inputs`` and ``outputs`` are the time steps Tin and Tout, ``columns`` and ``targets`` the
+    columns C and Ct. ``seed`` gives the initial weights and leaves torch's global generator
+    unchanged.
 
     Examples
     --------
@@ -104,7 +90,7 @@ class PatchGino:
             self.net: torch.nn.Module = gino(
                 in_channels=channels,
                 out_channels=outputs * targets,
-                # In a "linear" kernel the input keeps its channels on the way to the grid.
+                # A "linear" kernel passes the input channels to the grid unchanged.
                 fno_in_channels=channels,
                 gno_coord_dim=3,
                 in_gno_radius=config.in_radius,
@@ -119,8 +105,8 @@ class PatchGino:
                 gno_use_torch_scatter=False,
             )
         with torch.no_grad():
-            # Untrained, the sum over the latent grid is far off scale (a loss of 6). From 0, the
-            # training mean, the loss starts near 1 and any fall is learnt.
+            # Random weights give sums over the latent grid far off scale (a loss of 6). Zeros
+            # forecast the training mean, so the loss starts near 1 and falls only by learning.
             for weight in self.net.projection.fcs[-1].parameters():
                 weight.zero_()
         self.config = config
@@ -134,7 +120,7 @@ class PatchGino:
         return sum(p.numel() * (2 if p.is_complex() else 1) for p in self.net.parameters())
 
     def __call__(self, batch: Mapping[str, Any]) -> torch.Tensor:
-        """Forecast a batch."""
+        """Return the forecast [B, Tout, Nc, Ct] of a collated batch."""
         import torch
 
         past = torch.cat([batch["core_in"], batch["ghost_in"]], dim=2)
@@ -152,28 +138,11 @@ class PatchGino:
 def segment_csr(
     src: torch.Tensor, indptr: torch.Tensor, reduction: str, use_scatter: bool = True
 ) -> torch.Tensor:
-    """Sum or average runs of rows: `neuralop.layers.segment_csr` without a loop over points.
+    """Sum or average segments of rows, as `neuralop.layers.segment_csr` without its loop.
 
-    Parameters
-    ----------
-    src : torch.Tensor, shape (n, c) or (B, n, c)
-        Rows, floating point, any device.
-    indptr : torch.Tensor of int64, shape (m + 1,) or (B, m + 1)
-        Where each run starts; the last entry is n. Batched, all rows are equal.
-    reduction : {"sum", "mean"}
-        An empty run gives 0 for both.
-    use_scatter : bool
-        Taken for the original's sake and of no effect: torch-scatter is not used.
-
-    Returns
-    -------
-    torch.Tensor, shape (m, c) or (B, m, c)
-        Same dtype and device as `src`.
-
-    Raises
-    ------
-    ValueError
-        If `reduction` is another word.
+    ``src``, (n, c) or (B, n, c), has the rows; ``indptr``, int64 (m + 1,) or (B, m + 1) with equal
+    rows, has the start of each segment and n. The result is (m, c) or (B, m, c); an empty segment
+    gives 0. ``use_scatter`` is in the original's signature and is ignored.
 
     Examples
     --------
@@ -202,24 +171,16 @@ def segment_csr(
 
 @contextmanager
 def fast_segment_csr() -> Iterator[None]:
-    """Replace neuraloperator's `segment_csr` while the block runs.
+    """Replace neuraloperator's `segment_csr` inside a ``with`` block.
 
-    Without torch-scatter, neuraloperator 2.0.0 reduces each point's neighbourhood in a
-    Python loop, and a training step takes 4 to 7 times as long on one core. The replacement
-    gives the same numbers but for the order of the sum (the tests compare values and gradients
-    to 1e-6).
-    The original is put back however the block ends. Not for several threads at once: the
-    function is replaced for the whole process.
-
-    Examples
-    --------
-    >>> with fast_segment_csr():
-    ...     pass  # train here
+    Without torch-scatter, neuraloperator 2.0.0 loops over points in Python, and a training step
+    takes 4 to 7 times as long on one core. Results differ only by the order of summation (tests
+    compare values and gradients to 1e-6). The replacement affects all threads of the process.
     """
     from importlib import import_module
 
     import_gino()
-    # The package's attribute of that name may be the function: ask for the module.
+    # neuralop.layers may have a function of the same name, so import the module by its path.
     module: Any = import_module("neuralop.layers.integral_transform")
     original = module.segment_csr
     module.segment_csr = segment_csr

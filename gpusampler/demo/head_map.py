@@ -1,4 +1,4 @@
-"""One patch's head at one held-out step, as observed and as forecast."""
+"""Observed and forecast head of one patch at one held-out step."""
 
 from __future__ import annotations
 
@@ -14,17 +14,7 @@ from gpusampler.groundwater import collate_fn
 
 @dataclass(frozen=True)
 class HeadMap:
-    """The head on top of each column of cells of one patch.
-
-    Attributes
-    ----------
-    patch_id, step : int
-        Which patch, and which time step is forecast.
-    x, y : ndarray of float64, shape (n,)
-        Metres.
-    observed, forecast : ndarray of float64, shape (n,)
-        Head, metres.
-    """
+    """Head in the top cell of each column of one patch; positions and heads in metres, (n,)."""
 
     patch_id: int
     step: int

@@ -1,4 +1,4 @@
-"""The main job from end to end: load, train, compare, report, draw."""
+"""The demo from start to end: load, train, compare, report, draw."""
 
 from __future__ import annotations
 
@@ -29,37 +29,13 @@ def run_demo(
     seed: int = 0,
     progress: bool = True,
 ) -> DemoReport:
-    """Train a GINO on groundwater patches and say how it went.
+    """Train a GINO on groundwater patches and report losses and speeds.
 
-    One seed gives the initial weights (inside `torch.random.fork_rng`) and the batches; no
-    global random state is used or changed. torch runs on one thread meanwhile, and
-    neuraloperator's `segment_csr` is replaced by an equal one without a loop over points.
-
-    Parameters
-    ----------
-    data : DemoData or str or os.PathLike, optional
-        Loaded data or a patch folder. Default: what comes with the package.
-    out : str or os.PathLike, optional
-        Folder for ``report.json`` and ``demo.png``; made if missing. Default: nothing is
-        written, and matplotlib is not needed.
-    epochs, batch_size, seed : int
-        Passes over the data, samples in a batch at most, and the seed.
-    progress : bool, default True
-        Bars on stderr, where that is a terminal.
-
-    Returns
-    -------
-    DemoReport
-        Losses, speeds and times.
-
-    Raises
-    ------
-    FileNotFoundError, TypeError, ValueError
-        If the folder is broken or an argument invalid.
-    OSError
-        If `out` cannot be written.
-    FloatingPointError
-        If training diverges.
+    ``data`` is loaded data or a patch folder; default: the embedded data. ``out`` is a folder,
+    created if missing, for ``report.json`` and ``demo.png``; without it nothing is written and
+    matplotlib is not needed. ``seed`` gives the initial weights and the batches; global random
+    state is neither used nor changed. torch uses one thread during the run, and neuraloperator's
+    `segment_csr` is replaced.
     """
     import neuralop
     import torch
@@ -71,7 +47,7 @@ def run_demo(
     with watch.phase("job"), one_thread(), fast_segment_csr():
         loaded = data if isinstance(data, DemoData) else load(data)
         if folder is not None:
-            folder.mkdir(parents=True, exist_ok=True)  # before the work, not after it
+            folder.mkdir(parents=True, exist_ok=True)  # fail before training, not after it
         normalize = loaded.normalize
         model = PatchGino(
             INPUTS, OUTPUTS, len(normalize.columns), len(normalize.target_columns), seed=seed

@@ -1,4 +1,4 @@
-"""The demo's data: both parts of a patch folder, scaled by the statistics of the first."""
+"""The demo's data: training and held-out windows, scaled by statistics of the training steps."""
 
 from __future__ import annotations
 
@@ -17,24 +17,17 @@ if TYPE_CHECKING:
     from torch.utils.data import DataLoader, Dataset, Subset
 
 INPUTS, OUTPUTS, STRIDE = 6, 1, 1
-# Enough to tell a loss by; a large folder's whole validation part would outlast its training.
+# Enough to measure the loss; the whole validation split of a large folder takes longer than
+# training.
 PROBE_SAMPLES = 256
 
 
 @dataclass(frozen=True)
 class DemoData:
-    """What the demo trains and probes on.
+    """Windows of the first 80 % of the steps (``train``) and of the rest (``held_out``).
 
-    Attributes
-    ----------
-    train : GWPatchDataset
-        Windows of the first 80 % of the steps.
-    held_out : GWPatchDataset
-        Windows of the rest.
-    probe : torch.utils.data.Subset
-        At most 256 of the held-out windows, evenly spread.
-    normalize : Normalize
-        The transform of both, from the training steps.
+    ``probe`` has at most 256 held-out windows, evenly spaced. ``normalize``, with statistics of the
+    training steps, is the transform of both.
     """
 
     train: GWPatchDataset
@@ -44,22 +37,10 @@ class DemoData:
 
 
 def load(root: str | os.PathLike[str] | None = None) -> DemoData:
-    """Load a patch folder for the demo.
+    """Load a patch folder, by default the embedded one.
 
-    Parameters
-    ----------
-    root : str or os.PathLike, optional
-        A patch folder. Default: the MODFLOW 6 output that comes with the package.
-
-    Returns
-    -------
-    DemoData
-        6 steps in, 1 out, a window at every step, all columns as targets.
-
-    Raises
-    ------
-    FileNotFoundError, ValueError
-        If the folder is broken or its series are too short; see `GWPatchDataset`.
+    Windows have 6 input steps and 1 output step, start at every step, and have all columns as
+    targets.
 
     Examples
     --------
@@ -80,7 +61,7 @@ def load(root: str | os.PathLike[str] | None = None) -> DemoData:
 
 
 def as_torch(dataset: GWPatchDataset) -> Dataset[dict[str, Any]]:
-    """Name a patch dataset by torch's type, which it has the interface of."""
+    """Cast a patch dataset to the type whose interface it has; for type checkers only."""
     from typing import cast
 
     return cast("Dataset[dict[str, Any]]", dataset)
@@ -89,12 +70,12 @@ def as_torch(dataset: GWPatchDataset) -> Dataset[dict[str, Any]]:
 def loader(
     dataset: Dataset[dict[str, Any]], batches: Any, watch: Stopwatch | None = None
 ) -> DataLoader[dict[str, Any]]:
-    """Return a DataLoader over batches of one patch each, timed if asked."""
+    """Return a DataLoader over batches of one patch each, timed if ``watch`` is given."""
     import torch
     from torch.utils.data import DataLoader
 
-    # A DataLoader draws a seed for its workers each epoch, even without any: not from the
-    # global generator.
+    # A DataLoader draws a seed per epoch, even without workers. This generator keeps it from
+    # changing the global one.
     generator = torch.Generator()
     if watch is None:
         return DataLoader(
@@ -111,7 +92,7 @@ def loader(
 
 
 def probe_loader(data: DemoData, batch_size: int) -> DataLoader[dict[str, Any]]:
-    """Return the probe's batches, the same every time."""
+    """Return a loader of the probe windows, in the same batches every time."""
     sampler = PatchBatchSampler(
         data.probe, batch_size, shuffle_within_batches=False, shuffle_patches=False, seed=0
     )

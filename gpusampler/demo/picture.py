@@ -1,4 +1,4 @@
-"""The demo's picture: a patch as observed and as forecast, the loss, the batches by patch."""
+"""The demo's picture: observed and forecast head, the loss, and the patch of each batch."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ _NAMED_PATCHES = 20
 
 
 def draw(report: DemoReport, heads: HeadMap, path: Path) -> None:
-    """Draw the report and one patch's heads into a PNG."""
-    # Figure without pyplot: no global state, no display, nothing to close.
+    """Draw the report and the head map of one patch to a PNG file."""
+    # Without pyplot there is no global state and no display, and the figure needs no close().
     from matplotlib.figure import Figure
     from matplotlib.layout_engine import ConstrainedLayoutEngine
 
@@ -80,7 +80,8 @@ def _draw_cells(
         grid = np.full((len(rows), len(columns)), np.nan)
         grid[row_index, column_index] = values
         return axes.pcolormesh(columns, rows, grid, shading="nearest", **scale)
-    # No rectangular grid: squares as large as cells stand apart, in a panel 150 points across.
+    # The points form no grid, so draw each as a square of about its cell's size, in a panel that
+    # is 150 points wide.
     extent = max(float(np.ptp(heads.x)), float(np.ptp(heads.y))) or 1.0
     spacing = extent / np.sqrt(len(values))
     size = float(np.clip(150.0 * spacing / extent, 2.0, 14.0)) ** 2

@@ -1,4 +1,4 @@
-"""What the demo found, as plain values, as JSON and as text."""
+"""Results of the demo, as plain values, as JSON and as text."""
 
 from __future__ import annotations
 
@@ -11,21 +11,7 @@ from gpusampler.core.text import format_table
 
 @dataclass(frozen=True)
 class DataSummary:
-    """What the job read.
-
-    Attributes
-    ----------
-    folder : str
-        The patch folder.
-    patches, points : int
-        Patches, and their core and ghost points together.
-    train_samples, probe_samples : int
-        Windows trained on, and held-out windows that the loss is measured on.
-    nbytes : int
-        Bytes of the arrays on disk.
-    steps : int
-        Time steps of the series.
-    """
+    """Sizes of the data; ``points`` counts core and ghost points, ``nbytes`` is on disk."""
 
     folder: str
     patches: int
@@ -38,26 +24,26 @@ class DataSummary:
 
 @dataclass(frozen=True)
 class Training:
-    """How training went. Losses are mean squared errors of scaled values.
+    """Results of training; losses are mean squared errors of scaled values.
 
     Attributes
     ----------
-    epochs, batch_size, seed, parameters : int
-        As asked for, and the model's size.
+    parameters : int
+        Number of trainable values of the model.
     probe_loss : tuple of float
-        Before training and after each epoch, on the fixed probe set.
+        Loss on the probe set before training and after each epoch.
     batch_loss : tuple of float
-        Each training batch's, in order.
+        Loss of each training batch, in order.
     persistence_loss : float
-        Of the forecast "nothing changes", on the probe set.
+        Loss on the probe set of a forecast that repeats the last input step.
     head_rmse, head_rmse_persistence : float
         Root mean square error of the head on the probe set after training, in metres.
     batch_patches : tuple of tuple of int
-        The patch of each batch, per epoch.
+        Patch of each batch, per epoch.
     seconds : float
-        Wall time of the epochs, probing left out.
+        Wall time of the epochs, without probing.
     shares : dict of str to float
-        Percent of that time by phase; they add up to 100.
+        Percentage of that time per phase; the sum is 100.
     """
 
     epochs: int
@@ -76,16 +62,9 @@ class Training:
 
 @dataclass(frozen=True)
 class Speed:
-    """Training speed of grouped batches against one sample at a time.
+    """Samples per second in grouped batches and one at a time, each the best of ``repeats``.
 
-    Attributes
-    ----------
-    grouped, single : float
-        Samples a second, best of `repeats`.
-    samples : int
-        Samples in a repeat, the same ones for both.
-    repeats : int
-        Repeats of each, in turns.
+    Both use the same ``samples`` samples and alternate.
     """
 
     grouped: float
@@ -95,28 +74,16 @@ class Speed:
 
     @property
     def ratio(self) -> float:
-        """How many times faster grouped batches are."""
+        """Speed of grouped batches divided by that of single samples."""
         return self.grouped / self.single
 
 
 @dataclass(frozen=True)
 class DemoReport:
-    """Everything the demo measured.
+    """All results of the demo.
 
-    Attributes
-    ----------
-    loaded : DataSummary
-        What was read.
-    training : Training
-        How training went.
-    speed : Speed
-        Grouped batches against single samples.
-    seconds : float
-        Wall time of the whole job.
-    versions : dict of str to str
-        Of gpusampler, torch, neuraloperator, numpy and Python.
-    threads : int
-        Threads torch used.
+    ``seconds`` is the wall time of the whole job, ``versions`` are those of Python and of the
+    libraries, and ``threads`` is the number of torch's threads.
     """
 
     loaded: DataSummary
@@ -131,7 +98,7 @@ class DemoReport:
         path.write_text(json.dumps(asdict(self), indent=1) + "\n", encoding="utf-8")
 
     def text(self) -> str:
-        """Return the report as a page of text."""
+        """Return the report as text."""
         loaded, training, speed = self.loaded, self.training, self.speed
         before, after = training.probe_loss[0], training.probe_loss[-1]
         lines = [

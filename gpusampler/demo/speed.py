@@ -1,4 +1,4 @@
-"""Grouped batches against one sample at a time: same model, same samples, same run."""
+"""Compare the speed of grouped batches and of single samples, in one run."""
 
 from __future__ import annotations
 
@@ -27,10 +27,10 @@ def compare_speed(
     repeats: int = REPEATS,
     progress: bool = True,
 ) -> Speed:
-    """Time training on an epoch's first batches (64 samples or more), whole and taken apart.
+    """Time training on an epoch's first batches, at least 64 samples, whole and split up.
 
-    Both ways read the same samples and do every part of a training step. They take turns, so
-    that a slow moment of the machine hits both; the best of each counts.
+    Both variants read the same samples and run complete training steps on a copy of the model.
+    They alternate, so that a slow phase of the machine affects both; the best time of each counts.
     """
     grouped: list[list[int]] = []
     for rows in PatchBatchSampler(data.train, batch_size, seed=seed):
@@ -39,7 +39,7 @@ def compare_speed(
             break
     single = [[index] for batch in grouped for index in batch]
     trial = copy.deepcopy(model)
-    _train_once(trial, data, grouped[:1])  # allocations and lazy set-up of both shapes
+    _train_once(trial, data, grouped[:1])  # warm up both shapes
     _train_once(trial, data, single[:1])
     best = {"grouped": float("inf"), "single": float("inf")}
     with tqdm(

@@ -1,4 +1,4 @@
-"""Where the time goes: a stopwatch whose phases add up to the whole."""
+"""A stopwatch whose phases add up to the total time."""
 
 from __future__ import annotations
 
@@ -11,12 +11,7 @@ T = TypeVar("T")
 
 
 class Stopwatch:
-    """Seconds by phase; an inner phase is not counted in the outer one.
-
-    Attributes
-    ----------
-    seconds : dict of str to float
-        Time spent in each phase, without the phases inside it.
+    """Seconds per phase; the time of an inner phase is not part of the outer one.
 
     Examples
     --------
@@ -33,7 +28,7 @@ class Stopwatch:
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
-        """Add the time of the block to a phase."""
+        """Add the time of a ``with`` block to a phase."""
         self._inner_seconds.append(0.0)
         start = perf_counter()
         try:
@@ -45,26 +40,16 @@ class Stopwatch:
                 self._inner_seconds[-1] += duration
 
     def shares(self) -> dict[str, float]:
-        """Return each phase's percentage of the time of all phases."""
+        """Return the percentage of each phase in the total time, largest first."""
         total = sum(self.seconds.values())
         if total <= 0:
-            raise ValueError("a phase must have been timed, got none")
+            raise ValueError("no phase has been timed: use phase() before shares()")
         ordered = sorted(self.seconds.items(), key=lambda item: -item[1])
         return {name: 100.0 * seconds / total for name, seconds in ordered}
 
 
 class TimedIterable(Generic[T]):
-    """An iterable whose every step is timed as a phase.
-
-    Parameters
-    ----------
-    iterable : iterable with a length
-        E.g. a batch sampler, on its way into a DataLoader.
-    watch : Stopwatch
-        Where the time is added.
-    name : str
-        The phase.
-    """
+    """An iterable, e.g. a batch sampler, whose iteration is timed as a phase of a stopwatch."""
 
     def __init__(self, iterable: Iterable[T], watch: Stopwatch, name: str) -> None:
         self._iterable = iterable

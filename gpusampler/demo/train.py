@@ -1,4 +1,4 @@
-"""Training a GINO on batches of one patch each, with a probe and a clock."""
+"""Train a GINO on batches of one patch each, and measure its errors and times."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ _HEAD = "head"
 
 @dataclass(frozen=True)
 class ProbeErrors:
-    """Mean squared errors on the probe set: of scaled values, and of the head in m²."""
+    """Mean squared errors on the probe set, of scaled values and of the head in m²."""
 
     loss: float
     persistence: float
@@ -36,13 +36,7 @@ class ProbeErrors:
 
 @contextmanager
 def one_thread() -> Iterator[None]:
-    """Run torch on one thread: these tensors are too small to share out.
-
-    Examples
-    --------
-    >>> with one_thread():
-    ...     pass
-    """
+    """Run torch on one thread, since the demo's tensors are too small for several."""
     import torch
 
     threads = torch.get_num_threads()
@@ -60,7 +54,7 @@ def batch_loss(model: PatchGino, batch: dict[str, Any]) -> torch.Tensor:
 
 
 def measure_probe(model: PatchGino, data: DemoData, batch_size: int) -> ProbeErrors:
-    """Measure the errors on the probe set."""
+    """Return the errors of the model and of persistence on the probe set."""
     import torch
 
     columns, targets = data.normalize.columns, data.normalize.target_columns
@@ -79,7 +73,7 @@ def measure_probe(model: PatchGino, data: DemoData, batch_size: int) -> ProbeErr
             count += len(truth)
     if not bool(torch.isfinite(sums).all()):
         raise FloatingPointError(
-            "the probe's errors must be finite: the held-out steps hold NaN or infinity, or "
+            "errors on the probe set are not finite: the held-out steps have NaN or infinity, or "
             "training diverged"
         )
     return ProbeErrors(*(sums / count).tolist())
@@ -94,34 +88,10 @@ def train(
     seed: int = 0,
     progress: bool = True,
 ) -> Training:
-    """Train with Adam on batches of one patch each, the rate falling to 0 along a cosine.
+    """Train a model in place, with Adam and a cosine schedule down to 0, and return the results.
 
-    Parameters
-    ----------
-    model : PatchGino
-        Trained in place.
-    data : DemoData
-        What to train and probe on.
-    epochs : int, default 10
-        Passes over the training samples.
-    batch_size : int, default 8
-        Samples in a batch at most.
-    seed : int, default 0
-        Of the batches; nothing else is random here.
-    progress : bool, default True
-        A bar on stderr, where that is a terminal.
-
-    Returns
-    -------
-    Training
-        Losses, times and the batches' patches.
-
-    Raises
-    ------
-    TypeError, ValueError
-        If `epochs`, `batch_size` or `seed` is invalid; see `PatchBatchSampler`.
-    FloatingPointError
-        If a loss is not finite.
+    Only the batches are random; ``seed`` gives them. Raises FloatingPointError if a loss is not
+    finite.
     """
     import torch
 
@@ -158,7 +128,7 @@ def train(
                     losses.append(loss.item())
                     if not math.isfinite(losses[-1]):
                         raise FloatingPointError(
-                            f"the loss must stay finite, got {losses[-1]} in batch {len(losses)}"
+                            f"training diverged: the loss of batch {len(losses)} is {losses[-1]}"
                         )
                     epoch_patches.append(batch["patch_id"])
                     bar.update()

@@ -1,8 +1,4 @@
-"""Groundwater patch folders as a map-style dataset, one point cloud per batch.
-
-The folder, the windows, the scaling and the collating of samples live in a file each;
-the names below are the ones to import.
-"""
+"""Groundwater patch folders as a map-style dataset, one point cloud per batch."""
 
 from gpusampler.groundwater.collate import collate_fn
 from gpusampler.groundwater.dataset import GWPatchDataset

@@ -1,4 +1,4 @@
-"""Arguments of the groundwater dataset, checked: the name, the rule and the value received."""
+"""Argument checks of the groundwater dataset."""
 
 from __future__ import annotations
 
@@ -10,25 +10,19 @@ from gpusampler.core.validation import check_int
 
 
 def check_columns(columns: Sequence[str]) -> tuple[str, ...]:
-    """Return the names of the columns as a tuple.
-
-    Examples
-    --------
-    >>> check_columns(["head", "pressure"])
-    ('head', 'pressure')
-    """
+    """Return the column names as a tuple; they must be unique, at least one."""
     if isinstance(columns, str) or not all(isinstance(name, str) for name in columns):
         raise TypeError(f"columns must be a sequence of names, got {columns!r}")
     names = tuple(columns)
     if not names or len(set(names)) != len(names):
-        raise ValueError(f"columns must be names that differ, at least one, got {columns!r}")
+        raise ValueError(f"columns must be unique names, at least one, got {columns!r}")
     return names
 
 
 def check_targets(
     targets: str | int | Iterable[str | int] | None, columns: tuple[str, ...]
 ) -> tuple[str, ...]:
-    """Return the names of the target columns.
+    """Return the names of the target columns, given by name or position.
 
     Examples
     --------
@@ -49,7 +43,5 @@ def check_targets(
             continue
         names.append(columns[check_int(target, "target_columns", low=0, high=len(columns))])
     if not names or len(set(names)) != len(names):
-        raise ValueError(
-            f"target_columns must be columns that differ, at least one, got {targets!r}"
-        )
+        raise ValueError(f"target_columns must be unique columns, at least one, got {targets!r}")
     return tuple(names)

@@ -1,4 +1,4 @@
-"""A batch of samples of one patch: values stacked, the point cloud once."""
+"""Collate samples of one patch: stacked values, one point cloud."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ _CLOUD = ("core_coords", "ghost_coords")
 
 
 def collate_fn(samples: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Stack samples of one patch; give their point cloud once.
+    """Stack samples of one patch and return their point cloud once.
 
-    A neural operator with a graph encoder builds one graph per forward pass, so the samples
-    of a batch must share their points. `torch.utils.data.default_collate` would hand out B
-    copies of them and never notice a second patch.
+    A neural operator with a graph encoder builds one graph per forward pass, so all samples
+    of a batch must have the same points. `torch.utils.data.default_collate` would return B
+    copies of the points and would not detect a second patch.
 
     Parameters
     ----------
@@ -23,15 +23,16 @@ def collate_fn(samples: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     Returns
     -------
     dict
-        ``patch_id`` an int; ``core_coords`` [1, Nc, 3] and ``ghost_coords`` [1, Ng, 3]; every
-        other tensor stacked along a new first axis (``core_in`` [B, Tin, Nc, C] and so on),
-        every other value as a list. Dtype and device are those of the samples.
+        ``patch_id`` is an int, ``core_coords`` has shape [1, Nc, 3] and ``ghost_coords``
+        [1, Ng, 3]. Other tensors are stacked along a new first axis (``core_in`` becomes
+        [B, Tin, Nc, C]), other values are collected in a list. Dtype and device are those of
+        the samples.
 
     Raises
     ------
     ValueError
-        If there is no sample, the samples come from several patches, or a transform gave
-        the samples of one patch different points.
+        If there are no samples, the samples come from several patches, or a transform gave
+        samples of one patch different points.
 
     Examples
     --------
@@ -62,7 +63,7 @@ def collate_fn(samples: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
                 if not torch.equal(sample[key], value):
                     raise ValueError(
                         f"{key} must be the same in every sample of patch {ids[0]}; "
-                        "a transform changed it from sample to sample"
+                        "the transform returned different points for two of its samples"
                     )
             batch[key] = value.unsqueeze(0)
         elif isinstance(value, torch.Tensor):

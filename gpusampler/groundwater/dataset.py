@@ -28,73 +28,75 @@ if TYPE_CHECKING:
 class GWPatchDataset:
     """Sliding windows over the patches of a groundwater model.
 
-    ``root`` holds a folder ``patch_<id>`` a patch with ``core_coords.npy`` [Nc, 3],
+    ``root`` has one folder ``patch_<id>`` per patch, with ``core_coords.npy`` [Nc, 3],
     ``core_obs.npy`` [T, Nc, C], ``ghost_coords.npy`` [Ng, 3] and ``ghost_obs.npy``
     [T, Ng, C]. Ghost points lie around a patch and belong to its neighbours. Hidden entries
-    are skipped; patches are sorted by the folder's name as text (patch_10 before patch_2).
-    The files stay on disk as memory maps that are opened when a sample is asked for, in each
-    worker process anew; the constructor reads their headers. Samples of a patch follow one
-    another, in order of time. Memory is taken by the samples asked for, never by the folder.
+    are skipped. Patches are sorted by folder name as text (patch_10 before patch_2), and the
+    samples of a patch are consecutive, in order of time.
 
-    It has the interface of `torch.utils.data.Dataset` without being one, so that importing it
-    does not import torch. `gpusampler.PatchBatchSampler` finds its patch ids without reading a
-    sample.
+    The constructor reads only file headers. Reading a sample opens the files as memory maps,
+    separately in each worker process, so memory holds only the samples that are read.
+
+    The class has the interface of `torch.utils.data.Dataset` but does not derive from it, so
+    importing it does not import torch. `gpusampler.PatchBatchSampler` finds its patch ids
+    without reading a sample.
 
     Parameters
     ----------
     root : str or os.PathLike
         The folder of patches.
     input_window_size, output_window_size : int
-        Time steps that go into a sample, and the steps right after them that come out.
+        Number of input time steps of a sample, and of the output steps right after them.
     split : {"train", "val", "all"}, default "train"
-        Train: the first ``floor((1 - val_ratio) * T)`` steps. Val: the rest. All: both, and
-        windows then lie across the cut too.
+        Train: the first ``floor((1 - val_ratio) * T)`` steps. Val: the remaining steps. All:
+        every step; windows may then cross the cut.
     val_ratio : float, default 0.2
-        Share of the series for validation, in [0, 1).
+        Fraction of the series used for validation, in [0, 1).
     gap : int, default 0
-        Time steps after the cut that belong to neither part. Without a gap no window crosses
-        the cut, but the last training step and the first validation step are neighbours.
+        Time steps after the cut that are in neither split. No window crosses the cut, even
+        without a gap, but the last training and the first validation step are then adjacent.
     stride : int, optional
-        Time steps from one window's start to the next one's. Default: `output_window_size`,
-        so that every step is an output once.
-    target_columns : str or int or sequence of them, optional
+        Time steps between the starts of consecutive windows. Default: `output_window_size`,
+        so that every step is an output exactly once.
+    target_columns : str or int or sequence of str or int, optional
         Columns of ``core_out`` and ``ghost_out``, by name or position. Default: all.
     transform : callable, optional
         Takes a sample and returns one, e.g. `Normalize`. Must be picklable for workers.
     columns : sequence of str, default ("mass_concentration", "head", "pressure")
         Names of the C columns of the observations.
     origin : (3,) floats, default (0, 0, 0)
-        Subtracted from every point, in the files' unit, before it becomes float32. A projected
-        northing of 5,000,000 m has steps of half a metre in float32: give the corner of
-        the domain then.
+        Subtracted from every point, in the files' unit, before the conversion to float32.
+        float32 resolves a projected northing of 5,000,000 m to half a metre only: pass a
+        corner of the domain for such coordinates.
     max_open_patches : int, default 64
-        Patches whose files are open at a time, four file descriptors (and maps) each, in every
-        process that reads; a thread that reads beside others has one patch more open.
+        Limit of patches with open files per process; each uses four file descriptors and
+        memory maps. Each additional reading thread may have one more patch open.
     progress : bool, default True
-        Show a bar while the folder is read, if that takes more than a second.
+        Show a progress bar if reading the folder takes more than a second.
 
     Attributes
     ----------
     columns, target_columns : tuple of str
         Names of the columns of the inputs and of the outputs.
     num_points : int
-        Points of all patches, core and ghost.
+        Number of points of all patches, core and ghost.
     nbytes : int
         Bytes of all arrays on disk.
     windows : gpusampler.groundwater.windows.Windows
-        Where the windows of each patch lie in time.
+        The time steps of each window, the same for every patch.
 
     Raises
     ------
     TypeError
-        If an argument is of the wrong type (a bool where an int is due included).
+        If an argument has the wrong type; a bool is not an int.
     ValueError
-        If an argument is out of range, the folder holds no patch, a file's shape or dtype does
-        not fit, patches differ in T or C, or T is shorter than one window of the split. The
-        text names the patch and the file.
+        If an argument is out of range, the folder has no patch, a file has the wrong shape or
+        dtype, patches differ in T or C, or the split is shorter than one window. The message
+        names the patch and the file.
+    FileNotFoundError
+        If `root` is not a folder or a patch lacks a file.
     OSError
-        If `root` is no folder, a patch lacks a file (both FileNotFoundError), or one cannot be
-        opened. The text names the patch and the file.
+        If a file cannot be opened. The message names the patch and the file.
 
     Examples
     --------
@@ -126,7 +128,7 @@ class GWPatchDataset:
     ) -> None:
         inputs = check_int(input_window_size, "input_window_size", low=1)
         outputs = check_int(output_window_size, "output_window_size", low=1)
-        Windows(0, inputs, outputs, split, val_ratio, gap, stride)  # arguments before files
+        Windows(0, inputs, outputs, split, val_ratio, gap, stride)  # checks before reading files
         self.columns = check_columns(columns)
         self.target_columns = check_targets(target_columns, self.columns)
         self.transform = transform
@@ -159,14 +161,14 @@ class GWPatchDataset:
 
     @property
     def transform(self) -> Transform | None:
-        """What every sample goes through; may be set once the statistics are known.
+        """Function applied to every sample; can be set after construction.
 
         Raises
         ------
         TypeError
-            When set to something that cannot be called.
+            If set to a value that is neither callable nor None.
         ValueError
-            When set to a `Normalize` of other columns.
+            If set to a `Normalize` whose columns differ from the dataset's.
         """
         return self._transform
 
@@ -193,33 +195,35 @@ class GWPatchDataset:
     def __getitems__(
         self, indices: Sequence[int] | NDArray[np.integer[Any]] | torch.Tensor
     ) -> list[Sample]:
-        """Return several samples; each patch's files are read once, in order of time.
+        """Return several samples, in the order of the indices.
 
-        Steps that windows share are read once. Samples come in the order of the indices.
+        The windows of each patch are read in order of time; steps that they share are read
+        once.
 
         Parameters
         ----------
         indices : list of int, or integer array or tensor, shape (B,)
-            Sample numbers; negative ones count from the end. Device tensors are copied to the
-            host.
+            Sample indices; negative indices count from the end. Device tensors are copied to
+            the host.
 
         Returns
         -------
         list of dict
-            Per sample, as float32 CPU tensors of their own memory: ``core_in`` [Tin, Nc, C],
-            ``ghost_in`` [Tin, Ng, C], ``core_out`` [Tout, Nc, Ct], ``ghost_out``
-            [Tout, Ng, Ct], ``core_coords`` [Nc, 3], ``ghost_coords`` [Ng, 3]; and ``patch_id``,
-            an int. Units are those of the files; the transform has been applied.
+            Per sample, float32 CPU tensors that share no memory with other samples:
+            ``core_in`` [Tin, Nc, C], ``ghost_in`` [Tin, Ng, C], ``core_out`` [Tout, Nc, Ct],
+            ``ghost_out`` [Tout, Ng, Ct], ``core_coords`` [Nc, 3], ``ghost_coords`` [Ng, 3];
+            and ``patch_id``, an int. Units are those of the files, unless the transform, which
+            has been applied, changes them.
 
         Raises
         ------
         IndexError
             If an index is out of range.
         TypeError
-            If the indices are no integers.
+            If the indices are not integers or not one-dimensional.
         OSError, ValueError
-            If a file went away, shrank or changed shape since the dataset was made. The text
-            names the patch and the file.
+            If a file was removed, shrank or changed shape after the dataset was created. The
+            message names the patch and the file.
         """
         rows = self._check_indices(indices)
         samples: dict[int, Sample] = {}
@@ -252,7 +256,7 @@ class GWPatchDataset:
 
     @property
     def origin(self) -> tuple[float, float, float]:
-        """What is subtracted from every point, in the files' unit."""
+        """The point subtracted from every point, in the files' unit."""
         x, y, z = self._reader.origin.tolist()
         return x, y, z
 
@@ -262,7 +266,7 @@ class GWPatchDataset:
         return tuple(self._patches)
 
     def arrays(self, patch_id: int) -> PatchArrays:
-        """Return one patch's four arrays.
+        """Return the four arrays of one patch.
 
         Parameters
         ----------
@@ -272,22 +276,22 @@ class GWPatchDataset:
         Returns
         -------
         PatchArrays
-            Read-only memory maps in the files' own dtype, before any transform. Should a file
-            be cut short later, reading its map ends the process.
+            Read-only memory maps in the dtype of the files, without the transform. If a file
+            is truncated later, reading its map kills the process (SIGBUS).
 
         Raises
         ------
         KeyError
-            If there is no such patch.
+            If the dataset has no such patch.
         OSError, ValueError
-            If a file went away, shrank or changed shape since the dataset was made.
+            If a file was removed, shrank or changed shape after the dataset was created.
         """
         if patch_id not in self._positions:
             raise KeyError(f"patch_id must be one of the dataset's patches, got {patch_id}")
         return self._reader.arrays(self._positions[patch_id])
 
     def get_all_patch_ids(self) -> NDArray[np.int64]:
-        """Return the patch id of every sample, without reading one.
+        """Return the patch id of every sample, without reading any sample.
 
         Returns
         -------
@@ -308,16 +312,16 @@ class GWPatchDataset:
 
     @property
     def patch_ids(self) -> NDArray[np.int64]:
-        """The patch id of every sample: `get_all_patch_ids` as an attribute."""
+        """The patch id of every sample, as from `get_all_patch_ids`."""
         return self.get_all_patch_ids()
 
     def patch_costs(self) -> dict[int, int]:
-        """Return what a sample of each patch costs: its points, core and ghost.
+        """Return the cost of one sample of each patch: its number of core and ghost points.
 
         Returns
         -------
         dict of int to int
-            By patch id, in order of the samples.
+            Cost by patch id, in the order of the patches.
 
         Examples
         --------
@@ -329,7 +333,7 @@ class GWPatchDataset:
         return {patch.patch_id: patch.core + patch.ghost for patch in self._patches}
 
     def collate_fn(self, samples: Sequence[Sample]) -> Sample:
-        """Stack samples of one patch; see `gpusampler.groundwater.collate_fn`.
+        """Stack samples of one patch, as `gpusampler.groundwater.collate_fn` does.
 
         Parameters
         ----------
@@ -339,11 +343,11 @@ class GWPatchDataset:
         Returns
         -------
         dict
-            The batch, its point cloud once.
+            The batch, with one point cloud.
 
         Raises
         ------
         ValueError
-            If the samples are of several patches, or none.
+            If there are no samples, or they come from several patches.
         """
         return collate_fn(samples)

@@ -1,8 +1,8 @@
-"""The patch folder: which patches there are, and whether their files fit together.
+"""Find the patches of a folder and check that their files match.
 
 A patch is a folder ``patch_<id>`` with ``core_coords.npy`` [Nc, 3], ``core_obs.npy``
 [T, Nc, C], ``ghost_coords.npy`` [Ng, 3] and ``ghost_obs.npy`` [T, Ng, C]. Only headers
-are read here, so that a folder larger than memory is checked in a moment.
+are read.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ COLUMNS = ("mass_concentration", "head", "pressure")
 _FOLDER_NAME = re.compile(r"patch_(.*)", re.DOTALL)
 _PATCH_NUMBER = re.compile(r"-?[0-9]+")
 _INT64 = np.iinfo(np.int64)
-# What NumPy raised on 20,000 damaged headers: it evaluates, and even tokenizes, what they hold.
+# What NumPy raised on 20,000 damaged headers, which it tokenizes and evaluates as Python.
 _HEADER_ERRORS = (
     ValueError,
     TypeError,
@@ -39,13 +39,13 @@ _HEADER_ERRORS = (
 )
 
 
+# NumPy parses a header as Python, which Python up to 3.12 cannot always do in two threads at once
+# ("AST constructor recursion depth mismatch").
 _parse_lock = threading.Lock()
-"""Held while a header is read: NumPy parses it as Python, which Python up to 3.12 at times cannot
-do in two threads at once ("AST constructor recursion depth mismatch")."""
 
 
 def _renew_parse_lock() -> None:
-    # A forked worker has none of the threads that might hold it.
+    # A fork can copy the lock while a thread that does not exist in the child holds it.
     global _parse_lock
     _parse_lock = threading.Lock()
 
@@ -55,10 +55,7 @@ if hasattr(os, "register_at_fork"):
 
 
 class PatchArrays(NamedTuple):
-    """The four arrays of a patch, as read-only memory maps.
-
-    Each map holds one file descriptor for as long as it lives.
-    """
+    """The four arrays of a patch, as read-only memory maps with one file descriptor each."""
 
     core_coords: NDArray[Any]
     core_obs: NDArray[Any]
@@ -68,22 +65,22 @@ class PatchArrays(NamedTuple):
     def check_sizes(self, path: Path) -> None:
         """Raise if a file is shorter than its map.
 
-        To read a map beyond the end of its file is no error that could be caught: the system
-        ends the process (SIGBUS). A file that is cut between this and the reading still does.
+        Reading a map past the end of its file cannot be caught: SIGBUS kills the process. This
+        check does not help if the file is truncated after it and before the read.
         """
         for name, array in zip(self._fields, self, strict=True):
             memory_map: Any = array.base
             size, needed_size = memory_map.size(), array.offset + array.nbytes  # type: ignore[attr-defined]
             if size < needed_size:
                 raise OSError(
-                    f"{path.name}/{name}.npy has shrunk to {size} bytes since it was mapped, and "
-                    f"{needed_size} are needed"
+                    f"{path.name}/{name}.npy has shrunk to {size} bytes since it was mapped, "
+                    f"but its array needs {needed_size}"
                 )
 
 
 @dataclass(frozen=True)
 class Patch:
-    """A checked patch: what its files hold, without holding them open.
+    """Sizes of a checked patch; its files are not open.
 
     Attributes
     ----------
@@ -92,9 +89,9 @@ class Patch:
     path : pathlib.Path
         The folder.
     steps, columns : int
-        T and C.
+        Time steps T and columns C.
     core, ghost : int
-        Nc and Ng, points.
+        Number of core points Nc and of ghost points Ng.
     nbytes : int
         Bytes of the four arrays.
     """
@@ -108,7 +105,7 @@ class Patch:
     nbytes: int
 
     def open(self) -> PatchArrays:
-        """Map the four files."""
+        """Map the four files; raise if one is missing or its shape has changed."""
         arrays = open_arrays(self.path)
         checked = (
             (self.core, 3),
@@ -120,7 +117,7 @@ class Patch:
             if array.shape != shape:
                 raise ValueError(
                     f"{self.path.name} changed on disk since the dataset was made: {name}.npy has "
-                    f"shape {list(array.shape)} and had {list(shape)}"
+                    f"shape {list(array.shape)} instead of {list(shape)}"
                 )
         return arrays
 
@@ -128,16 +125,16 @@ class Patch:
 def _open_array(path: Path) -> NDArray[Any]:
     file_name = f"{path.parent.name}/{path.name}"
     try:
-        # As text: NumPy would follow every link in a path, which takes a third of the time.
+        # NumPy resolves the links of a Path, not of a str, which takes a third of the time.
         with _parse_lock:
             return open_memmap(str(path), mode="r")
     except FileNotFoundError:
         raise FileNotFoundError(f"{file_name} is missing: no file {path}") from None
     except OSError as error:
-        # What mmap raises names no file.
+        # An error of mmap does not name the file.
         reason = error.strerror or str(error)
         if error.errno in (errno.EMFILE, errno.ENFILE):
-            reason += "; give the dataset a smaller max_open_patches, or raise `ulimit -n`"
+            reason += "; reduce max_open_patches of the dataset, or raise `ulimit -n`"
         raise OSError(error.errno, f"{file_name} cannot be opened: {reason}", str(path)) from error
     except _HEADER_ERRORS as error:
         raise ValueError(f"{file_name} cannot be mapped as a .npy array: {error}") from error
@@ -193,30 +190,10 @@ def _check_patch(path: Path, patch_id: int, columns: Sequence[str]) -> Patch:
 def read_folder(
     root: Path, columns: Sequence[str] = COLUMNS, *, progress: bool = True
 ) -> list[Patch]:
-    """Find and check the patches of a folder.
+    """Find and check the patches of a folder, sorted by folder name as text.
 
-    Parameters
-    ----------
-    root : pathlib.Path
-        Folder with one folder ``patch_<id>`` a patch. Hidden entries, files and folders of
-        other names are passed over.
-    columns : sequence of str
-        Names of the C columns of the observations.
-    progress : bool
-        Show a bar if it takes more than a second.
-
-    Returns
-    -------
-    list of Patch
-        Sorted by the folder's name as text, so patch_10 stands before patch_2.
-
-    Raises
-    ------
-    FileNotFoundError
-        If `root` is no folder or a patch lacks a file.
-    ValueError
-        If there is no patch, an id is no int64 or comes twice, or a patch's arrays do not fit
-        one another or those of the first patch. The text names the patch and the file.
+    Entries that are not folders named ``patch_<id>`` are skipped. All patches must have the same
+    number of time steps.
 
     Examples
     --------

@@ -1,4 +1,4 @@
-"""Scaling that is learnt from the training part alone, and its inverse."""
+"""Scaling by statistics of the training steps, and its inverse."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class PatchSeries(Protocol):
 
     @property
     def origin(self) -> tuple[float, float, float]:
-        """The point that samples have as (0, 0, 0)."""
+        """The point that has the coordinates (0, 0, 0) in samples."""
 
     def arrays(self, patch_id: int) -> PatchArrays:
         """Map the files of a patch."""
@@ -40,22 +40,22 @@ class PatchSeries(Protocol):
 
 @dataclass(frozen=True)
 class Normalize:
-    """Columns to mean 0 and standard deviation 1, points into the unit cube.
+    """Scale columns to mean 0 and standard deviation 1, and points to the unit cube.
 
-    Values are ``(value - mean) / std`` per column; a column that never changes gets std 1.
-    Points are scaled axis by axis (aquifers are a hundred times wider than thick, and the
-    latent grid of a GINO is a cube):
+    Values become ``(value - mean) / std`` per column; a constant column has std 1. Points are
+    scaled per axis, because an aquifer is a hundred times wider than thick and the latent grid
+    of a GINO is a cube:
 
-    - ``coords="patch"``, the default: the box around the patch's own core and ghost points
-      becomes [0, 1]^3. A GINO sees one patch at a time, and its latent grid then lies over
-      that patch; in the domain's box a ninth of the area would use a ninth of the grid, and
-      the radii of the graph would have to follow the number of patches. On the embedded data
-      the demo's GINO ends at a loss of 0.064 this way, at 0.09 to 0.11 the other.
-    - ``coords="domain"``: the box around all patches becomes [0, 1]^3. Place and true
-      distances are kept, for models that must know where a patch lies.
+    - ``coords="patch"``, the default, maps the box around the core and ghost points of the
+      sample's patch to [0, 1]^3. The latent grid of a GINO then covers this one patch. With the
+      domain's box, a patch with a ninth of the area would use a ninth of the grid, and the
+      radii of the graph would depend on the number of patches. On the embedded data, the
+      demo's GINO reaches a loss of 0.064 with "patch", and of 0.09 to 0.11 with "domain".
+    - ``coords="domain"`` maps the box around all patches to [0, 1]^3. It keeps the location and
+      the relative size of a patch, for models that need them.
 
-    An axis without extent becomes 0.5. Made by `from_dataset`; the constructor is for
-    statistics from elsewhere.
+    An axis without extent becomes 0.5. Use `from_dataset` to compute the statistics, and the
+    constructor for known ones.
 
     Parameters
     ----------
@@ -71,8 +71,8 @@ class Normalize:
     Raises
     ------
     ValueError
-        If lengths differ, a target is no column, a std is not above 0, a number is not finite,
-        or `coords` is unknown.
+        If lengths differ, a target is not a column, a std is not positive, a number is not
+        finite, or `coords` is unknown.
 
     Examples
     --------
@@ -123,20 +123,20 @@ class Normalize:
         *,
         progress: bool = True,
     ) -> Normalize:
-        """Learn the statistics from the training steps of a dataset.
+        """Compute the statistics from the training steps of a dataset.
 
-        Whatever the dataset's split, only the steps before the cut are read, and only core
-        points: a ghost point is a core point of the patch next door and would count twice. The
-        files are streamed in blocks of about 8 MB, with sums in float64.
+        Only the steps before the cut are read, for every split. Mean and standard deviation
+        use core points only: a ghost point is a core point of a neighbouring patch and would
+        count twice. The files are read in blocks of about 8 MB and summed in float64.
 
         Parameters
         ----------
         dataset : GWPatchDataset
-            Where the files are; its transform plays no part.
+            The dataset; its transform is ignored.
         coords : {"patch", "domain"}, default "patch"
             Which box becomes the unit cube.
-        progress : bool
-            Show a bar if it takes more than a second.
+        progress : bool, default True
+            Show a progress bar if this takes more than a second.
 
         Returns
         -------
@@ -166,7 +166,7 @@ class Normalize:
         )
 
     def check_columns(self, columns: Sequence[str], target_columns: Sequence[str]) -> None:
-        """Refuse a dataset whose columns are not those of the statistics.
+        """Raise if the columns of a dataset differ from those of the statistics.
 
         Parameters
         ----------
@@ -176,7 +176,7 @@ class Normalize:
         Raises
         ------
         ValueError
-            If they differ from this transform's.
+            If they differ from the columns of this transform.
         """
         for name, expected, actual in (
             ("columns", self.columns, tuple(columns)),
@@ -196,12 +196,12 @@ class Normalize:
         Returns
         -------
         dict
-            A new sample; the one given is left as it was.
+            A new sample; the input is not modified.
 
         Raises
         ------
         ValueError
-            If a value's last axis is not as long as the columns.
+            If the last axis of a value does not have one entry per column.
         """
         scaled = dict(sample)
         for key, columns in (
@@ -229,14 +229,14 @@ class Normalize:
     def inverse(
         self, values: torch.Tensor, columns: str | Sequence[str] | None = None
     ) -> torch.Tensor:
-        """Give scaled values their unit back.
+        """Convert scaled values back to their units.
 
         Parameters
         ----------
         values : torch.Tensor, shape (..., k)
             Scaled values, on any device, of any floating dtype.
         columns : str or sequence of str, optional
-            The k columns. Default: the target columns.
+            Names of the k columns. Default: the target columns.
 
         Returns
         -------
@@ -246,7 +246,7 @@ class Normalize:
         Raises
         ------
         ValueError
-            If a column is unknown or the last axis is not as long as the columns.
+            If a column is unknown, or the last axis does not have one entry per column.
         """
         if columns is None:
             names = self.target_columns
@@ -271,24 +271,24 @@ class Normalize:
         return mean, values.new_tensor([self.std[i] for i in indices])
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the transform as JSON-safe values.
+        """Return the transform as a JSON-serializable dict.
 
         Returns
         -------
         dict
-            Strings, lists of strings and floats, and the format's version.
+            Strings, lists of strings and of floats, and the version of the format.
         """
         fields = {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self).items()}
         return {"format": _FORMAT, **fields}
 
     @classmethod
     def from_dict(cls, state: Mapping[str, Any]) -> Normalize:
-        """Make the transform that `to_dict` described.
+        """Create a transform from the result of `to_dict`.
 
         Parameters
         ----------
         state : dict
-            What `to_dict` returned, also after a round through JSON.
+            Result of `to_dict`, also after a JSON round trip.
 
         Returns
         -------
@@ -298,7 +298,8 @@ class Normalize:
         Raises
         ------
         ValueError
-            If the format is another one, a field is missing or unknown, or a value is invalid.
+            If the format version is unsupported, a field is missing or unknown, or a value is
+            invalid.
         """
         fields = dict(state)
         version = fields.pop("format", None)

@@ -1,4 +1,4 @@
-"""Windows read from memory maps into tensors, with a bounded number of files open."""
+"""Read windows from memory maps into tensors, with a limited number of open files."""
 
 from __future__ import annotations
 
@@ -23,19 +23,9 @@ _KEYS = (
 class WindowReader:
     """Reads windows of one patch at a time.
 
-    Parameters
-    ----------
-    patches : sequence of Patch
-        The checked patches.
-    windows : Windows
-        Where the windows of a patch lie in time.
-    targets : sequence of int
-        Columns of the outputs.
-    origin : ndarray of float64, shape (3,)
-        Subtracted from every point.
-    max_open : int
-        Patches whose files stay open; each holds four file descriptors. A thread that reads has
-        the files of one more open.
+    ``targets`` are positions of the output columns; ``origin``, float64 (3,), is subtracted from
+    every point. The files of ``max_open`` patches stay open, with four file descriptors each; each
+    additional thread may have one more patch open.
     """
 
     def __init__(
@@ -55,10 +45,10 @@ class WindowReader:
         self._open_arrays: dict[int, PatchArrays] = {}
 
     def arrays(self, position: int) -> PatchArrays:
-        """Map the files of ``patches[position]``, or return maps that are still open."""
+        """Return maps of the files of ``patches[position]``, opened or reused."""
         patch = self._patches[position]
-        # Threads share this without a lock, which a fork could copy while it is held: whichever
-        # of them comes last puts what is too many out.
+        # Without a lock, since a fork could copy a locked one: each thread takes its entry out,
+        # and the last to put one back removes the oldest entries above the limit.
         arrays = self._open_arrays.pop(position, None) or patch.open()
         arrays.check_sizes(patch.path)
         self._open_arrays[position] = arrays
@@ -83,7 +73,7 @@ class WindowReader:
             tensors[f"{prefix}_out"] = torch.from_numpy(outputs).unbind(0)
             points = getattr(arrays, f"{prefix}_coords").astype(np.float64) - self.origin
             cloud = torch.from_numpy(points.astype(np.float32))
-            # A transform may work in place: no two samples share memory.
+            # A transform may work in place, so samples must not share memory.
             tensors[f"{prefix}_coords"] = [cloud.clone() for _ in starts]
         return [
             {key: patch.patch_id if key == "patch_id" else tensors[key][i] for key in _KEYS}
@@ -91,16 +81,16 @@ class WindowReader:
         ]
 
     def __getstate__(self) -> dict[str, Any]:
-        # A memory map pickles as the whole array: a spawned worker maps the files itself.
+        # Pickling a memory map would copy the whole array; a spawned worker maps the files again.
         return {**self.__dict__, "_open_arrays": {}}
 
 
 def _read_windows(obs: NDArray[Any], starts: NDArray[np.int64], length: int) -> NDArray[np.float32]:
-    """Return the windows in the order of ``starts``, read in the order of time.
+    """Return windows (B, length, N, C) in the order of ``starts``, read in order of time.
 
-    A file that is not in memory is so read forwards; steps that a window shares with the one
-    before are copied from it, converted already. An array of all steps between the two would
-    cost a second copy of the batch, which takes twice as long where the file is in memory.
+    Steps that a window shares with the previous one are copied from it, already converted.
+    Reading all steps into one array first would copy the batch a second time, which takes twice
+    as long if the file is in the page cache.
     """
     windows = np.empty((len(starts), length, *obs.shape[1:]), dtype=np.float32)
     previous, previous_end = windows[:0], 0

@@ -1,4 +1,4 @@
-"""Statistics of the training part, streamed over the memory maps."""
+"""Statistics of the training steps, streamed from the memory maps."""
 
 from __future__ import annotations
 
@@ -16,7 +16,10 @@ _BLOCK_VALUES = 1 << 20  # 8 MB as float64
 
 
 class Statistics(NamedTuple):
-    """Mean and standard deviation per column (C,), corners of the domain's box (3,)."""
+    """Mean and standard deviation per column (C,), corners of the box around all points (3,).
+
+    Units are those of the files. ``std`` is the population's, and 1 for a constant column.
+    """
 
     mean: NDArray[np.float64]
     std: NDArray[np.float64]
@@ -31,31 +34,10 @@ def training_statistics(
     open_patch: Callable[[Patch], PatchArrays] = Patch.open,
     progress: bool = True,
 ) -> Statistics:
-    """Read the training steps of all core points once.
+    """Compute the statistics of the core points over the training steps, in one pass.
 
-    Parameters
-    ----------
-    patches : sequence of Patch
-        Checked patches of a folder, of the same columns.
-    windows : Windows
-        Says where the training part ends; its split is not used.
-    open_patch : callable
-        Maps the files of a patch; a dataset returns maps that it has open.
-    progress : bool
-        Show a bar if it takes more than a second.
-
-    Returns
-    -------
-    Statistics
-        In float64, in the units of the files. The standard deviation is the population's; it
-        is 1 for a column that never changes.
-
-    Raises
-    ------
-    ValueError
-        If there are no training steps, or a value is not finite (named by patch and file).
-    OSError
-        If a file went away or shrank since the patches were checked.
+    ``windows`` gives the end of the training steps; its split is ignored. ``open_patch`` may
+    return maps that are already open.
 
     Examples
     --------
@@ -67,7 +49,7 @@ def training_statistics(
     """
     num_steps = windows.cut
     if num_steps < 1:
-        raise ValueError(f"the training part must have at least one time step, got {num_steps}")
+        raise ValueError(f"the training split must have at least one time step, got {num_steps}")
     count = 0
     width = patches[0].columns
     mean, moment = np.zeros(width), np.zeros(width)
@@ -90,7 +72,7 @@ def training_statistics(
             block = _check_finite(steps, patch.path.name, "core_obs").reshape(-1, width)
             column_min = np.minimum(column_min, block.min(0))
             column_max = np.maximum(column_max, block.max(0))
-            # Merging of means and squared deviations: Chan, Golub and LeVeque (1983).
+            # Merge means and squared deviations: Chan, Golub and LeVeque (1983).
             block_mean = block.mean(0)
             total = count + len(block)
             shift = block_mean - mean
@@ -99,7 +81,7 @@ def training_statistics(
             mean += shift * (len(block) / total)
             count = total
     std = np.where(column_max > column_min, np.sqrt(moment / count), 1.0)
-    # A column that hardly moves can underflow to a deviation of 0.
+    # The deviation of a nearly constant column can underflow to 0.
     std[std == 0.0] = 1.0
     return Statistics(mean, std, low, high)
 

@@ -1,4 +1,4 @@
-"""Which steps of a series belong to which sample: the split in time and the sliding windows."""
+"""Split of a series in time, and the sliding windows of each split."""
 
 from __future__ import annotations
 
@@ -15,37 +15,36 @@ SPLITS = ("train", "val", "all")
 
 @dataclass(frozen=True)
 class Windows:
-    """Sliding windows over one part of a series of `steps` time steps.
+    """Sliding windows over one split of a series of `steps` time steps.
 
-    Training has the steps ``[0, cut)`` with ``cut = floor((1 - val_ratio) * steps)``,
-    validation ``[cut + gap, steps)``, "all" every step. A window lies inside its part from
-    its first input step to its last output step, so none crosses the cut. The gap is taken
-    from the validation part: training is the same whatever the gap.
+    "train" has the steps ``[0, cut)`` with ``cut = floor((1 - val_ratio) * steps)``, "val" has
+    ``[cut + gap, steps)``, and "all" has every step. All input and output steps of a window
+    lie in its split. The gap shortens only the validation split.
 
     Parameters
     ----------
     steps : int
         Number of time steps T of the series.
     inputs, outputs : int
-        Steps that go into a sample and the steps right after them that come out.
+        Number of input steps of a window, and of the output steps right after them.
     split : {"train", "val", "all"}
-        The part of the series.
+        The split.
     val_ratio : float
-        Share of the series after the cut, in [0, 1).
+        Fraction of the series after the cut, in [0, 1).
     gap : int
-        Steps left out after the cut.
+        Steps skipped after the cut.
     stride : int or None
-        Steps from one window's start to the next one's. None: `outputs`.
+        Steps between the starts of consecutive windows. None: `outputs`.
 
     Attributes
     ----------
     count : int
-        Windows in the part; 0 when it is shorter than one window.
+        Number of windows; 0 if the split is shorter than one window.
 
     Raises
     ------
     TypeError, ValueError
-        If an argument is of the wrong type or out of range.
+        If an argument has the wrong type or is out of range.
 
     Examples
     --------
@@ -76,33 +75,33 @@ class Windows:
 
     @property
     def cut(self) -> int:
-        """First step after the training part."""
-        # 0.9 of 10 steps leaves 0.9999999999999998 of one: rounding must not eat a step.
+        """First step after the training split."""
+        # (1 - 0.9) * 10 is 0.9999999999999998: rounding must not lose a step.
         return math.floor((1.0 - self.val_ratio) * self.steps + 1e-9)
 
     @property
     def first(self) -> int:
-        """First step of the part."""
+        """First step of the split."""
         return min(self.cut + self.gap, self.steps) if self.split == "val" else 0
 
     @property
     def last(self) -> int:
-        """One past the last step of the part."""
+        """One past the last step of the split."""
         return self.cut if self.split == "train" else self.steps
 
     @property
     def length(self) -> int:
-        """Steps in a window, inputs and outputs."""
+        """Number of steps in a window, inputs and outputs."""
         return self.inputs + self.outputs
 
     @property
     def step(self) -> int:
-        """Steps from one window to the next."""
+        """Steps between the starts of consecutive windows."""
         return self.outputs if self.stride is None else self.stride
 
     @property
     def count(self) -> int:
-        """Windows in the part."""
+        """Number of windows in the split."""
         return max((self.last - self.first - self.length) // self.step + 1, 0)
 
     def starts(self) -> NDArray[np.int64]:

@@ -1,7 +1,7 @@
-"""The first pass over patch ids: which there are, how many of each, and whether they lie in runs.
+"""First pass over patch ids: the distinct ids, their counts, and whether each id is a single run.
 
-Ids come in blocks, in order, so nothing is as large as the dataset. Ids that lie close together are
-counted in a window, one counter for every value; ids from anywhere in a table of those met.
+Ids are read in blocks, in order, so memory does not grow with the dataset. Dense ids are counted in
+a window with one counter per value, sparse ids in a hash table.
 """
 
 from __future__ import annotations
@@ -19,17 +19,17 @@ from gpusampler.groups.hash_table import IdTable
 from gpusampler.sources.base import BLOCK
 
 CHUNK = 1 << 16
-"""Ids worked on at once, so that they stay in cache."""
+"""Ids processed at once, so that they stay in cache."""
 
 RADIX = 1 << 16
 MAX_WINDOW = 1 << 26
-"""Counters in a window at most: half a GiB of them."""
+"""Maximum number of counters in a window: half a GiB."""
 
 MAX_TABLE_IDS = 1 << 18
-"""Ids in a table at most; one that leaves the cache is slower than sorting."""
+"""Maximum number of ids in a table; a table larger than the cache is slower than sorting."""
 
 MAX_PATCH_SAMPLES = 1 << 31
-"""A patch holds fewer samples than this, so that its positions fit in 31 bits."""
+"""Exclusive limit on the samples of a patch: positions in a patch fit in 31 bits."""
 
 _EMPTY = np.zeros(0, np.int64)
 
@@ -37,15 +37,9 @@ StateArrays = dict[str, NDArray[Any]]
 
 
 class CensusResult(NamedTuple):
-    """What a pass over the ids has found.
+    """Distinct ids, ascending, and their counts: int64, shape (G,).
 
-    Attributes
-    ----------
-    patch_ids, counts : int64 arrays, shape (G,)
-        The ids that there are, ascending, and the samples of each.
-    starts : int64 array, shape (G,), or None
-        Where each patch's only run starts; None where a patch has several.
-    fingerprint : int
+    ``starts`` is the start of each patch's only run, or None if a patch has several runs.
     """
 
     patch_ids: Int64
@@ -54,7 +48,7 @@ class CensusResult(NamedTuple):
     fingerprint: int
 
     def group_lookup(self) -> Callable[[NDArray[Any]], NDArray[Any]]:
-        """Return the function from ids, all of these, to their groups in the narrowest type."""
+        """Return a function from known ids to group numbers in the narrowest dtype."""
         ids = self.patch_ids
         dtype = np.dtype(arrays.narrowest_dtype("numpy", ids.size)[0])
         first_id, span = int(ids[0]), int(ids[-1]) - int(ids[0]) + 1
@@ -78,21 +72,15 @@ def check_patch_sizes(patch_ids: Int64, counts: Int64, names: tuple[str, ...] | 
 
 
 def label_of(patch_id: Any, names: tuple[str, ...] | None) -> int | str:
-    """Return what the user calls a patch."""
+    """Return the name of a patch, or its id if patches have no names."""
     return int(patch_id) if names is None else names[int(patch_id)]
 
 
 class Census:
-    """Counts ids that come in blocks, from the first sample to the last.
+    """Counts ids block by block, in sample order.
 
-    As long as every id has had one run only, the runs tell all; then ids are counted.
-
-    Parameters
-    ----------
-    size : int
-        Samples N in all.
-    state : mapping of arrays, optional
-        From `state` of a census of the same ids, to go on from there.
+    While every id has a single run, only runs are stored; after the first repeated id, counters.
+    ``size`` is the number of samples N. ``state``, from `Census.state` of the same ids, resumes.
     """
 
     def __init__(self, size: int, state: Mapping[str, NDArray[Any]] | None = None) -> None:
@@ -111,7 +99,7 @@ class Census:
                 self._runs, self._counts = None, self._new_counters(state["ids"], state["counts"])
 
     def add(self, ids: NDArray[Any]) -> None:
-        """Count the next block of ids: integers of any type, shape (K,)."""
+        """Count the next block of ids: any integer dtype, shape (K,)."""
         for first in range(0, ids.size, CHUNK):
             chunk = ids[first : first + CHUNK].astype(np.int64, copy=False)
             self._id_sum.add(self.num_seen, chunk)
@@ -123,7 +111,7 @@ class Census:
             self.num_seen += chunk.size
 
     def state(self) -> StateArrays:
-        """Return all that `add` has found, in arrays."""
+        """Return the state after the last `add` as arrays."""
         state: StateArrays = {
             "seen": np.array(self.num_seen),
             "sum": np.array(self._id_sum.total, np.uint64),
@@ -136,7 +124,7 @@ class Census:
         return {**state, "ids": ids, "counts": counts}
 
     def result(self) -> CensusResult:
-        """Return what was found, after the last block."""
+        """Return the result; call it after the last block."""
         id_fingerprint = self._id_sum.value(self.size)
         if self._runs is not None and not self._runs.are_distinct():
             self._switch_to_counters(self.size)
@@ -151,13 +139,13 @@ class Census:
     def _add_to_runs(self, chunk: Int64) -> None:
         assert self._runs is not None
         self._runs.add(self.num_seen, chunk)
-        # Shuffled ids give themselves away in the first chunk; asked again as their number doubles,
-        # runs are sorted a few times in all.
+        # Shuffled ids repeat within the first chunk. The check runs again each time the number of
+        # runs doubles, so runs are sorted only a few times.
         if self._runs.size >= self._runs.check_size and not self._runs.are_distinct():
             self._switch_to_counters(self.num_seen + chunk.size)
 
     def _switch_to_counters(self, num_seen: int) -> None:
-        """Go on with counters, as ids have come again."""
+        """Replace the runs by counters, because an id has repeated."""
         assert self._runs is not None
         ids, starts = self._runs.ids_and_starts()
         lengths = np.diff(starts, append=num_seen)
@@ -175,23 +163,17 @@ class Census:
 
 
 class CounterWindow:
-    """Counters of all values between two, which move apart as ids ask for it.
-
-    Parameters
-    ----------
-    max_size : int
-        Counters at most.
-    """
+    """One counter per value in a range that grows with the ids, up to ``max_size`` values."""
 
     def __init__(self, max_size: int) -> None:
         self._max_size = max_size
         self._low = 0
         self._histogram = _EMPTY
-        # The smallest and the largest id met: the window may be wider.
+        # Smallest and largest id so far; the window may be wider.
         self._first, self._last = (1 << 63) - 1, -(1 << 63)
 
     def add(self, ids: Int64) -> bool:
-        """Count ids; False, and nothing is counted, if the window would be too wide."""
+        """Count ids, or return False and count none if the window would be too wide."""
         low, high = int(ids.min()), int(ids.max())
         if not self._extend_to(low, high):
             return False
@@ -199,14 +181,14 @@ class CounterWindow:
         return True
 
     def load(self, ids: Int64, counts: Int64) -> bool:
-        """Begin with ids, ascending, that were counted; False if the window would be too wide."""
+        """Load counts of ascending ids, or return False if the window would be too wide."""
         if not self._extend_to(int(ids[0]), int(ids[-1])):
             return False
         self._histogram[ids - self._low] = counts
         return True
 
     def ids_and_counts(self) -> tuple[Int64, Int64]:
-        """Return the ids met, ascending, and how often each was."""
+        """Return the distinct ids, ascending, and their counts."""
         offsets = np.flatnonzero(self._histogram)
         return offsets + self._low, self._histogram[offsets]
 
@@ -216,7 +198,7 @@ class CounterWindow:
         if span > self._max_size:
             return False
         if not self._low <= low <= high < self._low + self._histogram.size:
-            # With room to spare where it grows, or ids that rise would move it at every chunk.
+            # Spare room: without it, ascending ids would reallocate the window at every chunk.
             margin = min(self._max_size - span, span // 2) if self._histogram.size else 0
             start = max(first_id - margin, -(1 << 63)) if low < self._low else first_id
             histogram = np.zeros(span + margin, np.int64)
@@ -229,13 +211,7 @@ class CounterWindow:
 
 
 class CounterTable:
-    """Counters of the ids that were met, from anywhere among the 64-bit integers.
-
-    Parameters
-    ----------
-    ids, counts : int64 arrays, shape (G,), optional
-        Ids met before, ascending, and how often.
-    """
+    """Counters of arbitrary 64-bit ids, starting from ascending ``ids`` and their ``counts``."""
 
     def __init__(self, ids: Int64 = _EMPTY, counts: Int64 = _EMPTY) -> None:
         self._ids, self._counts = ids, counts.copy()
@@ -245,9 +221,9 @@ class CounterTable:
         self._rebuild_table()
 
     def add(self, ids: Int64) -> bool:
-        """Count ids; always True."""
+        """Count ids; always return True."""
         if self._id_table is None:
-            # Copied: it may be a part of a block that is read into anew.
+            # Copied: the caller may reuse the buffer of the block.
             unknown_ids = ids.copy()
         else:
             group = self._id_table.lookup(ids)
@@ -259,14 +235,14 @@ class CounterTable:
             unknown_ids = ids[~is_known]
         self._pending_ids.append(unknown_ids)
         self._pending_size += unknown_ids.size
-        # Far more than are known already: what a merge costs is shared by those that wait for it.
+        # Merging is expensive, so it waits for many more ids than are known already.
         merge_size = CHUNK if self._id_table is not None or not self._ids.size else 4 * BLOCK
         if self._pending_size >= max(merge_size, 2 * self._ids.size):
             self._merge()
         return True
 
     def ids_and_counts(self) -> tuple[Int64, Int64]:
-        """Return the ids met, ascending, and how often each was."""
+        """Return the distinct ids, ascending, and their counts."""
         self._merge()
         return self._ids, self._counts
 
@@ -277,7 +253,7 @@ class CounterTable:
         self._pending_ids, self._pending_size = [], 0
         distinct, counts = arrays.unique_consecutive(values)
         positions = np.searchsorted(self._ids, distinct)
-        # Where no table is, ids that are known wait like others.
+        # Without a table, known ids are pending like unknown ones.
         is_known = np.zeros(distinct.shape, np.bool_)
         if self._ids.size:
             is_known = self._ids[np.minimum(positions, self._ids.size - 1)] == distinct
@@ -292,19 +268,9 @@ class CounterTable:
 
 
 class IdRuns:
-    """Runs of equal ids: the id and the first sample of each.
+    """Runs of equal ids: the id and the first sample of each run.
 
-    Parameters
-    ----------
-    ids, starts : int64 arrays, shape (R,), optional
-        Runs that were followed before.
-
-    Attributes
-    ----------
-    size : int
-        Runs so far.
-    check_size : int
-        At how many it is time to ask whether they are of distinct ids.
+    ``size`` counts the runs so far. When it reaches ``check_size``, call `are_distinct`.
     """
 
     def __init__(self, ids: Int64 = _EMPTY, starts: Int64 = _EMPTY) -> None:
@@ -313,7 +279,7 @@ class IdRuns:
         self.check_size = 2 * max(ids.size, 1)
 
     def add(self, first: int, ids: Int64) -> None:
-        """Follow the ids of samples from ``first`` on."""
+        """Add the ids of consecutive samples that start at ``first``."""
         start = np.flatnonzero(ids[1:] != ids[:-1]) + 1
         if self.size == 0 or int(ids[0]) != int(self._ids[-1][-1]):
             start = np.append(0, start)
@@ -323,12 +289,12 @@ class IdRuns:
             self.size += start.size
 
     def ids_and_starts(self) -> tuple[Int64, Int64]:
-        """Return the ids and the starts of all runs, in order."""
+        """Return the ids and starts of all runs, in sample order."""
         self._ids, self._starts = [np.concatenate(self._ids)], [np.concatenate(self._starts)]
         return self._ids[0], self._starts[0]
 
     def are_distinct(self) -> bool:
-        """Whether no id has had two runs."""
+        """Whether no id has more than one run."""
         self.check_size = 2 * self.size
         sorted_ids = np.sort(self.ids_and_starts()[0])
         return not bool((sorted_ids[1:] == sorted_ids[:-1]).any())

@@ -1,11 +1,9 @@
-"""Sorting samples by patch: the work behind `PatchGroups`.
+"""Sort samples by patch, for `PatchGroups`.
 
-On the host it is a stable counting sort in two passes over the ids, which are read in order, block
-by block, from wherever they lie: `census` finds what there is, then every chunk is sorted by
-patch while it lies in cache and written to where its samples belong. Nothing but the result is as
-large as the dataset, and the result may lie in a file (see `index_format`).
-
-On a device it is one stable argsort of the narrowest type, and unique_consecutive.
+The host uses a stable counting sort in two passes over the ids, which are read in order, block by
+block. The first pass (`census`) counts; the second sorts each chunk in cache and writes its samples
+to their final places. Only the result is as large as the dataset, and it may be a memory-mapped
+file (see `index_format`). A device uses one stable argsort in the narrowest dtype.
 """
 
 from __future__ import annotations
@@ -39,20 +37,21 @@ INT32_SAMPLES = 1 << 31
 
 
 class IdsChanged(RuntimeError):
-    """The second pass found other ids than the first."""
+    """The second pass read different ids than the first."""
 
     def __init__(self) -> None:
         super().__init__(
-            "ids must stay as they are while they are grouped, got others in the second pass"
+            "ids changed while they were grouped: the second pass read different values than the "
+            "first. Do not modify them until grouping has finished."
         )
 
 
 class GroupingResult(NamedTuple):
-    """What grouping finds.
+    """Patches by ascending id: ``patch_ids``, ``counts`` and ``starts`` are int64, shape (G,).
 
-    ``patch_ids``, ``counts`` and ``starts`` are int64 NumPy arrays of shape (G,), by ascending
-    patch id. ``order`` is int32 below 2**31 samples, else int64, or None where every patch is a
-    run; ``starts`` then counts samples, otherwise places in ``order``.
+    ``order`` holds the samples sorted by patch, int32 below 2**31 samples, else int64, and
+    ``starts`` are offsets into it. If every patch is one run, ``order`` is None and ``starts`` are
+    sample indices.
     """
 
     patch_ids: Int64
@@ -63,23 +62,23 @@ class GroupingResult(NamedTuple):
 
 
 class GroupingStorage(Protocol):
-    """Where grouping keeps its result, and how far it has come."""
+    """Where grouping stores its result and its checkpoints."""
 
     def saved_state(self) -> Mapping[str, NDArray[Any]] | None:
-        """Return the state that was kept last, if grouping was broken off."""
+        """Return the last checkpoint of an interrupted run, or None."""
 
     def checkpoint(self, state: Callable[[], StateArrays], is_last: bool) -> None:
-        """Keep the state, if it is time to or the last one, with all written to the order."""
+        """Save the state and flush the order, if a checkpoint is due or ``is_last``."""
 
     def allocate_order(self, size: int, dtype: Any) -> NDArray[Any]:
-        """Return room for the order: int32 or int64, shape (size,)."""
+        """Return storage for the order: int32 or int64, shape (size,)."""
 
 
 class MemoryStorage:
-    """Keeps the result in memory; it is lost with the process."""
+    """Stores the result in memory, without checkpoints."""
 
     def saved_state(self) -> None:
-        """Return None: there is nothing to go on with."""
+        """Return None."""
 
     def checkpoint(self, state: Callable[[], StateArrays], is_last: bool) -> None:
         """Do nothing."""
@@ -91,7 +90,7 @@ class MemoryStorage:
             needed,
             HOST,
             f"the order of {size} samples",
-            "PatchGroups.from_ids(ids, path=...) keeps it in a file that is mapped into memory",
+            "PatchGroups.from_ids(ids, path=...) stores it in a memory-mapped file",
         )
         return np.empty(size, dtype)
 
@@ -99,22 +98,9 @@ class MemoryStorage:
 def group_on_host(
     ids: PatchIds, storage: GroupingStorage | None = None, *, progress: bool = False
 ) -> GroupingResult:
-    """Group patch ids that NumPy can read, wherever they lie.
+    """Group patch ids on the host, into ``storage`` (default: memory).
 
-    Parameters
-    ----------
-    ids : PatchIds
-    storage : GroupingStorage, optional
-        Default: in memory.
-    progress : bool
-        Show a bar if it takes more than a second.
-
-    Raises
-    ------
-    ValueError
-        If a patch has 2**31 samples or more.
-    IdsChanged
-        If the ids changed between the two passes.
+    Raise IdsChanged if the ids changed between the two passes.
     """
     arrays.reuse_temporaries()
     storage = MemoryStorage() if storage is None else storage
@@ -143,7 +129,7 @@ def _add_blocks(
     label: str,
     progress: bool,
 ) -> None:
-    """Add all ids from ``first`` on, block by block, and keep the state between blocks."""
+    """Add all ids from ``first`` on, block by block, with a checkpoint between blocks."""
     with progress_bar.ProgressBar(ids.size, label, "samples", progress) as bar:
         bar.update(first)
         for _, block in ids.blocks(first):
@@ -154,17 +140,10 @@ def _add_blocks(
 
 
 class OrderWriter:
-    """Writes samples to their places, patch by patch, as their ids come.
+    """Writes samples, block by block, to their places in ``order``, shape (N,).
 
-    Parameters
-    ----------
-    census_result : CensusResult
-    order : integer array, shape (N,)
-        Where to.
-    state : mapping of arrays, optional
-        From `state`, to go on from there; what was written since is written again.
-    verify : bool
-        Whether the ids may have changed since they were counted.
+    ``state``, from `OrderWriter.state`, resumes; later writes are repeated. ``verify`` checks that
+    the ids are those of the census.
     """
 
     def __init__(
@@ -181,7 +160,7 @@ class OrderWriter:
         self._next_locations = self._ends - census_result.counts
         self._group_lookup = census_result.group_lookup()
         self._fingerprint = census_result.fingerprint
-        # Samples that have changed places leave every count as it was.
+        # Counts alone would not reveal samples that swapped their ids.
         self._id_sum = fingerprint.IdSum()
         self._verify = verify
         if state is not None and "written" in state:
@@ -193,8 +172,8 @@ class OrderWriter:
         """Write the next block of samples."""
         num_groups = self._next_locations.size
         sort = self._sort_few if num_groups <= RADIX else self._sort_many
-        # A chunk pays for a pass over all patches, or for two sorts: so it is larger where there
-        # are many.
+        # The cost per chunk (a pass over all patches, or two sorts) grows with the number of
+        # patches, so chunks grow too.
         chunk_size = max(CHUNK, 2 * num_groups) if num_groups <= RADIX else BLOCK
         for first in range(0, ids.size, chunk_size):
             chunk = ids[first : first + chunk_size]
@@ -206,12 +185,12 @@ class OrderWriter:
                 samples += self.num_written
                 self.order[locations] = samples
             except (IndexError, ValueError) as error:
-                # No place was counted for an id: it was not there in the first pass.
+                # The census has no group or no free place for an id.
                 raise IdsChanged from error
             self.num_written += group.size
 
     def state(self) -> StateArrays:
-        """Return how far this is, in arrays."""
+        """Return the state after the last `add` as arrays."""
         return {
             "written": np.array(self.num_written),
             "written_sum": np.array(self._id_sum.total, np.uint64),
@@ -219,12 +198,9 @@ class OrderWriter:
         }
 
     def finish(self) -> Int64:
-        """Return where each patch starts in the order, once all samples are written.
+        """Return the start of each patch in the order, or raise IdsChanged.
 
-        Raises
-        ------
-        IdsChanged
-            If there were other ids than were counted, or the same ones elsewhere.
+        Call it after all samples are written.
         """
         has_changed = self._verify and self._id_sum.value(self.order.size) != self._fingerprint
         if has_changed or not np.array_equal(self._next_locations, self._ends):
@@ -232,18 +208,17 @@ class OrderWriter:
         return np.append(0, self._ends[:-1])
 
     def _sort_few(self, group: NDArray[Any]) -> tuple[Int64, Int64]:
-        """Return where the samples of a chunk go, and which they are, patch by patch."""
+        """Return the target locations and the samples of a chunk, sorted by patch."""
         samples = group.argsort(kind="stable")
         counts = np.bincount(group, minlength=self._next_locations.size)
-        # Within the chunk a patch's samples end up side by side: their targets are consecutive.
+        # Samples of one patch in a chunk have consecutive targets.
         locations = np.repeat(self._next_locations - (np.cumsum(counts) - counts), counts)
         locations += np.arange(group.size)
         self._next_locations += counts
         return locations, samples
 
     def _sort_many(self, group: NDArray[Any]) -> tuple[Int64, Int64]:
-        """`_sort_few` for more patches than a radix sort of 16 bits can tell apart."""
-        # The low digit first, then, stably, the high one.
+        """`_sort_few` for more than 2**16 patches: a radix sort with two 16-bit digits."""
         samples = (group & (RADIX - 1)).astype(np.uint16).argsort(kind="stable")
         high_digits = (group >> 16).astype(np.uint16)[samples]
         samples = samples[high_digits.argsort(kind="stable")]
@@ -258,7 +233,7 @@ class OrderWriter:
 
 
 def group_ids(ids: PatchIds, *, progress: bool = False) -> GroupingResult:
-    """Group patch ids on their device or, where its memory does not suffice, on the host."""
+    """Group patch ids on their device, or on the host if the device runs out of memory."""
     if not ids.device.on_host:
         try:
             return group_on_device(ids.array)  # type: ignore[attr-defined]
@@ -266,22 +241,17 @@ def group_ids(ids: PatchIds, *, progress: bool = False) -> GroupingResult:
             if not devices.is_out_of_memory(error):
                 raise
             warn(
-                f"the memory of {ids.device} does not suffice to sort {ids.size} ids, so the host "
-                f"does it, with the same result: {' '.join(str(error).split())[:200]}"
+                f"not enough memory on {ids.device} to sort {ids.size} ids; sorting on the host "
+                f"(identical result, slower): {' '.join(str(error).split())[:200]}"
             )
     return group_on_host(ids, progress=progress)
 
 
 def group_on_device(ids: Any) -> GroupingResult:
-    """Group an integer array, shape (N,) with N >= 1, of torch or CuPy, where it lies.
+    """Group a torch or CuPy integer array, shape (N,) with N >= 1, on its device.
 
-    Only tables as long as the number of patches come to the host.
-
-    Raises
-    ------
-    ValueError
-        If there are 2**31 samples or more: a device's sort takes no more at once; or if an id does
-        not fit in int64.
+    Only arrays of shape (G,) are copied to the host. Raise ValueError for 2**31 samples or more,
+    the limit of the device sorts.
     """
     device = arrays.device_of(ids)
     with devices.device_context(device):
@@ -291,19 +261,19 @@ def group_on_device(ids: Any) -> GroupingResult:
 def _group_array(device: Device, ids: Any) -> GroupingResult:
     xp = arrays.namespace(device)
     size = int(ids.shape[0])
-    # About what torch's and CuPy's radix sorts hold at once, with keys of up to four bytes.
+    # Approximate peak of the radix sorts of torch and CuPy with keys of up to four bytes.
     check_free_memory(
         40 * size,
         device,
         f"sorting {size} ids",
-        "narrower ids (int32, int16) take less, and ids on the host are sorted there",
+        "use narrower ids (int32, int16), or pass ids on the host to sort them there",
     )
     if size >= INT32_SAMPLES:
         raise ValueError(
-            f"ids on {device} must be fewer than 2**31, got {size}; pass them on the host"
+            f"ids on {device} must have fewer than 2**31 elements, got {size}; pass them on the "
+            "host"
         )
-    # torch has no arithmetic on unsigned types beyond uint8. What does not fit would come out
-    # negative.
+    # torch has no arithmetic for unsigned dtypes beyond uint8.
     ids = xp.astype(check_ids(ids), xp.int64, copy=False)
     id_fingerprint = fingerprint.of_device_ids(xp, ids, devices.device_handle(device))
     if _are_distinct(xp, arrays.unique_consecutive(ids[:CHUNK])[0]):

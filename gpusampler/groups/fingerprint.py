@@ -1,13 +1,12 @@
-"""A 64-bit fingerprint of which sample carries which patch id.
+"""A 64-bit fingerprint of the patch id of every sample.
 
 The fingerprint is the wrapping sum over all samples i of ``(2 * m(id_i) + 1) * w(i)``. m mixes all
 64 bits of a patch id; the weight w(i) is the product of eight odd pseudo-random numbers, one for
-each byte of i. A sum does not depend on the order in which, the device on which or the chunks in
-which it is computed; a product of per-byte factors can be summed in closed form over any range of
-samples, so a dataset of 1e12 samples given by counts alone has the same fingerprint as its ids
-written out would have.
+each byte of i. The sum does not depend on order, device or chunk size. The product of per-byte
+factors has a closed-form sum over any range of samples, so 1e12 samples given by counts have the
+same fingerprint as the same ids in an array.
 
-It tells apart configurations that differ by accident. It is no cryptographic hash.
+The fingerprint detects accidental differences; it is not a cryptographic hash.
 """
 
 from __future__ import annotations
@@ -24,14 +23,14 @@ from gpusampler.permutation.reference import MASK, derive_key
 
 LEVELS = 8
 _HALF_BITS = np.uint64(32)
-_ODD = np.uint64(0x9E3779B97F4A7C15)  # the golden ratio's bits, odd
+_ODD = np.uint64(0x9E3779B97F4A7C15)  # 2**64 / golden ratio, odd
 BLOCK = 1 << 16
 WRAP = (1 << 64) - 1
 _PURPOSE = 0x46505250
 
 
 def _odd_factors() -> NDArray[np.uint64]:
-    """Odd factors, shape (8, 256): one for each level (byte of the index) and digit."""
+    """Return odd factors, shape (8, 256), by level (byte of the index) and digit."""
     level, digit = np.divmod(np.arange(LEVELS * 256, dtype=np.int64), 256)
     low, high = derive_key(0, _PURPOSE, level, digit)
     factors = (high.astype(np.uint64) << np.uint64(32)) | low.astype(np.uint64) | np.uint64(1)
@@ -45,10 +44,9 @@ _BLOCK_WEIGHTS = np.multiply.outer(FACTORS[1], FACTORS[0]).ravel()
 
 
 def mix_ids(ids: Int64) -> NDArray[np.uint64]:
-    """Return m(id): a bijection of the 64-bit integers that takes high bits down to low ones.
+    """Return m(id), a bijection of 64-bit integers that mixes high bits into low ones.
 
-    Without it the sum, which is taken modulo 2**64, would not see ids that differ in their highest
-    bits only.
+    Without it, the sum modulo 2**64 would miss differences in the highest bits of ids.
     """
     mixed = ids.view(np.uint64)
     mixed = (mixed ^ (mixed >> _HALF_BITS)) * _ODD
@@ -57,7 +55,7 @@ def mix_ids(ids: Int64) -> NDArray[np.uint64]:
 
 
 def weights_before(index: Int64) -> NDArray[np.uint64]:
-    """Return the wrapping sum of w(i) over ``0 <= i < index``, for every index, in closed form."""
+    """Return the wrapping sum of w(i) over ``0 <= i < index`` for each index, in closed form."""
     high_product = np.ones(index.shape, np.uint64)
     low_totals = np.multiply.accumulate(np.concatenate([np.ones(1, np.uint64), _LEVEL_SUMS[:-1]]))
     total = np.zeros(index.shape, np.uint64)
@@ -69,7 +67,7 @@ def weights_before(index: Int64) -> NDArray[np.uint64]:
 
 
 def weights_of(index: NDArray[Any]) -> NDArray[np.uint64]:
-    """Return w(i) of arbitrary indices; an array of the same shape."""
+    """Return w(i) for arbitrary indices, in the same shape."""
     index = index.astype(np.int64, copy=False)
     weights: NDArray[np.uint64] = _BLOCK_WEIGHTS[index & (BLOCK - 1)]
     for level in range(2, LEVELS):
@@ -79,19 +77,13 @@ def weights_of(index: NDArray[Any]) -> NDArray[np.uint64]:
 
 
 class IdSum:
-    """The fingerprint of ids that come in blocks, in any order of blocks.
-
-    Attributes
-    ----------
-    total : int
-        What the blocks have added up to.
-    """
+    """Accumulates the fingerprint of ids block by block, in any order of blocks."""
 
     def __init__(self) -> None:
         self.total = 0
 
     def add(self, first: int, ids: Int64) -> None:
-        """Add the ids of samples from ``first`` on."""
+        """Add the ids of consecutive samples that start at ``first``."""
         start = 0
         while start < ids.size:
             offset = (first + start) & (BLOCK - 1)
@@ -104,30 +96,21 @@ class IdSum:
         self.total &= WRAP
 
     def value(self, size: int) -> int:
-        """Return the fingerprint, when the ids of samples 0 .. size - 1 have been added."""
+        """Return the fingerprint after the ids of samples 0 .. size - 1 have been added."""
         return (2 * self.total + _total_weight(size)) & WRAP
 
 
 @lru_cache(maxsize=64)
 def _total_weight(size: int) -> int:
-    """Return the wrapping sum of w(i) over all of ``size`` samples."""
+    """Return the wrapping sum of w(i) over ``0 <= i < size``."""
     return int(weights_before(np.array([size], np.int64))[0])
 
 
 def of_device_ids(xp: Any, ids: Any, device: Any) -> int:
-    """Return the fingerprint of an int64 array that lies on a device, computed there.
-
-    Parameters
-    ----------
-    xp : module
-        Namespace of ``ids``.
-    ids : int64 array, shape (N,)
-    device : object
-        What the namespace's functions take as ``device=``.
-    """
+    """Return the fingerprint of an int64 array, shape (N,), computed on its device."""
     size = int(ids.shape[0])
     weights = xp.asarray(_BLOCK_WEIGHTS.view(np.int64), device=device)
-    # 64 blocks at a time keep the temporary at 32 MiB.
+    # Limits the temporary array to 32 MiB.
     chunk_size = 64 * BLOCK
     inverse_weight = np.uint64(pow(int(_BLOCK_WEIGHTS[0]), -1, 1 << 64))
     total = 0
@@ -145,13 +128,13 @@ def of_device_ids(xp: Any, ids: Any, device: Any) -> int:
 
 
 def _mix_device_ids(ids: Any) -> Any:
-    """`mix_ids` in int64 arithmetic of any library, whose shifts keep the sign: so mask it off."""
+    """`mix_ids` in int64 arithmetic, with masks because int64 shifts keep the sign."""
     mixed = (ids ^ ((ids >> 32) & MASK)) * int(_ODD.astype(np.int64))
     return mixed ^ ((mixed >> 32) & MASK)
 
 
 def of_runs(patch_ids: Int64, starts: Int64, counts: Int64) -> int:
-    """Return the fingerprint of patches that are runs of consecutive samples, in closed form."""
+    """Return the fingerprint of patches that are single runs, in closed form."""
     weights = weights_before(starts + counts) - weights_before(starts)
     factors = mix_ids(patch_ids) * np.uint64(2) + np.uint64(1)
     return int((factors * weights).sum(dtype=np.uint64))
@@ -164,7 +147,7 @@ def of_order(patch_ids: Int64, counts: Int64, order: NDArray[Any]) -> int:
 
 
 def blocks_of_order(counts: Int64, order: NDArray[Any]) -> Iterator[tuple[Int64, NDArray[Any]]]:
-    """Yield the samples sorted by patch in blocks: (group of each, samples)."""
+    """Yield blocks of the samples sorted by patch, as (group of each sample, samples)."""
     ends = np.cumsum(counts)
     for first in range(0, order.shape[0], BLOCK):
         samples = order[first : first + BLOCK]
@@ -172,34 +155,34 @@ def blocks_of_order(counts: Int64, order: NDArray[Any]) -> Iterator[tuple[Int64,
 
 
 def of_samples(patch_ids: Int64, group: Int64, samples: NDArray[Any]) -> int:
-    """Return what samples of given groups, in any order, add to the fingerprint."""
+    """Return the contribution of samples and their groups, in any order, to the fingerprint."""
     first, last = int(group.min()), int(group.max()) + 1
     factors = mix_ids(patch_ids[first:last]) * np.uint64(2) + np.uint64(1)
     return int((factors[group - first] * weights_of(samples)).sum(dtype=np.uint64))
 
 
 def of_numbers(numbers: Int64) -> int:
-    """Return a 64-bit number of integers and their order."""
+    """Return a 64-bit hash of a sequence of integers."""
     id_sum = IdSum()
     id_sum.add(0, np.ascontiguousarray(numbers, np.int64))
     return id_sum.value(int(numbers.size))
 
 
 def of_names(names: Sequence[str]) -> int:
-    """Return a 64-bit number of strings and their order."""
-    # Imported where it is needed, as few programs do: it takes milliseconds.
+    """Return a 64-bit hash of a sequence of strings."""
+    # Lazy import: takes milliseconds, and few programs need it.
     import hashlib
 
     digest = hashlib.blake2b(digest_size=8)
     for name in names:
         data = name.encode("utf-8", "surrogatepass")
-        # With its length, or ("ab", "c") would be ("a", "bc").
+        # The length keeps ("ab", "c") different from ("a", "bc").
         digest.update(len(data).to_bytes(8, "little") + data)
     return int.from_bytes(digest.digest(), "little")
 
 
 def combine(*numbers: int) -> int:
-    """Mix integers into one 64-bit number; their order matters."""
+    """Return a 64-bit hash of integers in order."""
     state = 0
     for number in numbers:
         low, high = derive_key(state, _PURPOSE, number & ((1 << 63) - 1), (number >> 63) & MASK)

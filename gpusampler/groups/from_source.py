@@ -1,4 +1,4 @@
-"""The groups of whatever a sampler is given."""
+"""Build `PatchGroups` from any source that a sampler accepts."""
 
 from __future__ import annotations
 
@@ -16,19 +16,9 @@ from gpusampler.sources.dispatch import read_patch_ids
 
 
 def groups_of(source: Any, recorder: Recorder, *, progress: bool) -> tuple[PatchGroups, bool]:
-    """Return the groups of a source, and whether it lies on a device where "auto" stays.
+    """Return the groups of a source, and whether device="auto" stays on the device of the groups.
 
-    Parameters
-    ----------
-    source : PatchGroups, path of an index file, or whatever `read_patch_ids` takes
-    recorder : Recorder
-        Notes how long reading and grouping take.
-    progress : bool
-
-    Raises
-    ------
-    TypeError, ValueError, OSError, RuntimeError
-        As by `read_patch_ids`, `PatchGroups.from_ids` and `PatchGroups.load`.
+    ``source`` is a PatchGroups, the path of an index file, or any source of `read_patch_ids`.
     """
     if isinstance(source, PatchGroups):
         return source, True
@@ -47,12 +37,12 @@ def _is_index(path: str | os.PathLike[str]) -> bool:
     try:
         return is_index(path)
     except PermissionError:
-        # Who reads ids says what to do.
+        # `read_patch_ids` raises an error with advice.
         return False
 
 
 class TimedIds(PatchIds):
-    """Ids on the host whose reading is told apart from what is done with them."""
+    """Host ids whose reads are recorded apart from the grouping."""
 
     def __init__(self, ids: PatchIds, recorder: Recorder) -> None:
         self._ids = ids

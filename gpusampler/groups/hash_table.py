@@ -1,8 +1,8 @@
-"""Sparse 64-bit ids to dense group numbers, several times faster than a binary search.
+"""Hash table from sparse 64-bit ids to group numbers, several times faster than a binary search.
 
-Multiplying by an odd number is a bijection of the 64-bit integers, and the product's top bits say
-in which bucket of a table an id lies. Buckets hold a few ids at most, so a lookup is a handful of
-vector operations on data that stay in cache, whatever the ids look like.
+Multiplication by an odd number is a bijection of the 64-bit integers; the top bits of the product
+are the bucket of an id. Buckets hold only a few ids, so a lookup needs few vector operations, on
+data that fits in cache.
 """
 
 from __future__ import annotations
@@ -22,13 +22,7 @@ _MAX_ATTEMPTS = 4
 
 
 class IdTable:
-    """Group number of each of a set of distinct ids.
-
-    Parameters
-    ----------
-    ids : int64 array, shape (G,)
-        Distinct, ascending, G >= 1. An id's group number is its place here.
-    """
+    """Maps distinct, ascending int64 ids, shape (G,) with G >= 1, to their indices 0 .. G-1."""
 
     def __init__(self, ids: Int64) -> None:
         bits = min(max(8, int(ids.size - 1).bit_length() + 2), 40)
@@ -46,14 +40,14 @@ class IdTable:
         self._max_bucket_size, self._factor, bucket_sizes = best
         hashed = ids.view(np.uint64) * self._factor
         hash_order = np.argsort(hashed)
-        # Sentinels keep a probe that runs past the last bucket inside the table.
+        # Sentinels keep probes past the last bucket inside the table.
         num_sentinels = self._max_bucket_size
         self._hashed = np.concatenate([hashed[hash_order], np.full(num_sentinels, ~np.uint64(0))])
         self._groups = np.concatenate([hash_order, np.full(num_sentinels, -1)]).astype(np.int32)
         self._bucket_starts = (np.cumsum(bucket_sizes) - bucket_sizes).astype(np.int32)
 
     def lookup(self, ids: NDArray[Any]) -> NDArray[np.int32]:
-        """Return each id's group number, -1 where it has none; int32, shape (N,)."""
+        """Return the group number of each id, -1 for unknown ids: int32, shape (N,)."""
         hashed = ids.astype(np.int64, copy=False).view(np.uint64) * self._factor
         slots = self._bucket_starts[hashed >> self._shift]
         for _ in range(self._max_bucket_size - 1):
@@ -61,7 +55,7 @@ class IdTable:
         return np.where(self._hashed[slots] == hashed, self._groups[slots], np.int32(-1))
 
     def lookup_all(self, ids: NDArray[Any]) -> NDArray[Any]:
-        """Return the group number of ids that are all in the table, in the narrowest dtype."""
+        """Return the group numbers of known ids in the narrowest dtype."""
         groups = np.empty(ids.size, arrays.narrowest_dtype("numpy", self.size)[0])
         for first in range(0, ids.size, CHUNK):
             groups[first : first + CHUNK] = self.lookup(ids[first : first + CHUNK])

@@ -1,4 +1,4 @@
-"""Grouping into a file: one process at a time, gone on with where the last one was killed."""
+"""Group ids into an index file: one process at a time, resumable after a crash."""
 
 from __future__ import annotations
 
@@ -34,34 +34,26 @@ if TYPE_CHECKING:
     from filelock import BaseFileLock
 
 CHECKPOINT_SECONDS = 5.0
-"""Work that is lost at most when a process is killed; more where keeping it takes long."""
+"""Minimum time between checkpoints, and so the work lost if the process is killed."""
 
 CHECKPOINT_SHARE = 0.1
-"""Of all time, for keeping what was done."""
+"""Maximum fraction of the time spent on checkpoints: slow disks get fewer of them."""
 
 TOKEN_OFFSET, TOKEN_BYTES = len(index_format.MAGIC), 16
 _NO_LOCKS = (errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK)
 
 
 def build(ids: PatchIds, path: Path, *, progress: bool) -> None:
-    """Group ids into an index at a path, unless it is there.
+    """Group ids into an index file, unless ``path`` is an index of these ids already.
 
-    Where several processes do so at a time (the ranks of a node), one works and the others wait.
-
-    Raises
-    ------
-    ValueError
-        If there is an index of other ids, or another file.
-    OSError
-        If there is no room or no permission. What was done is kept, and so is what was there.
-    RuntimeError
-        If the ids changed meanwhile.
+    If several processes (the ranks of a node) call this, one works and the others wait. After an
+    OSError, checkpoints remain for the next call and existing files are unchanged.
     """
     if _is_built(ids, path, progress):
         IndexBuild(ids, path).tidy()
         return
     with explain_full_disk(path), IndexBuild(ids, path) as index_build:
-        # Another process may have built it while this one waited.
+        # Another process may have built the index while this one waited.
         if _is_built(ids, path, progress):
             index_build.discard()
         else:
@@ -74,29 +66,27 @@ def _is_built(ids: PatchIds, path: Path, progress: bool) -> bool:
     head = index_format.read_head(path)
     signature = head["signature"]
     differs = (
-        "ids nobody knows" if signature is None else difference(signature, ids, all_compared=False)
+        "the index does not record its source"
+        if signature is None
+        else difference(signature, ids, all_compared=False)
     )
     has_times = None not in (ids.modified, signature and signature["modified"])
-    # Without a file's time to go by, blocks alone would let a change between them pass.
+    # Without modification times, sampled blocks would miss changes between them.
     if differs is None and (
         has_times or fingerprint_ids(ids, progress=progress) == head["fingerprint"]
     ):
         return True
-    differs = differs or "other ids"
+    differs = differs or "fingerprints differ"
     raise ValueError(
-        f"path must be free or hold an index of these ids, got one of {differs} in {path}; "
-        "delete it if it is of no more use"
+        f"{path} indexes different ids ({differs}). Choose another path, or delete it to rebuild."
     )
 
 
 class IndexBuild:
-    """The work on an index, in files beside it: ``.lock``, ``.partial`` and ``.progress``.
+    """Builds the index at ``path`` with three files beside it.
 
-    Parameters
-    ----------
-    ids : PatchIds
-    path : Path
-        Where the index is to be.
+    ``.lock`` excludes other processes, ``.partial`` is the unfinished index and ``.progress`` the
+    checkpoint.
     """
 
     _lock: BaseFileLock
@@ -122,23 +112,23 @@ class IndexBuild:
         return self
 
     def __exit__(self, exc_type: type | None, error: object, traceback: object) -> None:
-        """Let others go on; what is not finished stays, to be gone on with."""
+        """Release the lock; unfinished files stay for the next process."""
         try:
             if isinstance(error, IdsChanged):
-                # Gone on with, it would find the same again.
+                # Resuming from this checkpoint would fail again.
                 self._progress.unlink(missing_ok=True)
             with contextlib.suppress(FileNotFoundError):
                 if self._partial.stat().st_size == 0 and not self._progress.exists():
                     self._partial.unlink()
-            # Removed before it is released: a process that has just opened it then sees that it is
-            # gone, and makes a new one. On Windows releasing it removes it.
+            # Removed before it is released: a process that has just opened the lock file notices
+            # and creates a new one. On Windows, releasing the lock removes the file.
             with contextlib.suppress(OSError):
                 self._lock_path.unlink()
         finally:
             self._lock.release()
 
     def saved_state(self) -> Mapping[str, NDArray[Any]] | None:
-        """Return the state that was kept last, if it is of these ids."""
+        """Return the last checkpoint if it belongs to these ids, else None."""
         try:
             content = self._progress.read_bytes()
         except FileNotFoundError:
@@ -147,41 +137,41 @@ class IndexBuild:
             with np.load(io.BytesIO(content), allow_pickle=False) as archive:
                 state: StateArrays = dict(archive)
             signature, token = json.loads(str(state["signature"])), state["token"].tobytes()
-            # A damaged list of the archive's arrays may end early.
+            # A damaged archive may lack arrays.
             _ = state["run_starts" if "run_ids" in state else "counts"]
             _ = state["cursor" if "written" in state else "seen"]
-        # What a damaged archive raises depends on the byte that is damaged.
+        # A damaged archive can raise any exception.
         except Exception as error:
-            warn(f"{self._progress} cannot be read, so grouping begins anew: {error}")
+            warn(f"cannot read checkpoint {self._progress}, grouping starts over: {error}")
             return None
         if signature != self._signature:
-            warn(f"{self._progress} is of other ids, so grouping begins anew")
+            warn(f"checkpoint {self._progress} belongs to different ids, grouping starts over")
             return None
         if "written" in state:
-            # An order of another start may be as long, and written in other places.
+            # The partial file may come from a different run, with different samples written.
             file_size = os.fstat(self._file.fileno()).st_size
             is_long_enough = file_size >= ORDER_OFFSET + int(state["order_bytes"])
             self._file.seek(0)
             first_bytes = self._file.read(TOKEN_OFFSET + TOKEN_BYTES)
-            # A head in the token's place: all was written, but for the name.
+            # A header in place of the token: the file is complete but not renamed.
             if is_long_enough and (
                 first_bytes.startswith(index_format.MAGIC) or first_bytes[TOKEN_OFFSET:] == token
             ):
                 self._token = token
             else:
                 warn(
-                    f"{self._partial} is not the file that {self._progress} is about, so sorting "
-                    "begins anew"
+                    f"checkpoint {self._progress} does not belong to {self._partial}, sorting "
+                    "starts over"
                 )
                 del state["written"]
         step, key = ("sorted", "written") if "written" in state else ("counted", "seen")
         logger.info(
-            "%s: going on after %d of %d samples %s", self._path, state[key], self._ids.size, step
+            "%s: resuming after %d of %d samples %s", self._path, state[key], self._ids.size, step
         )
         return state
 
     def checkpoint(self, state: Callable[[], StateArrays], is_last: bool) -> None:
-        """Keep the state, if it is time to or the last one, with all written to the order."""
+        """Save the state and flush the order, if a checkpoint is due or ``is_last``."""
         start = time.monotonic()
         if not is_last and start < self._next_checkpoint:
             return
@@ -208,15 +198,15 @@ class IndexBuild:
         self._next_checkpoint = end + max(CHECKPOINT_SECONDS, (end - start) / CHECKPOINT_SHARE)
 
     def allocate_order(self, size: int, dtype: Any) -> NDArray[Any]:
-        """Return the order in the file that is written aside, its room on the disk taken."""
+        """Return the order, mapped from the partial file with its disk space reserved."""
         file_size = ORDER_OFFSET + np.dtype(dtype).itemsize * size
         reserve(self._file, file_size, self._path)
         self._map = mmap.mmap(self._file.fileno(), file_size)
-        # It may have been all but whole when it was left.
+        # The partial file may have a header already, if it was complete but not renamed.
         self._map[:TOKEN_OFFSET] = bytes(TOKEN_OFFSET)
         self._token = self._token or os.urandom(TOKEN_BYTES)
         self._map[TOKEN_OFFSET : TOKEN_OFFSET + TOKEN_BYTES] = self._token
-        # Before anything else is written over what another start may have left.
+        # The token must reach the disk before samples overwrite those of an earlier run.
         self._flush_order(self._map)
         return np.frombuffer(self._map, dtype, size, ORDER_OFFSET)
 
@@ -225,8 +215,8 @@ class IndexBuild:
         os.fsync(self._file.fileno())
 
     def run(self, progress: bool) -> None:
-        """Group the ids and make the index of what was written."""
-        # Not cut off: a killed process may have left it.
+        """Group the ids, finish the index and rename it."""
+        # Not truncated: it may be the partial file of a killed process.
         self._partial.touch()
         with open(self._partial, "r+b") as self._file:
             grouping = group_on_host(self._ids, self, progress=progress)
@@ -244,24 +234,24 @@ class IndexBuild:
             dtype = None if grouping.order is None else grouping.order.dtype.str
             if self._map is not None:
                 self._map.flush()
-            # Windows renames no file that is mapped or open.
+            # Windows cannot rename a mapped or open file.
             del grouping
             self._map = None
             index_format.write_tables_and_head(self._file, contents, dtype, self._path)
         index_format.rename(self._partial, self._path)
         self._remove_progress()
         patches = contents.counts.size
-        logger.info("%s: %d patches of %d samples", self._path, patches, self._ids.size)
+        logger.info("%s: %d patches, %d samples", self._path, patches, self._ids.size)
 
     def discard(self) -> None:
-        """Leave nothing behind: another process has made the index."""
+        """Remove the working files, because another process has built the index."""
         self._partial.unlink(missing_ok=True)
         self._remove_progress()
 
     def tidy(self) -> None:
-        """Take away what a process left behind that was killed just after it was done."""
+        """Remove files of a process that was killed just after it had finished."""
         if not self._partial.exists():
-            # Not worth an error in a folder that is only to be read.
+            # Not worth an error in a read-only folder.
             with contextlib.suppress(OSError):
                 self._remove_progress()
                 self._lock_path.unlink(missing_ok=True)
@@ -271,24 +261,24 @@ class IndexBuild:
         self._new_progress.unlink(missing_ok=True)
 
     def _acquire_lock(self) -> BaseFileLock:
-        """Return the lock, once this process alone has it."""
-        # Imported where it is needed: only who builds an index waits for it.
+        """Wait for the lock of this index, and return it."""
+        # Lazy import: only needed to build an index.
         from filelock import FileLock, Timeout
 
-        # What filelock falls back to would outlive a process that is killed.
+        # The soft lock that filelock falls back to would outlive a killed process.
         lock = FileLock(self._lock_path, fallback_to_soft=False)
         try:
             try:
                 lock.acquire(blocking=False)
             except Timeout:
-                logger.info("%s: waiting for the process that builds it", self._path)
+                logger.info("%s: waiting while another process builds it", self._path)
                 lock.acquire()
         except OSError as error:
             if error.errno not in _NO_LOCKS:
                 raise
             raise OSError(
                 error.errno,
-                f"path must be on a filesystem that has locks, got {self._path}: "
-                f"{os.strerror(error.errno)}; group elsewhere and copy the index, or use save",
+                f"cannot lock {self._path}: its filesystem does not support file locks "
+                f"({os.strerror(error.errno)}). Build it elsewhere and copy it, or call save.",
             ) from error
         return lock

@@ -1,15 +1,15 @@
-"""Groups in a file: one that is opened in milliseconds, and that is whole or not there.
+"""Memory-mapped index file, written atomically.
 
-A file holds a head of JSON, the order as it is in memory, and the tables by patch::
+Layout::
 
     0       b"gpusampler index"    16 bytes
-    16      length and CRC-32 of the head, two little-endian uint32
-    24      the head, JSON; spaces up to ORDER_OFFSET
+    16      length and CRC-32 of the header, two little-endian uint32
+    24      header, JSON; spaces up to ORDER_OFFSET
     16384   order: little-endian int32 or int64, shape (N,), or nothing
     ...     patch_ids, counts, starts: little-endian int64, shape (G,) each
     ...     names: JSON, or nothing
 
-It is written aside, brought to the disk and renamed: what stands under its own name is whole.
+A temporary file is written, synced and renamed, so the file at the final path is always complete.
 """
 
 from __future__ import annotations
@@ -37,23 +37,16 @@ VERSION = 1
 ORDER_OFFSET = 1 << 14
 _CHUNK_BYTES = 1 << 24
 _DISK_FULL = (errno.ENOSPC, errno.EFBIG, errno.EDQUOT)
-# What filesystems say that cannot take room beforehand, where the C library does not step in.
+# Errors of filesystems without preallocation, if the C library does not emulate it.
 _NOT_SUPPORTED = (errno.EOPNOTSUPP, errno.ENOTSUP, errno.ENOSYS, errno.EINVAL)
 _TABLE_NAMES = ("patch_ids", "counts", "starts")
 
 
 @dataclass(frozen=True)
 class IndexContents:
-    """What a file holds.
+    """Contents of an index file except the order, as in `gpusampler.PatchGroups`.
 
-    Attributes
-    ----------
-    patch_ids, counts, starts : int64 arrays, shape (G,)
-        As in `gpusampler.PatchGroups`.
-    names : tuple of str, or None
-    source_size, fingerprint : int
-    signature : dict, or None
-        Of the ids that it was made of (see `gpusampler.groups.verification`).
+    ``signature`` identifies the source ids (see `gpusampler.groups.verification`); None if unknown.
     """
 
     patch_ids: Int64
@@ -65,13 +58,13 @@ class IndexContents:
     signature: dict[str, Any] | None
 
     def pack_tables(self) -> bytes:
-        """Return the bytes that stand after the order."""
+        """Return the bytes after the order."""
         tables = [getattr(self, name).astype("<i8").tobytes() for name in _TABLE_NAMES]
         names = b"" if self.names is None else json.dumps(self.names).encode()
         return b"".join([*tables, names])
 
     def pack_head(self, order_dtype: str | None, order_bytes: int, table_bytes: bytes) -> bytes:
-        """Return the bytes that stand before the order."""
+        """Return the bytes before the order."""
         fields = {
             "version": VERSION,
             "num_patches": self.patch_ids.size,
@@ -91,29 +84,11 @@ class IndexContents:
 
 
 class MappedFile:
-    """A file's order in memory that the system reads as it is used, and lets go of as it likes.
+    """The order of an index file, shape (N,), mapped into memory.
 
-    Parameters
-    ----------
-    path : Path
-    file : binary file
-        Open for reading; closed by the caller.
-    dtype : str
-    size : int
-        Samples.
-    expected_status : tuple of int, optional
-        Length and time that the file must have still, if it was opened before.
-
-    Attributes
-    ----------
-    path : Path
-    unchecked_order : array, shape (N,)
-        The order, for who asks how large it is: its values may end the process.
-
-    Raises
-    ------
-    OSError
-        If it is not the file that is known.
+    The caller closes ``file``. ``expected_status`` is the length and the modification time in ns
+    from an earlier opening; OSError if the file differs. `unchecked_order` skips that check: use it
+    only for dtype and size, because reading pages of a truncated file kills the process.
     """
 
     def __init__(
@@ -125,9 +100,9 @@ class MappedFile:
         expected_status: tuple[int, int] | None = None,
     ) -> None:
         self.path = path
-        # Another process may open it from another folder.
+        # Another process may have a different working directory.
         self._absolute = path.absolute()
-        # One descriptor of ours: it says what became of this very file, whatever its name is now.
+        # This descriptor refers to the file even after it is renamed or replaced.
         self._fd = os.dup(file.fileno())
         self._expected_status = self._read_status() if expected_status is None else expected_status
         self._check_unchanged()
@@ -136,47 +111,40 @@ class MappedFile:
 
     @property
     def order(self) -> NDArray[Any]:
-        """The order, read-only.
-
-        Raises
-        ------
-        OSError
-            If the file was written to or cut off since it was opened: pages that are gone would
-            end the process without a word.
-        """
+        """The order, read-only; OSError if the file has changed since it was opened."""
         self._check_unchanged()
         return self.unchecked_order
 
     def _check_unchanged(self) -> None:
         status = self._read_status()
         if status != self._expected_status:
-            change = f"one of {status[0]} bytes where it had {self._expected_status[0]}"
+            change = f"its size was {self._expected_status[0]} bytes and is now {status[0]}"
             if status[0] == self._expected_status[0]:
-                change = "one that was written to since it was opened"
+                change = "its modification time differs"
             raise OSError(
-                f"{self.path} must stay as it is while it is in use, got {change}; write a new "
-                "file beside it and rename it"
+                f"{self.path} changed while it was in use: {change}. Write a new file and rename "
+                "it instead of modifying an open index."
             )
 
     def _read_status(self) -> tuple[int, int]:
         status = os.fstat(self._fd)
         return status.st_size, status.st_mtime_ns
 
-    # When the program ends, the module may be gone before this.
+    # At interpreter exit, the module `os` may be torn down before this object.
     _close = staticmethod(os.close)
 
     def __del__(self) -> None:
-        """Close the descriptor; the map goes with the arrays that are made of it."""
+        """Close the descriptor; arrays keep the map alive."""
         if hasattr(self, "_fd"):
             self._close(self._fd)
 
     def __reduce__(self) -> Any:
-        """Travel as a path: another process opens the file itself."""
+        """Pickle the path: the receiving process opens the file itself."""
         order = self.unchecked_order
         return _reopen, (self._absolute, order.dtype.str, order.size, self._expected_status)
 
     def __deepcopy__(self, memo: Any) -> MappedFile:
-        """Return itself, which nothing changes: the file may have lost its name."""
+        """Return self: the object is immutable, and its file may be unlinked."""
         return self
 
 
@@ -186,7 +154,7 @@ def _reopen(path: Path, dtype: str, size: int, expected_status: tuple[int, int])
 
 
 def is_index(path: str | os.PathLike[str]) -> bool:
-    """Whether a file says at its start that it is an index."""
+    """Whether a file starts with the magic bytes of an index."""
     try:
         with open(path, "rb") as file:
             return file.read(len(MAGIC)) == MAGIC
@@ -195,35 +163,18 @@ def is_index(path: str | os.PathLike[str]) -> bool:
 
 
 def check_path_is_free(path: Path) -> None:
-    """Raise ValueError if there is a file that is no index, and should stay what it is."""
+    """Raise ValueError if ``path`` is a file other than an index, which must not be overwritten."""
     if path.exists() and not is_index(path):
-        raise ValueError(f"path must be free or an index, got another file in {path}")
+        raise ValueError(f"{path} exists and is not an index file. Choose another path.")
 
 
 def read_index(
     path: Path, *, mapped: bool, progress: bool
 ) -> tuple[IndexContents, MappedFile | NDArray[Any] | None]:
-    """Read a file that `write_index` or a `gpusampler.groups.index_build.IndexBuild` has made.
+    """Return the contents of an index file and its order, None if every patch is one run.
 
-    Parameters
-    ----------
-    path : Path
-    mapped : bool
-        Whether the order stays in the file, read where it is used; else it is read now.
-    progress : bool
-
-    Returns
-    -------
-    contents : IndexContents
-    order : MappedFile, array, or None
-        None where the samples of every patch are a run.
-
-    Raises
-    ------
-    FileNotFoundError
-        If there is none.
-    ValueError
-        If it is no index, of another version, cut off or damaged.
+    ``mapped`` maps the order into memory instead of reading it. Raise ValueError if the file is not
+    an index, has a different version, or is truncated or damaged.
     """
     with open(path, "rb") as file:
         head = _parse_head(path, file)
@@ -231,12 +182,12 @@ def read_index(
         expected_size = ORDER_OFFSET + head["order_bytes"] + head["tables_bytes"]
         if file_size != expected_size:
             raise ValueError(
-                f"{path} must be a whole index of {expected_size} bytes, got {file_size}"
+                f"{path} is truncated or damaged: expected {expected_size} bytes, got {file_size}"
             )
         file.seek(ORDER_OFFSET + head["order_bytes"])
         table_bytes = file.read(head["tables_bytes"])
         if zlib.crc32(table_bytes) != head["tables_crc"]:
-            raise ValueError(f"{path} must hold the tables it was saved with, got damaged ones")
+            raise ValueError(f"{path} is damaged: wrong checksum of the tables")
         contents = _parse_contents(head, table_bytes)
         if head["order"] is None:
             return contents, None
@@ -250,13 +201,7 @@ def read_index(
 
 
 def read_head(path: Path) -> dict[str, Any]:
-    """Return what the head of a file says: "signature" and "fingerprint" as in `IndexContents`.
-
-    Raises
-    ------
-    ValueError
-        If there is another file, or a head that is damaged or of another version.
-    """
+    """Return the header, with "signature" and "fingerprint" as in `IndexContents`."""
     check_path_is_free(path)
     with open(path, "rb") as file:
         return _parse_head(path, file)
@@ -266,21 +211,19 @@ def _parse_head(path: Path, file: BinaryIO) -> dict[str, Any]:
     first_bytes = file.read(ORDER_OFFSET)
     if first_bytes[: len(MAGIC)] != MAGIC:
         raise ValueError(
-            f"{path} must be an index that PatchGroups.save or from_ids(path=...) made, "
-            "got another file"
+            f"{path} is not an index file; create one with PatchGroups.save or from_ids(path=...)"
         )
-    damaged = f"{path} must be a whole index, got a damaged head"
     if len(first_bytes) < ORDER_OFFSET:
-        raise ValueError(f"{damaged}: {len(first_bytes)} bytes in all")
+        raise ValueError(f"{path} is truncated: {len(first_bytes)} bytes, header incomplete")
     size, crc = struct.unpack_from("<II", first_bytes, len(MAGIC))
     text = first_bytes[len(MAGIC) + 8 :][:size]
     if zlib.crc32(text) != crc:
-        raise ValueError(damaged)
+        raise ValueError(f"{path} is damaged: wrong checksum of the header")
     head: dict[str, Any] = json.loads(text)
     if head["version"] != VERSION:
         raise ValueError(
             f"{path} must be an index of version {VERSION}, got version {head['version']}; "
-            "make it anew, or with the release that made it"
+            "rebuild it, or load it with the release that wrote it"
         )
     return head
 
@@ -304,14 +247,8 @@ def _parse_contents(head: dict[str, Any], table_bytes: bytes) -> IndexContents:
 def write_index(
     path: Path, contents: IndexContents, order: NDArray[Any] | None, *, progress: bool
 ) -> None:
-    """Write a file in place of what is there, which stays as it is until the new one is whole.
-
-    Raises
-    ------
-    OSError
-        If there is no room, or no permission; nothing is left behind then.
-    """
-    # Processes of the same number, in containers, may share a disk.
+    """Write an index atomically: an OSError leaves an existing file unchanged."""
+    # Random suffix: processes in different containers may share a disk and a process id.
     temporary = path.with_name(f"{path.name}.{os.getpid()}-{os.urandom(4).hex()}.saving")
     try:
         with explain_full_disk(path):
@@ -333,7 +270,7 @@ def write_index(
 def write_tables_and_head(
     file: BinaryIO, contents: IndexContents, order_dtype: str | None, path: Path
 ) -> None:
-    """Write all but the order to a file that is written aside, and bring it to the disk."""
+    """Write everything except the order to a temporary file, and sync it."""
     width = 0 if order_dtype is None else np.dtype(order_dtype).itemsize
     order_bytes = width * int(contents.counts.sum())
     table_bytes = contents.pack_tables()
@@ -342,25 +279,22 @@ def write_tables_and_head(
     file.write(table_bytes)
     file.truncate()
     sync_file(file)
-    # Only now may anybody take it for an index.
+    # The magic bytes come last: until then, no reader accepts the file as an index.
     file.seek(0)
     file.write(contents.pack_head(order_dtype, order_bytes, table_bytes))
     sync_file(file)
 
 
 def rename(temporary: Path, path: Path) -> None:
-    """Give a file that was written aside its name; on Windows it must be closed."""
+    """Move a temporary file to its final path; on Windows it must be closed."""
     os.replace(temporary, path)
     sync_folder(path.parent)
 
 
 def reserve(file: BinaryIO, size: int, path: Path) -> None:
-    """Take room for a file before it is written, so that a full disk is an error and not a signal.
+    """Reserve disk space, so that a full disk raises OSError instead of killing the process.
 
-    Raises
-    ------
-    OSError
-        If there is none; the file is as long as before then.
+    On failure the file keeps its length.
     """
     current_size = os.fstat(file.fileno()).st_size
     if size <= current_size:
@@ -375,20 +309,20 @@ def reserve(file: BinaryIO, size: int, path: Path) -> None:
 
 @contextmanager
 def explain_full_disk(path: Path, size: int | None = None) -> Iterator[None]:
-    """Name the file, and what there is, where the system only says that a disk is full."""
+    """Add the path and the needed and free bytes to errors about a full disk."""
     try:
         yield
     except OSError as error:
-        if error.errno not in _DISK_FULL or "must have room" in str(error):
+        if error.errno not in _DISK_FULL or "not enough disk space" in str(error):
             raise
-        needed = "" if size is None else f" for {size} bytes"
+        needed = "" if size is None else f", {size} bytes needed"
         free = ""
         if hasattr(os, "statvfs"):
             disk = os.statvfs(path.parent)
-            free = f", where {disk.f_bavail * disk.f_frsize} are free"
+            free = f", {disk.f_bavail * disk.f_frsize} bytes free"
         raise OSError(
             error.errno,
-            f"{path} must have room{needed} on its disk{free}: {os.strerror(error.errno)}",
+            f"not enough disk space for {path}{needed}{free}: {os.strerror(error.errno)}",
         ) from error
 
 
@@ -401,7 +335,7 @@ def _allocate(file: BinaryIO, size: int) -> None:
                 raise
         else:
             return
-    # Not through its buffer, which would try again when the file is closed.
+    # Unbuffered: a buffered write would be retried when the file is closed.
     file.flush()
     fd, position = file.fileno(), file.tell()
     end = os.lseek(fd, 0, os.SEEK_END)
@@ -411,13 +345,13 @@ def _allocate(file: BinaryIO, size: int) -> None:
 
 
 def sync_file(file: BinaryIO) -> None:
-    """Bring what was written to the disk."""
+    """Flush a file to the disk."""
     file.flush()
     os.fsync(file.fileno())
 
 
 def sync_folder(folder: Path) -> None:
-    """Bring the names in a folder to the disk, where folders can be opened."""
+    """Flush the entries of a folder to the disk, except on Windows."""
     if os.name == "nt":
         return
     fd = os.open(folder, os.O_RDONLY)
@@ -428,15 +362,13 @@ def sync_folder(folder: Path) -> None:
 
 
 def _transfer(order: NDArray[Any], transfer: Any, label: str, progress: bool) -> None:
-    """Read or write an array piece by piece."""
+    """Read or write an array in chunks."""
     view = order.view(np.uint8).data
     with progress_bar.ProgressBar(len(view), label, "B", progress) as bar:
         num_done = 0
         while num_done < len(view):
             num_moved = transfer(view[num_done : num_done + _CHUNK_BYTES])
             if not num_moved:
-                raise OSError(
-                    f"the file ended {len(view) - num_done} bytes early while it was read"
-                )
+                raise OSError(f"{label}: the file ended {len(view) - num_done} bytes early")
             num_done += num_moved
             bar.update(num_moved)

@@ -1,8 +1,7 @@
-"""Samples grouped by patch: who belongs together, sorted once, on the device the ids are on.
+"""Samples grouped by patch: sorted once, on the device of the ids.
 
-`PatchGroups` is the only thing that is as large as the dataset, and it is 4 bytes a sample: the
-sample numbers sorted stably by patch. Where the samples of every patch lie side by side already,
-in whatever order of patches, it is not there at all.
+Only the order of a `PatchGroups` is as large as the dataset: sample indices sorted stably by patch,
+4 bytes per sample. If every patch is one run of consecutive samples, no order is stored.
 """
 
 from __future__ import annotations
@@ -31,7 +30,7 @@ from gpusampler.sources.dispatch import read_patch_ids
 class PatchGroups:
     """The samples of a dataset, grouped by patch.
 
-    Made by `from_ids` or `from_counts`. Immutable.
+    Create it with `from_ids`, `from_counts` or `load`. Immutable.
 
     Parameters
     ----------
@@ -40,22 +39,24 @@ class PatchGroups:
     counts : int64 array, shape (G,)
         Samples of each patch, 1 .. 2**31 - 1.
     starts : int64 array, shape (G,)
-        Where each patch starts: in ``order``, or among the samples where ``order`` is None.
+        Offset of each patch in ``order``, or its first sample if ``order`` is None.
     order : int32 or int64 array, shape (N,), or None
-        Samples sorted stably by patch, on any device.
+        Sample indices sorted stably by patch, on any device.
     source_size : int
-        Samples of the dataset that the indices refer to; more than N after `select`.
+        Number of samples in the dataset; larger than N after `select`.
+    device : Device
+        Device of ``order``.
     fingerprint : int, optional
-        Of ids and samples, when it is known already.
+        Fingerprint of the ids, if known. Default: computed when needed.
     names : tuple of str, optional
-        Where patches have names: a patch id is a place in these.
+        Names of patches, sorted; a patch id is an index into them.
 
     Attributes
     ----------
     patch_ids, counts, starts : int64 NumPy arrays, shape (G,)
     names : tuple of str, or None
     device : Device
-        Where ``order`` lies, or the ids lay.
+        Device of ``order``, or of the ids if ``order`` is None.
 
     Raises
     ------
@@ -110,44 +111,44 @@ class PatchGroups:
         Parameters
         ----------
         ids : array, sequence, path, column, table or dataset
-            Patch id of each sample, in anything that `read_patch_ids` takes: any int64 values,
-            negative and sparse ones included, or names. Read in blocks, twice; not kept.
+            Patch id of each sample, in any form that `read_patch_ids` accepts: int64 values,
+            including negative and sparse ones, or names. Read in blocks, twice; not stored.
         column : str, optional
-            As for `read_patch_ids`.
+            As in `read_patch_ids`.
         path : str or os.PathLike, optional
-            Keep the groups in an index file there, for more samples than fit in memory, and so that
-            the next run opens it at once: it is made, or gone on with after this process was
-            killed, or, if it is there and of these ids, opened. Of several processes one works, the
-            others wait.
+            Path of an index file, for more samples than fit in memory and for a fast start of the
+            next run. An existing index of these ids is opened, an interrupted build is resumed,
+            otherwise the index is built. If several processes call this, one builds and the others
+            wait.
         progress : bool
-            Show bars where it takes more than a second; never where stderr is no terminal.
+            Show a progress bar after one second, if stderr is a terminal.
 
         Returns
         -------
         PatchGroups
-            On the device of ``ids``; with ``path``, on the host, the order mapped from the file.
+            On the device of ``ids``; with ``path``, on the host with a memory-mapped order.
 
         Raises
         ------
         TypeError
-            If ``ids`` are neither integers (booleans and floats are none) nor names.
+            If ``ids`` are neither integers nor names; booleans and floats are rejected.
         ValueError
-            If ``ids`` are not 1-D, are empty, do not fit in int64, or a patch has 2**31 samples; or
-            ``path`` has an index of other ids (compared as by `load`, and whole where they lie in
-            no file that has a time), or another file.
+            If ``ids`` are not 1-D, are empty or do not fit in int64; if a patch has 2**31 samples
+            or more; or if ``path`` is a file other than an index of these ids. Ids are compared as
+            in `load`, and completely if they have no modification time.
         OSError
-            If a file cannot be read, or the disk has no room for an index.
+            If a file cannot be read, or the disk has no space for the index.
         RuntimeError
-            If the ids change meanwhile, or a library is missing.
+            If the ids change during grouping, or a library is missing.
 
         Warns
         -----
         UserWarning
-            If this takes more than half of the free memory, or a GPU's does not suffice, so that
+            If this takes more than half of the free memory, or if a GPU runs out of memory and
             the host groups instead.
         """
         progress = validation.check_bool(progress, "progress")
-        # Before ids are read, which may take minutes.
+        # Checked before the ids are read, which may take minutes.
         target = None if path is None else validation.check_path(path)
         source_ids = read_patch_ids(ids, column, progress=progress)
         if target is not None:
@@ -173,20 +174,20 @@ class PatchGroups:
     def save(self, path: str | os.PathLike[str], *, progress: bool = True) -> None:
         """Write the groups to an index file, which `load` opens in milliseconds.
 
-        What is there is replaced when the new file is whole and on the disk, and not before.
+        The file is written atomically: an existing index is replaced only by a complete new one.
 
         Parameters
         ----------
         path : str or os.PathLike
         progress : bool
-            Show a bar if it takes more than a second.
+            Show a progress bar after one second, if stderr is a terminal.
 
         Raises
         ------
         ValueError
-            If there is a file that is no index.
+            If ``path`` is a file other than an index.
         OSError
-            If there is no room or no permission; what was there is there still.
+            If the file cannot be written; an existing index remains unchanged.
         """
         validation.check_bool(progress, "progress")
         target = validation.check_path(path)
@@ -213,26 +214,25 @@ class PatchGroups:
         verify: bool = False,
         progress: bool = True,
     ) -> PatchGroups:
-        """Open an index file that `save`, or `from_ids` with a path, has written.
+        """Open an index file written by `save` or by `from_ids` with a path.
 
         Parameters
         ----------
         path : str or os.PathLike
         source : object, optional
-            The ids that it was made of, in anything that `read_patch_ids` takes: an index of others
-            is refused. Their length, type and names, the time of their file and some blocks of
-            them, spread over all, are compared.
+            Expected ids, in any form that `read_patch_ids` accepts; raise ValueError if the index
+            was built from different ids. By default this compares length, dtype, names,
+            modification time and up to 64 evenly spaced blocks, so it can miss an edit.
         column : str, optional
-            As for `read_patch_ids`.
+            As in `read_patch_ids`.
         mmap : bool
-            Leave the order in the file, mapped into memory, which the system reads where it is used
-            and lets go of as it likes; False reads it now.
+            Map the order into memory; pages are read on demand. False reads it now.
         verify : bool
-            Compare all ids with the index, by hashes, and the index with what it was saved as:
-            reads everything once, and does not ask when a file was changed. `save` then notes the
-            time that the file has now, so that it is opened without this again.
+            Compare the fingerprints of all ids and of the whole index instead of modification
+            times; reads everything once. A following `save` stores the current modification time,
+            so that later calls need no ``verify``.
         progress : bool
-            Show bars where it takes more than a second.
+            Show a progress bar after one second, if stderr is a terminal.
 
         Returns
         -------
@@ -242,9 +242,9 @@ class PatchGroups:
         Raises
         ------
         FileNotFoundError
-            If there is no such file.
+            If ``path`` does not exist.
         ValueError
-            If it is no index, is cut off or damaged, or is of other ids.
+            If the file is not an index, is truncated or damaged, or indexes different ids.
 
         Examples
         --------
@@ -268,18 +268,18 @@ class PatchGroups:
         if groups._signature is not None:
             differs = verification.difference(groups._signature, ids, all_compared=verify)
         elif not verify:
-            differs = "ids that it knows nothing of (verify=True compares all of them)"
+            differs = "it does not record its source; verify=True compares all ids"
         elif groups.source_size != ids.size:
-            differs = f"{groups.source_size} samples, got {ids.size}"
+            differs = f"the index has {groups.source_size} samples, the ids {ids.size}"
         elif groups.names != ids.names:
-            differs = "patches of other names"
+            differs = "the patch names differ"
         if differs is None and verify:
             current = verification.fingerprint_ids(ids, groups._sample_mask(), progress=progress)
-            differs = None if current == groups._id_fingerprint() else "other ids"
+            differs = None if current == groups._id_fingerprint() else "fingerprints differ"
         if differs is not None:
-            raise ValueError(f"source must be the ids that {path} was made of, which are {differs}")
+            raise ValueError(f"source does not match the index {path}: {differs}")
         if verify and groups._signature is not None and ids.modified is not None:
-            # All ids were compared: what is saved from here on is of the file as it is now.
+            # All ids match, so `save` may store the current modification time.
             groups._signature = verification.signature_of(ids)
         return groups
 
@@ -299,7 +299,7 @@ class PatchGroups:
         return groups
 
     def _sample_mask(self) -> NDArray[np.bool_] | None:
-        """Return which samples of the dataset these are, None if all."""
+        """Return the mask of these samples in the dataset, or None if all."""
         if self.num_samples == self.source_size:
             return None
         mask = np.zeros(self.source_size, np.bool_)
@@ -308,27 +308,27 @@ class PatchGroups:
         return mask
 
     def _verify_order(self, path: Any, progress: bool) -> None:
-        """Raise ValueError unless an index is what it was saved as."""
+        """Raise ValueError if the order does not match the saved fingerprint."""
         current = verification.fingerprint_order(
             self.patch_ids, self.counts, self.starts, self._host_order, progress=progress
         )
         if current != self._fingerprint:
-            raise ValueError(f"{path} must hold what it was saved with, got a damaged order")
+            raise ValueError(f"{path} is damaged: wrong fingerprint of the order")
 
     @classmethod
     def from_counts(
         cls, counts: Sequence[int] | NDArray[Any], patch_ids: Any = None
     ) -> PatchGroups:
-        """Group samples that lie patch after patch, from the sizes of the patches alone.
+        """Group samples that are stored patch after patch, given the number in each patch.
 
-        Needs memory for the patches, not for the samples: 1e12 samples take kilobytes.
+        Memory scales with the patches, not the samples: 1e12 samples take kilobytes.
 
         Parameters
         ----------
         counts : sequence or integer array, shape (P,)
-            Samples of each patch, in the order in which the patches lie. A patch of 0 is left out.
+            Samples of each patch, in storage order. Patches with 0 samples are omitted.
         patch_ids : sequence or integer array, or sequence of str, shape (P,), optional
-            Their ids or names, distinct, in any order. Default 0 .. P-1.
+            Distinct ids or names of the patches, in any order. Default: 0 .. P-1.
 
         Returns
         -------
@@ -337,15 +337,15 @@ class PatchGroups:
         Raises
         ------
         TypeError
-            If ``counts`` or ``patch_ids`` are no integers.
+            If ``counts`` are not integers, or ``patch_ids`` neither integers nor names.
         ValueError
-            If they are not 1-D or differ in length, a count is negative or 2**31 or more, all are
-            0, ids repeat, or there are 2**62 samples or more.
+            If they are not 1-D or differ in length, a count is negative or 2**31 or more, all
+            counts are 0, ids repeat, or the counts sum to 2**62 or more.
         """
         sizes = validation.as_int64(counts, "counts")
         ids, names = _ids_and_names(patch_ids, sizes.size)
         if ids.size != sizes.size:
-            raise ValueError(f"patch_ids must be as many as counts ({sizes.size}), got {ids.size}")
+            raise ValueError(f"patch_ids must be as long as counts ({sizes.size}), got {ids.size}")
         if sizes.size and int(sizes.min()) < 0:
             raise ValueError(f"counts must be >= 0, got {int(sizes.min())}")
         id_order = np.argsort(ids, kind="stable")
@@ -365,14 +365,14 @@ class PatchGroups:
 
     @property
     def order(self) -> Any:
-        """Samples sorted stably by patch, on `device`: int32 or int64, shape (N,), or None.
+        """Sample indices sorted stably by patch, on `device`: int32 or int64, shape (N,), or None.
 
-        None where every patch is one run of consecutive samples.
+        None if every patch is one run of consecutive samples.
 
         Raises
         ------
         OSError
-            If it is mapped from a file that was written to or cut off since it was opened.
+            If the order is mapped from a file that has changed since it was opened.
         """
         return self._order.order if isinstance(self._order, MappedFile) else self._order
 
@@ -384,15 +384,15 @@ class PatchGroups:
 
     @property
     def _unchecked_order(self) -> Any:
-        """`order`, for who asks of which type and how large it is, without a look at its file."""
+        """`order` without the staleness check; use only for dtype and size."""
         return self._order.unchecked_order if isinstance(self._order, MappedFile) else self._order
 
     @property
     def labels(self) -> NDArray[Any]:
-        """What the user calls the patches: `patch_ids`, or an array of their names, shape (G,)."""
+        """Names of the patches, or `patch_ids` if they have no names: shape (G,)."""
         if self.names is None:
             return self.patch_ids
-        # Python's own strings: handed out batch by batch, they are not made anew.
+        # Object array: indexing returns the existing strings without a copy.
         labels = np.empty(self.num_patches, object)
         labels[:] = [self.names[i] for i in self.patch_ids.tolist()]
         return labels
@@ -409,30 +409,30 @@ class PatchGroups:
 
     @property
     def offsets(self) -> Int64:
-        """Where each group starts among the samples sorted by patch: int64, shape (G + 1,)."""
+        """Offsets of the patches in the samples sorted by patch: int64, shape (G + 1,)."""
         return np.append(0, np.cumsum(self.counts))
 
     @property
     def is_contiguous(self) -> bool:
-        """Whether every patch is one run of consecutive samples, so that no order is kept."""
+        """Whether every patch is one run of consecutive samples, so `order` is None."""
         return self._order is None
 
     @property
     def nbytes(self) -> int:
-        """Bytes kept, on host and device."""
+        """Bytes of all arrays, on host and device."""
         order_bytes = int(getattr(self._unchecked_order, "nbytes", 0))
         return self.patch_ids.nbytes + self.counts.nbytes + self.starts.nbytes + order_bytes
 
     @property
     def fingerprint(self) -> int:
-        """64-bit number that depends on which sample has which patch id, and on nothing else."""
+        """64-bit hash of the patch id (or name) of every sample; independent of device and form."""
         if self.names is None:
             return self._id_fingerprint()
         names_fingerprint = fingerprint.of_names(self.labels.tolist())
         return fingerprint.combine(self._id_fingerprint(), names_fingerprint)
 
     def _id_fingerprint(self) -> int:
-        """Return the fingerprint of the ids alone, whatever their names."""
+        """Return the fingerprint of the ids, without names."""
         if self._fingerprint is None:
             order = self._host_order
             if order is None:
@@ -447,9 +447,9 @@ class PatchGroups:
         Raises
         ------
         KeyError
-            If there is no such patch.
+            If the patch does not exist.
         TypeError, ValueError
-            If ``patch_id`` is no int64 integer, or no str where patches have names.
+            If ``patch_id`` is not an int64 integer, or not a str if patches have names.
         """
         group = self._find_group(patch_id)
         if group is None:
@@ -462,7 +462,7 @@ class PatchGroups:
         return arrays.to_numpy(self.order[start : start + count]).astype(np.int64)
 
     def _find_group(self, patch_id: int | str) -> int | None:
-        """Return the place of a patch among the sorted ones, or None."""
+        """Return the index of a patch in `patch_ids`, or None."""
         if self.names is not None:
             if not isinstance(patch_id, str):
                 raise TypeError(f"patch_id must be a str, got {patch_id!r}")
@@ -476,24 +476,24 @@ class PatchGroups:
         return group if is_present else None
 
     def select(self, indices: Any) -> PatchGroups:
-        """Keep some samples only; their indices and patch ids stay what they were.
+        """Return the groups of a subset of samples, with unchanged indices and patch ids.
 
         Parameters
         ----------
         indices : integer array or sequence, shape (K,), or boolean array, shape (source_size,)
-            Samples to keep, each at most once, in any order.
+            Samples to select: distinct indices in any order, or a mask.
 
         Returns
         -------
         PatchGroups
-            On the same device. Patches of which nothing is kept are gone.
+            On the same device, without patches that have no selected sample.
 
         Raises
         ------
         TypeError
             If ``indices`` are neither integers nor a mask.
         ValueError
-            If they are empty, repeat, or name a sample that these groups do not hold.
+            If they are empty, repeat, or contain a sample outside these groups.
         """
         samples = subsets.check_indices(indices, self.source_size)
         order = self._host_order
@@ -511,23 +511,22 @@ class PatchGroups:
         Parameters
         ----------
         fractions : sequence of float
-            Each above 0, adding up to 1: one part for each.
+            Size of each part relative to the whole; each > 0, summing to 1.
         by : {"patch", "sample"}
-            "patch": whole patches, so that no patch is in two parts; the fractions are of the
-            number of patches. "sample": every patch gives each part its share of samples, within
-            one sample.
+            "patch" assigns whole patches, so no patch is in two parts; fractions refer to the
+            number of patches. "sample" divides every patch by the fractions, within one sample.
         seed : int
-            0 .. 2**64 - 1. The same seed gives the same parts, on every device.
+            0 .. 2**64 - 1. The same seed gives the same parts on every device.
 
         Returns
         -------
         list of PatchGroups
-            With the original sample indices and patch ids.
+            One for each fraction, with the original sample indices and patch ids.
 
         Raises
         ------
         ValueError
-            If the fractions are not positive or do not add up to 1, ``by`` is unknown, or a part
+            If the fractions are not positive or do not sum to 1, ``by`` is unknown, or a part
             would be empty.
         """
         shares = subsets.check_fractions(fractions)
@@ -546,7 +545,7 @@ class PatchGroups:
         return [self._take_patches(part) if by == "patch" else self.select(part) for part in parts]
 
     def _take_patches(self, groups: Int64) -> PatchGroups:
-        """Keep whole patches."""
+        """Return the groups of whole patches, given by index."""
         counts, starts, order = self.counts[groups], self.starts[groups], self._host_order
         if order is not None:
             starts, order = np.cumsum(counts) - counts, order[subsets.expand_runs(starts, counts)]
@@ -567,7 +566,6 @@ class PatchGroups:
         )
 
     def __repr__(self) -> str:
-        """Return sizes, form and device."""
         form = "contiguous" if self.is_contiguous else arrays.dtype_name(self._unchecked_order)
         return (
             f"PatchGroups({self.num_patches} patches, {self.num_samples} samples, "
@@ -575,7 +573,7 @@ class PatchGroups:
         )
 
     def __getstate__(self) -> dict[str, Any]:
-        """Travel as NumPy, or as the file's path: a worker must meet no live device memory."""
+        """Pickle as NumPy arrays, or as the path of the index, so workers get no device memory."""
         state = self.__dict__.copy()
         if self._order is not None and not isinstance(self._order, MappedFile):
             state["_order"] = arrays.to_numpy(self._order)
@@ -584,7 +582,7 @@ class PatchGroups:
 
 
 def _ids_and_names(patch_ids: Any, size: int) -> tuple[Int64, tuple[str, ...] | None]:
-    """Return ids that were given as integers, as names or not at all."""
+    """Return int64 ids and their names (None without names); default ids are 0 .. size-1."""
     if patch_ids is None:
         return np.arange(size, dtype=np.int64), None
     if isinstance(patch_ids, (list, tuple)) and any(isinstance(p, str) for p in patch_ids):

@@ -1,4 +1,4 @@
-"""Some of the samples or patches of groups: selecting them, and dividing them among parts."""
+"""Select samples or patches of groups, and split them into parts."""
 
 from __future__ import annotations
 
@@ -29,10 +29,9 @@ _GOLDEN = 0.6180339887498949
 
 
 class Selection(NamedTuple):
-    """Samples that are kept, by group: int64 arrays of shape (G',).
+    """Selected samples by group: int64 arrays of shape (G',), as in `PatchGroups`.
 
-    ``groups`` are those of which something is kept; ``counts`` and ``starts`` as in `PatchGroups`;
-    ``order``, the samples by group, is None where every group is a run.
+    ``groups`` are the groups with selected samples; ``order`` is None if every group is one run.
     """
 
     groups: Int64
@@ -42,15 +41,7 @@ class Selection(NamedTuple):
 
 
 def check_indices(indices: Any, source_size: int) -> Int64:
-    """Return the samples that a list or a mask names, ascending.
-
-    Raises
-    ------
-    TypeError
-        If it is neither integers nor a mask.
-    ValueError
-        If it is empty, repeats, or names a sample that is not there.
-    """
+    """Return the distinct, ascending samples of an index list or a mask, or raise."""
     samples = arrays.to_numpy(as_array(indices, "indices"))
     if samples.dtype == np.bool_:
         if samples.shape != (source_size,):
@@ -60,7 +51,7 @@ def check_indices(indices: Any, source_size: int) -> Int64:
         samples = np.flatnonzero(samples)
     samples = np.sort(as_int64(samples, "indices"))
     if samples.size == 0:
-        raise ValueError("indices must name at least one sample, got none")
+        raise ValueError("indices must contain at least one sample, got none")
     repeats = np.flatnonzero(samples[1:] == samples[:-1])
     if repeats.size:
         raise ValueError(f"indices must be distinct, got {int(samples[repeats[0]])} twice")
@@ -73,19 +64,7 @@ def check_indices(indices: Any, source_size: int) -> Int64:
 def find_groups(
     samples: Int64, counts: Int64, starts: Int64, order: NDArray[Any] | None, source_size: int
 ) -> Int64:
-    """Return the group of each of some samples, ascending; int64, shape (K,).
-
-    Parameters
-    ----------
-    samples : int64 array, shape (K,)
-    counts, starts, order, source_size
-        As in `PatchGroups`, on the host.
-
-    Raises
-    ------
-    ValueError
-        If a sample is of none.
-    """
+    """Return the group of each of ascending samples, int64, shape (K,), or raise ValueError."""
     if order is None:
         start_order = np.argsort(starts)
         run_numbers = np.searchsorted(starts[start_order], samples, side="right") - 1
@@ -104,7 +83,7 @@ def find_groups(
 
 
 def sort_by_group(samples: Int64, group: Int64) -> Selection:
-    """Return samples, ascending, by their groups."""
+    """Return ascending samples sorted by their groups."""
     groups, counts, starts, order, _ = group_on_host(HostIds(group))
     samples = samples[expand_runs(starts, counts) if order is None else order]
     offsets = np.cumsum(counts) - counts
@@ -115,13 +94,13 @@ def sort_by_group(samples: Int64, group: Int64) -> Selection:
 
 
 def expand_runs(starts: Int64, counts: Int64) -> Int64:
-    """Return the places of runs, end to end: int64, shape (sum of counts,)."""
+    """Return the concatenated elements of runs: int64, shape (sum of counts,)."""
     offsets = np.cumsum(counts) - counts
     return np.repeat(starts - offsets, counts) + np.arange(int(counts.sum()))
 
 
 def check_fractions(fractions: Iterable[float]) -> NDArray[np.float64]:
-    """Return the parts' shares, shape (P,), or raise TypeError or ValueError."""
+    """Return fractions as an array, shape (P,), or raise TypeError or ValueError."""
     shares: NDArray[np.float64] = check_real(
         fractions,
         "fractions",
@@ -135,7 +114,7 @@ def check_fractions(fractions: Iterable[float]) -> NDArray[np.float64]:
 
 
 def split_patches(num_patches: int, fractions: NDArray[np.float64], seed: int) -> list[Int64]:
-    """Return each part's patches, ascending: int64 arrays of numbers below ``num_patches``."""
+    """Return the ascending patch indices of each part."""
     key = derive_key(seed, PURPOSE_SPLIT_PATCHES, 0, 0)
     patches = np.arange(num_patches, dtype=np.int64)
     shuffled = numpy_impl.permute_one(patches, num_patches, key, grid_of(num_patches))
@@ -146,21 +125,7 @@ def split_patches(num_patches: int, fractions: NDArray[np.float64], seed: int) -
 def split_samples(
     counts: Int64, starts: Int64, order: Any, fractions: NDArray[np.float64], seed: int
 ) -> list[Int64]:
-    """Return each part's samples: every patch gives each part its share, within one sample.
-
-    Parameters
-    ----------
-    counts, starts : int64 arrays, shape (G,)
-        As in `gpusampler.PatchGroups`.
-    order : integer array, shape (N,), or None
-    fractions : float64 array, shape (P,)
-    seed : int
-
-    Returns
-    -------
-    list of P int64 arrays
-        Samples, in no particular order.
-    """
+    """Return the samples of each part, unsorted; every patch is divided within one sample."""
     bounds = _part_bounds(counts, fractions)
     group = np.arange(counts.size, dtype=np.int64)
     key = derive_key(seed, PURPOSE_SPLIT_SAMPLES, 0, group)
@@ -172,13 +137,12 @@ def split_samples(
 
 
 def _part_bounds(counts: Int64, fractions: NDArray[np.float64]) -> Int64:
-    """Return where each part begins and ends in each (shuffled) patch: int64, shape (P + 1, G).
+    """Return the bounds of the parts in each shuffled patch: int64, shape (P + 1, G).
 
-    A patch's share of a part is rounded down, and the samples left over go to different parts.
-    Which ones is settled by a sequence that is spread evenly over the patches, so that the parts'
-    totals stay true to the fractions too.
+    Sizes are rounded down, and leftover samples go to different parts. A low-discrepancy sequence
+    over the patches chooses these parts, so that the totals of the parts match the fractions too.
     """
-    # Products such as 0.7 * 10 must not miss the integer that they stand for.
+    # Rounded, because products such as 0.7 * 10 may be just below an integer.
     exact_sizes = np.round(np.multiply.outer(fractions, counts), 6)
     sizes = np.floor(exact_sizes).astype(np.int64)
     num_left = counts - sizes.sum(axis=0)

@@ -1,4 +1,4 @@
-"""Whether ids, and a saved index of them, are what they were: signatures and full checks."""
+"""Detect changes of ids and index files: signatures of sampled blocks, and full checks."""
 
 from __future__ import annotations
 
@@ -13,24 +13,16 @@ from gpusampler.groups import fingerprint
 from gpusampler.sources.base import PatchIds
 
 BLOCK_IDS = 1 << 8
-"""Ids in a block that is compared."""
+"""Ids per compared block."""
 NUM_BLOCKS = 64
 NUM_SLOW_BLOCKS = 4
-"""Blocks, where a few ids from the middle cost as much as many."""
+"""Number of compared blocks if reading a small block is as slow as reading a large one."""
 
 
 def fingerprint_ids(
     ids: PatchIds, sample_mask: NDArray[np.bool_] | None = None, *, progress: bool
 ) -> int:
-    """Return the fingerprint of ids, all of which are read.
-
-    Parameters
-    ----------
-    ids : PatchIds
-    sample_mask : boolean array, shape (N,), optional
-        The samples that count. Default: all.
-    progress : bool
-    """
+    """Read all ids and return the fingerprint of those in ``sample_mask``, shape (N,)."""
     id_sum, total = fingerprint.IdSum(), 0
     with ProgressBar(ids.size, "comparing ids", "samples", progress) as bar:
         for first, block in ids.blocks():
@@ -47,20 +39,13 @@ def fingerprint_ids(
 def fingerprint_order(
     patch_ids: Int64, counts: Int64, starts: Int64, order: Any, *, progress: bool
 ) -> int | None:
-    """Return the fingerprint of an order, all of which is read; None if it is not in order.
-
-    Parameters
-    ----------
-    patch_ids, counts, starts, order : arrays
-        As in `gpusampler.PatchGroups`, on the host.
-    progress : bool
-    """
+    """Read a host order and return its fingerprint, or None if it is not sorted."""
     if order is None:
         return fingerprint.of_runs(patch_ids, starts, counts)
     total, last_sample, last_group = 0, -1, -1
     with ProgressBar(order.size, "checking the index", "samples", progress) as bar:
         for group, samples in fingerprint.blocks_of_order(counts, order):
-            # Within a patch samples ascend, from the last one of the block before on.
+            # Samples ascend within a patch, also across block boundaries.
             starts_patch = np.diff(group, prepend=last_group) != 0
             if not (starts_patch | (np.diff(samples, prepend=last_sample) > 0)).all():
                 return None
@@ -71,22 +56,9 @@ def fingerprint_order(
 
 
 def signature_of(ids: PatchIds, num_blocks: int | None = None) -> dict[str, Any]:
-    """Return the length, type and time of ids, and hashes of some blocks of them; JSON-safe.
-
-    Parameters
-    ----------
-    ids : PatchIds
-    num_blocks : int, optional
-        Blocks that are read, spread evenly from the first ids to the last; all ids, if they are
-        few. Default: as many as are cheap.
-
-    Raises
-    ------
-    TypeError, ValueError, OSError
-        If the ids cannot be read.
-    """
+    """Return size, dtype, modification time and hashes of evenly spaced blocks, JSON-safe."""
     if num_blocks is None:
-        # From a device each block is a copy that is waited for.
+        # Each block from a device is a synchronizing copy.
         is_cheap = ids.seekable and ids.device.on_host
         num_blocks = NUM_BLOCKS if is_cheap else NUM_SLOW_BLOCKS
     if ids.size <= num_blocks * BLOCK_IDS:
@@ -106,38 +78,32 @@ def signature_of(ids: PatchIds, num_blocks: int | None = None) -> dict[str, Any]
 
 
 def difference(saved: dict[str, Any], ids: PatchIds, *, all_compared: bool) -> str | None:
-    """Return in what ids differ from those of a signature, None if in nothing.
+    """Return how ids differ from a saved signature, or None if they match.
 
-    Parameters
-    ----------
-    saved : dict
-        From `signature_of`.
-    ids : PatchIds
-    all_compared : bool
-        Whether all ids are compared otherwise, so that it does not matter when their file changed.
+    ``all_compared`` ignores the modification time: the caller compares all ids.
     """
     if saved["size"] != ids.size:
-        return f"{saved['size']} samples, got {ids.size}"
+        return f"the index has {saved['size']} samples, the ids {ids.size}"
     if saved["dtype"] != ids.dtype:
-        return f"type {saved['dtype']}, got {ids.dtype}"
+        return f"the index has dtype {saved['dtype']}, the ids {ids.dtype}"
     current = signature_of(ids, saved["blocks"])
     if saved["names"] != current["names"]:
-        return "patches of other names"
+        return "the patch names differ"
     hashes = list(zip(saved["hashes"], current["hashes"], strict=True))
     for block, (saved_hash, current_hash) in enumerate(hashes):
         if saved_hash != current_hash:
-            return f"other values (block {block} of the {len(hashes)} that are compared)"
+            return f"values differ in block {block} of {len(hashes)} compared blocks"
     times = saved["modified"], current["modified"]
     if None not in times and times[0] != times[1] and not all_compared:
         return (
-            f"a file last changed at {_time(times[0])}, got {_time(times[1])} "
-            "(PatchGroups.load(..., verify=True) compares all ids instead)"
+            f"file modified at {_time(times[1])}, index built from {_time(times[0])}; "
+            "PatchGroups.load(..., verify=True) compares all ids instead"
         )
     return None
 
 
 def _hash(ids: Any) -> str:
-    # Imported where it is needed, as few programs do: it takes milliseconds.
+    # Lazy import: takes milliseconds, and few programs need it.
     import hashlib
 
     data = np.ascontiguousarray(ids, dtype="<i8").tobytes()

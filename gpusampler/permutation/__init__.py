@@ -1,4 +1,4 @@
-"""The keyed permutation of 0 .. n-1: the reference, and its fast forms on the host."""
+"""The keyed permutation of 0 .. n-1: a reference and faster host implementations."""
 
 from gpusampler.permutation.reference import (
     PURPOSE_BATCHES,

@@ -1,10 +1,9 @@
-"""The same permutation on the host, fast: NumPy in native 32-bit lanes, in place.
+"""Fast host implementation of the permutation: in-place NumPy on unsigned 32-bit integers.
 
-Bit for bit `permutation.reference`, which stays its reference. What makes it several times faster
-than the reference on a CPU: unsigned 32-bit numbers (they wrap by themselves, and a vector
-register holds twice as many), eight-bit ones for small patches, buffers that are reused, and tiles
-that stay in the second-level cache. The range reduction ``hash * m >> 32`` needs no 64-bit lane
-while ``m <= 2**16``, that is while n <= 2**32.
+Its results equal those of `permutation.reference` bit for bit. It is several times faster on a CPU
+because uint32 wraps by itself and fits twice as often into a vector register, small patches use
+uint8, buffers are reused, and tiles stay in the L2 cache. The range reduction ``hash * m >> 32``
+fits in 32-bit integers for ``m <= 2**16``, that is for n <= 2**32.
 """
 
 from __future__ import annotations
@@ -29,13 +28,13 @@ from gpusampler.permutation.reference import (
 )
 
 TILE = 1 << 15
-"""Lanes worked on at a time: a buffer of them is 128 KiB."""
+"""Positions per tile: 128 KiB in uint32."""
 
 _COMPILED_BATCH = 1 << 12
-"""Ranges that the compiled form is given at a time: nine numbers for each, 288 KiB."""
+"""Ranges per call of the compiled function: nine int64 each, 288 KiB."""
 
 MAX_N = 1 << 32
-"""Largest n of these forms: the sides of its grid are 2**16."""
+"""Largest supported n; the sides of its grid are 2**16."""
 
 U32 = np.uint32
 NDU32 = NDArray[np.uint32]
@@ -68,16 +67,16 @@ def _rotate(line: NDU32, amount: NDU32, side: NDU32, scratch: NDU32) -> None:
     np.add(scratch, amount, out=scratch)
     np.right_shift(scratch, _S16, out=scratch)
     np.add(line, scratch, out=line)
-    # Below `side` the subtraction wraps to something huge, so the minimum is the conditional.
+    # Where line < side, the subtraction wraps to a huge value, so the minimum keeps line.
     np.subtract(line, side, out=scratch)
     np.minimum(line, scratch, out=line)
 
 
 class Workspace(threading.local):
-    """Buffers of one tile, one set a thread.
+    """Buffers of one tile per thread.
 
-    Buffers of this size made anew for every tile would go back to the operating system each time,
-    and the page faults on the way in cost as much as the arithmetic.
+    New buffers for every tile would go back to the operating system each time, and their page
+    faults would cost as much as the arithmetic.
     """
 
     def __init__(self) -> None:
@@ -97,25 +96,12 @@ def permute_grid(
     rounds: int,
     spread: Callable[[NDArray[Any], NDU32], None] | None = None,
 ) -> NDU32:
-    """Images of ``x`` under grid permutations that all have the same number of rounds.
+    """Permute positions ``x`` on the grids of K rows that all have the same number of rounds.
 
-    Parameters
-    ----------
-    x : integer array, shape (T,)
-        Positions, at most `TILE` of them, each below its n, with ``32 < n <= 2**32``.
-    key : pair of integer arrays, shape (K,)
-    grid : Grid of integer arrays, shape (K,)
-        From `gpusampler.permutation.reference.grids_of`.
-    rounds : int
-        `gpusampler.permutation.reference.rounds_for` of every n.
-    spread : callable, optional
-        ``spread(row_values, out)`` writes to every position its row's value. Default: there is one
-        row, K = 1.
-
-    Returns
-    -------
-    uint32 array, shape (T,)
-        A buffer of this thread's, good until the next call.
+    ``x`` has shape (T,) with T <= `TILE` and ``x < n``, where ``32 < n <= 2**32``. Arrays of
+    ``key`` and ``grid`` have shape (K,). ``spread(row_values, out)`` writes the value of its row to
+    every position; by default K is 1. Returns a uint32 buffer of this thread, shape (T,), valid
+    until the next call.
     """
     if spread is None:
         spread = _spread_one
@@ -140,7 +126,7 @@ def permute_grid(
         else:
             _hash_into(hashed, row, round_key, scratch)
             np.equal(row, last, out=flag)
-            # The last row is `b - rem` shorter.
+            # The last row is shorter by `b - rem`.
             np.subtract(b, rem, out=side)
             np.multiply(side, flag.view(np.uint8), out=side)
             np.subtract(b, side, out=side)
@@ -170,26 +156,17 @@ def permute_small(
     n: Int64,
     key: tuple[Int64, Int64],
 ) -> NDArray[np.uint8]:
-    """Images of ``x`` under Fisher-Yates permutations of at most 32 elements.
+    """Permute positions ``x``, row after row, by Fisher-Yates shuffles of ``n <= 32`` elements.
 
-    Parameters
-    ----------
-    x : uint8 array, shape (T,)
-        Positions, row after row. Overwritten.
-    lengths, n : int64 arrays, shape (K,)
-        Positions of each row (their sum is T), and the size of its permutation.
-    key : pair of int64 arrays, shape (K,)
-
-    Returns
-    -------
-    uint8 array, shape (T,)
+    ``x`` has shape (T,) and is overwritten; ``lengths`` (number of positions per row, sum T),
+    ``n`` and the arrays of ``key`` have shape (K,). Returns ``x``.
     """
     largest = int(n.max(initial=1))
     first, second = np.empty(x.shape, np.bool_), np.empty(x.shape, np.bool_)
     swap = np.empty_like(x)
     for i in range(largest - 1, 0, -1):
         j = (keyed_hash(key, i, i) * (i + 1)) >> 32
-        # A row that is too short for this step swaps i with itself, which is no change.
+        # A row with n <= i swaps i with itself, which changes nothing.
         j = np.where(n > i, j, i).astype(np.uint8)
         j_lane = np.repeat(j, lengths)
         np.equal(x, np.uint8(i), out=first)
@@ -202,28 +179,13 @@ def permute_small(
 
 
 def permute_one(x: Int64, n: int, key: tuple[int, int], grid: Grid) -> Int64:
-    """Images of ``x`` under one permutation.
-
-    Parameters
-    ----------
-    x : int64 array, shape (T,)
-        Positions below n.
-    n : int
-        1 .. `MAX_N`.
-    key : pair of int
-    grid : Grid of int
-        From `gpusampler.permutation.reference.grid_of`.
-
-    Returns
-    -------
-    int64 array, shape (T,)
-    """
+    """Permute positions ``x < n`` by one permutation, n in 1 .. `MAX_N`: int64, shape (T,)."""
     out = np.empty(x.size, np.int64)
     rounds = rounds_for(n)
     compiled = jit.compiled_form(x.size)
     if compiled is not None:
         for first in range(0, x.size, _COMPILED_BATCH):
-            # As many ranges of one position.
+            # One range per position.
             tile = x[first : first + _COMPILED_BATCH]
             table = np.empty((9, tile.size), np.int64)
             table[0] = tile

@@ -1,7 +1,7 @@
-"""Ranges of positions of many patches, permuted on the host and looked up: what a batch is made of.
+"""Host evaluation of batches: permute ranges of positions and look up their samples.
 
-Rows with equally many rounds are worked on side by side, in tiles, whatever their lengths are; or,
-where Numba is installed and it pays, row after row by the compiled form.
+Rows with equally many rounds are processed together in tiles, or row by row in compiled code if
+Numba is installed and the input is large enough.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ _LANES = np.arange(TILE, dtype=np.int64)
 
 
 class PositionRanges(NamedTuple):
-    """Rows of consecutive positions, one patch a row; int64 arrays of shape (K,).
+    """Rows of consecutive positions, one patch per row; int64 arrays of shape (K,).
 
-    ``first`` position and ``lengths``, the size ``n`` of the patch and where it starts (``base``),
-    the key and the grid of its permutation.
+    ``first`` position and number of positions (``lengths``), size ``n`` and start ``base`` of the
+    patch, and key and grid of its permutation.
     """
 
     first: Int64
@@ -39,7 +39,7 @@ class PositionRanges(NamedTuple):
     rem: Int64
 
     def rows(self, index: Any) -> PositionRanges:
-        """Return some of the rows."""
+        """Return the rows at ``index``."""
         return PositionRanges(*(column[index] for column in self))
 
 
@@ -52,30 +52,30 @@ def permute_ranges(
     base: Int64,
     order: NDArray[Any] | None,
 ) -> tuple[Int64, Int64]:
-    """Permute ranges of consecutive positions of patches of any sizes, and look the samples up.
+    """Permute ranges of consecutive positions, one range per row, and look up their samples.
 
     Parameters
     ----------
     first, lengths : int64 arrays, shape (K,)
-        Each row's first position and number of positions, 0 or more; the lengths add up to T.
-        Positions at or beyond n start again at 0.
+        First position and number of positions of each row; the lengths, 0 or more, sum to T.
+        Positions wrap around at n.
     n : int64 array, shape (K,)
         Size of each row's patch, 1 .. 2**31 - 1.
     key : pair of int64 arrays, shape (K,), or None
-        None where nothing is to be permuted.
+        None for no permutation.
     grid : Grid of int64 arrays, shape (K,)
-        From `gpusampler.permutation.reference.grids_of`, of ``n``.
+        `gpusampler.permutation.reference.grids_of` of ``n``.
     base : int64 array, shape (K,)
-        Where each row's patch starts.
+        Start of each row's patch in ``order``.
     order : integer array or None
-        Samples sorted by patch; None where a patch's samples are contiguous.
+        Samples sorted by patch; None if the samples of each patch are contiguous.
 
     Returns
     -------
     samples : int64 array, shape (T,)
-        The ranges end to end, in any order.
+        The ranges one after the other, in any order.
     starts : int64 array, shape (K,)
-        Where each row's range starts in ``samples``.
+        Start of each row's range in ``samples``.
     """
     k0, k1 = (first, first) if key is None else key
     ranges = PositionRanges(first, lengths, n, base, k0, k1, *grid)
@@ -103,7 +103,7 @@ def permute_ranges(
 def _permute_compiled(
     compiled: ModuleType, ranges: PositionRanges, permuted: bool, order: NDArray[Any] | None
 ) -> tuple[Int64, Int64]:
-    """`permute_ranges` by the form that Numba compiled: rows stay in their order."""
+    """`permute_ranges` in compiled code; rows keep their order."""
     ends = np.cumsum(ranges.lengths)
     starts = ends - ranges.lengths
     samples = np.empty(int(ends[-1]) if ends.size else 0, np.int64)
@@ -128,12 +128,12 @@ def _rounds_of(n: Int64) -> Int64:
 def _permute_rows(
     out: Int64, ranges: PositionRanges, rounds: int, order: NDArray[Any] | None
 ) -> None:
-    """Permute rows, each of a position at least, that have equally many rounds, tile by tile.
+    """Permute non-empty rows with equally many rounds, tile by tile.
 
-    ``rounds`` is 0 for patches of up to 32, -1 for no permutation at all.
+    ``rounds`` is 0 for patches of up to 32 samples and -1 for no permutation.
     """
     if int(ranges.lengths.max()) > TILE:
-        # A row longer than a tile is cut into rows that share its key.
+        # Split rows longer than a tile into rows with the same key.
         num_tiles = -(-ranges.lengths // TILE)
         row = np.repeat(np.arange(num_tiles.size), num_tiles)
         first_tile = np.repeat(np.cumsum(num_tiles) - num_tiles, num_tiles)
@@ -162,7 +162,7 @@ def _permute_tile(
     np.cumsum(lane_row, out=lane_row)
 
     def spread(values: NDArray[Any], target: NDArray[Any]) -> None:
-        # Row numbers are in range, and only with "clip" does take write without a buffer.
+        # Indices are in range, and np.take writes to `out` without a buffer only with "clip".
         np.take(values.astype(target.dtype, copy=False), lane_row, out=target, mode="clip")
 
     spread(ranges.first - starts, x)
@@ -175,7 +175,7 @@ def _permute_tile(
     elif rounds > 0:
         grid = Grid(ranges.a, ranges.b, ranges.rem)
         np.copyto(x, permute_grid(x, key, grid, rounds, spread))
-    # Positions become indices into the order, or samples, by where their patch starts.
+    # Adding the start of the patch gives indices into `order`, or samples without one.
     spread(ranges.base, out)
     np.add(x, out, out=x if order is not None else out)
     if order is not None:
@@ -183,7 +183,7 @@ def _permute_tile(
 
 
 def _look_up(order: NDArray[Any], positions: Int64, out: Int64) -> None:
-    """``out = order[positions]`` for at most `TILE` positions, all in range."""
+    """Compute ``out = order[positions]`` for at most `TILE` valid positions."""
     if order.dtype == np.int32:
         samples = WORK.i32[: out.size]
         np.take(order, positions, out=samples, mode="clip")

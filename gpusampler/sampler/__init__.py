@@ -1,4 +1,4 @@
-"""What a training loop holds: samplers, loaders, cursors, their state and their ranks."""
+"""Samplers, loaders and cursors of a training loop, with their saved state and ranks."""
 
 from gpusampler.sampler.batch_sampler import PatchBatchSampler
 from gpusampler.sampler.batches import Batch

@@ -1,7 +1,4 @@
-"""What a framework that holds the sampler would do wrong in silence, told by who asks.
-
-No framework is imported; one that is not there asks for nothing.
-"""
+"""Detect and reject misuse by Accelerate (double sharding, array batches), without importing it."""
 
 from __future__ import annotations
 
@@ -12,32 +9,14 @@ from typing import Any
 ACCELERATE = "accelerate.data_loader"
 
 FORWARDING_MODULES = ("gpusampler.", "torch.utils.data.", "torchdata.", ACCELERATE)
-"""Modules between a loader of Accelerate and the sampler that it was made with."""
+"""Modules whose calls pass from a loader of Accelerate to its sampler."""
 
 
 def check_sharding(num_replicas: int, output: str) -> None:
-    """Raise if Accelerate is about to shard what it cannot.
+    """Raise RuntimeError if a caller is a loader of Accelerate that cannot shard the batches.
 
-    `PatchBatchSampler` calls it when it is asked for an iterator or for its length; only the one
-    who asks knows what becomes of the batches. Nothing is looked at unless something could go
-    wrong and Accelerate has been imported.
-
-    Parameters
-    ----------
-    num_replicas : int
-        How many ranks share an epoch of the sampler.
-    output : str
-        What its batches are.
-
-    Raises
-    ------
-    RuntimeError
-        If a loader that Accelerate shards over several processes asks, and ``num_replicas > 1``
-        or, of a shard by batches, ``output`` is not "list".
-
-    Examples
-    --------
-    >>> check_sharding(num_replicas=2, output="list")
+    A loader that Accelerate shards over several processes needs ``num_replicas=1`` and, if it
+    shards by batches, ``output="list"``. Only the call stack shows which loader asks.
     """
     accelerate = sys.modules.get(ACCELERATE)
     if accelerate is None or (num_replicas == 1 and output == "list"):
@@ -50,9 +29,8 @@ def check_sharding(num_replicas: int, output: str) -> None:
         module = frame.f_globals.get("__name__", "")
         if module == ACCELERATE:
             loader = frame.f_locals.get("self")
-            # What runs inside a shard's iteration is what it shards, be it wrapped by others;
-            # inside a dispatcher's run the dataset and the collation too, which may have samplers
-            # of their own.
+            # A shard only calls what it shards, possibly through wrappers. A dispatcher also calls
+            # the dataset and the collation, which may have samplers of their own.
             if isinstance(loader, shard_class):
                 _check_shard(int(loader.num_processes), num_replicas, output)
             elif is_direct_call and isinstance(loader, dispatcher_class):
@@ -72,10 +50,10 @@ def _check_shard(processes: int, num_replicas: int, output: str) -> None:
             "out of accelerator.prepare()"
         )
     if output != "list":
-        # It asks whether a batch is true; the ranks that are told an array's answer raise, at the
-        # end of an epoch, while the others wait for them.
+        # Accelerate evaluates `if batch:` at the end of an epoch. An array raises there on some
+        # ranks, while the remaining ranks wait for them.
         raise RuntimeError(
             f"output must be 'list' in a loader that Accelerate shards over {processes} processes, "
-            f"got {output!r}: it cannot share out batches that are arrays. Leave the loader out of "
-            "accelerator.prepare() to have them"
+            f"got {output!r}: Accelerate cannot shard batches that are arrays. Write "
+            "output='list', or leave the loader out of accelerator.prepare()"
         )

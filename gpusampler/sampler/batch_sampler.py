@@ -1,4 +1,4 @@
-"""PatchBatchSampler: what a DataLoader holds. Arguments, ranks, epochs and state; no arithmetic."""
+"""PatchBatchSampler: its arguments, ranks, epochs and state; `EpochPlan` makes the batches."""
 
 from __future__ import annotations
 
@@ -17,20 +17,24 @@ from gpusampler.batching.mixture import Temperature, check_epoch_batches
 from gpusampler.batching.short_batches import Partial
 from gpusampler.batching.steps import STEPS, UNEVENS, StepsKind, Uneven
 from gpusampler.core import devices
-from gpusampler.core.arrays import Int64
-from gpusampler.core.log import warn
 from gpusampler.core.tracing import GROUP, Recorder
-from gpusampler.core.validation import check_bool, check_choice, check_int, check_seed
+from gpusampler.core.validation import check_bool, check_choice, check_seed
 from gpusampler.groups.from_source import groups_of
-from gpusampler.plan.coverage import Coverage, coverage_of
+from gpusampler.plan.coverage import Coverage, coverage_of, warn_of_omitted_samples
 from gpusampler.plan.epoch_plan import EpochPlan
 from gpusampler.sampler import profile as profile_module
 from gpusampler.sampler.accelerate_guard import check_sharding
 from gpusampler.sampler.batches import Batch, BatchReader, valid_counts
-from gpusampler.sampler.distributed import ProcessGroupWarning, draw_seed, resolve_ranks
+from gpusampler.sampler.distributed import (
+    ProcessGroupWarning,
+    check_step_width,
+    draw_seed,
+    resolve_ranks,
+)
 from gpusampler.sampler.iterator import EpochIterator, Reader
 from gpusampler.sampler.profile import Profile
 from gpusampler.sampler.state import (
+    EpochSetter,
     EpochTracker,
     RankShard,
     check_epoch,
@@ -42,95 +46,96 @@ if TYPE_CHECKING:
     from gpusampler.sampler.cursor import BatchCursor
 
 OUTPUTS = ("list", "numpy", "tensor")
-
 T = TypeVar("T")
 
 
 class PatchBatchSampler:
-    """Batch sampler whose batches each come from one patch.
+    """Batch sampler that takes all samples of a batch from one patch.
 
-    Give it to ``DataLoader(dataset, batch_sampler=sampler)`` and make it once: every pass over the
-    loader is another epoch. A batch is a pure function of (seed, epoch, slot); see `EpochPlan`.
+    Create it once and pass it to ``DataLoader(dataset, batch_sampler=sampler)``: every pass over
+    the loader is the next epoch. A batch is a pure function of (seed, epoch, slot).
 
     Parameters
     ----------
     source : dataset, array, sequence, path, column or table, or PatchGroups
-        Patch id of each sample, in anything that `read_patch_ids` takes: integers or names in an
-        array of NumPy, torch or CuPy on any device, in a list, in a file (.npy, Parquet, Zarr,
-        HDF5), in a column; or a map-style dataset that has them: ``get_all_patch_ids()``, else
-        ``patch_ids``, else ``dataset[i]["patch_id"]`` (read on a pool of threads above 1,000
-        samples). ``Subset`` and ``ConcatDataset`` of such datasets work without reading a sample.
-        Or the path of an index file (see `PatchGroups.load`).
+        Patch id of each sample, as `read_patch_ids` accepts it: integers or names in a NumPy, torch
+        or CuPy array on any device, a list, a file (.npy, Parquet, Zarr, HDF5) or a column. Or a
+        map-style dataset with ``get_all_patch_ids()``, else ``patch_ids``, else
+        ``dataset[i]["patch_id"]`` (read by several threads above 1,000 samples). ``Subset`` and
+        ``ConcatDataset`` of such datasets work without reading a sample. Or the path of an index
+        file (see `PatchGroups.load`).
     batch_size : int, mapping or CostBudget
-        Samples in a batch, at least 1: one number, or one for each patch id; or the most that a
-        batch may cost, where patches differ in what a sample takes.
+        Samples per batch, at least 1: one number, or a mapping from patch ids to numbers. A
+        `CostBudget` limits the cost per batch instead, if patches differ in the cost of a sample.
     shuffle_within_batches : bool
-        Permute inside every patch each epoch: batches get other members every epoch.
+        Permute the samples of every patch each epoch, so that batches have different samples.
     shuffle_patches : bool
         Permute the order of the batches each epoch.
     seed : int, optional
-        0 .. 2**64 - 1. None draws one, kept in the state; in a process group, one for all ranks
-        (by the group's store, without a collective).
+        0 .. 2**64 - 1. None draws a seed, which the state saves. The ranks of a process group share
+        the drawn seed (through the group's store, without a collective).
     interleave : bool
-        False: all batches of a patch in a row, the patches in shuffled order.
+        False: yield all batches of a patch in a row, the patches in shuffled order.
     partial : {"keep", "drop", "pad"}
-        A patch's last batch, when it is short: handed out short, left out, or filled up with
-        samples of the same patch.
+        If the last batch of a patch is short: keep it short, drop it, or fill it up with samples of
+        the same patch.
     num_replicas, rank : int, optional
-        Default: torch.distributed's, if it is initialised, else 1 and 0.
+        Number of ranks, and this rank. Default: torch.distributed's, if it is initialised, else 1
+        and 0.
     uneven : {"pad", "drop"}
-        When the number of batches is no multiple of ``num_replicas``: the epoch's first batches
-        come again, or its last are left out. Every rank has equally many either way. Under
-        ``steps="same_patch"`` the same is done with the batches of each patch that fill no step.
+        If the number of batches is not a multiple of ``num_replicas``: repeat the epoch's first
+        batches, or drop its last ones. Every rank has equally many batches either way. Under
+        ``steps="same_patch"``, this applies to the batches of each patch that do not fill a step.
     steps : {"free", "balanced", "same_patch"}
-        What the batches that all ranks work on at one time have in common: nothing; nearly the
+        What the batches that all ranks process at the same time have in common: nothing; nearly the
         same cost, so that no rank waits for the slowest; the patch.
     step_width : int, optional
-        Batches of a step, a multiple of ``num_replicas``, which is the default. On one rank,
-        ``steps="same_patch", step_width=k`` gives k micro-batches of a patch in a row.
+        Batches per step, a multiple of ``num_replicas``, which is the default. On one rank,
+        ``steps="same_patch", step_width=k`` yields k micro-batches of a patch in a row.
     patch_costs : array (G,), mapping or callable, optional
         Cost of a sample of each patch for ``steps="balanced"``, in any unit: positive numbers by
         ascending patch id, a mapping from patch ids, or a function of the patch id. Default: the
-        costs of the budget, or the dataset's ``patch_costs()``, if it has that, else 1 each. A
-        batch costs as much as its samples together.
+        costs of the budget, else the dataset's ``patch_costs()``, else 1 each. The cost of a batch
+        is the sum over its samples.
     weights : mapping, array (G,) or Temperature, optional
-        What share of an epoch's batches a patch has, within one batch, but at least one: positive
-        numbers by patch id, or by ascending patch id. Above its own batches a patch is gone through
-        again, under another permutation; below, the next epoch goes on where this one stops, so
-        that every sample comes round once a pass. Default: its own batches.
+        Relative share of each patch in an epoch's batches, accurate to one batch and at least one
+        batch: positive numbers as a mapping from patch ids, or by ascending patch id. A patch with
+        more batches than its samples fill starts its next pass in the same epoch, under a different
+        permutation. A patch with fewer continues its pass in the next epoch. Each pass contains
+        every sample once. Default: as many batches as the samples fill.
     epoch_batches : int, optional
-        Batches of an epoch (all ranks together), at least one a patch, below 2**60. Default: all
-        patches' own batches.
+        Batches per epoch (all ranks together), at least one per patch, below 2**60. Default: as
+        many as the samples of all patches fill.
     device : str or torch.device
-        Where the tables live and batches are evaluated: "numpy", "cpu", "cuda:0", "cupy", ...
-        "auto": where the ids already are (of an index file: the host); for a dataset or a file of
-        ids, CUDA if torch is imported and sees a GPU, else NumPy. The batches are the same on all.
+        Device of the tables and of the evaluation: "numpy", "cpu", "cuda:0", "cupy", ... "auto":
+        the device of the ids (the host for an index file); for a dataset or a file of ids, CUDA if
+        torch is imported and sees a GPU, else NumPy. All devices return identical batches.
     output : {"list", "numpy", "tensor"}
-        What iteration hands out: lists of int, or host int64 arrays of NumPy or torch, for
-        datasets with ``__getitems__``.
+        Type of the batches that iteration yields: lists of int, or int64 arrays of NumPy or torch
+        on the host, for datasets with ``__getitems__``.
     progress : bool
-        Show bars while ids are read and grouped, if that takes more than a second.
+        Show progress bars if reading and grouping the ids takes more than a second.
 
     Attributes
     ----------
     sampler : object
-        With ``set_epoch``, for the frameworks that look for it there.
+        Has ``set_epoch``, for frameworks that call ``batch_sampler.sampler.set_epoch``.
 
     Raises
     ------
     TypeError
         If an argument has the wrong type.
     ValueError
-        If a value is out of range, the source is empty, no batch is left, or there are several
-        ranks that cannot agree on a seed.
+        If a value is out of range, the source is empty, no batch is left, or several ranks cannot
+        agree on a seed.
     RuntimeError
-        If ``device`` is not there.
+        If ``device`` does not exist.
 
     Warns
     -----
     UserWarning
         If ``partial="drop"``, or ``uneven="drop"`` under ``steps="same_patch"``, leaves out whole
-        patches. At the first batch, if the sampler was made before the process group was
+        patches. At the first batch, if the sampler was created before the process group was
         initialised, so that it is not sharded.
 
     Examples
@@ -164,7 +169,7 @@ class PatchBatchSampler:
         output: Literal["list", "numpy", "tensor"] = "list",
         progress: bool = True,
     ) -> None:
-        # Cheap arguments are checked before a source is read, which may take minutes.
+        # Check cheap arguments before reading a source, which may take minutes.
         check_batch_size(batch_size)
         check_epoch_batches(epoch_batches)
         group_warning = ProcessGroupWarning(defaulted=num_replicas is None)
@@ -173,12 +178,11 @@ class PatchBatchSampler:
         seed = draw_seed(num_replicas) if seed is None else check_seed(seed)
         check_choice(uneven, "uneven", UNEVENS)
         check_choice(steps, "steps", STEPS)
-        step_width = _check_step_width(step_width, steps, num_replicas)
+        step_width = check_step_width(step_width, steps, num_replicas)
         self.output = check_choice(output, "output", OUTPUTS)
         if output == "tensor" and not devices.has_torch():
             raise RuntimeError(
-                "output must be 'list' or 'numpy' where torch is not installed, got 'tensor'; "
-                "install gpusampler[torch]"
+                "output='tensor' requested, but torch is not installed. Run `pip install torch`."
             )
         is_auto = isinstance(device, str) and device == "auto"
         plan_device = None if is_auto else devices.parse_device(device)
@@ -212,7 +216,7 @@ class PatchBatchSampler:
             self._tracker = EpochTracker(
                 plan, num_replicas, rank, uneven, seed_given, group_warning, recorder=recorder
             )
-        self._warn_of_omitted_patches()
+        warn_of_omitted_samples(self.plan)
         check_num_batches(plan.num_batches, num_replicas, uneven)
         self.sampler = EpochSetter(self._tracker)
 
@@ -231,17 +235,17 @@ class PatchBatchSampler:
     ) -> PatchBatchSampler:
         """Return a sampler for validation and tests: unshuffled, every sample counts exactly once.
 
-        All ranks have equally many batches, as collectives ask for; where that takes a batch twice,
-        ``valid`` (of `batches`, `valid_counts`, `PatchTensorLoader` and `cursor`) is 0 the second
-        time. A sum over the samples that are valid, reduced over ranks, is that of one rank.
+        All ranks have equally many batches, as collectives require. If a batch must be repeated for
+        that, ``valid`` (of `batches`, `valid_counts`, `PatchTensorLoader` and `cursor`) is 0 for
+        the repeat. A sum over valid samples, reduced over all ranks, equals that of one rank.
 
         Parameters
         ----------
         source, batch_size, num_replicas, rank, device, output, progress
             As for the constructor.
         partial : {"keep", "pad"}
-            A patch's last batch, when it is short: handed out short, or filled up with samples
-            that are not valid.
+            If the last batch of a patch is short: keep it short, or fill it up with samples that
+            are not valid.
 
         Returns
         -------
@@ -251,7 +255,7 @@ class PatchBatchSampler:
         Raises
         ------
         TypeError, ValueError, RuntimeError
-            As by the constructor.
+            As for the constructor.
 
         Examples
         --------
@@ -281,7 +285,7 @@ class PatchBatchSampler:
 
     @property
     def plan(self) -> EpochPlan:
-        """The plan of every epoch; another one after a state with another drawn seed is loaded."""
+        """The plan of every epoch; replaced when a state with a different drawn seed is loaded."""
         return self._tracker.plan
 
     @property
@@ -301,15 +305,15 @@ class PatchBatchSampler:
 
     @property
     def batch_size(self) -> int | None:
-        """Samples in every batch; None where batches differ (``partial="keep"``).
+        """Samples per batch; None if batches differ in size (``partial="keep"``).
 
-        Frameworks that re-shard batch samplers take an integer as a promise.
+        Frameworks that re-shard batch samplers rely on an integer being exact.
         """
         return None if self.plan.partial == "keep" else self.plan.batch_size
 
     @property
     def epoch(self) -> int:
-        """The epoch that the next iterator hands out."""
+        """The epoch of the next iterator."""
         return self._tracker.epoch
 
     def __len__(self) -> int:
@@ -320,14 +324,14 @@ class PatchBatchSampler:
     def __iter__(self) -> Iterator[Any]:
         """Return an iterator over this rank's batches of the next epoch.
 
-        It binds the epoch when its first batch is drawn, and has ``len``, ``state_dict`` and
-        ``load_state_dict``.
+        The iterator binds the epoch when its first batch is drawn. It has ``len``, ``state_dict``
+        and ``load_state_dict``.
 
         Raises
         ------
         RuntimeError
-            If a loader of Accelerate asks that would shard this rank's share again, or could not
-            shard batches that are arrays.
+            If a loader of Accelerate would shard this rank's batches again, or cannot shard them
+            because they are arrays.
         """
         check_sharding(self.num_replicas, self.output)
         return self._iterate(functools.partial(BatchReader, output=self.output))
@@ -338,8 +342,8 @@ class PatchBatchSampler:
         Parameters
         ----------
         epoch : int, optional
-            Default: the next one, as ``iter`` would take. A given epoch is handed out from its
-            start and leaves the sampler's own epoch alone.
+            Default: the next one, as for ``iter``. An explicit epoch starts at its first batch and
+            does not change the sampler's epoch.
 
         Returns
         -------
@@ -349,16 +353,16 @@ class PatchBatchSampler:
         Raises
         ------
         TypeError, ValueError
-            If ``epoch`` is no integer in 0 .. 2**63 - 1.
+            If ``epoch`` is not an integer in 0 .. 2**63 - 1.
         """
         return self._iterate(functools.partial(BatchReader, output="batch"), epoch)
 
     def valid_counts(self, epoch: int | None = None) -> NDArray[np.int64]:
-        """Return how many samples count in each of this rank's batches of an epoch.
+        """Return the number of samples that count in each of this rank's batches of an epoch.
 
-        What ``Batch.valid`` says, for loops over a DataLoader: ``zip(loader,
-        sampler.valid_counts(epoch))``. All that a batch holds, but for what ``partial="pad"`` fills
-        it up with and, of a sampler `for_evaluation`, batches that come again.
+        These are the values of ``Batch.valid``, for loops over a DataLoader: ``zip(loader,
+        sampler.valid_counts(epoch))``. All samples count except the filling of ``partial="pad"``
+        and, with `for_evaluation`, repeated batches.
 
         Parameters
         ----------
@@ -373,34 +377,26 @@ class PatchBatchSampler:
         Raises
         ------
         TypeError, ValueError
-            If ``epoch`` is no integer in 0 .. 2**63 - 1.
+            If ``epoch`` is not an integer in 0 .. 2**63 - 1.
         """
-        return valid_counts(self._tracker.shard_of(self._check_epoch(epoch)))
+        epoch = check_epoch(self.epoch if epoch is None else epoch)
+        return valid_counts(self._tracker.shard_of(epoch))
 
     def _iterate(
         self, make_reader: Callable[[RankShard], Reader[T]], epoch: int | None = None
     ) -> EpochIterator[T]:
-        """Return an iterator over what a reader makes of this rank's shard of an epoch.
-
-        What `iter`, `batches` and `PatchTensorLoader` are made of; arguments as for
-        `EpochIterator`.
-
-        Raises
-        ------
-        TypeError, ValueError
-            If ``epoch`` is no integer in 0 .. 2**63 - 1.
-        """
         if epoch is not None:
             epoch = check_epoch(epoch)
         return EpochIterator(self._tracker, make_reader, epoch)
 
     def cursor(self) -> BatchCursor:
-        """Return a torch module that hands out this rank's batches inside compiled loops.
+        """Return a torch module that yields this rank's batches inside compiled loops.
 
-        It begins where the next iterator would, on the sampler's device (torch's CPU for NumPy,
-        torch's CUDA for CuPy), and goes its own way from there: the sampler's epoch and state do
-        not follow it. Its own ``state_dict`` holds its place. It runs on in steps of one width:
-        after a state of another ``step_width`` was loaded, in that one, for later epochs as well.
+        It begins at the position of the next iterator, on the sampler's device (torch's CPU for
+        NumPy, torch's CUDA for CuPy). From then on it is independent: the sampler's epoch and state
+        do not follow it, and its own ``state_dict`` saves its position. Its step width never
+        changes: if the sampler has loaded a state with a different ``step_width``, the cursor uses
+        the loaded width, in later epochs as well.
 
         Returns
         -------
@@ -412,9 +408,7 @@ class PatchBatchSampler:
             If torch is not installed.
         """
         if not devices.has_torch():
-            raise RuntimeError(
-                "cursor must have torch, which is not installed; install gpusampler[torch]"
-            )
+            raise RuntimeError("cursor() needs torch, which is not installed: pip install torch")
         from gpusampler.sampler.cursor import BatchCursor
 
         shard = self._tracker.pending_shard()
@@ -430,37 +424,38 @@ class PatchBatchSampler:
         )
 
     def set_epoch(self, epoch: int) -> None:
-        """Choose the epoch that the next iterator hands out.
+        """Set the epoch of the next iterator.
 
-        After `load_state_dict`, the loaded epoch keeps the loaded position; any other drops it.
+        After `load_state_dict`, setting the loaded epoch keeps the loaded position; setting a
+        different epoch drops it.
 
         Raises
         ------
         TypeError, ValueError
-            If ``epoch`` is no integer in 0 .. 2**63 - 1.
+            If ``epoch`` is not an integer in 0 .. 2**63 - 1.
 
         Warns
         -----
         UserWarning
-            If a loaded position in the middle of another epoch is dropped.
+            If a loaded position in the middle of a different epoch is dropped.
         """
         self._tracker.set_epoch(epoch, stacklevel=2)
 
     def reshuffle(self) -> None:
-        """Skip an epoch: the next iterator hands out the one after the next.
+        """Skip an epoch: the next iterator starts the epoch after the next.
 
-        Every epoch is shuffled anew by itself; this is for loops that want another order now.
+        Every epoch has a different order anyway; call this only to get a new order immediately.
         """
         self._tracker.skip_epoch()
 
     def get_epoch_count(self) -> int:
-        """Return `epoch`: how many epochs have been begun or skipped."""
+        """Return `epoch`: the number of epochs that were begun or skipped."""
         return self.epoch
 
     def coverage(self, epoch: int | None = None) -> Coverage:
-        """Count samples seen once, repeated and missed by patch, over all ranks.
+        """Count samples seen once, repeated and missed in a whole epoch, per patch, over all ranks.
 
-        Of a whole epoch in steps of the sampler's own ``step_width``.
+        The epoch has steps of the sampler's own ``step_width``.
 
         Parameters
         ----------
@@ -474,23 +469,21 @@ class PatchBatchSampler:
         Raises
         ------
         TypeError, ValueError
-            If ``epoch`` is no integer in 0 .. 2**63 - 1.
+            If ``epoch`` is not an integer in 0 .. 2**63 - 1.
         """
-        num_slots = self._tracker.steps_per_epoch * self.num_replicas
-        return coverage_of(self.plan, self._check_epoch(epoch), num_slots)
-
-    def _check_epoch(self, epoch: int | None) -> int:
-        return check_epoch(self.epoch if epoch is None else epoch)
+        epoch = check_epoch(self.epoch if epoch is None else epoch)
+        return coverage_of(self.plan, epoch, self._tracker.steps_per_epoch * self.num_replicas)
 
     def stats(self) -> Profile:
-        """Return where the sampler's own time has gone since it was made.
+        """Return the sampler's own time since it was created, by kind of work.
 
-        Always counted, as it costs next to nothing: ranges stand around blocks of many batches.
+        The times are always recorded. The overhead is negligible, because each measurement covers a
+        block of many batches.
 
         Returns
         -------
         Profile
-            ``wall_seconds`` is what the sampler has taken, of which rows have their shares.
+            ``wall_seconds`` is the total time of the sampler; rows give fractions of it.
 
         Examples
         --------
@@ -506,23 +499,22 @@ class PatchBatchSampler:
 
     @contextmanager
     def profile(self) -> Iterator[Profile]:
-        """Find out where the time of a block goes, the sampler's and the loop's.
+        """Profile a ``with`` block: the time of the sampler and of the loop.
 
-        Of all that draws from this sampler: its iterators, a DataLoader's in this process, and
-        those of a `PatchTensorLoader`, in one thread: of several that draw at a time, shares add up
-        to more than the whole. Batches are handed out one at a time meanwhile, each seen,
-        and on a GPU every range waits for the device, so that time shows where it is spent: the
-        block is slower than the same loop without it.
+        The profile covers every iterator of this sampler in this process, including those of a
+        DataLoader and a `PatchTensorLoader`. If several threads draw at the same time, the shares
+        sum to more than 1. The block runs slower than the same loop without a profile: every batch
+        is timed, and on a GPU every range synchronizes the device.
 
         Yields
         ------
         Profile
-            Filled when the block ends; `str` makes a table of it.
+            Filled when the block ends; `str` returns a table.
 
         Raises
         ------
         RuntimeError
-            If another profile of the sampler has not ended.
+            If a profile of this sampler is already active.
 
         Examples
         --------
@@ -544,83 +536,56 @@ class PatchBatchSampler:
         return profile
 
     def state_dict(self, step: int | None = None) -> dict[str, Any]:
-        """Return where the sampler is, as a fresh dictionary of plain values.
+        """Return the sampler's position as a new dictionary of plain values.
 
         Parameters
         ----------
         step : int, optional
-            Take the position after that many batches of the pass that was begun last, instead of
-            after those that were drawn: a loader that prefetches draws ahead of training. A pass
-            that resumed in the middle of an epoch counts its own batches, from 0.
+            Save the position after this many batches of the latest pass, instead of after the
+            batches that were drawn: a loader that prefetches draws ahead of training. A pass that
+            resumed in the middle of an epoch counts its own batches, from 0.
 
         Returns
         -------
         dict
-            JSON-safe, under 1 KB: format version, epoch, global slot, seed, and a fingerprint of
-            ids and settings. It fits samplers of any rank and any number of ranks.
+            JSON-safe, under 1 KB: format version, epoch, global slot, seed, step width, and a
+            fingerprint of ids and settings. It can be loaded on any rank of any number of ranks.
 
         Raises
         ------
         TypeError, ValueError
-            If ``step`` is no integer, negative, or more than the pass has batches.
+            If ``step`` is not an integer, negative, or more than the batches of the pass.
         """
         return self._tracker.state_dict(step)
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """Go on where a state was taken: the next iterator hands out the batches after it.
+        """Resume from a saved state: the next iterator yields the batches after it.
 
-        The state of a finished epoch leads to the next one.
+        After the state of a finished epoch, the next iterator starts the next epoch.
 
         Parameters
         ----------
         state_dict : mapping
             From `state_dict` of a sampler with the same ids and settings, on any number of ranks
-            and any device. It is not changed.
+            and any device. It is not modified.
 
         Raises
         ------
         TypeError
-            If it is no such mapping.
+            If it is not such a mapping.
         ValueError
             If its format version, ids, settings or (explicit) seed differ from this sampler's; the
-            error names what differs.
+            error names the differences.
 
         Warns
         -----
         UserWarning
-            If, under ``steps="same_patch"``, the rest of the epoch cannot be of one patch a step,
-            because it was begun on other ranks.
+            If, under ``steps="same_patch"``, the remaining steps of the epoch may mix patches,
+            because the epoch began on a different number of ranks.
         """
         self._tracker.load_state_dict(state_dict)
 
-    def _warn_of_omitted_patches(self) -> None:
-        plan = self.plan
-        skipped = plan.over_budget_by_patch
-        if skipped.any():
-            warn(
-                f"over_budget='skip' leaves out {int(skipped.sum())} samples, of "
-                f"{int((skipped > 0).sum())} of {plan.groups.num_patches} patches: a batch of them "
-                "would cost more than max_cost"
-            )
-        unit = "a batch" if plan.batch_size is None else f"batch_size={plan.batch_size}"
-        self._warn_of_omitted(plan.dropped_by_patch, "partial='drop'", unit)
-        unit = f"step_width={plan.step_width} batches"
-        setting = "uneven='drop' under steps='same_patch'"
-        self._warn_of_omitted(plan.without_steps_by_patch, setting, unit)
-
-    def _warn_of_omitted(self, samples: Int64, setting: str, unit: str) -> None:
-        if samples.any():
-            patches = f"{int((samples > 0).sum())} of {samples.size} patches"
-            if self.plan.tables.patch_of_bin is not None:
-                # Others of a patch's classes may be there.
-                patches = f"whole classes of cost of {patches}"
-            warn(
-                f"{setting} leaves out {patches} ({int(samples.sum())} samples): they are smaller "
-                f"than {unit}"
-            )
-
     def __repr__(self) -> str:
-        """Return sizes, epoch and settings."""
         plan, groups = self.plan, self.plan.groups
         size = f"up to {plan.max_batch_size}" if plan.batch_size is None else plan.batch_size
         options = f", rank {self.rank} of {self.num_replicas}" if self.num_replicas > 1 else ""
@@ -633,27 +598,3 @@ class PatchBatchSampler:
             f"{self._tracker.steps_per_epoch} batches of {size}, epoch={self.epoch}, "
             f"seed={self.seed}, partial={plan.partial!r}, device={str(plan.device)!r}{options})"
         )
-
-
-class EpochSetter:
-    """Passes ``set_epoch`` on to a sampler, for frameworks that look for it on ``.sampler``."""
-
-    def __init__(self, tracker: EpochTracker) -> None:
-        self._tracker = tracker
-
-    def set_epoch(self, epoch: int) -> None:
-        """Do what `PatchBatchSampler.set_epoch` does."""
-        self._tracker.set_epoch(epoch, stacklevel=2)
-
-
-def _check_step_width(step_width: int | None, steps: str, num_replicas: int) -> int:
-    """Return the slots of a step; the plan refuses what does not go with ``steps``."""
-    if step_width is None:
-        return 1 if steps == "free" else num_replicas
-    step_width = check_int(step_width, "step_width", low=1, high=1 << 31)
-    if steps != "free" and step_width % num_replicas:
-        raise ValueError(
-            f"step_width must be a multiple of num_replicas={num_replicas}, so that ranks begin "
-            f"steps together, got {step_width}"
-        )
-    return step_width

@@ -1,4 +1,4 @@
-"""A rank's batches of an epoch: evaluated in blocks, moved to the host, cut into single batches."""
+"""Readers of a rank's batches: evaluate blocks, copy them to the host, split them into batches."""
 
 from __future__ import annotations
 
@@ -18,29 +18,29 @@ from gpusampler.sampler.iterator import T
 from gpusampler.sampler.state import RankShard
 
 FIRST_BLOCK_SAMPLES = 1 << 11
-"""Indices evaluated at first, so that the first batch comes at once."""
+"""Indices in the first block: few, so that the first batch is ready immediately."""
 MAX_BLOCK_GROWTH = 7
-"""A block is at most so many times all before it: few small ones, whose cost is that of calls."""
+"""Largest ratio of a block to all blocks before it, so that few blocks are small and slow."""
 MAX_BATCHES_AT_ONCE = 512
-"""Batches made at once. With 700 lists more than before the garbage collector sets out, and walks
-through them and, now and then, all that the program holds."""
+"""Batches created at once. 700 new lists trigger Python's garbage collector, which visits them and
+sometimes all objects of the program."""
 FIRST_LOCATED_SLOTS = 1 << 8
 MAX_LOCATED_SLOTS = 1 << 13
-"""Slots looked up at once; far cheaper than their indices, so further ahead."""
+"""Slots located at once: further ahead than indices, because a slot is far cheaper to locate."""
 
 
 class Batch(NamedTuple):
-    """One batch.
+    """One batch: its patch, sample indices and number of valid samples.
 
     Attributes
     ----------
-    patch_id : int, or str where patches have names
-        Patch of all its samples.
+    patch_id : int, or str if patches have names
+        Patch of all samples.
     indices : int64 array, shape (size,)
-        On the sampler's device.
+        Sample indices, on the sampler's device.
     valid : int
-        How many of them count; the rest, under ``partial="pad"``, fills the batch up. 0 where a
-        sampler `for_evaluation` hands a batch out again.
+        Number of leading samples that count; the remaining ones fill the batch up under
+        ``partial="pad"``. 0 if a sampler `for_evaluation` repeats the batch.
 
     Examples
     --------
@@ -56,13 +56,7 @@ class Batch(NamedTuple):
 
 
 class BlockReader:
-    """A rank's batches of one epoch, evaluated a block at a time.
-
-    Parameters
-    ----------
-    shard : RankShard
-        Its plan is evaluated where it is.
-    """
+    """A rank's batches of one epoch, evaluated block by block on the plan's device."""
 
     def __init__(self, shard: RankShard) -> None:
         self.plan = shard.plan
@@ -75,10 +69,10 @@ class BlockReader:
         self._num_samples = 0
 
     def read(self) -> RaggedBlock | None:
-        """Return the next block of batches, None after the last."""
-        if self.plan.needs_upload:
+        """Return the next block of batches; None after the last."""
+        if self.plan.evaluator.needs_upload:
             with self._shard.recorder.range(TRANSFER):
-                self.plan.upload_tables()
+                self.plan.evaluator.upload_tables()
         with self._evaluate_range:
             return self._evaluate()
 
@@ -88,18 +82,19 @@ class BlockReader:
             locations = self._locate_next()
             if locations is None:
                 return None
-        # A batch at least.
+        # A block has at least one batch.
         start = int(self._sample_ends[self._row - 1]) if self._row else 0
         max_samples = max(FIRST_BLOCK_SAMPLES, MAX_BLOCK_GROWTH * self._num_samples)
-        max_end = start + min(max_samples, self.plan.block_lanes)
+        max_end = start + min(max_samples, self.plan.evaluator.block_samples)
         stop = max(self._row + 1, int(np.searchsorted(self._sample_ends, max_end, side="right")))
-        block = self.plan.batches_at(self._shard.epoch, locations.rows(slice(self._row, stop)))
+        rows = locations.rows(slice(self._row, stop))
+        block = self.plan.evaluator.ragged(self._shard.epoch, rows)
         self._row = stop
         self._num_samples += int(self._sample_ends[stop - 1]) - start
         return block
 
     def _locate_next(self) -> BatchLocations | None:
-        """Find out which batches the next slots of this rank are."""
+        """Locate the batches of this rank's next slots."""
         start = self._num_located
         steps = max(FIRST_LOCATED_SLOTS, min(MAX_BLOCK_GROWTH * start, MAX_LOCATED_SLOTS))
         stop = min(start + steps, self._shard.steps)
@@ -113,21 +108,21 @@ class BlockReader:
 
 
 def locate_slots(shard: RankShard, slots: Int64) -> BatchLocations:
-    """Return the batches of a shard at global slots, ascending; those beyond the last come again.
+    """Return the batches at ascending global slots; slots beyond the last repeat the first batches.
 
-    Where repeats do not count, their length is 0, but they are handed out like the others.
+    If repeats do not count, their ``length`` is 0, but they are still returned.
     """
     num_slots = shard.plan.num_batches
     if int(slots[-1]) < num_slots:
-        return shard.plan.locate(shard.epoch, slots)
-    locations = shard.plan.locate(shard.epoch, slots % num_slots)
+        return shard.plan.evaluator.locate(shard.epoch, slots)
+    locations = shard.plan.evaluator.locate(shard.epoch, slots % num_slots)
     if shard.repeats_count:
         return locations
     return locations._replace(length=np.where(slots < num_slots, locations.length, 0))
 
 
 def valid_counts(shard: RankShard) -> Int64:
-    """Return how many samples count in each batch of a shard: int64, shape (steps,)."""
+    """Return the number of samples that count in each batch of a shard: int64, shape (steps,)."""
     counts = np.empty(shard.steps, np.int64)
     for start in range(0, shard.steps, MAX_LOCATED_SLOTS):
         stop = min(start + MAX_LOCATED_SLOTS, shard.steps)
@@ -136,10 +131,10 @@ def valid_counts(shard: RankShard) -> Int64:
 
 
 class HostBlockReader:
-    """`BlockReader` of a plan on a device, whose samples travel to the host a block ahead.
+    """Copies the samples of a `BlockReader` from a device to the host, one block ahead.
 
-    What `read` returns is good until the next call. Blocks that are there already, as the device's
-    memory has run out, are passed on.
+    A block is valid until the next `read`. After device memory has run out, blocks are already on
+    the host and are returned unchanged.
     """
 
     def __init__(
@@ -152,41 +147,33 @@ class HostBlockReader:
 
     def read(self) -> RaggedBlock | None:
         """Return the next block of batches, with its samples in NumPy; None after the last."""
-        # The one after it has been evaluated and sent before this one is waited for.
+        # The prefetcher evaluates and sends the next block before waiting for this one.
         block = self._prefetcher.get_next(self._send)
-        if block is None or arrays.library_of(block.samples) == "numpy":
+        if block is None or arrays.is_numpy(block.samples):
             return block
         with self._transfer_range:
             return block._replace(samples=self._transfer.take())
 
     def _send(self) -> RaggedBlock | None:
         block = self._block_reader.read()
-        if block is None or arrays.library_of(block.samples) == "numpy":
+        if block is None or arrays.is_numpy(block.samples):
             return block
         with self._transfer_range:
             try:
                 self._transfer.send(block.samples)
             except Exception as error:
-                # There may be no more pinned memory either.
+                # Pinned memory can run out, too.
                 if not devices.is_out_of_memory(error):
                     raise
-                self._block_reader.plan.fall_back_to_host(error)
+                self._block_reader.plan.evaluator.fall_back_to_host(error)
                 return block._replace(samples=arrays.to_numpy(block.samples))
         return block
 
 
 class BatchReader(Generic[T]):
-    """A rank's batches of one epoch, in one of the forms that are handed out.
+    """A rank's batches of one epoch; ``output`` is "list", "numpy", "tensor" or "batch".
 
-    Parameters
-    ----------
-    shard : RankShard
-    output : {"list", "numpy", "tensor", "batch"}
-
-    Raises
-    ------
-    RuntimeError
-        If arrays of a GPU are asked for in a worker of a DataLoader.
+    Creating it raises RuntimeError if a DataLoader worker would have to return GPU arrays.
     """
 
     def __init__(self, shard: RankShard, output: str) -> None:
@@ -199,7 +186,7 @@ class BatchReader(Generic[T]):
         self._remaining_block: RaggedBlock | None = None
         if output == "batch":
             devices.check_not_in_worker(plan.device)
-        elif not plan.works_on_host:
+        elif not plan.evaluator.works_on_host:
             stream = side_stream(plan.device)
             if stream is not None:
                 self._block_reader = HostBlockReader(
@@ -208,7 +195,7 @@ class BatchReader(Generic[T]):
                 self._reuses_memory = True
 
     def read(self) -> list[T] | None:
-        """Return the next batches, None after the last."""
+        """Return the next batches; None after the last."""
         if self._remaining_block is None:
             self._remaining_block = self._read_block()
             if self._remaining_block is None:
@@ -218,7 +205,7 @@ class BatchReader(Generic[T]):
         return batches
 
     def _read_block(self) -> RaggedBlock | None:
-        """Return the next block, its samples where they are handed out; None after the last."""
+        """Return the next block, its samples on the output's device; None after the last."""
         block = self._block_reader.read()
         if block is None:
             return None
@@ -226,25 +213,20 @@ class BatchReader(Generic[T]):
             if arrays.device_of(block.samples) != self._plan.device:
                 with self._transfer_range:
                     block = block._replace(samples=arrays.upload(block.samples, self._plan.device))
-        elif arrays.library_of(block.samples) != "numpy":
+        elif not arrays.is_numpy(block.samples):
             with self._transfer_range:
                 block = block._replace(samples=arrays.to_numpy(block.samples))
         elif self._reuses_memory and self._output == "numpy":
-            # What is handed out may be kept; pinned memory is used again.
+            # The caller may keep the arrays, but pinned memory is reused.
             block = block._replace(samples=block.samples.copy())
         return block
 
 
 def _split(samples: Any, block: RaggedBlock, split_rows: Callable[[Any], list[Any]]) -> list[Any]:
-    """Cut the samples of a block into its batches.
+    """Split the samples (NumPy, shape (T,)) of a block into its batches.
 
-    Parameters
-    ----------
-    samples : NumPy array, shape (T,)
-    block : RaggedBlock
-    split_rows : callable
-        Makes batches of the rows of a matrix, all at once: half the price of one by one. It is
-        called for each row of batches of one size, where there are few such rows.
+    ``split_rows`` turns the rows of a matrix into batches, in half the time of one call per batch.
+    It is called once per sequence of equally large batches, if there are few such sequences.
     """
     starts, sizes = block.starts, block.sizes
     order = None
@@ -278,7 +260,7 @@ def _to_lists(plan: EpochPlan, block: RaggedBlock) -> list[list[int]]:
 
 
 def _split_views(samples: Any, block: RaggedBlock) -> list[Any]:
-    if arrays.library_of(samples) == "numpy":
+    if arrays.is_numpy(samples):
         return _split(samples, block, list)
     ends = block.starts + block.sizes
     if bool((block.starts[1:] == ends[:-1]).all()):
@@ -292,7 +274,7 @@ def _to_arrays(plan: EpochPlan, block: RaggedBlock) -> list[Any]:
 
 
 def _to_tensors(plan: EpochPlan, block: RaggedBlock) -> list[Any]:
-    # Each has memory of its own: a tensor that is sent to a worker takes its whole storage along.
+    # Copies: pickling a view of a tensor for another process would send its whole storage.
     views = _split_views(arrays.to_numpy(block.samples), block)
     return [arrays.tensor_from_numpy(view.copy()) for view in views]
 

@@ -1,6 +1,6 @@
-"""BatchCursor: a plan's batches one after the other inside a compiled loop or a CUDA graph.
+"""BatchCursor: the batches of a plan inside a compiled loop or a CUDA graph.
 
-Imports torch, so it is imported by `PatchBatchSampler.cursor` only.
+It imports torch, so only `PatchBatchSampler.cursor` imports this module.
 """
 
 from __future__ import annotations
@@ -27,17 +27,17 @@ from gpusampler.sampler.state import (
 
 
 class CursorBatch(NamedTuple):
-    """One batch of a `BatchCursor`, all of it on the device.
+    """One batch of a `BatchCursor`, entirely on the device.
 
     Attributes
     ----------
     indices : int64 tensor, shape (B,)
-        Samples; those beyond ``valid`` repeat samples of the same patch.
+        Sample indices; those beyond ``valid`` repeat samples of the same patch.
     valid : int64 tensor, 0-d
-        How many of them count; 0 where repeats do not and this batch is one.
+        Number of leading samples that count; 0 for a repeated batch if repeats do not count.
     group : int64 tensor, shape (1,)
-        The batch's patch, as a place among the sorted patch ids. ``geometries[group]`` is its
-        geometry, shape (1, ...), in a graph as well; a 0-d index would be read on the host.
+        Index of the batch's patch among the sorted patch ids. ``geometries[group]`` is its
+        geometry, shape (1, ...), also in a CUDA graph; a 0-d index would be read on the host.
     """
 
     indices: Tensor
@@ -46,38 +46,39 @@ class CursorBatch(NamedTuple):
 
 
 class BatchCursor(torch.nn.Module):
-    """Hands out a batch a call, without the host: its place is a tensor that is counted up.
+    """Module that returns the next batch per call, with its position in tensors on the device.
 
-    `forward` reads nothing back, has one shape for ever and changes its buffers in place, so it
-    may stand in a function that is compiled with fullgraph=True, once for a whole run, or in a CUDA
-    graph, each replay of which is the next batch. At the end of an epoch it runs on into the next.
+    `forward` never synchronizes with the host, returns constant shapes and updates its buffers in
+    place. So it works in a function compiled with fullgraph=True, without recompilation, and in a
+    CUDA graph, where each replay returns the next batch. After the last batch of an epoch, it
+    continues with the next epoch.
 
     Parameters
     ----------
     plan : EpochPlan
-        On a torch device. With ``interleave=False`` every call works out the order of all patches
-        anew, which costs as much as a batch of as many samples as there are patches.
+        A plan on a torch device. With ``interleave=False``, every call recomputes the order of all
+        patches, which costs as much as a batch with one sample per patch.
     epoch, slot : int
-        Where to begin: an epoch, and a global slot in it, 0 .. M (M is the end of the epoch).
+        Start position: an epoch, and a global slot in it, 0 .. M (M is the end of the epoch).
     num_replicas, rank : int
-        Ranks that share an epoch, and which one this is; a step takes ``num_replicas`` slots.
+        Number of ranks that share an epoch, and this rank. A step takes ``num_replicas`` slots.
     uneven : {"pad", "drop"}
-        When slots are left that are fewer than ``num_replicas``: the epoch's first come again, or
-        they are left out.
+        If fewer than ``num_replicas`` slots remain: repeat the epoch's first batches, or drop the
+        remaining ones.
     seed_given : bool
-        Whether a saved state of another seed is refused, rather than taken over.
+        True: reject a saved state with a different seed. False: adopt its seed.
     repeats_count : bool
-        Whether batches that come again under "pad" count (in ``valid``).
+        Whether batches repeated under "pad" count (in ``valid``).
 
     Attributes
     ----------
     epoch, slot : int64 tensors, 0-d
-        Buffers, saved by ``state_dict``: where the next call begins.
+        Position of the next call; buffers that ``state_dict`` saves.
 
     Raises
     ------
     TypeError, ValueError
-        If an argument is not as described, or no step is left.
+        If an argument is not as described, or an epoch has no batch for every rank.
 
     Examples
     --------
@@ -106,10 +107,9 @@ class BatchCursor(torch.nn.Module):
         super().__init__()
         if not isinstance(plan, EpochPlan):
             raise TypeError(f"plan must be an EpochPlan, got {type(plan).__name__}")
-        if plan.device.library != "torch":
+        if not plan.device.is_torch:
             raise ValueError(
-                f"plan must be on a torch device, got {str(plan.device)!r}; plan.on('cpu') is the "
-                "same plan there"
+                f"plan must be on a torch device, got {str(plan.device)!r}; pass plan.on('cpu')"
             )
         self.num_replicas = check_int(num_replicas, "num_replicas", low=1, high=1 << 31)
         self.rank = check_int(rank, "rank", low=0, high=self.num_replicas)
@@ -121,7 +121,7 @@ class BatchCursor(torch.nn.Module):
         for name in ("epoch", "slot"):
             self.register_buffer(name, torch.zeros((), dtype=torch.int64, device=plan.device.name))
         self.seek(epoch, slot)
-        plan.prepare_batch()
+        plan.evaluator.prepare_batch()
 
     @property
     def plan(self) -> EpochPlan:
@@ -130,16 +130,16 @@ class BatchCursor(torch.nn.Module):
 
     @property
     def steps_per_epoch(self) -> int:
-        """Calls that make up an epoch on this rank; equal on every rank."""
+        """Calls per epoch on this rank; equal on every rank."""
         return self._remaining_steps(0)
 
     def forward(self) -> CursorBatch:
-        """Return this rank's next batch, and go on."""
+        """Return this rank's next batch and advance the position."""
         total, drop = self._plan.num_batches, self._uneven == "drop"
-        # Few operations: each is a kernel of its own where nothing fuses them.
+        # Few operations: each is a separate kernel unless a compiler fuses them.
         rank_slot = self.slot if self.num_replicas == 1 else self.slot + self.rank
         batch_slot = rank_slot % total if self.num_replicas > 1 and not drop else rank_slot
-        block = self._plan.batch_of_tensors(self.epoch, batch_slot)
+        block = self._plan.evaluator.batch(self.epoch, batch_slot)
         valid = block.lengths if self._repeats_count else block.lengths * (rank_slot < total)
         self.slot.add_(self.num_replicas)
         # Under "drop" a step must have a slot for every rank.
@@ -149,7 +149,7 @@ class BatchCursor(torch.nn.Module):
         return CursorBatch(block.indices, valid, block.groups.reshape(1))
 
     def seek(self, epoch: int, slot: int = 0) -> None:
-        """Go to a place, in place: a graph that was captured goes on from there.
+        """Set the position in place: a captured CUDA graph continues from there.
 
         Parameters
         ----------
@@ -159,7 +159,7 @@ class BatchCursor(torch.nn.Module):
         Raises
         ------
         TypeError, ValueError
-            If one is no integer or out of range.
+            If one is not an integer or out of range.
         """
         epoch = check_epoch(epoch)
         slot = check_int(slot, "slot", low=0, high=self._plan.num_batches + 1)
@@ -169,32 +169,32 @@ class BatchCursor(torch.nn.Module):
         self.slot.fill_(slot)
 
     def position(self) -> tuple[int, int]:
-        """Return (epoch, slot) of the next call as integers; waits for the device."""
+        """Return (epoch, slot) of the next call as integers; synchronizes the device."""
         return int(self.epoch), int(self.slot)
 
     def _remaining_steps(self, slot: int) -> int:
         return remaining_steps(slot, self._plan.num_batches, self.num_replicas, self._uneven)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> BatchCursor:
-        """Move with the module: the plan is evaluated where the buffers are."""
+        """Move the plan to the device of the buffers."""
         super()._apply(fn, recurse)
         for name in ("epoch", "slot"):
-            # A module that is cast to another type casts its integers, too.
+            # Casting the module to another dtype casts these integers, too.
             setattr(self, name, getattr(self, name).to(torch.int64))
         self._move_plan_to_buffers()
         return self
 
     def _move_plan_to_buffers(self) -> None:
         self._plan = self._plan.on(Device("torch", str(self.epoch.device)))
-        self._plan.prepare_batch()
+        self._plan.evaluator.prepare_batch()
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        """Arrive ready to be compiled: a plan travels without what it has on its device."""
+        """Restore the plan's device tables, which pickling leaves out."""
         super().__setstate__(state)
         self._move_plan_to_buffers()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> BatchCursor:
-        """Copy the place; the plan, which never changes and may be large, is shared."""
+        """Copy the position; share the plan, which is immutable and may be large."""
         memo[id(self._plan)] = self._plan
         copied = type(self).__new__(type(self))
         memo[id(self)] = copied
@@ -211,14 +211,14 @@ class BatchCursor(torch.nn.Module):
         unexpected_keys: list[str],
         error_msgs: list[str],
     ) -> None:
-        """Take over a saved place, of any number of ranks; one that is refused changes nothing."""
+        """Load a saved position, from any number of ranks; a rejected one changes nothing."""
         old_position, old_plan = self.position(), self._plan
         num_errors = len(missing_keys), len(error_msgs)
         lists = missing_keys, unexpected_keys, error_msgs
         try:
             for name in ("epoch", "slot"):
                 _check_integer_tensor(state_dict.get(prefix + name), name)
-            # Copies what is in the state as it stands, and has it checked only then.
+            # torch copies the buffers first; set_extra_state and seek check them afterwards.
             super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, *lists)
             self._move_plan_to_buffers()
             self.seek(*self.position())
@@ -226,29 +226,29 @@ class BatchCursor(torch.nn.Module):
             self._plan = old_plan
             self.seek(*old_position)
             raise
-        # What is missing or misshapen torch tells of later, when the rest has been copied: half a
-        # place, or one that cannot be checked, is none, also where strict=False lets it be.
+        # torch reports missing or misshapen buffers later and has already copied the remaining
+        # ones. Undo that, also under strict=False: a partial position is wrong.
         if (len(missing_keys), len(error_msgs)) != num_errors:
             self._plan = old_plan
             self.seek(*old_position)
 
     def get_extra_state(self) -> dict[str, Any]:
-        """Return what a saved place must fit: the seed, ids and settings."""
+        """Return the seed, and the fingerprint of ids and settings, for checks on loading."""
         return {"seed": self._plan.seed, "fingerprint": self._fingerprint()}
 
     def _fingerprint(self) -> dict[str, Any]:
-        # A cursor runs on in steps of one width: what is compiled knows no other.
+        # The step width is constant in compiled code, so a loaded state must have the same.
         return {**fingerprint_of(self._plan), "step_width": self._plan.step_width}
 
     def set_extra_state(self, state: Mapping[str, Any]) -> None:
-        """Check that a saved place is of the same ids and settings, and take over its seed.
+        """Check that a saved position has the same ids and settings, and adopt its seed.
 
         Raises
         ------
         TypeError
-            If it is no saved place of a cursor.
+            If it is not a saved position of a cursor.
         ValueError
-            If it does not fit, or the seed was given and is another.
+            If ids or settings differ, or the seed differs from an explicit one.
         """
         if not isinstance(state, Mapping) or not {"seed", "fingerprint"} <= set(state):
             raise TypeError(f"state_dict must come from a BatchCursor, got extra state {state!r}")
@@ -262,6 +262,6 @@ class BatchCursor(torch.nn.Module):
 
 
 def _check_integer_tensor(value: Any, name: str) -> None:
-    """Raise TypeError if a saved place is a tensor of no integers: torch would cut them off."""
+    """Raise TypeError if a saved position is not an integer tensor: torch would truncate it."""
     if isinstance(value, Tensor) and (value.is_floating_point() or value.is_complex()):
         raise TypeError(f"{name} must be an integer tensor, got {value.dtype}")

@@ -1,4 +1,4 @@
-"""Which rank this is, of how many, and how all of them come to the same seed."""
+"""The rank of this process, the number of ranks, and a seed that all ranks share."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ SEED_KEY = "gpusampler/seed"
 
 
 def draw_local_seed() -> int:
-    """Return 64 bits of the system's randomness: no generator of anyone's is touched."""
+    """Return 64 random bits of the operating system; no random generator changes its state."""
     return int.from_bytes(os.urandom(8), "little")
 
 
@@ -26,18 +26,12 @@ def world_and_rank() -> tuple[int, int] | None:
 
 
 def resolve_ranks(num_replicas: int | None, rank: int | None) -> tuple[int, int]:
-    """Return the ranks that were given, else those of the process group, else one.
-
-    Raises
-    ------
-    TypeError, ValueError
-        If one is no integer or out of range, or only one is given and there is no group.
-    """
+    """Return (num_replicas, rank): the arguments, else the process group's, else (1, 0)."""
     group = world_and_rank()
     if (num_replicas is None) != (rank is None) and group is None:
         missing = "rank" if rank is None else "num_replicas"
         raise ValueError(
-            "num_replicas and rank must be given together where torch.distributed is not "
+            "num_replicas and rank must be given together unless torch.distributed is "
             f"initialised, got no {missing}"
         )
     world_size, world_rank = group or (1, 0)
@@ -51,67 +45,74 @@ def resolve_ranks(num_replicas: int | None, rank: int | None) -> tuple[int, int]
 
 
 def draw_seed(num_replicas: int) -> int:
-    """Draw a seed, one for all ranks of the world.
-
-    Raises
-    ------
-    ValueError
-        If there are several ranks, and no process group by which they could agree.
-    """
+    """Draw a seed, the same for all ranks; ValueError if several ranks have no process group."""
     world = world_and_rank()
     if world is not None and world[0] > 1:
         return _agree_on_seed()
-    # Set by torchrun, and by the launchers of Lightning and Accelerate.
+    # torchrun and the launchers of Lightning and Accelerate set it.
     launcher_size = os.environ.get("WORLD_SIZE", "1")
     if num_replicas > 1 or launcher_size != "1":
         ranks = (
             f"num_replicas={num_replicas}" if num_replicas > 1 else f"WORLD_SIZE={launcher_size}"
         )
         raise ValueError(
-            "seed must be given where there are several ranks and torch.distributed is not "
-            f"initialised, got None with {ranks}: every rank needs the same one, such as "
+            "seed must be given for several ranks unless torch.distributed is initialised, "
+            f"got None with {ranks}: pass the same seed on every rank, such as "
             "PatchBatchSampler(..., seed=0)"
         )
     return draw_local_seed()
 
 
 def _agree_on_seed() -> int:
-    """Return the seed that whichever rank came first has drawn for the process group.
+    """Return the seed of the process group, which the first rank to call this draws.
 
-    By the group's key-value store, which every rank may ask whenever it likes: a collective would
-    hang where only some of the ranks make a sampler. All samplers of a group share one seed, so
-    that it does not matter which of them a rank makes first.
+    The ranks agree through the group's key-value store: a collective would hang if only some ranks
+    make a sampler. All samplers of a group share one seed, so ranks may make them in any order.
     """
     distributed: Any = devices.loaded_module("torch.distributed")
     store = distributed.distributed_c10d._get_default_store()
     try:
         return int(store.compare_set(SEED_KEY, "", str(draw_local_seed())))
     except (AttributeError, RuntimeError) as error:
-        # A group of MPI has no store; others may have one that cannot compare.
+        # An MPI group has no store, and some stores lack compare_set.
         raise ValueError(
-            "seed must be given where the process group's store cannot make ranks agree on one, "
-            f"got None ({error}): write PatchBatchSampler(..., seed=0)"
+            "seed must be given where the process group's store cannot share a drawn seed, "
+            f"got None ({error}): pass the same seed on every rank, such as "
+            "PatchBatchSampler(..., seed=0)"
         ) from error
 
 
 class ProcessGroupWarning:
-    """Warns of a sampler that was made before the process group, and so knows of no ranks."""
+    """Warns if a sampler was created before the process group, so that it is not sharded."""
 
     def __init__(self, defaulted: bool) -> None:
         self._is_active = defaulted and world_and_rank() is None
 
     def check(self, stacklevel: int) -> None:
-        """Warn once, when a pass begins, if there is a group of several ranks by now."""
+        """Warn once, at the start of a pass, if there is a group of several ranks now."""
         if not self._is_active:
             return
         world = world_and_rank()
-        # Accelerate shards by itself what every rank hands out whole.
+        # Accelerate shards a loader that yields the whole epoch on every rank.
         if world is None or world[0] == 1 or devices.loaded_module("accelerate") is not None:
             return
         self._is_active = False
         warnings.warn(
-            f"this sampler was made before torch.distributed was initialised, so each of the "
-            f"{world[0]} ranks hands out the whole epoch: make it after init_process_group (in "
-            "Lightning, in train_dataloader), or with num_replicas and rank",
+            f"this sampler was created before torch.distributed was initialised, so each of the "
+            f"{world[0]} ranks yields the whole epoch: create it after init_process_group (in "
+            "Lightning, in train_dataloader), or pass num_replicas and rank",
             stacklevel=stacklevel + 1,
         )
+
+
+def check_step_width(step_width: int | None, steps: str, num_replicas: int) -> int:
+    """Return the slots per step; the plan checks that they fit ``steps``."""
+    if step_width is None:
+        return 1 if steps == "free" else num_replicas
+    step_width = check_int(step_width, "step_width", low=1, high=1 << 31)
+    if steps != "free" and step_width % num_replicas:
+        raise ValueError(
+            f"step_width must be a multiple of num_replicas={num_replicas}, so that all ranks "
+            f"start a step together, got {step_width}"
+        )
+    return step_width

@@ -1,4 +1,4 @@
-"""EpochIterator: hands out the batches of an epoch one by one, and keeps its place."""
+"""EpochIterator: yields the batches of an epoch and knows its position."""
 
 from __future__ import annotations
 
@@ -13,26 +13,18 @@ T = TypeVar("T")
 
 
 class Reader(Protocol[T]):
-    """What an `EpochIterator` takes a rank's batches of one epoch from."""
+    """Source of the batches of an `EpochIterator`."""
 
     def read(self) -> list[T] | None:
-        """Return the next batches, None after the last."""
+        """Return the next batches; None after the last."""
 
 
 class EpochIterator(Iterator[T], Generic[T]):
     """Iterator over a rank's batches of one epoch.
 
-    The epoch, and where in it to start, are bound when the first batch is drawn (a DataLoader
-    calls ``iter`` more often than it draws). It has a ``state_dict`` of its own, interchangeable
-    with the sampler's. One thread at a time may draw from it.
-
-    Parameters
-    ----------
-    tracker : EpochTracker
-    make_reader : callable
-        Makes the reader of a shard of an epoch.
-    epoch : int, optional
-        Default: the next one.
+    The iterator binds its epoch and start position when the first batch is drawn, because a
+    DataLoader calls ``iter`` more often than it draws batches. Its ``state_dict`` and the sampler's
+    are interchangeable. Only one thread at a time may draw from it.
     """
 
     def __init__(
@@ -43,22 +35,20 @@ class EpochIterator(Iterator[T], Generic[T]):
     ) -> None:
         self._tracker = tracker
         self._make_reader = make_reader
-        # A pass over a given epoch is nobody else's business.
+        # A pass over an explicit epoch leaves the tracker's epoch alone.
         self._shard: RankShard | None = None if epoch is None else tracker.shard_of(epoch)
         self._reader: Reader[T] | None = None
         self._num_read = 0
         self._unwatched: Iterator[T] = iter(())
-        # While a profile lasts, batches wait here instead, so that each is seen.
+        # While a profile is active, batches wait here instead, so that each one is timed.
         self._watched: Iterator[T] = iter(())
         self._recorder = tracker.recorder
         self._hand_out_range = tracker.recorder.range(HAND_OUT)
 
     def __iter__(self) -> EpochIterator[T]:
-        """Return itself."""
         return self
 
     def __next__(self) -> T:
-        """Return the next batch."""
         for batch in self._unwatched:
             return batch
         return self._refill()
@@ -71,24 +61,24 @@ class EpochIterator(Iterator[T], Generic[T]):
 
     @property
     def _num_returned(self) -> int:
-        # A list iterator knows what it still holds, so nothing is counted batch by batch; what a
-        # reader has evaluated beyond it, or has on its way, has not been taken.
+        # A list iterator knows how many items remain, so there is no counter per batch. Batches
+        # that a reader has prefetched do not count.
         return self._num_read - length_hint(self._unwatched) - length_hint(self._watched)
 
     def state_dict(self, step: int | None = None) -> dict[str, Any]:
-        """Return the state after ``step`` batches of this iterator, or those drawn.
+        """Return the state after ``step`` batches of this iterator; default: those drawn.
 
         Raises
         ------
         TypeError, ValueError
-            If ``step`` is no integer or negative.
+            If ``step`` is not an integer, negative, or more than the batches of this iterator.
         """
         if self._shard is None:
             return self._tracker.pending_state(step)
         return self._tracker.state_after(self._shard, self._num_returned if step is None else step)
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from a state of the sampler or of one of its iterators.
+        """Resume from a state of the sampler or of one of its iterators.
 
         Raises
         ------
@@ -101,12 +91,12 @@ class EpochIterator(Iterator[T], Generic[T]):
         self._unwatched = self._watched = iter(())
 
     def observe_each_batch(self) -> None:
-        """Hand the batches that are ready out one by one, while a profile lasts."""
+        """Return the batches that are ready one by one, while a profile is active."""
         if length_hint(self._unwatched):
             self._unwatched, self._watched = iter(()), self._unwatched
 
     def _refill(self) -> T:
-        """Return the next batch that is held, or take more from the reader."""
+        """Return the next batch that is ready, or read more."""
         with self._hand_out_range:
             if self._shard is None:
                 self._shard = self._tracker.bind(self)
@@ -120,7 +110,6 @@ class EpochIterator(Iterator[T], Generic[T]):
             return next(self._watched)
 
     def _read(self, shard: RankShard) -> list[T]:
-        """Take the next batches from the reader."""
         if self._reader is None:
             self._reader = self._make_reader(shard)
             self._recorder.iterators.add(self)

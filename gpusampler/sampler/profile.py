@@ -1,4 +1,4 @@
-"""Profile: where the time of a loop, or of a sampler since it was made, has gone."""
+"""Profile: the time and memory of a training loop, or of a sampler since it was created."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from gpusampler.core.text import format_bytes, format_table
 from gpusampler.core.tracing import HAND_OUT, RANGES, Recorder
 
 YOUR_LOOP = "your_loop"
-"""The time between batches, which is the caller's."""
+"""The caller's time between batches."""
 
 
 class Row(NamedTuple):
@@ -24,13 +24,14 @@ class Row(NamedTuple):
     name : str
         "load_ids", "group", "evaluate", "transfer", "hand_out" or "your_loop".
     calls : int
-        Blocks of work, of many batches each. While a profile lasts, batches are handed out one by
-        one, and each is a call; the calls of your loop are the times it took between batches.
+        Number of timed blocks of work; a block covers many batches. While a profile is active,
+        "hand_out" counts one call per batch, and "your_loop" one per interval between batches.
     seconds : float
+        Total time.
     per_batch : float
-        Seconds.
+        Seconds per batch.
     share : float
-        Of the profile's ``wall_seconds``: 0 .. 1.
+        Fraction of the profile's ``wall_seconds``, 0 .. 1.
     """
 
     name: str
@@ -41,23 +42,25 @@ class Row(NamedTuple):
 
 
 class Profile:
-    """Where time and memory went. `str` makes a table of it.
+    """Time and memory of a loop or of a sampler; `str` returns a table.
 
     Attributes
     ----------
     rows : list of Row
         Empty until the block of `PatchBatchSampler.profile` has ended.
     batches : int
-        Handed out in the block; for `PatchBatchSampler.stats`, made.
+        Batches yielded in the block; for `PatchBatchSampler.stats`, batches evaluated.
     wall_seconds : float
-        Of the block; for ``stats``, what the sampler itself has taken since it was made.
+        Duration of the block; for ``stats``, the sampler's own time since it was created.
     host_peak_bytes : int or None
-        The process's most memory in the block, as seen when ranges end, or exactly, where it was
-        the most ever; for ``stats``, the most ever. None where the system does not say.
+        Peak resident memory of the process in the block: exact if it is the peak since the process
+        started, else sampled at the end of each range. For ``stats``, the peak since the process
+        started. None if the system does not report it.
     device_peak_bytes : int or None
-        The same for what is given out on the sampler's GPU by its library. None without one.
+        The same for the memory that torch or CuPy has allocated on the sampler's GPU. None without
+        a GPU.
     table_bytes : dict of str to int
-        What the sampler's tables take, by device.
+        Size of the sampler's tables, by device.
 
     Examples
     --------
@@ -85,22 +88,15 @@ class Profile:
     ) -> None:
         self.batches, self.wall_seconds = batches, wall_seconds
         self.rows = [
-            Row(
-                name,
-                calls,
-                seconds,
-                seconds / max(batches, 1),
-                seconds / wall_seconds if wall_seconds else 0.0,
-            )
+            Row(name, calls, seconds, seconds / max(batches, 1), seconds / (wall_seconds or 1.0))
             for name, (calls, seconds) in spent.items()
         ]
 
     def to_dict(self) -> dict[str, Any]:
-        """Return everything as plain values, JSON-safe."""
+        """Return all attributes as plain values, JSON-safe."""
         return {**vars(self), "rows": [row._asdict() for row in self.rows]}
 
     def __str__(self) -> str:
-        """Return the table."""
         per_batch = self.wall_seconds / max(self.batches, 1)
         total_share = sum(row.share for row in self.rows)
         rows: list[Any] = [*self.rows, ("all", "", self.wall_seconds, per_batch, total_share)]
@@ -108,7 +104,7 @@ class Profile:
             (name, str(calls), f"{seconds:.4f}", f"{per_batch * 1e6:.2f}", f"{share:.1%}")
             for name, calls, seconds, per_batch, share in rows
         ]
-        # Padded: the columns of two profiles are equally wide.
+        # Padding makes the columns of two profiles equally wide.
         header = " " * 10, "   calls", "  seconds", " us/batch", " share"
         table = format_table(cells, "<>>>>", header=header)
         facts = [f"{self.batches} batches"]
@@ -125,8 +121,7 @@ class Profile:
 class ProfileWatcher:
     """The `RangeWatcher` of a profile.
 
-    On a GPU, work goes on after the call that began it: the end of every range waits for it, and so
-    does its beginning, for what the loop has begun.
+    GPU work is asynchronous, so the watcher synchronizes the device at both ends of every range.
     """
 
     def __init__(self, device: Device) -> None:
@@ -139,13 +134,13 @@ class ProfileWatcher:
         self._loop_start = 0.0
 
     def begin(self) -> None:
-        """Begin the loop's time."""
+        """Start the loop's clock."""
         self.measure_memory()
         devices.synchronize(self._device)
         self._loop_start = perf_counter()
 
     def enter(self) -> float:
-        """Wait for what the loop has begun; its time ends here."""
+        """Wait for the loop's GPU work and stop the loop's clock."""
         devices.synchronize(self._device)
         now = perf_counter()
         self.loop_calls += 1
@@ -153,23 +148,23 @@ class ProfileWatcher:
         return now
 
     def before_exit(self, name: str) -> None:
-        """Wait for what the range has begun."""
+        """Wait for the GPU work of the range."""
         devices.synchronize(self._device)
-        # Batches are handed out too often for that.
+        # Memory is not read for each returned batch: that would be too slow.
         if name != HAND_OUT:
             self.measure_memory()
 
     def after_exit(self, now: float) -> None:
-        """Begin the loop's time again."""
+        """Restart the loop's clock."""
         self._loop_start = now
 
     def end(self) -> None:
-        """End the loop's time for good."""
+        """Stop the loop's clock at the end of the profile."""
         devices.synchronize(self._device)
         self.loop_seconds += perf_counter() - self._loop_start
 
     def measure_memory(self) -> None:
-        """See how much memory is taken."""
+        """Update the peaks with the memory in use."""
         self.max_host_bytes = max(self.max_host_bytes, memory.resident_bytes() or 0)
         device_bytes = memory.allocated_device_bytes(self._device) or 0
         self.max_device_bytes = max(self.max_device_bytes, device_bytes)
@@ -177,15 +172,11 @@ class ProfileWatcher:
 
 @contextmanager
 def profile_block(recorder: Recorder, device: Device, profile: Profile) -> Iterator[None]:
-    """Look at a recorder until the block ends, and fill the profile then.
-
-    Raises
-    ------
-    RuntimeError
-        If another profile of the same sampler has not ended.
-    """
+    """Watch a recorder until the block ends, then fill the profile."""
     if recorder.watcher is not None:
-        raise RuntimeError("profile must end before another of the same sampler begins")
+        raise RuntimeError(
+            "a profile of this sampler is already active: end it before you start another"
+        )
     host_peak, device_peak = memory.peak_resident_bytes(), memory.peak_device_bytes(device)
     before = _spent(recorder)
     watcher = ProfileWatcher(device)
@@ -220,14 +211,14 @@ def _spent(recorder: Recorder) -> dict[str, tuple[int, float]]:
 
 
 def _peak(before: int | None, after: int | None, sampled: int) -> int | None:
-    """Return a high-water mark if it rose, else the highest of the samples."""
+    """Return a high-water mark if it rose, else the highest sampled value."""
     if before is not None and after is not None and after > before:
         return after
     return sampled or None
 
 
 def profile_since_creation(recorder: Recorder, device: Device) -> Profile:
-    """Return what a recorder has counted."""
+    """Return a profile of everything that a recorder has counted."""
     profile = Profile()
     spent = _spent(recorder)
     profile._fill(spent, recorder.batches, sum(spent[name][1] for name in RANGES))

@@ -1,4 +1,4 @@
-"""Where a run stands: the next epoch, a rank's share of it, and the state that is saved."""
+"""The epoch tracker, a rank's shard of an epoch, and the saved state."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ STATE_KEYS = frozenset({"version", "epoch", "slot", "seed", "step_width", "finge
 
 
 def remaining_steps(slot: int, num_batches: int, num_replicas: int, uneven: str) -> int:
-    """Return how many batches a rank has from a global slot on; equal on all ranks."""
+    """Return the number of batches of a rank from a global slot on; equal on all ranks."""
     num_slots = max(num_batches - slot, 0)
     return -(-num_slots // num_replicas) if uneven == "pad" else num_slots // num_replicas
 
 
 def check_epoch(epoch: Any, name: str = "epoch") -> int:
-    """Return an epoch, an integer in 0 .. 2**63 - 1."""
+    """Return an epoch; raise unless it is an integer in 0 .. 2**63 - 1."""
     return check_int(epoch, name, low=0, high=EPOCH_LIMIT)
 
 
@@ -43,19 +43,20 @@ def check_num_batches(num_batches: int, num_replicas: int, uneven: str) -> None:
 
 
 def with_saved_seed(plan: EpochPlan, seed: Any, seed_given: bool) -> EpochPlan:
-    """Return a plan under a saved seed; raise ValueError if another was given explicitly."""
+    """Return a plan with a saved seed; raise ValueError if an explicit seed differs."""
     seed = check_seed(seed, "state_dict seed")
     if seed == plan.seed:
         return plan
     if seed_given:
         raise ValueError(
-            f"state_dict must be of seed {plan.seed}, which was given here, got seed {seed}"
+            f"Saved state uses seed {seed}, this sampler seed {plan.seed}. Pass seed={seed}, or "
+            "omit seed."
         )
     return plan.with_seed(seed)
 
 
 def with_saved_step_width(plan: EpochPlan, step_width: Any) -> EpochPlan:
-    """Return a plan in steps of a saved width, in which the epoch that was saved goes on."""
+    """Return a plan with the saved step width, in which the saved epoch resumes."""
     width = check_int(step_width, "state_dict step_width", low=1, high=1 << 31)
     if plan.steps == "free" and width != 1:
         raise ValueError(f"state_dict step_width must be 1 under steps='free', got {width}")
@@ -63,7 +64,7 @@ def with_saved_step_width(plan: EpochPlan, step_width: Any) -> EpochPlan:
 
 
 class EpochPosition(NamedTuple):
-    """Where a pass begins: a plan's epoch, and a global slot in it."""
+    """Start of a pass: a plan, an epoch, and a global slot in it."""
 
     plan: EpochPlan
     epoch: int
@@ -73,8 +74,8 @@ class EpochPosition(NamedTuple):
 class RankShard(NamedTuple):
     """A rank's part of a plan's epoch, from a global slot on.
 
-    ``repeats_count``: whether batches that come again, so that all ranks have equally many, count.
-    ``recorder``: told what the batches take.
+    ``repeats_count``: whether batches that are repeated to give all ranks equally many count.
+    ``recorder``: records the time that the batches take.
     """
 
     plan: EpochPlan
@@ -87,44 +88,31 @@ class RankShard(NamedTuple):
     recorder: Recorder
 
     def slots(self, start: int, stop: int) -> Int64:
-        """Return the global slots of some steps; those beyond the epoch's last come again."""
+        """Return the global slots of steps start .. stop - 1; they may exceed the epoch's last."""
         step = np.arange(start, stop, dtype=np.int64)
         return self.slot + step * self.num_replicas + self.rank
 
     def slot_after(self, steps: int) -> int:
-        """Return the global slot after some steps; the number of slots once it is done."""
+        """Return the global slot after some steps; the number of slots at the end."""
         total = self.plan.num_batches
         return total if steps >= self.steps else min(self.slot + steps * self.num_replicas, total)
 
 
 class StatefulPass(Protocol):
-    """A pass over an epoch that has begun: an iterator, seen from here."""
+    """A pass over an epoch that has begun: the part of an iterator that the tracker uses."""
 
     def state_dict(self, step: int | None = None) -> dict[str, Any]:
-        """Return the state after ``step`` batches of the pass, or those drawn."""
+        """Return the state after ``step`` batches of the pass; default: those drawn."""
 
 
 class EpochTracker:
     """Epochs, ranks and state of a sampler.
 
-    The next pass binds a position. Its slot is 0 unless a state was loaded; the loaded one is
-    remembered until a pass binds it, so that `set_epoch` can tell its epoch from another. It has a
-    plan of its own: an epoch that was begun in steps of some width goes on in them to its end.
-
-    Parameters
-    ----------
-    plan : EpochPlan
-        Replaced when a state with another (drawn) seed is loaded.
-    num_replicas, rank : int
-    uneven : {"pad", "drop"}
-    seed_given : bool
-        Whether the seed was explicit, so that a state of another is refused.
-    group_warning : ProcessGroupWarning, optional
-        Asked when a pass begins.
-    repeats_count : bool
-        As in `RankShard`.
-    recorder : Recorder, optional
-        As in `RankShard`; default: a new one.
+    The next pass binds a position. Its slot is 0 unless a state was loaded. A loaded position is
+    kept until a pass binds it, so that `set_epoch` can tell whether it names the loaded epoch. The
+    position has its own plan, because an epoch resumes with the step width that it began with.
+    Loading a state replaces ``plan`` if the seeds differ; ``seed_given`` says that the seed is
+    explicit, so that a state with a different seed is rejected.
     """
 
     def __init__(
@@ -153,7 +141,7 @@ class EpochTracker:
         self._num_passes = 0
         self._is_epoch_chosen = False
         self._has_warned = False
-        # Taken now, not at the first state_dict: it may need a pass over all samples.
+        # Computed now, not in the first state_dict: it may need a pass over all samples.
         self._fingerprint = fingerprint_of(plan)
 
     @property
@@ -183,7 +171,7 @@ class EpochTracker:
         )
 
     def bind(self, epoch_pass: StatefulPass) -> RankShard:
-        """Give the next epoch, from the pending slot on, to a pass that begins."""
+        """Bind the next epoch, from the pending slot on, to a pass that begins."""
         if self._group_warning is not None:
             self._group_warning.check(stacklevel=4)
         self._growth.check()
@@ -193,16 +181,16 @@ class EpochTracker:
             self._has_warned = True
             warnings.warn(
                 f"a second pass on {self.num_replicas} ranks without set_epoch: call "
-                "sampler.set_epoch(epoch) before each pass, or a rank that has drawn one batch "
-                "more often runs an epoch ahead of the others",
+                "sampler.set_epoch(epoch) before each pass, or a rank that has started one more "
+                "pass than the remaining ranks is an epoch ahead of them",
                 stacklevel=4,
             )
         return self._start_pass(epoch_pass, self.pending_shard())
 
     def bind_state(self, epoch_pass: StatefulPass, state: Mapping[str, Any]) -> RankShard:
-        """Give the epoch and the position of a state to a pass that goes on there."""
+        """Bind the epoch and slot of a state to a pass that resumes there."""
         shard = self._start_pass(epoch_pass, self._shard_from(self._parse_state(state)))
-        # A finished epoch is no pass; the one after it needs no more choosing than after a load.
+        # A finished epoch is not a pass, so the next epoch needs no set_epoch.
         self._is_epoch_chosen = shard.steps == 0
         return shard
 
@@ -231,12 +219,12 @@ class EpochTracker:
         self._next_position = EpochPosition(self.plan, epoch, 0)
 
     def skip_epoch(self) -> None:
-        """Leave the next epoch out."""
+        """Skip the next epoch."""
         self._loaded_position = self._current_pass = None
         self._next_position = EpochPosition(self.plan, self.epoch + 1, 0)
 
     def state_dict(self, step: int | None = None) -> dict[str, Any]:
-        """Return where the pass that began last is, or what the next one will bind."""
+        """Return the state of the latest pass, or of the next one if none has begun."""
         if self._current_pass is not None:
             return self._current_pass.state_dict(step)
         return self.pending_state(step)
@@ -248,13 +236,13 @@ class EpochTracker:
         return self.state_after(self.pending_shard(), 0 if step is None else step)
 
     def state_after(self, shard: RankShard, steps: int) -> dict[str, Any]:
-        """Return the state after some steps of a shard: a fresh dictionary of plain values."""
+        """Return the state after some steps of a shard: a new dictionary of plain values."""
         steps = check_int(steps, "step", low=0)
         if steps > shard.steps:
             raise ValueError(
                 f"step must be <= {shard.steps}, the batches of this pass, got {steps}"
             )
-        # No step of a shard is a shard that has not begun, even if there are none to do.
+        # With zero steps done, the state is the shard's start, even if the shard is empty.
         slot = shard.slot_after(steps) if steps else shard.slot
         return {
             "version": STATE_VERSION,
@@ -266,7 +254,7 @@ class EpochTracker:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Let the next pass go on from a state; a finished one leads to the next epoch."""
+        """Resume from a state in the next pass; a finished epoch leads to the next epoch."""
         position = self._parse_state(state)
         self._current_pass = None
         self._loaded_position = position
@@ -277,7 +265,7 @@ class EpochTracker:
         self._is_epoch_chosen = True
 
     def _parse_state(self, state: Mapping[str, Any]) -> EpochPosition:
-        """Return the position of a state that fits, and take over its seed."""
+        """Check a state, adopt its seed and return its position."""
         if not isinstance(state, Mapping):
             raise TypeError(f"state_dict must be a mapping, got {type(state).__name__}")
         missing = sorted(STATE_KEYS - set(state))
@@ -299,24 +287,34 @@ class EpochTracker:
         return position
 
     def _warn_of_mixed_steps(self, position: EpochPosition) -> None:
-        """Warn if the ranks cut across the steps of one patch that an epoch was begun in."""
+        """Warn if ranks do not align with the saved epoch's steps of one patch."""
         plan, ranks = position.plan, self.num_replicas
         if plan.steps != "same_patch" or not self._shard_from(position).steps:
             return
         if plan.step_width % ranks or position.slot % ranks:
             warn(
-                f"epoch {position.epoch} was begun in steps of {plan.step_width} batches of one "
-                f"patch, which {ranks} ranks cut across from slot {position.slot} on: what they "
-                "work on at one time may be of two patches until that epoch is over"
+                f"Until epoch {position.epoch} ends, {ranks} ranks may process different patches "
+                f"in one step: it began in steps of {plan.step_width}."
             )
 
     def __getstate__(self) -> dict[str, Any]:
-        """Travel without the pass that has begun: a copy begins at the next epoch."""
+        """Leave out the current pass: a copy begins at the next epoch."""
         return {**self.__dict__, "_current_pass": None}
 
 
+class EpochSetter:
+    """Forwards ``set_epoch`` to a sampler, for frameworks that call it on ``.sampler``."""
+
+    def __init__(self, tracker: EpochTracker) -> None:
+        self._tracker = tracker
+
+    def set_epoch(self, epoch: int) -> None:
+        """Call `PatchBatchSampler.set_epoch`."""
+        self._tracker.set_epoch(epoch, stacklevel=2)
+
+
 def fingerprint_of(plan: EpochPlan) -> dict[str, Any]:
-    """Return what decides a plan's batches besides the seed, one JSON-safe value a name."""
+    """Return what determines a plan's batches besides the seed, as JSON-safe values by name."""
     return {
         "ids": plan.groups.fingerprint,
         "num_samples": plan.groups.num_samples,
@@ -327,7 +325,7 @@ def fingerprint_of(plan: EpochPlan) -> dict[str, Any]:
 
 
 def check_fingerprint(saved: Any, current: Mapping[str, Any]) -> None:
-    """Raise, naming what differs, if a saved fingerprint is of other ids or settings."""
+    """Raise, naming the differences, if a saved fingerprint differs from the current one."""
     if not isinstance(saved, Mapping):
         raise TypeError(f"state_dict fingerprint must be a mapping, got {type(saved).__name__}")
 
@@ -337,15 +335,15 @@ def check_fingerprint(saved: Any, current: Mapping[str, Any]) -> None:
     def differs(name: str) -> bool:
         if name not in saved or name not in current:
             return True
-        # By type as well: 1 is neither True nor 1.0, and what has another type is not compared.
+        # Types must agree, too: 1 is neither True nor 1.0. Values of different types are not
+        # compared.
         return type(saved[name]) is not type(current[name]) or bool(saved[name] != current[name])
 
     differing = [
-        f"{name} is {describe(saved, name)} there and {describe(current, name)} here"
+        f"{name} is {describe(saved, name)} in the checkpoint, {describe(current, name)} in this "
+        "sampler"
         for name in {**current, **saved}
         if differs(name)
     ]
     if differing:
-        raise ValueError(
-            f"state_dict must be of the same ids and settings, but {'; '.join(differing)}"
-        )
+        raise ValueError(f"Cannot load state: {'; '.join(differing)}.")

@@ -1,8 +1,7 @@
-"""PatchTensorLoader: batches of one patch from tensors in memory, gathered where they are used.
+"""PatchTensorLoader: batches of one patch from tensors in memory, gathered on their device.
 
-A DataLoader asks a dataset for one sample after another and stacks them; for samples that lie in
-a tensor that is nearly all of the time. Here the rows of many batches are gathered at once, and
-cut apart.
+A DataLoader reads single samples and stacks them, which takes most of the time if the samples are
+rows of a tensor. This loader gathers the rows of many batches at once and splits them.
 """
 
 from __future__ import annotations
@@ -27,7 +26,7 @@ from gpusampler.sampler.state import RankShard
 
 HOST_GATHER_BYTES = 1 << 20
 DEVICE_GATHER_BYTES = 1 << 25
-"""Bytes gathered at once, or a batch: what fits in a core's cache; what fills a GPU."""
+"""Bytes gathered at once (at least one batch): fits in a core's cache; keeps a GPU busy."""
 
 RESERVED_NAMES = ("patch_id", "valid")
 
@@ -37,21 +36,21 @@ TensorBatch = dict[str, Any]
 class PatchTensorLoader:
     """Loader of batches, each of one patch, from tensors that are in memory.
 
-    Takes the place of ``DataLoader(TensorDataset(...), batch_sampler=sampler)``. Where the tensors
-    lie decides how it works: tensors on the device of the batches are gathered there; tensors on
-    the host, for batches on a GPU, are gathered into pinned memory, and the next rows travel on a
-    side stream while a batch is in use.
+    It replaces ``DataLoader(TensorDataset(...), batch_sampler=sampler)``. Tensors on the device of
+    the batches are gathered there. If batches are on a GPU and tensors on the host, rows are
+    gathered into pinned memory, and the next rows are copied on a side stream while a batch is in
+    use.
 
     Parameters
     ----------
     sampler : PatchBatchSampler
-        Evaluated where the tensors are, wherever it was made; the batches are the same.
+        Evaluated on the device of the tensors, whatever its own device; the batches are identical.
     device : str or torch.device, optional
-        Where batches are handed out. Default: the GPU that a tensor is on, else the host. The host
-        is "cpu" or "numpy": there every batch is of the library of its tensor.
+        Device of the batches. Default: the GPU of the tensors if one is on a GPU, else the host.
+        "cpu" and "numpy" both mean the host, where each batch array is of its tensor's library.
     **tensors : arrays, shape (N, ...)
-        Torch tensors, or arrays of NumPy or CuPy, with a row for every sample of the sampler's
-        dataset. The names are the keys of the batches; "patch_id", "valid" and "device" are taken.
+        Torch tensors, or NumPy or CuPy arrays, with one row per sample of the sampler's dataset.
+        Their names are the keys of the batches; "patch_id", "valid" and "device" are reserved.
 
     Attributes
     ----------
@@ -61,13 +60,13 @@ class PatchTensorLoader:
     Raises
     ------
     TypeError
-        If the sampler is no `PatchBatchSampler`, or a tensor is none, or does not hold numbers.
-        (Arrays of NumPy may hold anything where the batches are on the host.)
+        If the sampler is not a `PatchBatchSampler`, or a tensor is not an array of numbers. (NumPy
+        arrays may have any dtype if the batches are on the host.)
     ValueError
-        If there are no tensors, one has another number of rows than the dataset has samples, or
-        they are on several GPUs, or on a GPU other than ``device``.
+        If there are no tensors, a tensor does not have one row per sample, or tensors are on
+        several GPUs or on a GPU that is not ``device``.
     RuntimeError
-        If ``device`` is not there.
+        If ``device`` does not exist.
 
     Examples
     --------
@@ -93,7 +92,7 @@ class PatchTensorLoader:
             _check_tensor(name, tensor, num_samples)
         self.batch_sampler = sampler
         self.device = _batch_device(tensors, device)
-        # Many batches are one gather, so no gradient could go through one of them alone.
+        # One gather makes many batches, so a gradient could not flow through a single batch.
         self._tensors = {name: _detach(tensor) for name, tensor in tensors.items()}
         self._working_plans: tuple[EpochPlan, EpochPlan] | None = None
 
@@ -104,26 +103,27 @@ class PatchTensorLoader:
     def __iter__(self) -> EpochIterator[TensorBatch]:
         """Return an iterator over this rank's batches of the next epoch.
 
-        It binds the epoch when its first batch is drawn, and has ``len``, ``state_dict`` and
-        ``load_state_dict``. A batch is a dictionary: the rows of each tensor, shape (size, ...),
-        on `device`, through which no gradient flows; ``patch_id``, an int; and ``valid``, how many
-        of the rows count (the rest, under ``partial="pad"``, fills the batch up). Batches share
-        memory with one another, never with the tensors: a batch that is kept keeps a few others.
+        The iterator binds the epoch when its first batch is drawn. It has ``len``, ``state_dict``
+        and ``load_state_dict``. A batch is a dictionary: the rows of each tensor, shape (size,
+        ...), on `device`, without gradients; ``patch_id``, an int, or a str if patches have names;
+        and ``valid``, the number of leading rows that count (under ``partial="pad"``, the remaining
+        rows fill the batch up). Consecutive batches share memory, so keeping one batch keeps a few
+        more in memory. They never share memory with the tensors.
         """
         return self.batch_sampler._iterate(self._make_reader)
 
     def set_epoch(self, epoch: int) -> None:
-        """Choose the epoch of the next iterator, as `PatchBatchSampler.set_epoch` does.
+        """Set the epoch of the next iterator, as `PatchBatchSampler.set_epoch` does.
 
         Raises
         ------
         TypeError, ValueError
-            If ``epoch`` is no integer in 0 .. 2**63 - 1.
+            If ``epoch`` is not an integer in 0 .. 2**63 - 1.
         """
         self.batch_sampler.set_epoch(epoch)
 
     def state_dict(self, step: int | None = None) -> dict[str, Any]:
-        """Return the place after the batches that were handed out; prefetched ones do not count.
+        """Return the state after the batches that were returned; prefetched ones do not count.
 
         Parameters
         ----------
@@ -137,22 +137,22 @@ class PatchTensorLoader:
         Raises
         ------
         TypeError, ValueError
-            If ``step`` is no integer, negative, or more than the pass has batches.
+            If ``step`` is not an integer, negative, or more than the batches of the pass.
         """
         return self.batch_sampler.state_dict(step)
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """Go on where a state was taken, as `PatchBatchSampler.load_state_dict` does.
+        """Resume from a saved state, as `PatchBatchSampler.load_state_dict` does.
 
         Raises
         ------
         TypeError, ValueError
-            If the state is none, or is of other ids, settings or another seed.
+            If it is not a state, or its ids, settings or (explicit) seed differ.
         """
         self.batch_sampler.load_state_dict(state_dict)
 
     def _make_reader(self, shard: RankShard) -> TensorReader:
-        # Kept: its tables, and the order of all samples, go there once and not every epoch.
+        # Cached, so that the tables and the order of all samples are uploaded once, not per epoch.
         plans = self._working_plans
         if plans is None or plans[0] is not shard.plan:
             plans = shard.plan, shard.plan.on(working_device(self._tensors, self.device))
@@ -160,27 +160,19 @@ class PatchTensorLoader:
         return TensorReader(shard._replace(plan=plans[1]), self._tensors, self.device)
 
     def __getstate__(self) -> dict[str, Any]:
-        """Travel without the plan that is kept; it is made again at first use."""
+        """Leave out the cached plan; the copy makes it at first use."""
         return {**self.__dict__, "_working_plans": None}
 
     def __repr__(self) -> str:
-        """Return the tensors and the sampler."""
         shapes = ", ".join(f"{name}={tuple(t.shape)}" for name, t in self._tensors.items())
         return f"PatchTensorLoader({shapes}, device={str(self.device)!r}, {self.batch_sampler!r})"
 
 
 class TensorReader:
-    """The batches of a shard of an epoch, rows of tensors, some at a time.
+    """Reads the batches of a shard, several at a time, as rows of tensors.
 
-    Parameters
-    ----------
-    shard : RankShard
-        Its plan is on the `working_device`.
-    tensors : dict of arrays
-    device : Device
-        Of the batches.
-    stream : SideStream, optional
-        Where tensors on the host are to be on another device: default, the device's.
+    The shard's plan is on the `working_device`. ``device`` is the device of the batches; ``stream``
+    copies host tensors there (default: the device's side stream).
     """
 
     def __init__(
@@ -208,12 +200,12 @@ class TensorReader:
         self._prefetcher: Prefetcher[tuple[RaggedBlock, Any]] = Prefetcher()
 
     def read(self) -> list[TensorBatch] | None:
-        """Return the next batches, None after the last."""
+        """Return the next batches; None after the last."""
         rows: dict[str, Any] = {}
         if self._staging is None:
             chunk = self._chunk_reader.read()
         else:
-            # The chunk after it is on its way before this one is waited for.
+            # The prefetcher sends the next chunk before waiting for this one.
             chunk, sent = self._prefetcher.get_next(self._send) or (None, {})
             with self._transfer_range:
                 rows = self._staging.take(sent)
@@ -244,9 +236,9 @@ class TensorReader:
 
 
 class ChunkReader:
-    """Blocks of batches cut into chunks of few rows, but a batch at least.
+    """Splits blocks into chunks of at most ``max_rows`` rows, at least one batch.
 
-    Indices are evaluated many at a time, whatever room their rows take.
+    A block has many indices, whatever the size of a row, so its rows may not fit in memory.
     """
 
     def __init__(self, block_reader: BlockReader, max_rows: int) -> None:
@@ -255,7 +247,7 @@ class ChunkReader:
         self._chunks: Iterator[RaggedBlock] = iter(())
 
     def read(self) -> RaggedBlock | None:
-        """Return the next chunk, with its samples in the order of its batches; None at the end."""
+        """Return the next chunk, its samples in the order of its batches; None after the last."""
         for chunk in self._chunks:
             return chunk
         block = self._block_reader.read()
@@ -286,7 +278,7 @@ class ChunkReader:
 
 
 def _in_batch_order(block: RaggedBlock) -> RaggedBlock:
-    """Return a block with its batches end to end; the host puts patches of a kind side by side."""
+    """Return a block whose samples are in batch order; the host may use a different order."""
     starts = np.cumsum(block.sizes) - block.sizes
     if np.array_equal(starts, block.starts):
         return block
@@ -296,17 +288,10 @@ def _in_batch_order(block: RaggedBlock) -> RaggedBlock:
 
 
 class StagingBuffers:
-    """Rows of tensors on the host, on their way to a device through pinned memory.
+    """Copies rows of host tensors to a device through pinned memory.
 
-    Two sets of buffers: one is filled while the other's copy may be under way.
-
-    Parameters
-    ----------
-    tensors : dict of arrays
-        On the host.
-    device : Device
-    stream : SideStream or None
-        None where copies wait.
+    One of two sets of buffers is filled while the copy of the other set may still run. Without a
+    stream, copies are synchronous.
     """
 
     NUM_SETS = 2
@@ -322,7 +307,7 @@ class StagingBuffers:
         self._next = 0
 
     def send(self, samples: Int64) -> dict[str, tuple[Any, Event | None]]:
-        """Gather rows and begin to copy them."""
+        """Gather rows and start copying them."""
         buffer_set, self._next = self._next, (self._next + 1) % self.NUM_SETS
         for copy in self._copies[buffer_set]:
             copy.synchronize()
@@ -342,14 +327,14 @@ class StagingBuffers:
         return sent
 
     def take(self, sent: Mapping[str, tuple[Any, Event | None]]) -> dict[str, Any]:
-        """Return rows that were sent, for use on the current stream; the host does not wait."""
+        """Return sent rows for use on the current stream, without blocking the host."""
         for device_rows, event in sent.values():
             if event is not None and self._stream is not None:
                 self._stream.wait_for_copy(event, device_rows)
         return {name: device_rows for name, (device_rows, _) in sent.items()}
 
     def __del__(self) -> None:
-        """Give the buffers back only when no copy is under way: the last ones may still be."""
+        """Wait for running copies before the buffers are freed."""
         finish_copies(self._stream)
 
     def _pinned_buffer(self, stream: SideStream, buffer_set: int, name: str, size: int) -> Any:
@@ -361,8 +346,7 @@ class StagingBuffers:
 
 
 def working_device(tensors: Mapping[str, Any], device: Device) -> Device:
-    """Return where the indices of batches on ``device`` are needed."""
-    # Rows that travel are gathered on the host.
+    """Return the device on which indices are needed: the host if rows must be copied from there."""
     return device if all(_is_on(tensor, device) for tensor in tensors.values()) else HOST
 
 
@@ -372,7 +356,6 @@ def _is_on(tensor: Any, device: Device) -> bool:
 
 
 def _detach(tensor: Any) -> Any:
-    """Return the values of a tensor, in the same memory, without what led to them."""
     return tensor.detach() if hasattr(tensor, "detach") else tensor
 
 
@@ -383,7 +366,7 @@ def _row_bytes(tensor: Any) -> int:
 
 def _check_tensor(name: str, tensor: Any, num_samples: int) -> None:
     if name in RESERVED_NAMES:
-        raise ValueError(f"tensors must not be named {name!r}: every batch has its own")
+        raise ValueError(f"tensors must not be named {name!r}: every batch has a key of this name")
     if arrays.library_of(tensor) is None:
         raise TypeError(
             f"{name} must be a torch tensor or an array of NumPy or CuPy, "
@@ -402,7 +385,6 @@ def _check_tensor(name: str, tensor: Any, num_samples: int) -> None:
 
 
 def _batch_device(tensors: Mapping[str, Any], device: Any) -> Device:
-    """Return where batches are handed out."""
     tensor_devices = {name: arrays.device_of(tensor) for name, tensor in tensors.items()}
     gpu_devices = {name: d for name, d in tensor_devices.items() if not d.on_host}
     if device is None:
@@ -412,17 +394,17 @@ def _batch_device(tensors: Mapping[str, Any], device: Any) -> Device:
     for name, tensor_device in gpu_devices.items():
         if tensor_device != batch_device:
             raise ValueError(
-                f"{name} must be on {batch_device} or on the host, as the batches are to be there, "
-                f"got {tensor_device}"
+                f"{name} must be on {batch_device} or on the host, as the batches are on "
+                f"{batch_device}, got {tensor_device}"
             )
     if batch_device.on_host:
         return batch_device
-    # NumPy's objects, strings and masks may be handed out by NumPy, but go nowhere else.
+    # Objects, strings and masked arrays of NumPy cannot leave the host.
     for name, tensor in tensors.items():
         dtype = arrays.dtype_name(tensor)
         if not (arrays.is_numeric(tensor) and arrays.has_dtype(batch_device.library, dtype)):
             raise TypeError(
-                f"{name} must hold numbers that {batch_device} has, and one for every element, "
-                f"got {type(tensor).__name__} of {dtype}"
+                f"{name} must have a numeric dtype that {batch_device} supports and no masked "
+                f"elements, got {type(tensor).__name__} of {dtype}"
             )
     return batch_device

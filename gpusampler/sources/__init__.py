@@ -1,7 +1,6 @@
-"""Where patch ids come from: arrays, files, columns of tables, and datasets that know them.
+"""Patch ids from arrays, files, columns of tables and datasets, read by `read_patch_ids`.
 
-`read_patch_ids` takes all of these. A file of each kind of source stands in this folder; none of
-their libraries is imported before a source of theirs is met.
+There is one module per kind of source. Its library is imported only when such a source is used.
 """
 
 from gpusampler.sources.base import PatchIds

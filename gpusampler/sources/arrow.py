@@ -1,4 +1,4 @@
-"""Ids in columns of Arrow: pyarrow's own, and what others keep in them."""
+"""Patch ids in Arrow arrays, from pyarrow or from libraries that use it."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def arrow_values_ids(
     seekable: bool = True,
     progress: bool = False,
 ) -> PatchIds:
-    """Return the ids that a function gives as Arrow arrays."""
+    """Return the ids that ``values(start, stop)`` returns as Arrow arrays."""
     check_shape((size,))
     if dtype == "str":
         return NamedIds(
@@ -71,7 +71,7 @@ def arrow_values_ids(
 
 
 def id_dtype(arrow_type: Any, location: str = "") -> str:
-    """Return "str", or the integers' dtype, of an Arrow type that ids may have."""
+    """Return "str" or the integer dtype of an Arrow type, or raise if ids cannot have it."""
     types: Any = devices.loaded_module("pyarrow.types")
     value_type = arrow_type.value_type if types.is_dictionary(arrow_type) else arrow_type
     if types.is_null(value_type):
@@ -79,14 +79,14 @@ def id_dtype(arrow_type: Any, location: str = "") -> str:
     if types.is_integer(value_type):
         return str(value_type)
     string_checks = ("is_string", "is_large_string", "is_string_view")
-    # The last is younger than the oldest pyarrow that is supported.
+    # Old supported versions of pyarrow lack is_string_view.
     if any(getattr(types, name, lambda _: False)(value_type) for name in string_checks):
         return "str"
     raise wrong_dtype_error(arrow_type, location)
 
 
 def _chunks(values: Any, first: int) -> Iterator[tuple[int, Any]]:
-    """Yield (first sample, Array) of what holds several, each without a null."""
+    """Yield (first sample, chunk) of a list, ChunkedArray or Array; raise for a null."""
     chunks = values if isinstance(values, list) else getattr(values, "chunks", [values])
     for chunk in chunks:
         _check_no_null(chunk, first)
@@ -105,12 +105,12 @@ def _to_integers(values: Any, first: int) -> NDArray[Any]:
     for start, chunk in _chunks(values, first):
         if types.is_dictionary(chunk.type):
             chunk = chunk.cast(chunk.type.value_type)
-            # An index into the dictionary may be that of a null.
+            # The dictionary itself may contain a null.
             _check_no_null(chunk, start)
         pieces.append(check_fits_int64(chunk.to_numpy(zero_copy_only=False), start))
     if len(pieces) == 1:
         return pieces[0]
-    # NumPy makes floats of uint64 beside int64; they fit, as was checked.
+    # NumPy would promote uint64 and int64 to float64; all values were checked to fit in int64.
     mixed = pieces and np.result_type(*pieces).kind not in "iu"
     return np.concatenate([p.astype(np.int64) for p in pieces] if mixed else pieces or [_NO_IDS])
 

@@ -1,4 +1,4 @@
-"""Patch ids wherever they lie: how many, of which type, and any stretch of them on request."""
+"""`PatchIds`, the interface of all sources: number, dtype and reads of any range of samples."""
 
 from __future__ import annotations
 
@@ -13,36 +13,36 @@ from gpusampler.core.devices import HOST, Device
 from gpusampler.sources.checks import check_fits_int64
 
 Load = Callable[[int, int], NDArray[Any]]
-"""Reads the values of samples ``start .. stop - 1``."""
+"""``load(start, stop)`` returns the values of samples ``start .. stop - 1``."""
 
 BLOCK = 1 << 20
-"""Ids that are read at once, unless who reads says otherwise."""
+"""Default number of ids per read."""
 
 
 class PatchIds(ABC):
-    """The patch id of every sample, read in blocks from where they lie.
+    """The patch id of every sample, read in blocks from its source.
 
-    What `read_patch_ids` returns. ``PatchGroups.from_ids`` and ``PatchBatchSampler`` take it.
+    Returned by `read_patch_ids`; accepted by ``PatchGroups.from_ids`` and ``PatchBatchSampler``.
 
     Attributes
     ----------
     size : int
-        Samples N, at least 1.
+        Number of samples N, at least 1.
     dtype : str
-        Name of the type that the ids are stored in, such as "int16"; "str" where they are names.
+        Name of the stored dtype, such as "int16", or "str" for names.
     names : tuple of str, or None
-        Where patches have names: the names in ascending order. An id is then a place among them.
+        Distinct patch names in ascending order if patches have names, else None. An id is then an
+        index into ``names``.
     device : Device
-        Where they lie.
+        Device that stores the ids.
     modified : int or None
-        When the file that they lie in was changed last, in nanoseconds since 1970; None where they
-        lie in no file.
+        Last modification time of the source file in ns since 1970; None without a file.
     seekable : bool
-        Whether a few ids in the middle cost no more than as many at the start.
+        Whether reading a few ids in the middle costs no more than at the start.
     in_memory : bool
-        Whether they lie in an array in memory, where nobody changes them while they are read.
+        Whether the ids are an array in memory, which does not change while it is read.
     reopen : tuple of a callable and its arguments, or None
-        What makes the same ids in another process, where they lie in a file.
+        Call that opens the same ids in a different process; None without a file.
     """
 
     size: int
@@ -56,37 +56,43 @@ class PatchIds(ABC):
 
     @abstractmethod
     def read(self, start: int, stop: int) -> NDArray[Any]:
-        """Return the ids of samples ``start .. stop - 1`` as integers in NumPy, values of int64.
+        """Return the ids of samples ``start .. stop - 1``.
+
+        Returns
+        -------
+        integer array, shape (stop - start,)
+            A NumPy array of any integer dtype, whose values fit in int64.
 
         Raises
         ------
         TypeError, ValueError
-            If an id is missing, or is no integer that fits in int64; the text names the sample.
+            If an id is missing, is not an integer, or does not fit in int64; the message names the
+            sample.
         OSError
-            If a file cannot be read, or is shorter than it was.
+            If a file cannot be read or has become shorter.
         """
 
     def blocks(self, start: int = 0, size: int = BLOCK) -> Iterator[tuple[int, NDArray[Any]]]:
-        """Yield the ids from ``start`` on, in order: (first sample, ids) of each block.
+        """Yield (first sample, ids) of consecutive blocks of ``size`` ids from ``start`` on.
 
         Raises
         ------
         TypeError, ValueError, OSError
-            As by `read`; also where a block is shorter than it should be.
+            As `read` does; OSError also if a block is too short.
         """
         for first in range(start, self.size, size):
             stop = min(first + size, self.size)
             block = self.read(first, stop)
-            # Libraries cut off what is asked for beyond the end of an array that has shrunk.
+            # Slices past the end of an array that has shrunk are silently truncated.
             if block.size != stop - first:
                 raise OSError(
-                    f"source must keep its length while it is read, got {block.size} ids for "
+                    f"source must not shrink while it is read, got {block.size} ids for "
                     f"samples {first} .. {stop - 1}"
                 )
             yield first, block
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        """Travel as the file's name, where there is one."""
+        """Pickle as the name of the file, if there is one."""
         return super().__reduce_ex__(protocol) if self.reopen is None else self.reopen
 
     def __len__(self) -> int:
@@ -94,22 +100,17 @@ class PatchIds(ABC):
         return self.size
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> NDArray[Any]:
-        """Return all ids at once."""
+        """Return all ids as an array."""
         ids = self.read(0, self.size)
         return np.array(ids, dtype=dtype, copy=True if copy else None)
 
     def __repr__(self) -> str:
-        """Return how many, and of what type."""
+        """Return the number of samples and the dtype."""
         return f"{type(self).__name__}({self.size} samples, {self.dtype})"
 
 
 class HostIds(PatchIds):
-    """Ids in a NumPy array that has been checked.
-
-    Parameters
-    ----------
-    ids : integer array, shape (N,)
-    """
+    """Ids in a validated 1-D integer NumPy array."""
 
     in_memory = True
 
@@ -119,23 +120,12 @@ class HostIds(PatchIds):
         self.dtype = ids.dtype.name
 
     def read(self, start: int, stop: int) -> NDArray[Any]:
-        """Return a view."""
+        """Return a view of the ids of samples ``start .. stop - 1``."""
         return self.ids[start:stop]
 
 
 class IntegerIds(PatchIds):
-    """Integers that a function reads.
-
-    Parameters
-    ----------
-    load : callable
-        ``load(start, stop)``: integers in NumPy, shape (stop - start,); it raises if one is
-        missing.
-    size : int
-    dtype : str
-    modified, seekable
-        As in `PatchIds`.
-    """
+    """Integer ids from ``load(start, stop)``, which raises if one is missing."""
 
     def __init__(
         self,

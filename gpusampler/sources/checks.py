@@ -1,4 +1,4 @@
-"""What the readers of ids share: which column, whether it is there, and what is no id."""
+"""Checks shared by all readers: choice of the column, missing values, shapes and dtypes."""
 
 from __future__ import annotations
 
@@ -13,38 +13,37 @@ from gpusampler.core import devices
 from gpusampler.core.text import short_repr
 
 PATCH_ID = "patch_id"
-"""The column that is read where none is named."""
+"""Default column."""
 
 MAX_LISTED = 20
-"""Columns that an error lists."""
+"""Maximum number of columns in an error message."""
 
 
 def is_instance(source: Any, module: str, *names: str) -> bool:
-    """Whether ``source`` is of a class of a module, which is not imported for the question."""
+    """Whether ``source`` is an instance of a class of a module, without importing the module."""
     loaded = devices.loaded_module(module)
     classes = [getattr(loaded, name, None) for name in names]
     return any(isinstance(cls, type) and isinstance(source, cls) for cls in classes)
 
 
-def import_library(module: str, extra: str, source: Any) -> Any:
-    """Return a library that a source needs."""
+def import_library(module: str, source: Any) -> Any:
+    """Import a module that reading ``source`` needs, or raise RuntimeError."""
     try:
         return import_module(module)
     except ImportError as error:
         library = module.partition(".")[0]
         raise RuntimeError(
-            f"source must be readable: {library} is not installed, got {str(source)!r}; "
-            f"install gpusampler[{extra}]"
+            f"Cannot read {str(source)!r}: {library} is not installed. Run `pip install {library}`."
         ) from error
 
 
 def list_names(names: Sequence[Any]) -> str:
-    """Return the first names of columns or groups, for the text of an error."""
+    """Return the first `MAX_LISTED` names of columns or groups for an error message."""
     return ", ".join(map(repr, names[:MAX_LISTED])) + (", ..." if len(names) > MAX_LISTED else "")
 
 
 def choose_column(columns: Sequence[Any], column: Any, label: str) -> Any:
-    """Return the column to read: the one named, else "patch_id", else the only one."""
+    """Return the column to read: ``column`` if given, else "patch_id", else the only one."""
     listing = list_names(columns)
     if column is None:
         if not len(columns):
@@ -55,27 +54,27 @@ def choose_column(columns: Sequence[Any], column: Any, label: str) -> Any:
     if column not in columns:
         raise ValueError(f"column must be one of {listing or 'none'} of {label}, got {column!r}")
     if list(columns).count(column) > 1:
-        raise ValueError(f"column must be there once, got {column!r} more than once in {label}")
+        raise ValueError(f"column must be unique in {label}, got {column!r} more than once")
     return column
 
 
 def check_no_column(column: Any, label: str) -> None:
-    """Raise ValueError if a column is named in a source that has none."""
+    """Raise ValueError if a column is given for a source without columns."""
     if column is not None:
         raise ValueError(f"column must be None for {label}, which has no columns, got {column!r}")
 
 
 def check_shape(shape: tuple[int, ...], name: str = "ids") -> int:
-    """Return how many ids an array of this shape holds, or raise ValueError."""
+    """Return the number of ids in an array of this shape; ValueError if not 1-D or empty."""
     if len(shape) != 1:
-        raise ValueError(f"{name} must be 1-D, one id a sample, got shape {tuple(shape)}")
+        raise ValueError(f"{name} must be 1-D, one id per sample, got shape {tuple(shape)}")
     if shape[0] == 0:
         raise ValueError(f"{name} must name at least one sample, got none")
     return int(shape[0])
 
 
 def wrong_dtype_error(dtype: Any, detail: str = "", name: str = "ids") -> TypeError:
-    """Return the error for a column of another type than integers or strings."""
+    """Return the error for a column whose dtype is neither integer nor string."""
     return TypeError(f"{name} must be integers, got dtype {dtype}{detail}")
 
 
@@ -85,13 +84,13 @@ def raise_missing(sample: int) -> NoReturn:
 
 
 def check_no_missing(is_missing: NDArray[np.bool_], first: int) -> None:
-    """Raise ValueError naming the first sample that has no id, of those from ``first`` on."""
+    """Raise ValueError naming the first missing id; ``is_missing`` starts at sample ``first``."""
     if is_missing.any():
         raise_missing(first + int(is_missing.argmax()))
 
 
 def is_missing(value: Any) -> bool:
-    """Whether a Python value stands for a missing one: None, NaN or the NA of pandas."""
+    """Whether a Python value is a missing value: None, NaN, or NA or NaT of pandas."""
     if value is None or type(value).__name__ in ("NAType", "NaTType"):
         return True
     return isinstance(value, (float, np.floating)) and bool(value != value)
@@ -110,7 +109,7 @@ def check_fits_int64(ids: NDArray[Any], first: int) -> NDArray[Any]:
 
 
 def integers_from_list(values: list[Any], first: int, name: str = "ids") -> NDArray[np.int64]:
-    """Return Python integers as int64; what is none of them is named with its sample."""
+    """Return Python integers as int64, or raise an error that names the first bad sample."""
     types = set(map(type, values))
     if not all(issubclass(t, (int, np.integer)) and t is not bool for t in types):
         for i, value in enumerate(values):

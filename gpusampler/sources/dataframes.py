@@ -1,4 +1,4 @@
-"""Ids in columns of pandas, polars and HuggingFace datasets."""
+"""Patch ids in columns of pandas, polars and HuggingFace datasets."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def _pandas_ids(source: Any, column: Any, progress: bool) -> PatchIds | None:
         return None
     size = check_shape(series.shape)
     dtype = series.dtype
-    # Of Arrow, whatever it holds; a string column kept by Arrow is none of these.
+    # A StringDtype column stored in Arrow does not have an ArrowDtype.
     if is_instance(dtype, "pandas", "ArrowDtype"):
         return arrow_ids(series.array.__arrow_array__(), None, progress)
     if is_instance(dtype, "pandas", "CategoricalDtype"):
@@ -56,7 +56,7 @@ def _pandas_ids(source: Any, column: Any, progress: bool) -> PatchIds | None:
         return NamedIds(lambda a, b: _factorize(series.iloc[a:b], a), size, progress=progress)
     if str(dtype) == "object":
         return object_ids(lambda a, b: series.iloc[a:b].tolist(), size, "ids", progress)
-    # NumPy's in any byte order; pandas' own have names such as Int64.
+    # NumPy dtypes have any byte order; pandas' extension dtypes have names such as "Int64".
     name = dtype.name.lower()
     if name in _INTEGERS and isinstance(dtype, np.dtype):
         return ArrayIds(series.to_numpy())
@@ -72,7 +72,7 @@ def _pandas_ids(source: Any, column: Any, progress: bool) -> PatchIds | None:
     missing = series.isna().to_numpy() if name.startswith("float") else np.zeros(1, np.bool_)
     detail = ""
     if missing.any():
-        # pandas makes floats of integers when one is missing.
+        # pandas stores integers with a missing value as floats.
         detail = f": values are missing, the first in sample {int(missing.argmax())}"
     raise wrong_dtype_error(dtype, detail)
 
@@ -83,7 +83,7 @@ def _category_ids(series: Any, categories: Any, size: int, progress: bool) -> Pa
         check_no_missing(result < 0, start)
         return result
 
-    # Categories of strings are of type object, or of a type of pandas' own.
+    # Categories of strings have dtype object or a pandas extension dtype.
     if categories.dtype.kind in "iu":
         values = np.asarray(categories.to_numpy(dtype=str(categories.dtype).lower()))
         return IntegerIds(lambda a, b: values[codes(a, b)], size, values.dtype.name)
@@ -157,7 +157,7 @@ def _huggingface_ids(source: Any, column: Any, progress: bool) -> PatchIds | Non
         return None
     column = choose_column(source.column_names, column, "a HuggingFace dataset")
     values = source.data.column(column)
-    # Rows of the table in the order that select, shuffle and the like have given them.
+    # select, shuffle and similar methods reorder rows through these indices.
     rows = None if source._indices is None else source._indices.column(0)
 
     def read(start: int, stop: int) -> Any:

@@ -1,8 +1,8 @@
-"""The patch ids and costs of a map-style dataset: one that knows them, or one that must be asked.
+"""Patch ids and costs of a map-style dataset.
 
-A dataset is asked, in this order, for ``get_all_patch_ids()``, ``patch_ids``, and at last for
-``dataset[i]["patch_id"]``, sample by sample. ``Subset`` (``random_split`` makes these) and
-``ConcatDataset`` of torch pass the question on to what they wrap.
+Ids come from ``get_all_patch_ids()``, else from ``patch_ids``, else from ``dataset[i]["patch_id"]``
+sample by sample. For torch's ``Subset`` (as from ``random_split``) and ``ConcatDataset``, they come
+from the wrapped datasets.
 """
 
 from __future__ import annotations
@@ -23,28 +23,9 @@ from gpusampler.sources.strings import CategoricalIds
 def dataset_patch_ids(dataset: Any, *, progress: bool = True, name: str = "ids") -> PatchIds:
     """Return the patch id of each sample of a map-style dataset.
 
-    Parameters
-    ----------
-    dataset : object
-        With ``__len__``, and one of ``get_all_patch_ids()``, ``patch_ids`` (both may give whatever
-        `read_patch_ids` takes, but a dataset), or samples that are mappings with a ``"patch_id"``,
-        an integer or a name.
-    progress : bool
-    name : str
-        What errors call ids that are no integers.
-
-    Returns
-    -------
-    PatchIds, of len(dataset) samples
-
-    Raises
-    ------
-    TypeError
-        If this is no dataset, or a sample has no patch id, or one of another kind.
-    ValueError
-        If it is empty, or gives ids of another number than samples.
-    RuntimeError
-        If it raises when it is asked for a sample.
+    ``get_all_patch_ids()`` and ``patch_ids`` may give anything that `read_patch_ids` accepts except
+    a dataset; samples must be mappings whose ``"patch_id"`` is an integer or a name. Errors call
+    the ids ``name``.
     """
     size, type_name = _check_size(dataset), _type_name(dataset)
     if size == 0:
@@ -55,7 +36,7 @@ def dataset_patch_ids(dataset: Any, *, progress: bool = True, name: str = "ids")
     shape = getattr(source, "shape", None)
     if isinstance(source, (list, tuple, range)):
         shape = (len(source),)
-    # Another number of ids is told first: none at all would be refused for being none.
+    # Check the length first: otherwise no ids at all would raise a less helpful error.
     if isinstance(shape, tuple) and shape[:1] not in ((), (size,)):
         raise _length_error(dataset, size, tuple(shape))
     ids = known_format_ids(source, name=name, progress=progress)
@@ -71,13 +52,13 @@ def dataset_patch_ids(dataset: Any, *, progress: bool = True, name: str = "ids")
 
 def _length_error(dataset: Any, size: int, shape: tuple[Any, ...]) -> ValueError:
     return ValueError(
-        f"source must give one patch id a sample: {_type_name(dataset)} has {size} samples, "
+        f"source must have one patch id per sample: {_type_name(dataset)} has {size} samples, "
         f"got ids of shape {shape}"
     )
 
 
 def _declared_ids(dataset: Any, progress: bool) -> Any:
-    """Ids that are there without touching a sample (of this dataset), or None."""
+    """Return the ids that a dataset provides without reading its samples, or None."""
     get_ids = getattr(dataset, "get_all_patch_ids", None)
     if callable(get_ids):
         return get_ids()
@@ -95,7 +76,7 @@ def _declared_ids(dataset: Any, progress: bool) -> Any:
 
 
 def _concatenated_ids(dataset: Any, progress: bool) -> PatchIds:
-    """Ids of all parts of a ConcatDataset, end to end."""
+    """Return the concatenated ids of all parts of a ConcatDataset."""
     parts = [
         dataset_patch_ids(part, progress=progress, name="ids of a part of ConcatDataset")
         for part in dataset.datasets
@@ -107,7 +88,7 @@ def _concatenated_ids(dataset: Any, progress: bool) -> PatchIds:
         )
     if parts[0].names is None:
         return ArrayIds(np.concatenate([np.asarray(part, dtype=np.int64) for part in parts]))
-    # Indices into the names of all parts; CategoricalIds takes each name once.
+    # CategoricalIds needs distinct names, so parts share one numbering.
     code_of_name: dict[str, int] = {}
     codes = []
     for part in parts:
@@ -117,7 +98,7 @@ def _concatenated_ids(dataset: Any, progress: bool) -> PatchIds:
 
 
 def _subset_ids(subset: Any, progress: bool) -> PatchIds | None:
-    """Ids of a Subset, by its indices, if what it wraps can tell; else it is read itself."""
+    """Return the ids of a Subset, or None if its samples must be read."""
     _check_size(subset.dataset)
     if not _has_declared_ids(subset.dataset):
         return None
@@ -125,13 +106,13 @@ def _subset_ids(subset: Any, progress: bool) -> PatchIds | None:
     indices = np.asarray(subset.indices, dtype=np.int64)
     if ids.names is not None:
         return CategoricalIds(np.asarray(ids)[indices], ids.names)
-    if isinstance(ids, ArrayIds) and arrays.library_of(ids.array) != "numpy":
+    if isinstance(ids, ArrayIds) and not arrays.is_numpy(ids.array):
         return ArrayIds(ids.array[arrays.to_device(indices, ids.device)])
     return ArrayIds(np.asarray(ids)[indices])
 
 
 def _has_declared_ids(dataset: Any) -> bool:
-    """Whether no sample has to be read for the ids of a dataset, however deeply it is wrapped."""
+    """Whether a dataset, possibly wrapped, provides its ids without reading samples."""
     if callable(getattr(dataset, "get_all_patch_ids", None)):
         return True
     if getattr(dataset, "patch_ids", None) is not None:
@@ -145,17 +126,10 @@ def _has_declared_ids(dataset: Any) -> bool:
 
 
 def dataset_patch_costs(dataset: Any) -> Any:
-    """Return what a dataset says that a sample of each patch costs; None if it says nothing.
+    """Return the costs per patch from ``patch_costs()`` or ``patch_costs``, or None without one.
 
-    ``patch_costs()`` of the dataset (or an attribute of that name), or of what ``Subset`` and
-    ``ConcatDataset`` wrap, all of whose parts must say so then.
-
-    Raises
-    ------
-    TypeError
-        If the parts of a ``ConcatDataset`` say so by anything but a mapping.
-    ValueError
-        If only some of its parts do, or two of them differ about a patch.
+    ``Subset`` and ``ConcatDataset`` use those of the wrapped datasets, which must be mappings; all
+    parts of a ``ConcatDataset`` must have them, and must agree.
     """
     costs = getattr(dataset, "patch_costs", None)
     if costs is not None:
@@ -165,8 +139,8 @@ def dataset_patch_costs(dataset: Any) -> Any:
         costs = dataset_patch_costs(dataset.dataset)
         if costs is not None and not isinstance(costs, Mapping):
             raise TypeError(
-                "patch_costs() must be a mapping from patch ids where a Subset holds only some of "
-                f"the patches, got {type(costs).__name__}"
+                "patch_costs() must be a mapping from patch ids for a Subset, which may hold only "
+                f"some patches, got {type(costs).__name__}"
             )
         return costs
     if data is not None and isinstance(dataset, data.ConcatDataset):
@@ -175,15 +149,15 @@ def dataset_patch_costs(dataset: Any) -> Any:
 
 
 def _merge_costs(mappings: list[Any]) -> dict[Any, Any] | None:
-    """Costs of all parts of a ConcatDataset together."""
+    """Return the merged costs of all parts of a ConcatDataset."""
     if all(costs is None for costs in mappings):
         return None
     merged: dict[Any, Any] = {}
     for i, costs in enumerate(mappings):
         if costs is None:
             raise ValueError(
-                "patch_costs() must be there in every part of a ConcatDataset or in none, got none "
-                f"in part {i}"
+                "patch_costs() must be defined in every part of a ConcatDataset or in none, "
+                f"got none in part {i}"
             )
         if not isinstance(costs, Mapping):
             raise TypeError(
@@ -205,15 +179,15 @@ def _check_size(dataset: Any) -> int:
         if not isinstance(dataset, type) and any(
             hasattr(dataset, name) for name in ("get_all_patch_ids", "patch_ids")
         ):
-            hint = " without __getitem__ (give its patch ids instead)"
+            hint = " without __getitem__ (pass its patch ids instead)"
         if _is_sampler(dataset):
-            # Lightning rebuilds batch samplers with another sampler where our source stood.
+            # Lightning rebuilds batch samplers with a different sampler in place of the source.
             hint = (
-                "; if Lightning put it there, pass Trainer(use_distributed_sampler=False): "
-                "this sampler shards by itself"
+                "; if Lightning replaced the source, pass Trainer(use_distributed_sampler=False): "
+                "PatchBatchSampler shards by itself"
             )
         if _type_name(dataset) == "PatchGroups":
-            raise TypeError("source must be patch ids, got PatchGroups, which are grouped already")
+            raise TypeError("source must be patch ids, got PatchGroups, which are already grouped")
         raise TypeError(
             "source must be a dataset, an array of patch ids or PatchGroups, "
             f"got {_type_name(dataset)}{hint}"

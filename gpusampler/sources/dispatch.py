@@ -1,4 +1,4 @@
-"""`read_patch_ids`: the patch id of every sample, from a source of any kind."""
+"""`read_patch_ids`: patch ids from any supported source."""
 
 from __future__ import annotations
 
@@ -12,46 +12,48 @@ from gpusampler.sources.formats import known_format_ids
 
 
 def read_patch_ids(source: Any, column: Any = None, *, progress: bool = True) -> PatchIds:
-    """Return the patch id of every sample, to be read in blocks from where they lie.
+    """Open the patch ids of all samples in any supported source, to be read in blocks.
 
-    Nothing is read now but what tells how many there are and of which type; names are read once,
-    to learn which there are. An id that is missing or does not fit is found when it is read.
+    Only the number and dtype of the ids are read now, except that names are read once to collect
+    the distinct ones. Missing ids and ids that do not fit in int64 raise when they are read.
 
     Parameters
     ----------
     source : object
-        One of these, one id a sample, integers that fit in int64 or names (strings):
+        One id per sample, either integers that fit in int64 or names (strings), as one of:
 
-        - an array of NumPy (memory maps too), torch or CuPy on any device; a list, tuple or range;
-        - the path of an ``.npy`` file, of a ``.parquet`` or ``.pq`` file or a folder of them
-          (sorted by path), of a ``.zarr`` folder, of an ``.h5``, ``.hdf5`` or ``.hdf`` file;
-        - a column or a table of pandas, polars or pyarrow, a dataset of HuggingFace;
-        - an array or a group of zarr or h5py, a ``ParquetFile`` or ``dataset`` of pyarrow;
+        - a NumPy array (also a memory map), a torch or CuPy array on any device, or a list, tuple
+          or range;
+        - the path of an ``.npy`` file, a ``.parquet`` or ``.pq`` file or a folder of them (sorted
+          by path), a ``.zarr`` folder, or an ``.h5``, ``.hdf5`` or ``.hdf`` file;
+        - a column or table of pandas, polars or pyarrow, or a HuggingFace dataset;
+        - an array or group of zarr or h5py, or a ``ParquetFile`` or ``dataset`` of pyarrow;
         - a map-style dataset with ``get_all_patch_ids()``, ``patch_ids`` (either may give any of
-          the above) or ``dataset[i]["patch_id"]``, a ``Subset`` or ``ConcatDataset`` of such;
-        - ids that were read before, which are returned as they are.
+          the above) or ``dataset[i]["patch_id"]``, or a ``Subset`` or ``ConcatDataset`` of such;
+        - `PatchIds`, which are returned unchanged.
     column : str, optional
-        Which column, of what has several: a path such as "a/b" in a group, "a.b" in Parquet.
-        Default: "patch_id" if it is there, or the only one.
+        Column of a source with several columns; a path such as "a/b" in a group, or "a.b" in
+        Parquet. Default: "patch_id" if it exists, else the only column.
     progress : bool
-        Show a bar while names or a dataset's samples are read, if that takes long.
+        Whether to show a bar if reading names or the samples of a dataset takes over a second.
 
     Returns
     -------
     PatchIds
-        ``read(start, stop)`` gives any stretch as integers in NumPy. ``dtype`` is that of the ids;
-        for names it is "str", ``names`` has the distinct ones in ascending order, and an id is a
-        place among them. Bytes are names in UTF-8.
+        ``read(start, stop)`` returns the ids of a range of samples as a NumPy integer array.
+        ``dtype`` is the name of their dtype, or "str" for names. For names, ``names`` is the tuple
+        of distinct names in ascending order, and ids are indices into it. Bytes are decoded as
+        UTF-8.
 
     Raises
     ------
     TypeError
-        If the source is of no known kind, or its ids are neither integers nor names.
+        If the source is not supported, or its ids are neither integers nor names.
     ValueError
-        If it is empty, is not 1-D, has no id for a sample (or one that does not fit in int64), is
-        a file that is cut off or of no known kind, or the column is not there or must be named.
+        If the source is empty or not 1-D, an id is missing or does not fit in int64, a file is
+        truncated or of an unknown format, or the column does not exist or must be given.
     OSError
-        If a file is not there, may not be read, or becomes shorter while it is read.
+        If a file does not exist, is not readable, or shrinks while it is read.
     RuntimeError
         If the library that reads a file is not installed, or a dataset raises.
 

@@ -1,4 +1,4 @@
-"""Which reader is for a source: by its type, or a file's name and first bytes. Datasets aside."""
+"""Choice of the reader for a source by its type, or by a file's suffix and first bytes."""
 
 from __future__ import annotations
 
@@ -27,31 +27,21 @@ _READER_BY_MAGIC = {
     b"\x89HDF\r\n": hdf5_path_ids,
 }
 _INDEX_MAGIC = b"gpusampl"
-"""How `gpusampler.groups.index_format.MAGIC` begins."""
+"""First bytes of `gpusampler.groups.index_format.MAGIC`."""
 
 
 def known_format_ids(
     source: Any, column: Any = None, *, name: str = "ids", progress: bool = True
 ) -> PatchIds | None:
-    """Return the ids in an array, a list, a file, a table or a column; None for anything else.
+    """`read_patch_ids` for arrays, lists, files, tables and columns; None for anything else.
 
-    Parameters
-    ----------
-    source, column, progress
-        As in `read_patch_ids`.
-    name : str
-        What errors call ids in memory.
-
-    Raises
-    ------
-    TypeError, ValueError, OSError, RuntimeError
-        As by `read_patch_ids`.
+    Errors call ids in memory ``name``.
     """
     if isinstance(source, PatchIds):
         check_no_column(column, f"a {type(source).__name__}")
         return source
     if isinstance(source, (str, os.PathLike)):
-        # In full: the program may go to another folder before they are read.
+        # Make the path absolute, because the working directory may change before the ids are read.
         return _reopenable_ids(os.path.abspath(os.fsdecode(source)), column, progress)
     if arrays.library_of(source) is not None:
         return array_ids(source, column, name, progress)
@@ -59,7 +49,7 @@ def known_format_ids(
         ids = reader(source, column, progress)
         if ids is not None:
             return ids
-    # Whatever else is a column of a table says that it is an array by this method.
+    # Columns of other table libraries have __array__.
     if is_list_of_ids(source) or hasattr(source, "__array__"):
         check_no_column(column, f"a {type(source).__name__}")
         return list_ids(source, name, progress)
@@ -67,24 +57,14 @@ def known_format_ids(
 
 
 def _reopenable_ids(path: str, column: Any, progress: bool) -> PatchIds:
-    """Return ids that travel to another process as the file's name."""
+    """Return the ids at a path, which are pickled as the path."""
     ids = _path_ids(path, column, progress)
     ids.reopen = _reopenable_ids, (path, column, False)
     return ids
 
 
 def _path_ids(path: str, column: Any, progress: bool) -> PatchIds:
-    """Return the ids in a file or a folder.
-
-    Raises
-    ------
-    FileNotFoundError, PermissionError
-        If it is not there, or may not be read.
-    RuntimeError
-        If the library that reads it is not installed.
-    OSError, TypeError, ValueError
-        If it is of no kind that is understood, or holds no ids; see the readers of each.
-    """
+    """Return the ids in a file or folder; suffixes take precedence over the first bytes."""
     try:
         if os.path.isdir(path):
             return _folder_ids(path, column, progress)
@@ -104,18 +84,18 @@ def _path_ids(path: str, column: Any, progress: bool) -> PatchIds:
         if error.filename not in (None, path):
             raise
         raise FileNotFoundError(
-            errno.ENOENT, "source must be there: no such file or folder", path
+            errno.ENOENT, "source must be an existing file or folder", path
         ) from None
     except PermissionError as error:
         raise PermissionError(
             errno.EACCES,
-            "source must be readable: this user may not read it; its owner can allow that "
-            "(chmod a+r a file, a+rx a folder)",
+            "source must be readable by this user; its owner can run chmod a+r on a file or "
+            "chmod a+rx on a folder",
             error.filename or path,
         ) from error
     if head == _INDEX_MAGIC:
         raise ValueError(
-            f"source must be patch ids, got an index file: {path!r}; PatchGroups.load opens it"
+            f"source must be patch ids, got an index file: {path!r}; open it with PatchGroups.load"
         )
     raise ValueError(f"source must be one of {_SUPPORTED}, got {path!r}")
 

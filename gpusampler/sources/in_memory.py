@@ -1,4 +1,4 @@
-"""Ids in memory: arrays of NumPy, torch and CuPy, memory maps, and lists."""
+"""Patch ids in memory: arrays of NumPy, torch and CuPy, memory maps, and lists."""
 
 from __future__ import annotations
 
@@ -27,23 +27,9 @@ from gpusampler.sources.strings import NamedIds, factorize_list
 
 
 class ArrayIds(PatchIds):
-    """Integers in an array of NumPy, torch or CuPy, on any device.
+    """Integer ids in a 1-D NumPy, torch or CuPy ``array`` on any device, which is not copied.
 
-    Parameters
-    ----------
-    array : integer array, shape (N,)
-        Not copied.
-    name : str
-        What errors call it.
-
-    Attributes
-    ----------
-    array : integer array, shape (N,)
-
-    Raises
-    ------
-    TypeError, ValueError
-        If it holds no integers, is not 1-D, or is empty.
+    Errors call the array ``name``.
     """
 
     def __init__(self, array: Any, name: str = "ids") -> None:
@@ -64,18 +50,18 @@ class ArrayIds(PatchIds):
 
 
 class BackingFile:
-    """The file under a memory map, which may become shorter: reading on would kill the process."""
+    """File of a memory map; reading the map past the end of a shortened file kills the process."""
 
     def __init__(self, mapped: mmap.mmap, name: str | None, offset: int) -> None:
         self._mapped = mapped
         self._name = name
-        # A map starts at a multiple of this, which np.memmap's offset need not be.
+        # A map starts at a multiple of the granularity, unlike the offset of np.memmap.
         self._offset = offset - offset % mmap.ALLOCATIONGRANULARITY
         self._address = byte_bounds(np.frombuffer(mapped, np.uint8))[0]
 
     @classmethod
     def of(cls, array: Any) -> BackingFile | None:
-        """Return the file that an array is a view of, or None."""
+        """Return the file under an array that is a view of a memory map, or None."""
         name, offset, base = None, 0, array
         while isinstance(base, (np.ndarray, memoryview)):
             if isinstance(base, np.memmap) and base.filename is not None:
@@ -86,31 +72,31 @@ class BackingFile:
         try:
             base.size()
         except (OSError, ValueError):
-            # Memory that processes share, with no file under it; or a map that keeps none open.
+            # Anonymous shared memory, or a map whose file is closed.
             return None
         return cls(base, name, offset)
 
     def modified(self) -> int | None:
-        """Return when the file was changed last, in ns; None if it has no name any more."""
+        """Return the modification time of the file in ns since 1970; None if it has no path."""
         try:
             return None if self._name is None else os.stat(self._name).st_mtime_ns
         except OSError:
             return None
 
     def check_size(self, array: NDArray[Any]) -> None:
-        """Raise OSError if the file ends before an array does that lies in it."""
+        """Raise OSError if the file ends before the end of an array in the map."""
         end = byte_bounds(array)[1] - self._address + self._offset
         size = self._mapped.size()
         if array.size and size < end:
             name = "the file under the memory map" if self._name is None else repr(self._name)
             raise OSError(
-                f"source must keep its length while it is read: {name} must have {end} bytes or "
+                f"source must not shrink while it is read: {name} must have {end} bytes or "
                 f"more, got {size}"
             )
 
 
 def array_ids(source: Any, column: Any, name: str, progress: bool) -> PatchIds:
-    """Return the ids in an array of one of the libraries."""
+    """Return the ids in a NumPy, torch or CuPy array."""
     if isinstance(source, np.ndarray):
         if source.dtype.names is not None:
             source = source[choose_column(source.dtype.names, column, "a structured array")]
@@ -120,7 +106,7 @@ def array_ids(source: Any, column: Any, name: str, progress: bool) -> PatchIds:
             check_no_missing(np.ma.getmaskarray(source), 0)
             source = source.data
         check_no_column(column, f"a {type(source).__name__}")
-        # T: strings of variable length. An object array is asked for its first value.
+        # T is StringDType. The first value of an object array decides between names and integers.
         if source.dtype.kind in "UST" or (source.dtype.kind == "O" and source.ndim == 1):
             return _object_array_ids(source, check_shape(source.shape, name), name, progress)
     check_no_column(column, f"a {type(source).__name__}")
@@ -144,7 +130,7 @@ def _object_array_ids(array: NDArray[Any], size: int, name: str, progress: bool)
 def object_ids(
     values: Any, size: int, name: str, progress: bool, *, modified: int | None = None
 ) -> PatchIds:
-    """Return the ids that ``values(start, stop)`` lists as Python objects, all of one kind."""
+    """Return the ids that ``values(start, stop)`` lists: Python names, or Python integers."""
     if isinstance(_first_value(values, size), (str, bytes)):
         return NamedIds(
             lambda start, stop: factorize_list(values(start, stop), start),
@@ -152,7 +138,7 @@ def object_ids(
             modified=modified,
             progress=progress,
         )
-    # The first ones tell a column of another kind at once.
+    # Check the first values now, so that a column of a wrong type fails at once.
     integers_from_list(values(0, min(size, 1000)), 0, name)
     return IntegerIds(
         lambda start, stop: integers_from_list(values(start, stop), start, name),
@@ -163,7 +149,7 @@ def object_ids(
 
 
 def _first_value(values: Any, size: int) -> Any:
-    """Return the first value that is not missing."""
+    """Return the first value that is not missing, or None."""
     for start in range(0, size, 1000):
         for value in values(start, min(start + 1000, size)):
             if not is_missing(value):
@@ -172,20 +158,20 @@ def _first_value(values: Any, size: int) -> Any:
 
 
 def is_list_of_ids(source: Any) -> bool:
-    """Whether a list or tuple holds ids, not samples; a range does."""
+    """Whether ``source`` is a list, tuple or range of ids rather than of samples."""
     if isinstance(source, range):
         return True
     if not isinstance(source, (list, tuple)):
         return False
     first = next((item for item in source if item is not None), None)
     if first is not None and arrays.library_of(first) is not None:
-        # One number is an id; more of them are a sample.
+        # A 0-d array is an id, any other array a sample.
         return np.ndim(first) == 0
     return not source or isinstance(first, (int, float, str, bytes, np.generic, list, tuple))
 
 
 def list_ids(source: Any, name: str, progress: bool) -> PatchIds:
-    """Return the ids in a list, a tuple, a range, or what NumPy makes an array of."""
+    """Return the ids in a list, tuple, range, or object with ``__array__``."""
     if isinstance(source, (list, tuple)) and any(
         isinstance(item, (str, bytes)) or item is None for item in source[:1]
     ):
@@ -194,7 +180,7 @@ def list_ids(source: Any, name: str, progress: bool) -> PatchIds:
     if array.dtype.kind == "O" and array.ndim == 1 and isinstance(source, (list, tuple)):
         return ArrayIds(integers_from_list(list(source), 0, name), name)
     if array.dtype.kind in "UST" and isinstance(source, (list, tuple)):
-        # NumPy makes names of integers that stand beside a name.
+        # NumPy converts integers next to names to strings.
         for i, item in enumerate(source):
             if not isinstance(item, (int, np.integer)):
                 raise TypeError(

@@ -1,4 +1,7 @@
-"""Ids in an .npy file, read by file reads: where the file shrinks, these fail, a map would kill."""
+"""Patch ids in an .npy file.
+
+The file is not memory-mapped: if it shrinks, a read raises, but a memory map kills the process.
+"""
 
 from __future__ import annotations
 
@@ -17,14 +20,14 @@ _GZIP, _ZIP = b"\x1f\x8b", b"PK\x03\x04"
 
 
 def npy_ids(path: str, column: Any, progress: bool) -> PatchIds:
-    """Return the ids in an .npy file, of which only the header is read now (names: all of it)."""
+    """Return the ids in an .npy file; only the header is read now (the whole file for names)."""
     check_no_column(column, "an .npy file")
     with open(path, "rb") as file:
         shape, dtype = _read_header(file, path)
         start, length = file.tell(), os.fstat(file.fileno()).st_size
         modified = os.fstat(file.fileno()).st_mtime_ns
     if dtype.hasobject:
-        raise wrong_dtype_error(dtype, f" (pickled, which is not read) in {path!r}")
+        raise wrong_dtype_error(dtype, f" (pickled arrays are not supported) in {path!r}")
     size = check_shape(shape, f"ids in {path!r}")
     needed = start + size * dtype.itemsize
     if length < needed:
@@ -40,7 +43,7 @@ def npy_ids(path: str, column: Any, progress: bool) -> PatchIds:
             num_bytes = _fill(raw, content.data)
         if num_bytes < content.size:
             raise OSError(
-                f"source must keep its length while it is read: {path!r} must have {needed} bytes, "
+                f"source must not shrink while it is read: {path!r} must have {needed} bytes, "
                 f"got {os.path.getsize(path)}"
             )
         return content.view(dtype)
@@ -58,10 +61,10 @@ def npy_ids(path: str, column: Any, progress: bool) -> PatchIds:
 
 
 def _fill(file: Any, buffer: memoryview) -> int:
-    """Read until a buffer is full or the file ends; return how many bytes came."""
+    """Read until a buffer is full or the file ends; return the number of bytes read."""
     num_bytes = 0
     while num_bytes < len(buffer):
-        # One call gives 2 GB at most.
+        # One call returns at most 2 GB.
         count = file.readinto(buffer[num_bytes:])
         if not count:
             break
@@ -74,12 +77,12 @@ def _read_header(file: BinaryIO, path: str) -> tuple[tuple[int, ...], np.dtype[A
     file.seek(0)
     if magic[:2] == _GZIP:
         raise ValueError(
-            f"source must be an .npy file, got one packed by gzip: {path!r}; unpack it first"
+            f"source must be an .npy file, got a gzip file: {path!r}; decompress it first"
         )
     if magic == _ZIP:
         raise ValueError(
-            f"source must be an .npy file, got an archive of several (.npz): {path!r}; save one of "
-            "its arrays by numpy.save"
+            f"source must be an .npy file, got an .npz archive: {path!r}; save one of its arrays "
+            "with numpy.save"
         )
     try:
         version = npy.read_magic(file)
@@ -88,7 +91,7 @@ def _read_header(file: BinaryIO, path: str) -> tuple[tuple[int, ...], np.dtype[A
         elif version == (2, 0):
             shape, _, dtype = npy.read_array_header_2_0(file)
         else:
-            raise ValueError(f"version {version} of the format is not read")
+            raise ValueError(f"version {version} of the format is not supported")
     except ValueError as error:
         raise ValueError(f"source must be an .npy file, got {path!r}: {error}") from None
     return shape, dtype

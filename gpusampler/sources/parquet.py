@@ -1,4 +1,4 @@
-"""Ids in Parquet: one column of a file or a folder of files, one row group decoded at a time."""
+"""Patch ids in a column of Parquet files, decoded one row group at a time."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _READ_BYTES = 1 << 20
 
 
 def parquet_ids(source: Any, column: Any, progress: bool) -> PatchIds | None:
-    """Return the ids in a ParquetFile or a Dataset of pyarrow; None for anything else."""
+    """Return the ids in a pyarrow ParquetFile or Dataset; None for anything else."""
     if is_instance(source, "pyarrow.parquet", "ParquetFile"):
         return _column_ids([lambda: source], ["the Parquet file"], column, None, progress)
     if not is_instance(source, "pyarrow.dataset", "Dataset"):
@@ -27,9 +27,9 @@ def parquet_ids(source: Any, column: Any, progress: bool) -> PatchIds | None:
     if getattr(getattr(source, "format", None), "default_extname", None) != "parquet":
         raise TypeError(
             "source must be a dataset of Parquet files, "
-            f"got a {type(source).__name__} of another kind; give its column: to_table(columns=...)"
+            f"got a {type(source).__name__} of another format; pass dataset.to_table(columns=...)"
         )
-    pq = import_library("pyarrow.parquet", "parquet", "a dataset of pyarrow")
+    pq = import_library("pyarrow.parquet", "a pyarrow dataset")
     filesystem = source.filesystem
 
     def opener(path: str) -> Callable[[], Any]:
@@ -41,18 +41,18 @@ def parquet_ids(source: Any, column: Any, progress: bool) -> PatchIds | None:
 
 
 def parquet_path_ids(path: str, column: Any, progress: bool) -> PatchIds:
-    """Return the ids in a column of a Parquet file, or of all in a folder, sorted by their paths.
+    """Return the ids in a column of a Parquet file, or of all files in a folder, sorted by path.
 
-    Only the files' footers are read now (names: the column).
+    Only the footers are read now (the whole column for names).
     """
-    pq = import_library("pyarrow.parquet", "parquet", path)
+    pq = import_library("pyarrow.parquet", path)
     paths = _list_files(path) if os.path.isdir(path) else [path]
 
     def opener(path: str) -> Callable[[], Any]:
         def open_file() -> Any:
             try:
                 return pq.ParquetFile(path, buffer_size=_READ_BYTES)
-            # ArrowInvalid, of a file that is cut off or no Parquet, is a ValueError.
+            # ArrowInvalid, for truncated or other files, is a ValueError.
             except ValueError as error:
                 raise ValueError(
                     f"source must be a whole Parquet file, got {path!r}: {error}"
@@ -65,7 +65,7 @@ def parquet_path_ids(path: str, column: Any, progress: bool) -> PatchIds:
 
 
 def has_parquet(folder: str) -> bool:
-    """Whether a folder holds a Parquet file, at any depth."""
+    """Whether a folder contains a Parquet file at any depth."""
     return next(_walk(folder), None) is not None
 
 
@@ -77,7 +77,7 @@ def _list_files(folder: str) -> list[str]:
 
 
 def _walk(folder: str) -> Iterator[str]:
-    # Like pyarrow.dataset: what begins with a dot or an underscore is no data.
+    # Like pyarrow.dataset, ignore names that start with a dot or underscore.
     with os.scandir(folder) as entries:
         for entry in entries:
             if entry.name.startswith((".", "_")):
@@ -107,18 +107,18 @@ def _column_ids(
         if "str" in dtypes and len(dtypes) > 1:
             raise TypeError(
                 f"ids must be all names or all integers, got {arrow_type} in column {column!r} of "
-                f"{name!r} and others before"
+                f"{name!r}, unlike the files before it"
             )
         for group in range(file.metadata.num_row_groups):
             rows.append(file.metadata.row_group(group).num_rows)
             groups.append((file_index, group))
     if not dtypes:
-        raise ValueError("source must be a dataset with files, got one without")
+        raise ValueError("source must be a dataset with at least one file, got none")
     dtype = dtypes.pop() if len(dtypes) == 1 else np.result_type(*dtypes).name
     reader = _ColumnReader(openers, groups, np.cumsum(np.array(rows, np.int64)), str(column))
     return arrow_values_ids(
         reader.values,
-        # NumPy knows no integer for uint64 beside a signed type; what fits is int64.
+        # NumPy promotes uint64 and signed integers to a float; all valid ids fit in int64.
         "int64" if dtype.startswith("float") else dtype,
         sum(rows),
         modified=modified,
@@ -130,7 +130,7 @@ def _column_ids(
 def _choose_field(schema: Any, column: Any, name: str) -> Any:
     top = column
     if isinstance(column, str) and column not in schema.names:
-        # "a.b" is field b of the column a.
+        # "a.b" is field b of column a.
         top = column.partition(".")[0] if column.partition(".")[0] in schema.names else column
     chosen = choose_column(schema.names, top, repr(name))
     return chosen if column is None else column
@@ -151,7 +151,7 @@ def _type_of(schema: Any, column: str, name: str) -> Any:
 
 
 class _ColumnReader:
-    """Values of a column, read forward: a row group is decoded once, in batches, one is kept."""
+    """Forward reader of a column that decodes each row group once and keeps the last batch."""
 
     def __init__(
         self,
@@ -169,11 +169,11 @@ class _ColumnReader:
         self._batch: Any = ()
         self._first = 0
         self._end = 0
-        # Ids that several threads read would move what is kept under one another.
+        # Several threads may read; the open file and the batch are shared state.
         self._lock = threading.Lock()
 
     def values(self, start: int, stop: int) -> list[Any]:
-        """Return samples ``start .. stop - 1`` as a list of Arrays."""
+        """Return the values of samples ``start .. stop - 1`` as a list of Arrays."""
         arrays = []
         with self._lock:
             while start < stop:
@@ -184,7 +184,7 @@ class _ColumnReader:
         return arrays
 
     def _batch_of(self, sample: int) -> Any:
-        """Go on, or begin, until the batch that is kept holds a sample."""
+        """Return the decoded batch that contains a sample."""
         if not self._first <= sample < self._end:
             self._begin_group(int(np.searchsorted(self._ends, sample, side="right")))
         while sample >= self._first + len(self._batch):
@@ -193,7 +193,7 @@ class _ColumnReader:
                 batch = next(self._batches)
             except StopIteration:
                 raise OSError(
-                    f"source must stay as it is while it is read, got no sample {sample}"
+                    f"source must not shrink while it is read, got no sample {sample}"
                 ) from None
             self._batch = self._field(batch)
         return self._batch
@@ -215,7 +215,7 @@ class _ColumnReader:
             return values
         import pyarrow.compute as compute
 
-        # A name as it stands in the schema, or a path of fields.
+        # The column is a path: `values` is its first part, a struct.
         for field in self._column.split(".")[1:]:
             values = compute.struct_field(values, field)
         return values

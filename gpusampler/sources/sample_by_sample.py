@@ -1,4 +1,4 @@
-"""Patch ids asked sample by sample, on a pool of threads where there are many."""
+"""Patch ids read sample by sample from a dataset, by a thread pool if it is large."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from gpusampler.sources.in_memory import ArrayIds
 from gpusampler.sources.strings import CategoricalIds
 
 THREAD_POOL_ABOVE = 1000
-"""Samples above which a dataset is read by a pool of threads, with a progress bar."""
+"""Number of samples above which a thread pool reads a dataset, with a progress bar."""
 
 
 def sample_by_sample_ids(dataset: Any, size: int, progress: bool) -> PatchIds:
-    """Return ``dataset[i]["patch_id"]`` for every i, each asked for once."""
+    """Return ``dataset[i]["patch_id"]`` for every i; each sample is read once."""
     ids = np.empty(size, np.int64)
     labels: dict[str, int] = {}
     label_lock = threading.Lock()
@@ -30,7 +30,7 @@ def sample_by_sample_ids(dataset: Any, size: int, progress: bool) -> PatchIds:
     stopped = threading.Event()
 
     def read_id(i: int) -> int:
-        """Return what stands for the id of a sample in ``ids``; sample 0 says of which kind."""
+        """Return the id or label index of a sample; sample 0 decides between integers and names."""
         nonlocal has_names
         value = _value_of_sample(dataset, i)
         name = _name_or_none(value)
@@ -70,9 +70,9 @@ def sample_by_sample_ids(dataset: Any, size: int, progress: bool) -> PatchIds:
             for count in _bounded_map(pool, read, chunks, 2 * workers):
                 bar.update(count)
     finally:
-        # After an exception or Ctrl-C no further sample is begun, and no thread stays behind.
+        # After an exception or Ctrl-C, stop reading and end all threads.
         stopped.set()
-        # Where sample 0 could not be read, none may wait for it for ever.
+        # Release threads that still wait for sample 0 if reading it failed.
         first_read.set()
         pool.shutdown(wait=True, cancel_futures=True)
     return result()
@@ -81,7 +81,7 @@ def sample_by_sample_ids(dataset: Any, size: int, progress: bool) -> PatchIds:
 def _bounded_map(
     pool: ThreadPoolExecutor, function: Any, chunks: Sequence[range], max_pending: int
 ) -> Iterable[int]:
-    """Yield each chunk's result as it comes, with a bounded number of chunks submitted."""
+    """Yield results in order of completion, with at most ``max_pending`` submitted chunks."""
     pending: set[Future[int]] = set()
     for chunk in chunks:
         pending.add(pool.submit(function, chunk))
@@ -97,7 +97,7 @@ def _value_of_sample(dataset: Any, i: int) -> Any:
     try:
         sample = dataset[i]
     except Exception as error:
-        raise RuntimeError(f"source must give every sample: sample {i} raised {error!r}") from error
+        raise RuntimeError(f"Cannot read patch ids: sample {i} raised {error!r}") from error
     try:
         return sample["patch_id"]
     except (TypeError, KeyError, IndexError, ValueError) as error:
@@ -108,7 +108,7 @@ def _value_of_sample(dataset: Any, i: int) -> Any:
 
 
 def _name_or_none(value: Any) -> str | None:
-    """Return a str, or the one in an array of one element, as a str; None for anything else."""
+    """Return a str or a one-element string array as a str; None for anything else."""
     if isinstance(value, np.ndarray) and value.dtype.kind in "UT" and value.size == 1:
         value = value.item()
     return str(value) if isinstance(value, str) else None

@@ -1,4 +1,4 @@
-"""Patch ids that are names: their places in the sorted names, made block by block."""
+"""Patch ids that are names, encoded block by block as indices into the sorted names."""
 
 from __future__ import annotations
 
@@ -15,23 +15,13 @@ from gpusampler.sources.base import BLOCK, PatchIds
 from gpusampler.sources.checks import is_missing, raise_missing
 
 Factorized = tuple[NDArray[Any], Sequence[str]]
-"""An index a sample into a list of names, and that list: in any order, some perhaps unused."""
+"""(codes, labels): an index per sample into labels, which may be unsorted or unused."""
 
 
 class NamedIds(PatchIds):
-    """Names, read by a function that factors a stretch of them.
+    """Names from ``factorize(start, stop)``, a `Factorized`; it raises if a name is missing.
 
-    They are read once to learn which there are. Only the distinct names are kept.
-
-    Parameters
-    ----------
-    factorize : callable
-        ``factorize(start, stop)``: `Factorized`; it raises if a name is missing.
-    size : int
-    modified, seekable
-        As in `PatchIds`.
-    progress : bool
-        Show a bar if reading takes more than a second.
+    All names are read once, with a bar if ``progress``, and only the distinct ones are stored.
 
     Examples
     --------
@@ -68,7 +58,7 @@ class NamedIds(PatchIds):
         self._id_dtype = np.dtype(arrays.narrowest_dtype("numpy", len(self.names))[0])
 
     def read(self, start: int, stop: int) -> NDArray[Any]:
-        """Return the places of the names of samples ``start .. stop - 1``; see `PatchIds.read`."""
+        """Return the name indices of samples ``start .. stop - 1``; see `PatchIds.read`."""
         if start == stop:
             return np.empty(0, self._id_dtype)
         codes, labels = self._factorize(start, stop)
@@ -77,21 +67,16 @@ class NamedIds(PatchIds):
         if ids.min() < 0:
             i = int(ids.argmin())
             raise OSError(
-                "source must stay as it is while it is read, got the new name "
+                "source must not change while it is read, got the new name "
                 f"{labels[int(codes[i])]!r} in sample {start + i}"
             )
         return ids.astype(self._id_dtype)
 
 
 class CategoricalIds(PatchIds):
-    """Names whose places are in memory.
+    """Names from an in-memory index per sample, shape (N,), into distinct ``labels`` in any order.
 
-    Parameters
-    ----------
-    codes : integer array, shape (N,)
-        Place of each sample's name in ``labels``.
-    labels : sequence of str
-        Distinct names in any order; those that no sample has are left out.
+    Unused labels are dropped.
     """
 
     dtype = "str"
@@ -106,20 +91,20 @@ class CategoricalIds(PatchIds):
         self._ids = id_of_label[codes]
 
     def read(self, start: int, stop: int) -> NDArray[Any]:
-        """Return the places of the names of samples ``start .. stop - 1``."""
+        """Return the name indices of samples ``start .. stop - 1``."""
         ids: NDArray[Any] = self._ids[start:stop]
         return ids
 
 
 def used_codes(codes: NDArray[Any], num_labels: int) -> NDArray[np.int64]:
-    """Return which of a number of labels some code stands for, ascending."""
+    """Return the distinct codes, below ``num_labels``, in ascending order."""
     is_used = np.zeros(num_labels, np.bool_)
     is_used[codes] = True
     return np.flatnonzero(is_used)
 
 
 def factorize_list(values: list[Any], first: int) -> Factorized:
-    """Factor names in a list, which may be bytes of UTF-8 too."""
+    """Factorize a list of names, which may be str or UTF-8 bytes."""
     if not all(issubclass(t, (str, bytes)) for t in set(map(type, values))):
         for i, value in enumerate(values):
             if is_missing(value):

@@ -1,4 +1,4 @@
-"""Ids in arrays of Zarr and HDF5, read at the borders of their chunks."""
+"""Patch ids in Zarr and HDF5 arrays, read in whole chunks."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ from gpusampler.sources.checks import (
 from gpusampler.sources.strings import NamedIds, factorize_list
 
 _MIN_READ = 1 << 16
-"""Ids that are read at least; a chunk may be far smaller."""
+"""Minimum number of ids per read, because a chunk may be far smaller."""
 
 
 def zarr_hdf5_ids(source: Any, column: Any, progress: bool) -> PatchIds | None:
-    """Return the ids in an array or a group of zarr or h5py; None for anything else."""
+    """Return the ids in a zarr or h5py array or group; None for anything else."""
     if is_instance(source, "zarr", "Array", "Group"):
         return _zarr_ids(source, column, f"a zarr {type(source).__name__}", None, progress)
     if is_instance(source, "h5py", "Dataset", "Group"):
@@ -39,21 +39,21 @@ def zarr_hdf5_ids(source: Any, column: Any, progress: bool) -> PatchIds | None:
 
 
 def zarr_path_ids(path: str, column: Any, progress: bool) -> PatchIds:
-    """Return the ids in a folder of Zarr: an array, or one of a group."""
-    zarr = import_library("zarr", "zarr", path)
+    """Return the ids in a Zarr folder, from its array or an array of its group."""
+    zarr = import_library("zarr", path)
     try:
         source = zarr.open(path, mode="r")
     except PermissionError:
         raise
     except Exception as error:
-        # Which one is raised changes from release to release.
+        # Releases of zarr differ in the exception they raise.
         raise ValueError(f"source must be a Zarr array or group, got {path!r}: {error}") from error
     return _zarr_ids(source, column, repr(path), path, progress)
 
 
 def hdf5_path_ids(path: str, column: Any, progress: bool) -> PatchIds:
-    """Return the ids in a dataset of an HDF5 file, which is open only while it is read."""
-    h5py = import_library("h5py", "hdf5", path)
+    """Return the ids in a dataset of an HDF5 file, which is open only during reads."""
+    h5py = import_library("h5py", path)
 
     def open_file() -> Any:
         try:
@@ -90,7 +90,7 @@ def _zarr_ids(source: Any, column: Any, label: str, path: str | None, progress: 
 
 
 def _last_modified(folder: str) -> int:
-    """Return when a file in a folder was changed last."""
+    """Return the latest modification time in a folder, in ns since 1970."""
     newest = os.stat(folder).st_mtime_ns
     for directory, _, files in os.walk(folder):
         for name in files:
@@ -112,11 +112,11 @@ def _hdf5_array(source: Any, column: Any, label: str) -> Any:
 
 
 def _chosen_array(source: Any, names: list[str], groups: list[str], column: Any, label: str) -> Any:
-    """Return the array to read in a group: as by `choose_column`, or by a path."""
+    """Return the name of the array to read in a group: a path, or from `choose_column`."""
     try:
         if isinstance(column, str) and "/" in column and column in source:
             return column
-    # Zarr refuses "..", for one.
+    # Zarr raises for some paths, such as those with "..".
     except ValueError as error:
         raise ValueError(f"column must be a path in {label}, got {column!r}: {error}") from error
     try:
@@ -125,7 +125,7 @@ def _chosen_array(source: Any, names: list[str], groups: list[str], column: Any,
         if not groups:
             raise
         raise ValueError(
-            f"{error}; it has groups too ({list_names(groups)}), whose arrays are named "
+            f"{error}; it also has groups ({list_names(groups)}), whose arrays are named "
             f"'{groups[0]}/...'"
         ) from None
 
@@ -135,9 +135,9 @@ def _array_ids(array: Any, load: Load, modified: int | None, progress: bool) -> 
     dtype, chunks = array.dtype, array.chunks
     if chunks:
         load = _ChunkCache(load, size, -(-_MIN_READ // chunks[0]) * chunks[0])
-    # A chunk is decoded whole, however little is asked for.
+    # Any read decodes whole chunks.
     seekable = not chunks or chunks[0] <= BLOCK
-    # HDF5 gives strings as objects; zarr's may be T, of variable length.
+    # h5py returns strings as objects; zarr may use StringDType (T).
     if dtype.kind in "UST" or (dtype.kind == "O" and _holds_text(array)):
         return NamedIds(
             lambda start, stop: factorize_list(load(start, stop).tolist(), start),
@@ -156,13 +156,9 @@ def _holds_text(array: Any) -> bool:
 
 
 class _ChunkCache:
-    """Any stretch of values, read at the borders of chunks; none is decoded twice in a row.
+    """Reads whole chunks and keeps the last one, so that consecutive reads do not decode it twice.
 
-    Parameters
-    ----------
-    load : callable
-        ``load(start, stop)``, where both are multiples of ``chunk``, or ``stop`` is ``size``.
-    size, chunk : int
+    ``load(start, stop)`` is called with multiples of ``chunk``; ``stop`` may also be ``size``.
     """
 
     def __init__(self, load: Load, size: int, chunk: int) -> None:
@@ -184,7 +180,7 @@ class _ChunkCache:
         first, end = start // chunk * chunk, min(self._size, -(-stop // chunk) * chunk)
         values = self._load(first, end)
         last = (end - 1) // chunk * chunk
-        # A copy: a view would keep all that was read in memory.
+        # A copy, because a view would keep all values of this read in memory.
         self._last = last, values[last - first :].copy()
         tail = values[start - first : stop - first]
         return np.concatenate([head, tail]) if head.shape[0] else tail

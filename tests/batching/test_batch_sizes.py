@@ -13,6 +13,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from gpusampler import CostBudget, EpochPlan, PatchBatchSampler, PatchGroups
+from gpusampler.plan.coverage import omitted_samples
 from support import oracle
 from support.optional_torch import torch
 from support.strategies import (
@@ -101,7 +102,9 @@ def test_sizes_are_the_largest_within_the_budget(data, partial):
     expected = budget.sizes(counts, partial)
     if None in expected:
         first = expected.index(None)
-        with pytest.raises(ValueError, match=f"over the budget, patch {first} first"):
+        with pytest.raises(
+            ValueError, match=f"is too small for .*: a sample of patch {first} costs"
+        ):
             EpochPlan(groups, budget.made(), 0, partial=partial)
     assume(any(expected))
     plan = EpochPlan(groups, budget.made(over_budget="skip"), 0, partial=partial)
@@ -129,7 +132,7 @@ def test_sizes_are_the_largest_within_the_budget(data, partial):
     skipped = [
         n if oracle_size is None else 0 for n, oracle_size in zip(counts, expected, strict=True)
     ]
-    assert plan.over_budget_by_patch.tolist() == skipped
+    assert omitted_samples(plan).over_budget.tolist() == skipped
     np.testing.assert_array_equal(plan.costs_by_patch, np.array(budget.costs, float))
 
 
@@ -176,9 +179,9 @@ def test_sizes_of_some(max_cost, cost, bounds, size):
 @pytest.mark.parametrize(
     ("cost", "bounds", "message"),
     [
-        (100.00000000000001, {}, "allows up to 0 samples of cost 100.00000000000001 in a batch"),
-        (10, {"min_batch_size": 11}, "10 samples of cost 10.0 in a batch, and none of these sizes"),
-        (10, {"min_batch_size": 11}, "is right by min_batch_size=11;"),
+        (100.00000000000001, {}, "a sample of patch 2 costs 100.00000000000001. Raise max_cost"),
+        (10, {"min_batch_size": 11}, "costs 10.0, and no batch size up to 10 satisfies min_batch"),
+        (10, {"min_batch_size": 11}, "satisfies min_batch_size=11 within the budget. Raise max_"),
         (10, {"multiple_of": 11}, "multiple_of=11"),
         (10, {"power_of_two": True, "min_batch_size": 9}, "power_of_two=True"),
         (10, {"power_of_two": True, "multiple_of": 16}, "multiple_of=16"),
@@ -192,22 +195,26 @@ def test_over_the_budget(cost, bounds, message):
         return EpochPlan(groups, budget, 0).sizes_by_patch.tolist()
 
     with pytest.raises(
-        ValueError, match="max_cost must be enough for every patch, got "
+        ValueError, match="max_cost=100 is too small for 1 of 2 patches: "
     ) as refused:
         sizes(1e-3)
     error_text = str(refused.value)
-    assert "got 1 of 2 over the budget, patch 2 first: max_cost=100 allows " in error_text
+    assert "1 of 2 patches: a sample of patch 2 costs " in error_text
     assert message in error_text
-    assert error_text.endswith("over_budget='skip' leaves them out")
+    assert error_text.endswith("Raise max_cost or pass over_budget='skip'.")
     assert [size > 0 for size in sizes(1e-3, over_budget="skip")] == [True, False]
-    with pytest.raises(ValueError, match="max_cost must be enough for at least one patch, got non"):
+    with pytest.raises(
+        ValueError, match="max_cost=100 is too small for all 2 patches: a sample of"
+    ):
         sizes(cost, over_budget="skip")
 
 
 def test_bounds_that_leave_no_size():
-    with pytest.raises(ValueError, match=r"max_batch_size .*got none .*multiple_of=4, max_batch_s"):
+    with pytest.raises(
+        ValueError, match=r"no batch size satisfies .*multiple_of=4 and max_batch_s"
+    ):
         CostBudget(100, [1, 1], multiple_of=4, max_batch_size=3)
-    with pytest.raises(ValueError, match="got none between min_batch_size=5, power_of_two=True"):
+    with pytest.raises(ValueError, match="satisfies min_batch_size=5 and power_of_two=True"):
         CostBudget(100, [1, 1], min_batch_size=5, power_of_two=True, max_batch_size=7)
 
 
@@ -221,11 +228,11 @@ def test_a_budget_in_a_narrow_type_is_a_number_without_a_warning(kind):
 
 def test_what_says_that_no_batch_is_left_names_a_patch_that_is_too_small():
     groups = PatchGroups.from_counts([5, 2])
-    with pytest.raises(ValueError, match=r"got 3: all 2 patches .*\(the nearest has 2 samples\)"):
+    with pytest.raises(ValueError, match=r"batch_size=3, nearest patch 2\. Reduce it"):
         EpochPlan(groups, {0: 10, 1: 3}, 0, partial="drop")
     # 3 and 4 samples in classes of a patch, of 8 and of 4 in a batch.
     budget = CostBudget(8, sample_costs=[1] * 3 + [2] * 3, min_batch_size=4)
-    with pytest.raises(ValueError, match=r"all \d (classes of cost of )?patches are smaller"):
+    with pytest.raises(ValueError, match=r"batch_size=\d, \w+ (cost bin|patch) \d\. Reduce it"):
         EpochPlan(PatchGroups.from_counts([6]).select([0, 1, 3]), budget, 0, partial="drop")
 
 
@@ -396,7 +403,7 @@ def test_the_datasets_costs_are_the_default():
     assert arguments.plan.sizes_by_patch.tolist() == [1, 3, 7, 2]
     assert PatchBatchSampler(Dataset(), 4, seed=1).plan.costs_by_patch is None
     # Where there is neither.
-    costs = "cost must be given in a CostBudget where no dataset says it by patch_costs"
+    costs = "cost must be given in CostBudget if the dataset has no patch_costs"
     with pytest.raises(ValueError, match=costs):
         PatchBatchSampler(IDS, CostBudget(21))
     with pytest.raises(ValueError, match=costs):
@@ -520,13 +527,13 @@ def test_numbers_of_any_library_are_kept_as_plain_ones():
 
 
 def test_a_saved_budget_that_lacks_its_cost_is_refused():
-    with pytest.raises(ValueError, match="cost must be there where cost_by='patch id' is"):
+    with pytest.raises(ValueError, match="cost must be given if cost_by='patch id'"):
         CostBudget.from_dict({"max_cost": 1, "cost_by": "patch id"})
 
 
 def test_a_function_of_costs_cannot_be_kept():
     with pytest.raises(
-        TypeError, match="cost must be a mapping or an array to be kept, got a func"
+        TypeError, match="cost must be a mapping or an array to be saved, got a fun"
     ):
         CostBudget(5, lambda patch: 1.0).to_dict()
 
@@ -536,7 +543,7 @@ def test_a_function_of_costs_cannot_be_kept():
     [
         ({}, "saved must come from CostBudget.to_dict, got"),
         (None, "saved must come from CostBudget.to_dict, got None"),
-        ({"max_cost": 1, "colour": 2}, "got unknown"),
+        ({"max_cost": 1, "colour": 2}, "got unknown keys"),
     ],
 )
 def test_what_is_no_saved_budget_is_refused(saved, match):
@@ -546,9 +553,7 @@ def test_what_is_no_saved_budget_is_refused(saved, match):
 
 @pytest.mark.parametrize("pairs", [5, [[1, 2, 3]], [7]])
 def test_saved_costs_that_are_no_pairs_are_refused(pairs):
-    match = re.escape(
-        f"cost must be pairs of patch id and cost where cost_by='patch id', got {pairs}"
-    )
+    match = re.escape(f"cost must be pairs of patch id and cost if cost_by='patch id', got {pairs}")
     with pytest.raises(ValueError, match=match):
         CostBudget.from_dict({"max_cost": 1, "cost": pairs, "cost_by": "patch id"})
 
@@ -566,7 +571,7 @@ def test_a_state_knows_the_sizes():
         same.load_state_dict(state)
         assert list(same) == list(iter_of_rest(made(21), 3))
     for other in (made(20), made(21, max_batch_size=10), PatchBatchSampler(IDS, 7, seed=1)):
-        with pytest.raises(ValueError, match=r"same ids and settings, but .*batch_sizes? is"):
+        with pytest.raises(ValueError, match=r"Cannot load state: .*batch_sizes? is"):
             other.load_state_dict(state)
     sizes = dict(zip(IDS_ASCENDING, [7, 14, 10, 3], strict=True))
     as_mapping = PatchBatchSampler(IDS, sizes, seed=1)
@@ -590,7 +595,7 @@ def iter_of_rest(sampler: PatchBatchSampler, drawn: int) -> list[list[int]]:
         ({"max_cost": float("nan")}, ValueError, "max_cost must be > 0 and < 2**512, got nan"),
         ({"max_cost": "5"}, TypeError, "max_cost must be a number, got '5'"),
         ({"max_cost": True}, TypeError, "max_cost must be a number, got True"),
-        ({"sample_costs": [1]}, ValueError, "sample_costs must be left out where cost is given"),
+        ({"sample_costs": [1]}, ValueError, "sample_costs must be None if cost is given"),
         ({"min_batch_size": 0}, ValueError, "min_batch_size must be >= 1, got 0"),
         ({"min_batch_size": 1.5}, TypeError, "min_batch_size must be an int, got 1.5"),
         ({"max_batch_size": 0}, ValueError, "max_batch_size must be >= 1, got 0"),
@@ -606,7 +611,7 @@ def iter_of_rest(sampler: PatchBatchSampler, drawn: int) -> list[list[int]]:
         (
             {"power_of_two": True, "multiple_of": 6},
             ValueError,
-            "multiple_of must be a power of two where power_of_two=True, got 6",
+            "multiple_of must be a power of two if power_of_two=True, got 6",
         ),
         ({"over_budget": "ignore"}, ValueError, "over_budget must be"),
         ({"calibration": [1]}, TypeError, "calibration must be a mapping, got [1]"),
@@ -620,7 +625,7 @@ def test_bad_budgets(wrong, error, match):
 @pytest.mark.parametrize(
     ("batch_size", "error", "match"),
     [
-        (CostBudget(9, [1, 2, 3]), ValueError, "cost must be one number a patch, shape (4,), got"),
+        (CostBudget(9, [1, 2, 3]), ValueError, "cost must be one number per patch, shape (4,), go"),
         (
             CostBudget(9, {5: 1}),
             ValueError,

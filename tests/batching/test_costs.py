@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from gpusampler import EpochPlan, PatchBatchSampler, PatchGroups
 from gpusampler.sources.datasets import dataset_patch_costs
 from support import oracle
-from support.strategies import IDS, epoch_of, epochs, make, patchy_ids, quiet, seeds
+from support.strategies import IDS, epoch_of, epochs, make, patchy_ids, quiet, ragged_of, seeds
 
 COSTS = {5: 1.0, -2: 2.5, 9: 1.4, 40: 7.0}  # by ascending id: 2.5, 1.0, 1.4, 7.0
 BALANCED = {"steps": "balanced", "step_width": 5}
@@ -114,7 +114,7 @@ def test_the_fingerprint_is_of_the_classes_and_their_order(data, seed, epoch):
     assert (marks[0] == marks[1]) == (kinds[0] == kinds[1])
     if marks[0] == marks[1]:
         slots = np.arange(plans[0].num_batches)
-        first, second = (plan.evaluate_ragged(epoch, slots).samples for plan in plans)
+        first, second = (ragged_of(plan, epoch, slots).samples for plan in plans)
         np.testing.assert_array_equal(first, second)
 
 
@@ -128,14 +128,20 @@ def test_costs_that_change_numbers_inside_a_class_only_load_each_other_s_states(
     assert list(other) == list(sampler)
     for moved in ({**near, -2: 1.2}, {**near, 9: 2.0}, {**near, -2: 2.0, 5: 1.0}):
         refused = balanced(moved)
-        with pytest.raises(ValueError, match=r"but patch_costs is \d+ there and \d+ here$"):
+        with pytest.raises(
+            ValueError,
+            match=r"Cannot load state: patch_costs is \d+ in the checkpoint, "
+            r"\d+ in this sampler\.$",
+        ):
             refused.load_state_dict(state)
 
 
 def test_a_plan_of_other_costs_is_refused_by_a_cursor():
     pytest.importorskip("torch")
     state = balanced(COSTS, partial="pad").cursor().state_dict()
-    with pytest.raises(ValueError, match=r"patch_costs is \d+ there and \d+ here"):
+    with pytest.raises(
+        ValueError, match=r"patch_costs is \d+ in the checkpoint, \d+ in this sampler"
+    ):
         balanced(by_id(COSTS)[::-1], partial="pad").cursor().load_state_dict(state)
 
 
@@ -293,7 +299,7 @@ class TestWrapped:
 
     def test_a_subset_cannot_tell_whose_costs_a_list_has(self, data):
         subset = data.Subset(Known(IDS, by_id(COSTS)), [0, 1, 2])
-        match = r"patch_costs\(\) must be a mapping .* where a Subset holds .*, got list"
+        match = r"patch_costs\(\) must be a mapping .* for a Subset, which may hold .*, got list"
         with pytest.raises(TypeError, match=match):
             from_dataset(subset)
 

@@ -36,7 +36,7 @@ class Case(NamedTuple):
 
     def located(self) -> list[tuple[int, int]]:
         """(Patch, batch of it) at every slot."""
-        locations = self.plan.locate(self.epoch, np.arange(self.plan.num_batches))
+        locations = self.plan.evaluator.locate(self.epoch, np.arange(self.plan.num_batches))
         return [*zip(locations.group.tolist(), locations.j.tolist(), strict=True)]
 
     def steps(self) -> list[list[tuple[int, int]]]:
@@ -65,6 +65,7 @@ def cases(draw: st.DrawFn, steps: str) -> Case:
     except ValueError as error:
         # Checked on their own below.
         assume("must be at most" not in str(error))
+        assume("leaves no batches" not in str(error))
         raise
     return Case(plan, expected, draw(epochs))
 
@@ -129,7 +130,9 @@ def test_steps_of_one_slot_are_the_free_order(data, seed, epoch):
         sampler.set_epoch(epoch)
     assert list(same) == list(free)
     # Their states are of different settings all the same.
-    with pytest.raises(ValueError, match="steps is 'free' there and 'same_patch' here"):
+    with pytest.raises(
+        ValueError, match="steps is 'free' in the checkpoint, 'same_patch' in this sampler"
+    ):
         same.load_state_dict(free.state_dict())
 
 
@@ -204,7 +207,7 @@ def test_a_step_of_large_classes_is_of_one_or_two_neighbours():
     rank_of = np.array([3, 0, 2, 1])
     straddling = 0
     for epoch in range(50):
-        group = plan.locate(epoch, np.arange(96)).group.reshape(12, 8)
+        group = plan.evaluator.locate(epoch, np.arange(96)).group.reshape(12, 8)
         ranks = np.sort(rank_of[group], axis=1)
         assert (ranks[:, -1] - ranks[:, 0] <= 1).all()
         straddling += int((ranks[:, -1] > ranks[:, 0]).sum())
@@ -286,7 +289,7 @@ def test_ranks_have_equally_many_batches_and_begin_every_step_together(
         # Rank by rank they are the slots of one epoch, in order.
         slots = np.arange(len(together) * num_replicas)
         plan = world[0].plan
-        locations = plan.locate(7, slots % plan.num_batches)
+        locations = plan.evaluator.locate(7, slots % plan.num_batches)
         assert [batch.patch_id for each in together for batch in each] == plan.groups.patch_ids[
             locations.group
         ].tolist()
@@ -360,7 +363,7 @@ def times_left_out(plan: EpochPlan, num_replicas: int, num_epochs: int) -> np.nd
     handed_out = plan.num_batches // num_replicas * num_replicas
     times = np.zeros(plan.num_batches, np.int64)
     for number in range(num_epochs):
-        locations = plan.locate(number, np.arange(handed_out, plan.num_batches))
+        locations = plan.evaluator.locate(number, np.arange(handed_out, plan.num_batches))
         times[before[locations.group] + locations.j] += 1
     return times
 

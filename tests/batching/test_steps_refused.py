@@ -22,14 +22,22 @@ OUT_OF_RANGE = "patch_costs must be > 0 and < 2**512, got "
 @pytest.mark.parametrize(
     ("costs", "error", "text"),
     [
-        ([1, 2, 3], ValueError, "one number a patch, shape (4,), got shape (3,)"),
-        ([1, 2, 3, 4, 5], ValueError, "one number a patch, shape (4,), got shape (5,)"),
-        (2.5, ValueError, "one number a patch, shape (4,), got shape ()"),
-        (np.ones((4, 1)), ValueError, "one number a patch, shape (4,), got shape (4, 1)"),
-        ([], ValueError, "one number a patch, shape (4,), got shape (0,)"),
-        ([1, [2, 3], 4, 5], ValueError, "patch_costs must be one number a patch: setting an array"),
+        ([1, 2, 3], ValueError, "one number per patch, shape (4,), got shape (3,)"),
+        ([1, 2, 3, 4, 5], ValueError, "one number per patch, shape (4,), got shape (5,)"),
+        (2.5, ValueError, "one number per patch, shape (4,), got shape ()"),
+        (np.ones((4, 1)), ValueError, "one number per patch, shape (4,), got shape (4, 1)"),
+        ([], ValueError, "one number per patch, shape (4,), got shape (0,)"),
+        (
+            [1, [2, 3], 4, 5],
+            ValueError,
+            "patch_costs must be one number per patch: setting an array",
+        ),
         ({5: 1.0, 9: 2}, ValueError, "a number for every patch, got none for -2, 40"),
-        ({"5": 1.0}, ValueError, "none for -2, 5, 9, 40 (it has '5', and the id is 5)"),
+        (
+            {"5": 1.0},
+            ValueError,
+            "none for -2, 5, 9, 40 (it has the key '5', but the patch id is 5)",
+        ),
         ([1, 0, 1, 1], ValueError, OUT_OF_RANGE + "0.0 for patch 5"),
         ([1, 1, -2, 1], ValueError, OUT_OF_RANGE + "-2.0 for patch 9"),
         ([1, 1, 1, -0.0], ValueError, OUT_OF_RANGE + "-0.0 for patch 40"),
@@ -81,14 +89,14 @@ def test_the_largest_and_smallest_costs_are_fine():
         steps="balanced",
         patch_costs=[top, 2.0**-1022],
     )
-    assert huge.plan.locate(0, np.arange(2)).group.tolist() in ([0, 1], [1, 0])
+    assert huge.plan.evaluator.locate(0, np.arange(2)).group.tolist() in ([0, 1], [1, 0])
     assert huge.plan._tables.buckets.run_groups.tolist() == [1, 0]
 
 
 @pytest.mark.parametrize("steps", ["free", "same_patch"])
 def test_costs_where_nobody_needs_them(steps):
     with pytest.raises(
-        ValueError, match=f"patch_costs must be left out under steps='{steps}': only steps='balan"
+        ValueError, match=f"patch_costs must be None if steps='{steps}': only steps='balanced' use"
     ):
         make(steps=steps, patch_costs=COSTS)
 
@@ -128,7 +136,7 @@ def test_widths_that_are_none(steps, width, error, match):
 
 
 def test_a_width_where_steps_are_free():
-    match = "step_width must be left out under steps='free', where a step is a single batch, got 2"
+    match = "step_width must be 1 under steps='free', got 2: only steps='balanced' and steps='same_"
     with pytest.raises(ValueError, match=match):
         make(step_width=2)
     with pytest.raises(ValueError, match=match):
@@ -150,8 +158,8 @@ def test_no_step_is_left():
     # The largest patch has 13 batches.
     settings = {"steps": "same_patch", "uneven": "drop"}
     match = (
-        "step_width must be at most the batches of the largest patch under steps='same_patch', "
-        "uneven='drop', got 14 for 13 batches"
+        "step_width must be at most 13, the batches of the largest patch, if "
+        "steps='same_patch' and uneven='drop', got 14"
     )
     with pytest.raises(ValueError, match=match):
         make(**settings, step_width=14)

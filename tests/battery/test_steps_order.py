@@ -42,7 +42,7 @@ def test_many_epochs_at_once_are_the_plan_s():
         plan = shape.plan(3)
         before = np.cumsum([0, *shape.sizes[:-1]])
         for epoch, order in enumerate(of_the_package(shape, 3, np.arange(20))):
-            at = plan.locate(epoch, np.arange(shape.total))
+            at = plan.evaluator.locate(epoch, np.arange(shape.total))
             assert (before[at.group] + at.j).tolist() == order.tolist()
 
 

@@ -73,7 +73,7 @@ def of_the_package(shape: Epoch, seed: int, epochs: np.ndarray) -> np.ndarray:
     for first in range(0, epochs.size, step):
         some = epochs[first : first + step]
         group, j, _ = reference.locate(
-            plan._streams, np.repeat(some, shape.total), np.tile(slots, some.size), None
+            plan.evaluator.streams, np.repeat(some, shape.total), np.tile(slots, some.size), None
         )
         out[first : first + step] = (before[group] + j).reshape(some.size, shape.total)
     return out
@@ -237,7 +237,7 @@ def of_one_patch(samples: int) -> list[Result]:
             interleave=interleave,
         )
         slots = np.arange(0, plan.num_batches, 3)
-        groups = np.stack([plan.locate(epoch, slots).group for epoch in range(samples)])
+        groups = np.stack([plan.evaluator.locate(epoch, slots).group for epoch in range(samples)])
         # Two steps of each patch: the order in which patches are first met.
         first = np.stack([(groups == patch).argmax(axis=1) for patch in range(4)], axis=1)
         out.append(uniform(f"one patch: {name}", 4, rank(first.argsort(axis=1)), 24))

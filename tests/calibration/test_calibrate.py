@@ -254,7 +254,7 @@ def test_what_no_limit_covers_is_seen_and_the_child_killed():
 @pytest.mark.serial("no other test may have left a child")
 def test_a_child_that_waits_for_ever_is_ended_and_told_of(monkeypatch):
     monkeypatch.setattr(forked_child, "HANG_TIMEOUT", 0.3)
-    with pytest.raises(RuntimeError, match=r"has done nothing .* waits for a thread, a lock"):
+    with pytest.raises(RuntimeError, match=r"used no CPU time .* waits for a thread, a lock"):
         call_in_child(lambda: time.sleep(60))
     with pytest.raises(ChildProcessError):
         os.waitpid(-1, os.WNOHANG)
@@ -549,13 +549,13 @@ def test_a_cost_that_describes_nothing_is_warned_of():
     def step(batch):
         np.ones(len(batch.indices) * {3: 40, 5: 1, 8: 9, 9: 3}[batch.patch_id] * 100_000, np.uint8)
 
-    with pytest.warns(UserWarning, match="the cost does not describe the memory .* is off by"):
+    with pytest.warns(UserWarning, match="cost does not predict the memory of step.* is off by"):
         calibrate_quietly(step, memory_limit=limit_above(230, SHARE))
 
 
 @measured
 def test_the_warning_says_what_would_describe_it():
-    with pytest.warns(UserWarning, match="fit='affine' describes it within [0-9]%"):
+    with pytest.warns(UserWarning, match="fit='affine' is off by at most [0-9]%"):
         calibrate_quietly(graph_and_grid, fit="proportional", memory_limit=limit_above(230, SHARE))
 
 
@@ -568,7 +568,7 @@ def test_a_dearest_batch_that_takes_more_than_foretold_makes_the_budget_smaller(
         cost = len(batch.indices) * POINTS[batch.patch_id]
         np.ones(int(cost * (128 if cost < 700_000 else 256)), np.uint8)
 
-    with pytest.warns(UserWarning, match="does not describe"):
+    with pytest.warns(UserWarning, match="does not predict"):
         budget = calibrate_quietly(step, memory_limit=limit_above(110, SHARE))
     record = budget.calibration
     verified = record["verified"]
@@ -636,7 +636,7 @@ def test_a_patch_that_cannot_fit_is_refused_or_skipped_as_told():
     def step(batch):
         np.ones(len(batch.indices) * points[batch.patch_id] * 128, np.uint8)
 
-    with pytest.raises(ValueError, match=r"memory_limit=.* must be enough.*patch 9.*'skip'"):
+    with pytest.raises(ValueError, match=r"memory_limit=.* is too small.*patch 9.*'skip'"):
         calibrate_quietly(step, cost=points)
     budget = calibrate_quietly(step, cost=points, over_budget="skip")
     with pytest.warns(UserWarning, match="over_budget='skip' leaves out 200 samples"):
@@ -698,12 +698,12 @@ def sampler_of_sample_costs():
 
 BAD = [
     ({"step": 3}, TypeError, "step must be a function of a batch, got 3"),
-    ({"step": coroutine}, TypeError, "step must make the training step when it is called, got a"),
-    ({"step": generator}, TypeError, "step must make the training step when it is called, got a"),
+    ({"step": coroutine}, TypeError, "step must be a plain function, got a"),
+    ({"step": generator}, TypeError, "step must be a plain function, got a"),
     (
         {"sampler": sampler_of_sample_costs(), "cost": None},
         ValueError,
-        "sampler must not cut patches by sample_costs: what would be tried are the first",
+        "sampler must not use sample_costs: calibration ignores the costs of single samples",
     ),
     ({"sampler": [1]}, TypeError, "sampler must be a PatchBatchSampler"),
     ({"share": 0}, ValueError, r"share must be in \(0, 1\], got 0"),
@@ -714,7 +714,11 @@ BAD = [
     ({"memory_limit": -5.0}, ValueError, "memory_limit must be > 0 bytes"),
     ({"memory_limit": "8 GB"}, TypeError, "memory_limit must be a number of bytes, got '8 GB'"),
     ({"memory_limit": True}, TypeError, "memory_limit must be a number"),
-    ({"memory_limit": 1000}, ValueError, "memory_limit must be more than the .* held already"),
+    (
+        {"memory_limit": 1000},
+        ValueError,
+        r"memory_limit \* share must be more than the .* in use, got",
+    ),
     ({"cost": None}, ValueError, "cost must be given, as a mapping .* got None"),
     ({"cost": {3: 1.0}}, ValueError, "cost must have a number for every patch, got none for 5"),
     ({"cost": {**POINTS, 3: 0}}, ValueError, "cost must be > 0"),
@@ -746,9 +750,9 @@ def test_bad_input_is_refused_before_anything_runs(wrong, error, message):
 @linux
 def test_a_picture_without_matplotlib_is_refused_before_anything_runs(monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    with pytest.raises(ImportError, match=r"picture must be left out .* pip install matplotlib"):
+    with pytest.raises(ImportError, match=r"picture needs matplotlib, .* pip install matplotlib"):
         calibrate_quietly(unused_step, picture=tmp_path / "fit.png")
-    with pytest.raises(FileNotFoundError, match="picture must be in a folder that is there"):
+    with pytest.raises(FileNotFoundError, match="picture must be in an existing folder"):
         calibrate_quietly(unused_step, picture=tmp_path / "no" / "fit.png")
 
 
@@ -757,7 +761,7 @@ def test_a_picture_without_matplotlib_is_refused_before_anything_runs(monkeypatc
 def test_state_that_cannot_be_put_back_is_refused():
     import torch
 
-    with pytest.raises(ValueError, match=r"state\[0\] must have its parameters, got 0.weight"):
+    with pytest.raises(ValueError, match=r"state\[0\] has uninitialized lazy parameters"):
         calibrate_quietly(unused_step, state=(torch.nn.Sequential(torch.nn.LazyLinear(3)),))
     shared = torch.nn.Linear(2, 2).share_memory()
     with pytest.raises(ValueError, match="state must not be in shared memory"):
@@ -774,7 +778,7 @@ def test_where_there_is_no_linux_that_is_said(monkeypatch):
 
 @linux
 def test_cuda_in_a_child_is_explained():
-    with pytest.raises(RuntimeError, match="name a model that is on CUDA in state="):
+    with pytest.raises(RuntimeError, match="Pass CUDA models in state="):
         calibrate_quietly(
             raising_step(RuntimeError("Cannot re-initialize CUDA in forked subprocess. To use"))
         )

@@ -99,8 +99,8 @@ class TestRoom:
         with pytest.warns(UserWarning, match="will take") as warned:
             check_free_memory(4 * GB + 1, HOST, "the order of 2 samples", "keep it in int32")
         assert str(warned[0].message) == (
-            "the order of 2 samples will take 4.0 GiB of the 8.0 GiB that are free on numpy, more "
-            "than half; keep it in int32"
+            "the order of 2 samples will take 4.0 GiB, more than half of the 8.0 GiB that are free "
+            "on numpy; keep it in int32"
         )
 
     def test_half_is_not(self):
@@ -152,7 +152,9 @@ class TestGrowth:
         sampler = PatchBatchSampler([1, 1, 2], 2, seed=0)
         ((epoch, message, file),) = self.epochs(sampler, size, [40 * MB] * 12)
         assert epoch == 5
-        assert "in each of the last 5 epochs, from 1.0 GiB to 1.2 GiB, 40.0 MiB an epoch" in message
+        assert (
+            "in each of the last 5 epochs, from 1.0 GiB to 1.2 GiB, 40.0 MiB per epoch" in message
+        )
         assert file == __file__
         # Another sampler of the process has the same memory.
         assert self.epochs(PatchBatchSampler([1, 2], 2, seed=0), size, [40 * MB] * 12) == []

@@ -207,7 +207,10 @@ def test_divergence_in_training_is_an_error(data, monkeypatch):
 
     original = training.batch_loss
     monkeypatch.setattr(training, "batch_loss", lambda *args: original(*args) * float("nan"))
-    with fast_segment_csr(), pytest.raises(FloatingPointError, match="the loss must stay finite"):
+    with (
+        fast_segment_csr(),
+        pytest.raises(FloatingPointError, match="training diverged: the loss of batch"),
+    ):
         training.train(PatchGino(6, 1, 3, 3), data, epochs=1, progress=False)
 
 
@@ -219,7 +222,10 @@ def test_divergence_is_an_error(data):
         next(model.net.parameters()).fill_(float("nan"))
         for weight in model.net.projection.fcs[-1].parameters():
             weight.fill_(1.0)
-    with fast_segment_csr(), pytest.raises(FloatingPointError, match="errors must be finite"):
+    with (
+        fast_segment_csr(),
+        pytest.raises(FloatingPointError, match="errors on the probe set are not finite"),
+    ):
         train(model, data, epochs=1, batch_size=64, progress=False)
 
 
@@ -350,7 +356,7 @@ def test_stopwatch_counts_inner_phases_once(monkeypatch):
 
 
 def test_stopwatch_without_phases():
-    with pytest.raises(ValueError, match="a phase must have been timed, got none"):
+    with pytest.raises(ValueError, match="no phase has been timed"):
         Stopwatch().shares()
 
 

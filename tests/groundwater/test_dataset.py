@@ -370,11 +370,11 @@ def test_collate_refuses_points_that_differ(root):
         ({"target_columns": -1}, ValueError, "target_columns must be >= 0, got -1"),
         ({"target_columns": [1.5]}, TypeError, "target_columns must be an int, got 1.5"),
         ({"target_columns": True}, TypeError, "target_columns must be an int, got True"),
-        ({"target_columns": ["head", 1]}, ValueError, "target_columns must be columns that differ"),
-        ({"target_columns": []}, ValueError, "target_columns must be columns that differ"),
+        ({"target_columns": ["head", 1]}, ValueError, "target_columns must be unique columns"),
+        ({"target_columns": []}, ValueError, "target_columns must be unique columns"),
         ({"transform": 3}, TypeError, "transform must be callable or None, got 3"),
         ({"columns": "head"}, TypeError, "columns must be a sequence of names, got 'head'"),
-        ({"columns": ["a", "a", "b"]}, ValueError, "columns must be names that differ"),
+        ({"columns": ["a", "a", "b"]}, ValueError, "columns must be unique names"),
         ({"origin": (0, 0)}, ValueError, r"origin must be three finite numbers, got \(0, 0\)"),
         ({"max_open_patches": 0}, ValueError, "max_open_patches must be >= 1, got 0"),
     ],
@@ -723,7 +723,7 @@ def test_normalize_refuses(root):
 
 def test_statistics_need_training_steps_and_finite_values(root):
     with pytest.raises(
-        ValueError, match="the training part must have at least one time step, got 0"
+        ValueError, match="the training split must have at least one time step, got 0"
     ):
         Normalize.from_dataset(GWPatchDataset(root, 2, 1, split="val", val_ratio=0.99))
     path = root / "patch_2" / "core_obs.npy"

@@ -328,8 +328,8 @@ def test_a_file_that_shrinks_is_an_error_and_not_the_end(tmp_path):
         size = (path / f"{name}.npy").stat().st_size
         for _ in ("a sample", "statistics"):
             assert lines.pop(0) == (
-                f"OSError patch_4/{name}.npy has shrunk to 200 bytes since it was mapped, and "
-                f"{size} are needed"
+                f"OSError patch_4/{name}.npy has shrunk to 200 bytes since it was mapped, "
+                f"but its array needs {size}"
             )
             text = f"ValueError patch_4/{name}.npy cannot be mapped as a .npy array"
             assert lines.pop(0).startswith(text)
@@ -419,7 +419,7 @@ except OSError as error:
     print(error)
 """
     (text,) = run(code, tmp_path)
-    assert "npy cannot be opened: Too many open files; give the dataset a smaller" in text
+    assert "npy cannot be opened: Too many open files; reduce max_open_patches" in text
     assert "[Errno 24] patch_" in text
 
 

@@ -293,7 +293,7 @@ def test_ids_that_change_between_the_passes(spread, patches, change):
         }[change]
         if np.array_equal(ids, other):
             pytest.skip("the id is 1 already")
-    with pytest.raises(IdsChanged, match="ids must stay as they are while they are grouped"):
+    with pytest.raises(IdsChanged, match="ids changed while they were grouped"):
         group_on_host(Changing(ids, other))
 
 

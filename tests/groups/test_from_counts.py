@@ -71,7 +71,7 @@ def test_the_callers_arrays_stay_writable():
         ([2, 2**31], None, ValueError, f"fewer than 2\\*\\*31 samples, got {2**31} in patch 1"),
         ([2, 2**31], [7, 3], ValueError, f"fewer than 2\\*\\*31 samples, got {2**31} in patch 3"),
         (np.array([2**63], np.uint64), None, ValueError, "counts must fit in int64"),
-        ([1, 2], [1], ValueError, r"patch_ids must be as many as counts \(2\), got 1"),
+        ([1, 2], [1], ValueError, r"patch_ids must be as long as counts \(2\), got 1"),
         ([1, 2], [4, 4], ValueError, "patch_ids must be distinct, got 4 twice"),
         ([1, 2], [4.0, 5.0], TypeError, "patch_ids must be integers, got dtype float64"),
     ],

@@ -92,7 +92,7 @@ def test_what_was_done_is_not_done_again(folder, kept, caplog, kind, fail_at):
     if fail_at:
         done = "sorted" if fail_at > BLOCKS else "counted"
         at = SIZE if fail_at == BLOCKS else at
-        assert f"going on after {at} of {SIZE} samples {done}" in caplog.text
+        assert f"resuming after {at} of {SIZE} samples {done}" in caplog.text
     check_built(folder, ids)
 
 
@@ -214,13 +214,15 @@ def test_progress_that_cannot_be_read(folder, kept, fail_at, damage):
     else:
         progress.write_bytes({"empty": b"", "cut off": data[:-30], "text": b"hello"}[damage])
     slow = SlowIds(ids)
-    with pytest.warns(UserWarning, match=r"a\.progress cannot be read, so grouping begins anew"):
+    with pytest.warns(
+        UserWarning, match=r"cannot read checkpoint .*a\.progress, grouping starts over"
+    ):
         PatchGroups.from_ids(slow, path=folder / "a")
     assert len(slow.blocks_read) == 2 * BLOCKS
     check_built(folder, ids)
 
 
-@pytest.mark.filterwarnings("ignore:.*begins anew")
+@pytest.mark.filterwarnings("ignore:.*starts over")
 def test_a_damaged_byte_of_the_progress_does_no_harm(folder, kept, monkeypatch):
     ids = ids_of("dense", 6 * BLOCK)
     stopped(ids, folder, 9)
@@ -243,12 +245,14 @@ def test_a_damaged_byte_of_the_progress_does_no_harm(folder, kept, monkeypatch):
 def test_progress_of_other_ids(folder, kept, fail_at):
     stopped(ids_of("sparse"), folder, fail_at)
     ids = ids_of("dense")
-    with pytest.warns(UserWarning, match=r"a\.progress is of other ids, so grouping begins anew"):
+    with pytest.warns(
+        UserWarning, match=r"a\.progress belongs to different ids, grouping starts over"
+    ):
         PatchGroups.from_ids(SlowIds(ids), path=folder / "a")
     check_built(folder, ids)
 
 
-ANEW = r"a\.partial is not the file that .*a\.progress is about, so sorting begins anew"
+ANEW = r"a\.progress does not belong to .*a\.partial, sorting starts over"
 
 
 @pytest.mark.parametrize("change", ["deleted", "emptied", "cut off", "zeros"])
@@ -294,7 +298,7 @@ def test_an_order_of_other_ids_is_not_the_one_that_was_kept(folder, kept, monkey
     ids, others = ids_of("dense"), ids_of("sparse")
     stopped(ids, folder, BLOCKS + 10)
     progress = (folder / "a.progress").read_bytes()
-    with pytest.warns(UserWarning, match="is of other ids, so grouping begins anew"):
+    with pytest.warns(UserWarning, match="belongs to different ids, grouping starts over"):
         stopped(others, folder, BLOCKS + 3)
     # As if the others' process had been killed before it kept anything.
     (folder / "a.progress").write_bytes(progress)
@@ -310,7 +314,7 @@ def test_a_head_of_other_ids_does_not_stay_over_a_new_order(folder, kept):
     ids = ids_of("sparse")
     stopped(ids, folder, BLOCKS + 10)
     check_unfinished(folder, ids)
-    with pytest.raises(ValueError, match="must be an index"):
+    with pytest.raises(ValueError, match="is not an index file"):
         PatchGroups.load(folder / "a.partial")
     PatchGroups.from_ids(SlowIds(ids), path=folder / "a")
     check_built(folder, ids)
@@ -352,7 +356,7 @@ class Turning(SlowIds):
 
 def test_ids_that_change_between_the_passes_leave_nothing_to_go_on_with(folder, kept):
     ids = ids_of("dense")
-    with pytest.raises(RuntimeError, match="ids must stay as they are while they are grouped"):
+    with pytest.raises(RuntimeError, match="ids changed while they were grouped"):
         PatchGroups.from_ids(Turning(ids), path=folder / "a")
     assert sorted(os.listdir(folder)) == ["a.partial"]
     PatchGroups.from_ids(SlowIds(ids), path=folder / "a")
@@ -366,9 +370,7 @@ def test_ids_whose_file_was_changed_after_it_was_opened_are_refused_the_next_tim
     ids = read_patch_ids(mapped)
     os.utime(source, ns=(0, 1))
     PatchGroups.from_ids(ids, path=folder / "a")
-    with pytest.raises(
-        ValueError, match=r"must be free or hold an index .* a file last changed at"
-    ):
+    with pytest.raises(ValueError, match=r"indexes different ids .*file modified at"):
         PatchGroups.from_ids(mapped, path=folder / "a")
 
 
@@ -382,7 +384,7 @@ def test_ids_that_change_in_a_block_that_is_compared(folder, kept, monkeypatch):
         return found
 
     monkeypatch.setattr(index_build, "group_on_host", changing)
-    with pytest.raises(RuntimeError, match="ids must stay as they are"):
+    with pytest.raises(RuntimeError, match="ids changed while they were grouped"):
         PatchGroups.from_ids(SlowIds(ids), path=folder / "a")
     assert not (folder / "a").exists()
     assert not (folder / "a.progress").exists()
@@ -460,7 +462,7 @@ def test_a_filesystem_without_locks(folder, monkeypatch):
 
         monkeypatch.setattr(fcntl, "flock", refuses)
         with pytest.raises(
-            OSError, match=r"path must be on a filesystem that has locks, got .*a: "
+            OSError, match=r"cannot lock .*a: its filesystem does not support file locks"
         ):
             PatchGroups.from_ids(ids_of("dense"), path=folder / "a")
 
@@ -573,7 +575,7 @@ def test_what_groups_are_is_said_even_when_their_file_has_changed(tmp_path):
     os.truncate(tmp_path / "ids.index", 100)
     assert (repr(groups), groups.nbytes) == (said, size)
     assert "order=int32" in said
-    with pytest.raises(OSError, match="must stay as it is"):
+    with pytest.raises(OSError, match="changed while it was in use"):
         _ = groups.order
 
 
@@ -586,14 +588,14 @@ def test_ids_of_no_file_are_compared_whole_when_their_index_is_opened(folder):
     # Between the blocks that a signature is made of.
     changed[1000] += 1
     PatchGroups.load(folder / "a", source=changed)
-    with pytest.raises(ValueError, match=r"path must be free or hold .* got one of other ids"):
+    with pytest.raises(ValueError, match=r"indexes different ids \(fingerprints differ\)"):
         PatchGroups.from_ids(changed, path=folder / "a")
     check_built(folder, ids)
 
 
 def test_another_file_at_the_path_is_left_alone(folder):
     np.save(folder / "ids.npy", np.arange(5))
-    with pytest.raises(ValueError, match="path must be free or an index, got another file"):
+    with pytest.raises(ValueError, match="exists and is not an index file"):
         PatchGroups.from_ids(folder / "ids.npy", path=folder / "ids.npy")
     assert np.load(folder / "ids.npy").tolist() == [0, 1, 2, 3, 4]
     assert os.listdir(folder) == ["ids.npy"]
@@ -611,5 +613,5 @@ def test_a_selection_is_compared_with_its_ids_in_every_block(folder):
     changed[SIZE - 1 - (SIZE - 1) % 3 - 1] += 1
     PatchGroups.load(folder / "a", source=SlowIds(changed), verify=True)
     changed[SIZE - 1 - (SIZE - 1) % 3] += 1
-    with pytest.raises(ValueError, match="which are other ids"):
+    with pytest.raises(ValueError, match=r"does not match the index .*: fingerprints differ"):
         PatchGroups.load(folder / "a", source=SlowIds(changed), verify=True)

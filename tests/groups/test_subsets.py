@@ -75,8 +75,8 @@ def test_select_from_counts_of_a_trillion():
 @pytest.mark.parametrize(
     ("indices", "error", "match"),
     [
-        ([], ValueError, "indices must name at least one sample, got none"),
-        (np.zeros(6, np.bool_), ValueError, "indices must name at least one sample, got none"),
+        ([], ValueError, "indices must contain at least one sample, got none"),
+        (np.zeros(6, np.bool_), ValueError, "indices must contain at least one sample, got none"),
         ([0, 3, 0], ValueError, "indices must be distinct, got 0 twice"),
         ([6], ValueError, r"indices must be in 0 \.\. 5, got 6"),
         ([-1], ValueError, r"indices must be in 0 \.\. 5, got -1"),

@@ -221,7 +221,7 @@ def test_the_argument_checks(arguments, error, match):
 def test_plans_that_are_none_or_not_on_torch_are_refused():
     with pytest.raises(TypeError, match="plan must be an EpochPlan, got PatchBatchSampler"):
         BatchCursor(make())
-    elsewhere = r"plan must be on a torch device, got '{}'; plan\.on\('cpu'\) is the same"
+    elsewhere = r"plan must be on a torch device, got '{}'; pass plan\.on\('cpu'\)"
     with pytest.raises(ValueError, match=elsewhere.format("numpy")):
         BatchCursor(plan_of(device=None))
     with pytest.raises(ValueError, match=elsewhere.format("cupy:0")):
@@ -265,12 +265,18 @@ def test_a_place_that_leaves_other_ranks_no_step_is_the_next_epoch():
 @pytest.mark.parametrize(
     ("settings", "names"),
     [
-        ({"batch_size": 9}, "batch_size is 8 there and 9 here"),
-        ({"partial": "keep"}, "partial is 'pad' there and 'keep' here"),
-        ({"interleave": False}, "interleave is True there and False here"),
-        ({"shuffle_patches": False}, "shuffle_patches is True there and False here"),
-        ({"shuffle_within_batches": False}, "shuffle_within_batches is True there and False"),
-        ({"seed": 6}, "state_dict must be of seed 6, which was given here, got seed 5"),
+        ({"batch_size": 9}, "batch_size is 8 in the checkpoint, 9 in this sampler"),
+        ({"partial": "keep"}, "partial is 'pad' in the checkpoint, 'keep' in this sampler"),
+        ({"interleave": False}, "interleave is True in the checkpoint, False in this sampler"),
+        (
+            {"shuffle_patches": False},
+            "shuffle_patches is True in the checkpoint, False in this sampler",
+        ),
+        (
+            {"shuffle_within_batches": False},
+            "shuffle_within_batches is True in the checkpoint, False in this",
+        ),
+        ({"seed": 6}, "Saved state uses seed 5, this sampler seed 6"),
     ],
 )
 def test_a_state_of_other_settings_is_refused_and_changes_nothing(settings, names):
@@ -288,8 +294,8 @@ def test_a_state_of_other_ids_is_refused_by_name():
     state = make().cursor().state_dict()
     for ids, names in [
         (IDS[::-1].copy(), "ids is "),
-        (np.append(IDS, 5), "num_samples is 90 there and 91 here"),
-        (np.where(IDS == 40, 9, IDS), "num_patches is 4 there and 3 here"),
+        (np.append(IDS, 5), "num_samples is 90 in the checkpoint, 91 in this sampler"),
+        (np.where(IDS == 40, 9, IDS), "num_patches is 4 in the checkpoint, 3 in this sampler"),
     ]:
         cursor = PatchBatchSampler(ids, 4, seed=1).cursor()
         with pytest.raises(ValueError, match=names):
@@ -306,7 +312,7 @@ def test_a_drawn_seed_gives_way_and_a_given_one_does_not():
     # It was not given here, so another state may replace it again.
     drawn_one.load_state_dict(make(seed=6, partial="pad").cursor().state_dict())
     assert drawn_one.plan.seed == 6
-    with pytest.raises(ValueError, match="of seed 0, which was given here, got seed 5"):
+    with pytest.raises(ValueError, match="uses seed 5, this sampler seed 0"):
         make(seed=0, partial="pad").cursor().load_state_dict(state)
 
 
@@ -333,7 +339,11 @@ def test_a_state_that_is_refused_for_its_place_leaves_the_seed():
         ({"_extra_state": None}, TypeError, "must come from a BatchCursor, got extra state None"),
         ({"_extra_state": {"seed": 5}}, TypeError, "must come from a BatchCursor"),
         ({"_extra_state": {"seed": 5, "fingerprint": 3}}, TypeError, "fingerprint must be a map"),
-        ({"_extra_state": {"seed": 5, "fingerprint": {}}}, ValueError, "ids is absent there"),
+        (
+            {"_extra_state": {"seed": 5, "fingerprint": {}}},
+            ValueError,
+            "ids is absent in the checkpoint",
+        ),
     ],
 )
 def test_broken_states(change, error, match):

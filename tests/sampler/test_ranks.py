@@ -78,7 +78,7 @@ def test_ranks_share_the_epoch_out(library, data, seed, num_replicas, uneven, ep
     after=st.integers(1, 5),
     uneven=st.sampled_from(["pad", "drop"]),
 )
-@pytest.mark.filterwarnings("ignore:epoch 2 was begun in steps of")
+@pytest.mark.filterwarnings("ignore:Until epoch 2 ends")
 def test_another_number_of_ranks_goes_on_with_the_rest(data, seed, before, after, uneven):
     ids = data.draw(patchy_ids())
     settings = data.draw(plan_settings(ids, steps_of=before, uneven=uneven))
@@ -261,7 +261,7 @@ with warnings.catch_warnings(record=True) as caught:
     list(early)
     list(whole)
 assert len(caught) == 1, caught
-assert "each of the 2 ranks hands out the whole epoch: make it after" in str(caught[0].message)
+assert "each of the 2 ranks yields the whole epoch: create it after" in str(caught[0].message)
 # Where the first batch is drawn.
 import inspect
 assert caught[0].lineno == [*open(sys.argv[0])].index("    next(iterator)  # here\\n") + 1

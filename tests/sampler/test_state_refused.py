@@ -32,31 +32,37 @@ def test_a_drawn_seed_gives_way_and_a_given_one_does_not():
     drawn.load_state_dict(make(seed=6).state_dict())
     assert drawn.seed == 6
     given_one = make(seed=4)
-    with pytest.raises(ValueError, match="must be of seed 4, which was given here, got seed 5"):
+    with pytest.raises(ValueError, match="Saved state uses seed 5, this sampler seed 4"):
         given_one.load_state_dict(state)
     assert given_one.seed == 4
     assert list(given_one) == epoch_of(make(seed=4), 0)
 
 
 def test_a_seed_of_zero_is_a_given_seed():
-    with pytest.raises(ValueError, match="must be of seed 0, which was given here"):
+    with pytest.raises(ValueError, match="uses seed 5, this sampler seed 0"):
         make(seed=0).load_state_dict(make(seed=5).state_dict())
 
 
 @pytest.mark.parametrize(
     ("settings", "names"),
     [
-        ({"batch_size": 5}, "batch_size is 4 there and 5 here"),
-        ({"partial": "pad"}, "partial is 'keep' there and 'pad' here"),
-        ({"interleave": False}, "interleave is True there and False here"),
-        ({"shuffle_patches": False}, "shuffle_patches is True there and False here"),
-        ({"shuffle_within_batches": False}, "shuffle_within_batches is True there and False here"),
+        ({"batch_size": 5}, "batch_size is 4 in the checkpoint, 5 in this sampler"),
+        ({"partial": "pad"}, "partial is 'keep' in the checkpoint, 'pad' in this sampler"),
+        ({"interleave": False}, "interleave is True in the checkpoint, False in this sampler"),
+        (
+            {"shuffle_patches": False},
+            "shuffle_patches is True in the checkpoint, False in this sampler",
+        ),
+        (
+            {"shuffle_within_batches": False},
+            "shuffle_within_batches is True in the checkpoint, False in this sampler",
+        ),
         ({"batch_size": 5, "partial": "pad"}, "batch_size is .*; partial is "),
     ],
 )
 def test_other_settings_are_refused_by_name(settings, names):
     sampler = make(**settings)
-    with pytest.raises(ValueError, match=f"state_dict must be of the same .*{names}"):
+    with pytest.raises(ValueError, match=f"Cannot load state: .*{names}"):
         sampler.load_state_dict(make().state_dict())
     with pytest.raises(ValueError, match=names):
         iter(sampler).load_state_dict(make().state_dict())
@@ -70,8 +76,8 @@ def test_other_ids_are_refused_by_name():
     swapped[[first, second]] = IDS[[second, first]]
     for ids, names in [
         (swapped, "ids is "),
-        (np.append(IDS, 5), "num_samples is 90 there and 91 here"),
-        (np.where(IDS == 40, 9, IDS), "num_patches is 4 there and 3 here"),
+        (np.append(IDS, 5), "num_samples is 90 in the checkpoint, 91 in this sampler"),
+        (np.where(IDS == 40, 9, IDS), "num_patches is 4 in the checkpoint, 3 in this sampler"),
     ]:
         with pytest.raises(ValueError, match=names):
             PatchBatchSampler(ids, 4).load_state_dict(state)
@@ -113,7 +119,7 @@ def test_what_does_not_change_batches_may_differ(library):
             "state_dict step_width must be 1 under steps='free', got 3",
         ),
         ({"fingerprint": 12}, TypeError, "fingerprint must be a mapping, got int"),
-        ({"fingerprint": {}}, ValueError, "ids is absent there and"),
+        ({"fingerprint": {}}, ValueError, "ids is absent in the checkpoint, "),
     ],
 )
 def test_broken_states(change, error, match):
@@ -316,7 +322,7 @@ def test_missing_keys_are_refused_by_name_in_any_number(through):
     for name in STATE["fingerprint"]:
         state = mid_epoch_state()
         del state["fingerprint"][name]
-        assert throw(state, [f"{name} is absent there"], through=through)
+        assert throw(state, [f"{name} is absent in the checkpoint"], through=through)
 
 
 @pytest.mark.parametrize("through", THROUGH)

@@ -78,7 +78,7 @@ def test_an_npy_file_that_shrinks_is_an_error_and_no_crash(tmp_path):
     ids = read_patch_ids(path)
     os.truncate(path, 8000 * 8)
     np.testing.assert_array_equal(ids.read(0, 7000), np.arange(7000))
-    with pytest.raises(OSError, match=r"must keep its length .*ids\.npy' must have \d+ bytes, got"):
+    with pytest.raises(OSError, match=r"must not shrink .*ids\.npy' must have \d+ bytes, got"):
         ids.read(7000, 10_000)
 
 
@@ -128,13 +128,13 @@ def content(kind):
 @pytest.mark.parametrize(
     ("kind", "error", "match"),
     [
-        ("gzip", ValueError, "got one packed by gzip: .*ids.npy'; unpack it first"),
-        ("npz", ValueError, r"an archive of several \(.npz\)"),
+        ("gzip", ValueError, "got a gzip file: .*ids.npy'; decompress it first"),
+        ("npz", ValueError, r"got an \.npz archive"),
         ("text", ValueError, "must be an .npy file, got .*magic string"),
         ("empty", ValueError, "must be an .npy file, got .*ids.npy'"),
         ("pickled", TypeError, r"must be integers, got dtype object \(pickled"),
-        ("2-D", ValueError, r"ids in .* must be 1-D, one id a sample, got shape \(3, 2\)"),
-        ("0-D", ValueError, r"must be 1-D, one id a sample, got shape \(\)"),
+        ("2-D", ValueError, r"ids in .* must be 1-D, one id per sample, got shape \(3, 2\)"),
+        ("0-D", ValueError, r"must be 1-D, one id per sample, got shape \(\)"),
         ("no ids", ValueError, "must name at least one sample, got none"),
         ("floats", TypeError, "must be integers, got dtype float64 in .*ids.npy"),
         ("booleans", TypeError, "must be integers, got dtype bool"),
@@ -184,10 +184,10 @@ def test_a_file_that_shrinks_under_a_map_is_an_error_and_no_crash(tmp_path, view
     np.testing.assert_array_equal(ids.read(0, ids.size), plain)
     os.truncate(path, 500_000 * 8)
     np.testing.assert_array_equal(ids.read(start, stop), plain[start:stop])
-    with pytest.raises(OSError, match=r"must keep its length .*ids\.npy' must have .* got 4000000"):
+    with pytest.raises(OSError, match=r"must not shrink .*ids\.npy' must have .* got 4000000"):
         ids.read(0, ids.size)
     samples = np.flatnonzero(plain > 600_000)
-    with pytest.raises(OSError, match="must keep its length"):
+    with pytest.raises(OSError, match="must not shrink"):
         ids.read(int(samples.min()), int(samples.max()) + 1)
 
 
@@ -220,7 +220,7 @@ def test_names_under_a_map_are_checked_too(tmp_path):
     ids = read_patch_ids(np.load(path, mmap_mode="r"))
     assert ids.names == ("aaaaaaaa", "b")
     os.truncate(path, 4096)
-    with pytest.raises(OSError, match="must keep its length"):
+    with pytest.raises(OSError, match="must not shrink"):
         ids.read(50_000, 60_000)
 
 
@@ -248,9 +248,9 @@ def test_files_that_are_not_understood(tmp_path):
 
 @pytest.mark.parametrize("name", ["none.npy", "none.parquet", "none.zarr", "none.h5", "none", ""])
 def test_files_that_are_not_there(tmp_path, name):
-    with pytest.raises(FileNotFoundError, match="source must be there: no such file or folder"):
+    with pytest.raises(FileNotFoundError, match="source must be an existing file or folder"):
         read_patch_ids(tmp_path / "nowhere" / name)
-    with pytest.raises(FileNotFoundError, match="must be there"):
+    with pytest.raises(FileNotFoundError, match="must be an existing"):
         PatchBatchSampler(str(tmp_path / "nowhere" / name), 2)
 
 
@@ -294,7 +294,7 @@ def test_files_that_may_not_be_read(public_folder):
     closed.chmod(0o700)
     assert len(lines) == 2 * len(paths)
     for path, line in zip(np.repeat(paths, 2), lines, strict=True):
-        assert "source must be readable: this user may not read it" in line
+        assert "source must be readable by this user" in line
         assert "chmod a+r" in line
         assert str(path) in line
 
@@ -312,15 +312,14 @@ for make in (read_patch_ids, lambda path: PatchBatchSampler(path, 2)):
 
 
 @pytest.mark.parametrize(
-    ("name", "module", "extra"),
-    [("ids.parquet", "pyarrow", "parquet"), ("a.zarr", "zarr", "zarr"), ("a.h5", "h5py", "hdf5")],
+    ("name", "module"), [("ids.parquet", "pyarrow"), ("a.zarr", "zarr"), ("a.h5", "h5py")]
 )
-def test_a_library_that_is_not_installed(tmp_path, name, module, extra):
+def test_a_library_that_is_not_installed(tmp_path, name, module):
     path = tmp_path / name
     path.mkdir() if name == "a.zarr" else path.write_text("nothing")
     lines = run_python("-c", MISSING, module, path).stdout.splitlines()
-    line = f"source must be readable: {module} is not installed, got {str(path)!r}; "
-    assert lines == [line + f"install gpusampler[{extra}]"] * 2
+    line = f"Cannot read {str(path)!r}: {module} is not installed. Run `pip install {module}`."
+    assert lines == [line] * 2
 
 
 def test_reading_what_needs_no_library_imports_none(tmp_path):
@@ -385,7 +384,9 @@ def test_groups_in_groups(tmp_path):
     with h5py.File(tmp_path / "a.h5", "a") as file:
         del file["z"]
     for source in (tmp_path / "a.h5", tmp_path / "g"):
-        with pytest.raises(ValueError, match=r"groups too \('in'\), whose arrays are named 'in/"):
+        with pytest.raises(
+            ValueError, match=r"also has groups \('in'\), whose arrays are named 'in/"
+        ):
             read_patch_ids(source)
 
 
@@ -510,7 +511,7 @@ def test_files_of_a_folder_that_differ(tmp_path):
     ids = write(pa.array(["b", "a"]), pa.array(["a", "c"]).dictionary_encode())
     assert ids.names == ("a", "b", "c")
     assert ids.read(1, 4).tolist() == [0, 0, 2]
-    with pytest.raises(TypeError, match=r"all names or all integers, got int64 .*1\.parquet' and"):
+    with pytest.raises(TypeError, match=r"all names or all integers, got int64 .*1\.parquet', un"):
         write(pa.array(["b", "a"]), pa.array([1]))
     pq.write_table(pa.table({"other": [1]}), tmp_path / "1.parquet")
     with pytest.raises(ValueError, match=r"must be one of 'other' of .*1\.parquet', got 'pat"):
@@ -617,7 +618,7 @@ def test_a_chunk_larger_than_a_block_is_dear(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("values", "error", "match"),
     [
-        (np.zeros((3, 2), np.int64), ValueError, r"must be 1-D, one id a sample, got shape"),
+        (np.zeros((3, 2), np.int64), ValueError, r"must be 1-D, one id per sample, got shape"),
         (np.zeros(0, np.int64), ValueError, "must name at least one sample"),
         (np.zeros(3), TypeError, "must be integers, got dtype float64"),
         (np.zeros(3, bool), TypeError, "must be integers, got dtype bool"),
@@ -670,7 +671,7 @@ def test_an_array_in_chunks_that_shrinks_is_an_error(tmp_path):
             ids = read_patch_ids(source)
             source.resize((150_000,))
             # Libraries cut a stretch off at the end; the last patch would have 50,000 samples more.
-            with pytest.raises(OSError, match=r"keep its length .* got 150000 ids for samples 0"):
+            with pytest.raises(OSError, match=r"not shrink .* got 150000 ids for samples 0"):
                 PatchBatchSampler(ids, 8)
 
 

@@ -104,7 +104,7 @@ def test_a_name_that_appears_later_is_an_error():
     ids = NamedIds(lambda a, b: factorize_list(names[a:b], a), 6)
     names[4] = "new"
     assert ids.read(0, 4).tolist() == [2, 1, 2, 0]
-    with pytest.raises(OSError, match=r"must stay as it is .* got the new name 'new' in sample 4"):
+    with pytest.raises(OSError, match=r"must not change .* got the new name 'new' in sample 4"):
         ids.read(2, 6)
 
 

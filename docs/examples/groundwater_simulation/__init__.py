@@ -1,1 +1,1 @@
-"""Simulate groundwater with MODFLOW 6 and write it as a patch folder for `GWPatchDataset`."""
+"""Simulate groundwater with MODFLOW 6 and write patch folders for `GWPatchDataset`."""

@@ -32,13 +32,13 @@ class OneLineErrors(click.Command):
 
 @click.command(PROGRAM, cls=OneLineErrors, context_settings={"help_option_names": ["-h", "--help"]})
 @click.option("--preset", default="small", show_default=True, help="Size: small, medium or large.")
-@click.option("--out", type=click.Path(path_type=Path), required=True, help="Folder to make.")
+@click.option("--out", type=click.Path(path_type=Path), required=True, help="Folder to create.")
 @click.option(
     "--seed",
     type=click.IntRange(0, 2**63 - 1),
     default=DEFAULT_SEED,
     show_default=True,
-    help="Of the aquifer.",
+    help="Seed of the simulation.",
 )
 @click.option("--mf6", type=click.Path(path_type=Path), help="The MODFLOW 6 program.")
 @click.option("--overwrite", is_flag=True, help="Replace an earlier simulation in --out.")

@@ -1,4 +1,4 @@
-"""Draw the aquifer behind a patch folder: log K, head, concentration, patches."""
+"""Draw the aquifer of a patch folder: log K, head, concentration, patches."""
 
 from __future__ import annotations
 
@@ -27,19 +27,19 @@ def draw_aquifer(
     *,
     step: int = -1,
 ) -> Path:
-    """Draw log K, head, concentration and patches of a simulated patch folder, seen from above.
+    """Draw maps of log K, head, concentration and patches of a simulated patch folder.
 
-    log K is drawn again from the seed and the settings in ``provenance.json``, so no MODFLOW is
-    needed; head and concentration come from the folder's arrays. All maps show the top layer.
+    log K is generated again from the seed and the settings in ``provenance.json``, without MODFLOW;
+    head and concentration come from the folder's arrays. All maps show the top layer.
 
     Parameters
     ----------
     out : str or path-like
-        Picture to write; the ending chooses the format (``.png``, ``.svg``, ``.pdf``).
+        File to write; its suffix gives the format (``.png``, ``.svg``, ``.pdf``).
     folder : str or path-like, optional
-        A folder that `simulate` wrote. Default: the data committed in gpusampler.
+        A folder written by `simulate`. Default: the data embedded in gpusampler.
     step : int, default -1
-        Step shown; negative counts from the last.
+        Time step to show; a negative step counts from the end.
 
     Returns
     -------
@@ -95,7 +95,7 @@ def _top_layer(folder: Path, patches: list[PatchMasks], column: int, step: int) 
     values = np.full(patches[0].core.shape, np.nan)
     for i, patch in enumerate(patches):
         obs = np.load(folder / f"patch_{i}" / "core_obs.npy", mmap_mode="r")
-        # Points go layer by layer, so the top layer is a patch's first points.
+        # Points are ordered by layer, so the first ones are the top layer.
         values[patch.core] = obs[step, : int(patch.core.sum()), column]
     return values
 

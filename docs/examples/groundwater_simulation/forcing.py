@@ -1,4 +1,4 @@
-"""What drives the aquifer through time: recharge, boundary stages, and wells on and off."""
+"""Forcing of the aquifer over time: recharge, boundary stages and well rates."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from .grid import Floats
 from .settings import SimulationSettings
 
 YEAR_DAYS = 365.25
-# Largest over mean concentration of the recharge.
+# Ratio of the largest to the mean concentration of the recharge.
 PEAK_LOAD = 1.6
 
 
 @dataclasses.dataclass(frozen=True)
 class Forcing:
-    """Forcing by stress period; ``P = 1 + warmup_steps + n_steps``, period 0 is steady.
+    """Forcing per stress period; ``P = 1 + warmup_steps + n_steps``, and period 0 is steady.
 
     Attributes
     ----------
@@ -25,10 +25,10 @@ class Forcing:
     recharge_concentration : ndarray of float64, (P,)
         Concentration of the recharge, grams per cubic metre.
     inflow_shift, river_shift : ndarray of float64, (P,)
-        Stage of the western and the eastern boundary over its mean, metres.
+        Difference of the western and the eastern boundary stage to its mean, metres.
     well_rates : ndarray of float64, (P, W)
-        Rate of each well in the order of `Aquifer.wells`, cubic metres per day; negative takes
-        water out, 0 is off.
+        Rate of each well in the order of `Aquifer.wells`, cubic metres per day; negative for
+        pumping, 0 if off.
     """
 
     recharge: Floats
@@ -41,10 +41,10 @@ class Forcing:
 def build_forcing(settings: SimulationSettings, seed: int) -> Forcing:
     """Draw the forcing of all stress periods.
 
-    Recharge is its mean times a seasonal cosine with its peak in mid-winter (day 0) times weather,
-    a gamma variate of mean 1 and shape 5. Stages follow the season with a lag, plus a first-order
-    autoregression. A well is on and off in runs of 3 to 8 periods, each on-run at a rate of its
-    own. In the steady period all is at its mean and every well is off.
+    Recharge is its mean times a seasonal cosine that peaks in mid-winter (day 0), times weather, a
+    gamma variate of mean 1 and shape 5. Stages follow the season with a lag, plus first-order
+    autoregressive noise. A well is on and off in turns of 3 to 8 periods, with a new rate each time
+    it is on. In the steady period everything is at its mean and all wells are off.
 
     Parameters
     ----------
@@ -56,7 +56,7 @@ def build_forcing(settings: SimulationSettings, seed: int) -> Forcing:
     Returns
     -------
     Forcing
-        Values rounded to what the MODFLOW input files carry.
+        Values with the precision of the MODFLOW input files.
     """
     rng = np.random.default_rng(np.random.SeedSequence(seed).spawn(4)[3])
     periods = settings.warmup_steps + settings.n_steps

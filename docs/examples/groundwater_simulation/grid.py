@@ -1,4 +1,4 @@
-"""Grid arithmetic: stretched cell edges, shifted maps, connected pieces of a map."""
+"""Grid functions: stretched cell edges, shifted maps, connected pieces of a map."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ Ints = NDArray[np.int64]
 def stretched_edges(
     length: float, cells: int, centres: Floats, refinement: float, width: float
 ) -> Floats:
-    """Cell edges that lie close together near some centres.
+    """Return cell edges that are closer together near some centres.
 
-    The edges are equal quantiles of the density
+    The edges are equally spaced quantiles of the density
     ``1 + (refinement - 1) * max over centres c of exp(-((s - c) / width)^2 / 2)``.
 
     Parameters
@@ -25,16 +25,16 @@ def stretched_edges(
     cells : int
         Number of cells.
     centres : ndarray of float64, (n,)
-        Where to refine, as fractions of the length; may be empty.
+        Centres of refinement, as fractions of the length; may be empty.
     refinement : float
-        Widest over narrowest cell width aimed at, >= 1.
+        Intended ratio of the widest to the narrowest cell, >= 1.
     width : float
         Standard deviation of the refined zone, as a fraction of the length.
 
     Returns
     -------
     ndarray of float64, (cells + 1,)
-        Rising edges from 0 to ``length``, rounded to centimetres.
+        Increasing edges from 0 to ``length``, rounded to centimetres.
 
     Raises
     ------
@@ -54,19 +54,9 @@ def stretched_edges(
 
 
 def shift_mask(mask: Bools, d_row: int, d_col: int) -> Bools:
-    """Move a map by rows and columns; what comes in from outside is False.
+    """Shift a map (R, K) by -1, 0 or 1 rows and columns, filled with False.
 
-    Parameters
-    ----------
-    mask : ndarray of bool, (R, K)
-        A map of columns.
-    d_row, d_col : int
-        ``out[i + d_row, j + d_col] = mask[i, j]``; -1, 0 or 1 each.
-
-    Returns
-    -------
-    ndarray of bool, (R, K)
-        A new array.
+    ``out[i + d_row, j + d_col] = mask[i, j]``.
     """
     padded = np.pad(mask, 1)
     rows, cols = mask.shape
@@ -74,17 +64,9 @@ def shift_mask(mask: Bools, d_row: int, d_col: int) -> Bools:
 
 
 def connected_pieces(mask: Bools) -> list[Bools]:
-    """Split a map into pieces that are joined face to face.
+    """Split a map (R, K) into pieces connected face to face, largest first.
 
-    Parameters
-    ----------
-    mask : ndarray of bool, (R, K)
-        A map of columns.
-
-    Returns
-    -------
-    list of ndarray of bool, (R, K)
-        The pieces, largest first; equal ones in the order of their first cell.
+    Pieces of equal size are ordered by their first cell.
     """
     unassigned = mask.copy()
     pieces = []

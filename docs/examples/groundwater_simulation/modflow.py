@@ -1,4 +1,4 @@
-"""The MODFLOW 6 model of an aquifer, written with flopy."""
+"""Write the MODFLOW 6 model of an aquifer with flopy."""
 
 from __future__ import annotations
 
@@ -11,35 +11,19 @@ from .aquifer import Aquifer
 from .forcing import Forcing
 from .settings import SimulationSettings
 
-# Conductance of the boundaries: one cell of aquifer over this length of bed, metres.
+# The conductance of a boundary is K times the cell's face divided by this length, metres.
 _BED_LENGTH = 40.0
-_MOLECULAR_DIFFUSION = 8.64e-5  # square metres a day: 1e-9 m2/s
+_MOLECULAR_DIFFUSION = 8.64e-5  # square metres per day: 1e-9 m2/s
 
 
 def write_model(
     aquifer: Aquifer, forcing: Forcing, settings: SimulationSettings, folder: Path
 ) -> None:
-    """Write the input files of one simulation that holds a flow and a transport model.
+    """Write the input files of a simulation with a flow and a transport model.
 
     Flow (GWF): DIS, NPF with the Newton formulation (top layer convertible, the others confined),
     STO, GHB in the west, RIV in the east, WEL, RCH. Transport (GWT): MST, ADV (TVD scheme), DSP,
-    SSM. A GWF-GWT exchange joins them. Units are metres, days and grams.
-
-    Parameters
-    ----------
-    aquifer : Aquifer
-        Geometry and properties.
-    forcing : Forcing
-        Values by stress period.
-    settings : SimulationSettings
-        The settings that both were made from.
-    folder : Path
-        Existing folder for the input files.
-
-    Raises
-    ------
-    ImportError
-        If flopy is not installed.
+    SSM. A GWF-GWT exchange couples them. Units are metres, days and grams. ``folder`` must exist.
     """
     from flopy import mf6
 
@@ -148,7 +132,7 @@ def _recharge_series(forcing: Forcing, settings: SimulationSettings) -> dict[str
     ends = 1.0 + settings.step_days * np.arange(len(forcing.recharge))
     starts = np.concatenate([[0.0], ends[:-1], [ends[-1] + 1.0]])
     values = np.column_stack([forcing.recharge, forcing.recharge_concentration])
-    # A stepwise series must reach past the last time step, so its last value stands twice.
+    # A stepwise series must extend past the last time step, so the last value is repeated.
     values = np.concatenate([values, values[-1:]])
     return {
         "filename": "recharge.ts",

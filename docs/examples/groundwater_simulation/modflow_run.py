@@ -1,4 +1,4 @@
-"""Run MODFLOW 6, check how it ended, and map its output into memory."""
+"""Run MODFLOW 6, check its result, and map its output files."""
 
 from __future__ import annotations
 
@@ -17,48 +17,23 @@ MAX_DISCREPANCY = 0.1  # per cent
 
 
 class SimulationError(RuntimeError):
-    """MODFLOW 6 failed, or gave output that must not be used; the message holds the reason."""
+    """MODFLOW 6 failed or returned unusable output; the message has the reason."""
 
 
 @dataclasses.dataclass(frozen=True)
 class RunReport:
-    """What a finished run says of itself.
-
-    Attributes
-    ----------
-    flow_discrepancy, transport_discrepancy : float
-        Largest absolute budget discrepancy of any stress period, per cent.
-    """
+    """Largest absolute budget discrepancies of any stress period, per cent."""
 
     flow_discrepancy: float
     transport_discrepancy: float
 
 
 def run_model(mf6: Path, folder: Path, periods: int, *, progress: bool = True) -> RunReport:
-    """Run MODFLOW 6 in a folder and check how it ended.
+    """Run MODFLOW 6 in a folder with the input files of `write_model` and check its result.
 
-    Parameters
-    ----------
-    mf6 : Path
-        The program.
-    folder : Path
-        Folder with the input files of `write_model`; output files go there too.
-    periods : int
-        Number of stress periods, for the progress bar.
-    progress : bool, default True
-        Whether to show a bar; it stays away where standard error is no terminal.
-
-    Returns
-    -------
-    RunReport
-        Largest budget discrepancies.
-
-    Raises
-    ------
-    SimulationError
-        If the program cannot be started, does not end normally (no convergence among the
-        reasons), or a water or solute budget is off by more than 0.1 per cent. The message ends
-        with the tail of the listing file.
+    ``periods``, the number of stress periods, is for the progress bar. Raises `SimulationError`,
+    with the tail of the listing file, if the program cannot be started, fails (for example because
+    it does not converge), or a water or solute budget is off by more than 0.1 per cent.
     """
     bar = tqdm(
         total=periods, desc="mf6", unit="period", disable=None if progress else True, leave=False
@@ -76,7 +51,7 @@ def run_model(mf6: Path, folder: Path, periods: int, *, progress: bool = True) -
         )
     except OSError as error:
         bar.close()
-        raise SimulationError(f"mf6 could not be started: {mf6}: {error}") from error
+        raise SimulationError(f"cannot start mf6: {mf6}: {error}") from error
     with bar, process:
         try:
             assert process.stdout is not None
@@ -86,14 +61,16 @@ def run_model(mf6: Path, folder: Path, periods: int, *, progress: bool = True) -
                     bar.update(int(match[1]) - 1 - bar.n)
             bar.update(periods - bar.n)
         except BaseException:
-            # The folder is about to be deleted under it.
+            # The caller deletes the folder that the process works in.
             process.kill()
             raise
     listing = folder / "mfsim.lst"
     listing_text = listing.read_text(errors="replace") if listing.exists() else ""
     if process.returncode != 0 or "Normal termination of simulation" not in listing_text:
         tail = "\n".join([*output_tail, "--- mfsim.lst ---", *listing_text.splitlines()[-25:]])
-        raise SimulationError(f"mf6 must end normally, got exit {process.returncode}:\n{tail}")
+        raise SimulationError(
+            f"mf6 did not terminate normally (exit code {process.returncode}):\n{tail}"
+        )
     report = RunReport(_discrepancy(folder / "gwf.lst"), _discrepancy(folder / "gwt.lst"))
     for name, value in (
         ("gwf.lst", report.flow_discrepancy),
@@ -102,8 +79,8 @@ def run_model(mf6: Path, folder: Path, periods: int, *, progress: bool = True) -
         if not value <= MAX_DISCREPANCY:
             tail = "\n".join((folder / name).read_text(errors="replace").splitlines()[-40:])
             raise SimulationError(
-                f"budget discrepancy in {name} must be <= {MAX_DISCREPANCY} per cent, "
-                f"got {value}:\n{tail}"
+                f"the budget discrepancy in {name} is {value} per cent, above the limit of "
+                f"{MAX_DISCREPANCY}:\n{tail}"
             )
     return report
 
@@ -112,37 +89,18 @@ def _discrepancy(listing: Path) -> float:
     pattern = r"PERCENT DISCREPANCY\s*=\s*(\S+)\s+PERCENT DISCREPANCY\s*=\s*(\S+)"
     budgets = re.findall(pattern, listing.read_text(errors="replace"))
     if not budgets:
-        raise SimulationError(f"{listing.name} must hold budgets, got none")
+        raise SimulationError(f"{listing.name} has no budgets")
     return max(abs(float(value)) for budget in budgets for value in budget)
 
 
 def read_steps(path: Path, shape: tuple[int, int, int], skip: int, steps: int) -> Floats:
-    """Map a MODFLOW 6 binary head or concentration file into memory.
+    """Map a binary head or concentration file of MODFLOW 6, without its first ``skip`` times.
 
-    The file is a row of records, one for each layer of each saved time: kstp, kper (int32),
-    pertim, totim (float64), a 16-byte text, ncol, nrow, ilay (int32), then nrow x ncol float64
-    (MODFLOW 6 Description of Input and Output, "Dependent Variable File").
-
-    Parameters
-    ----------
-    path : Path
-        ``gwf.bin`` or ``gwt.bin``.
-    shape : tuple of int
-        Layers, rows, columns.
-    skip : int
-        Saved times to leave out at the beginning.
-    steps : int
-        Saved times wanted after those.
-
-    Returns
-    -------
-    ndarray of float64, (steps, layers, rows, columns)
-        A read-only view of the mapped file; inactive cells hold 1e30.
-
-    Raises
-    ------
-    SimulationError
-        If the file does not hold ``skip + steps`` times of this shape.
+    The file has one record per layer of each saved time: kstp, kper (int32), pertim, totim
+    (float64), a 16-byte text, ncol, nrow, ilay (int32), then nrow x ncol float64 (MODFLOW 6
+    Description of Input and Output, "Dependent Variable File"). ``shape`` is (layers, rows,
+    columns). Returns a read-only view, float64 (steps, layers, rows, columns); inactive cells are
+    1e30.
     """
     layers, rows, cols = shape
     record = np.dtype(
@@ -162,7 +120,7 @@ def read_steps(path: Path, shape: tuple[int, int, int], skip: int, steps: int) -
     file_bytes = path.stat().st_size if path.exists() else 0
     if file_bytes != expected_bytes:
         raise SimulationError(
-            f"{path.name} must hold {skip + steps} times of {layers} x {rows} x {cols} cells "
+            f"{path.name} must have {skip + steps} times of {layers} x {rows} x {cols} cells "
             f"({expected_bytes} bytes), got {file_bytes} bytes"
         )
     records = np.memmap(path, dtype=record, mode="r").reshape(skip + steps, layers)

@@ -18,23 +18,11 @@ GRAVITY = 9.80665  # metres per second squared
 
 
 def pressure_from_head(head: Floats, elevation: Floats) -> Floats:
-    """Pressure of water of constant density from head and elevation.
+    """Return the pressure, in kilopascals, of water of constant density.
 
     ``p = rho g (h - z)`` with rho = 1000 kg/m3 and g = 9.80665 m/s2 (Bear 1972, Dynamics of Fluids
-    in Porous Media, section 2.3): gauge pressure, 0 where the head equals the elevation, negative
-    above the water table.
-
-    Parameters
-    ----------
-    head : ndarray of float64
-        Hydraulic head, metres.
-    elevation : ndarray of float64
-        Elevation of the points, metres above the same datum; broadcasts against ``head``.
-
-    Returns
-    -------
-    ndarray of float64
-        Pressure, kilopascals.
+    in Porous Media, section 2.3): gauge pressure, negative above the water table. Head and
+    elevation are metres above the same datum and broadcast.
     """
     return np.asarray(DENSITY * GRAVITY / 1000.0 * (head - elevation), dtype=np.float64)
 
@@ -48,26 +36,10 @@ def write_patches(
     *,
     progress: bool = True,
 ) -> None:
-    """Write one ``patch_<id>`` folder for each patch, four float32 arrays each.
+    """Write four float32 arrays per patch to ``folder/patch_<i>``; ``folder`` must exist.
 
-    Parameters
-    ----------
-    folder : Path
-        Existing folder.
-    aquifer : Aquifer
-        Coordinates.
-    patches : list of PatchMasks
-        Patch ``i`` is written to ``patch_<i>``.
-    mass, head : ndarray of float64, (T, L, R, K)
-        Concentration (grams per cubic metre) and head (metres); may be mapped files, of which one
-        step of one patch is in memory at a time.
-    progress : bool, default True
-        Whether to show a bar; it stays away where standard error is no terminal.
-
-    Raises
-    ------
-    OSError
-        If a file cannot be written.
+    ``mass`` (grams per cubic metre) and ``head`` (metres) are float64 (T, L, R, K). They may be
+    memory maps: one step of one patch is read at a time.
     """
     bar = tqdm(
         patches, desc="patches", unit="patch", disable=None if progress else True, leave=False

@@ -1,4 +1,4 @@
-"""Cut a map into patches of unequal size, and find the ghost cells around them."""
+"""Cut a map into patches of unequal size, and find their ghost cells."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ class PatchMasks:
     Attributes
     ----------
     core : ndarray of bool, (R, K)
-        Columns that belong to the patch and to no other.
+        Columns that belong to this patch only.
     ghost : ndarray of bool, (R, K)
-        Active columns of other patches, within the ring around the core.
+        Active columns of other patches in the ring around the core.
     """
 
     core: Bools
@@ -32,7 +32,7 @@ class PatchMasks:
 
 
 def cut_aquifer(aquifer: Aquifer, settings: SimulationSettings, seed: int) -> list[PatchMasks]:
-    """Cut an aquifer into the patches that its settings ask for; see `cut_patches`."""
+    """Cut an aquifer into patches according to its settings; see `cut_patches`."""
     return cut_patches(
         aquifer.active,
         aquifer.x,
@@ -54,33 +54,33 @@ def cut_patches(
     rings: int = 1,
     neighbours: str = "face",
 ) -> list[PatchMasks]:
-    """Cut the active columns of a map into patches, each with its ring of ghosts.
+    """Cut the active columns of a map into patches, each with a ring of ghost columns.
 
-    The cut is a power diagram (`power_diagram`); a piece that the outline has severed from its
-    patch goes to the patch that it has most faces in common with, so every patch is connected
-    wherever the active area is.
+    The cut is a power diagram (`power_diagram`). A piece that the outline separates from its patch
+    is moved to the patch with which it shares most faces, so every patch is connected if the active
+    area is.
 
     Parameters
     ----------
     active : ndarray of bool, (R, K)
-        Columns to share out.
+        Columns to divide.
     x : ndarray of float64, (K,)
         Column centres, metres.
     y : ndarray of float64, (R,)
         Row centres, metres.
     sizes : sequence of float
-        Relative sizes, one for each patch.
+        Relative sizes, one per patch.
     seed : int
         Seed of the sites, 0 to 2^63 - 1.
     rings : int, default 1
-        Width of the ghost ring, in columns; 0 for none.
+        Width of the ghost ring, in columns; 0 for no ghosts.
     neighbours : {"face", "corner"}, default "face"
-        Whether columns that touch in a corner only are neighbours.
+        "corner": columns that only touch at a corner are neighbours, too.
 
     Returns
     -------
     list of PatchMasks
-        As many as ``sizes`` has, in its order. Cores are disjoint and cover ``active``.
+        One per entry of ``sizes``, in its order. Cores are disjoint and cover ``active``.
 
     Raises
     ------
@@ -102,31 +102,16 @@ def cut_patches(
 
 
 def scale_sizes(sizes: Sequence[float], total: int) -> Ints:
-    """Scale relative sizes to whole numbers with a given sum, by largest remainders.
+    """Scale positive sizes to integers, at least 1 each, with sum ``total``, by largest remainders.
 
-    Parameters
-    ----------
-    sizes : sequence of float
-        Relative sizes, all > 0.
-    total : int
-        The sum wanted, at least ``len(sizes)``.
-
-    Returns
-    -------
-    ndarray of int64, (len(sizes),)
-        At least 1 each, ``total`` together.
-
-    Raises
-    ------
-    ValueError
-        If a size is not positive or ``total`` is too small.
+    Raises ValueError if a size is not positive or ``total`` is below ``len(sizes)``.
     """
     shares = np.asarray(sizes, dtype=np.float64)
     if shares.ndim != 1 or len(shares) == 0 or not np.all(shares > 0):
         raise ValueError(f"sizes must be positive numbers, at least one, got {list(sizes)}")
     if total < len(shares):
         raise ValueError(f"sizes must have at most {total} entries, got {len(shares)}")
-    # One each is set aside first, so that none can round to nothing.
+    # Reserve one for each size first, so that no size rounds to 0.
     exact = (total - len(shares)) * shares / shares.sum()
     counts: Ints = np.floor(exact).astype(np.int64)
     remainder = total - len(shares) - int(counts.sum())
@@ -136,27 +121,17 @@ def scale_sizes(sizes: Sequence[float], total: int) -> Ints:
 
 
 def power_diagram(points: Floats, targets: Ints, rng: np.random.Generator) -> Ints:
-    """Assign points to sites by a power diagram whose cells hold given numbers of points.
+    """Assign points to the cells of a power diagram with given numbers of points.
 
-    A point belongs to the site with the least ``|point - site|^2 - weight``. Weights with given
+    A point belongs to the site with the smallest ``|point - site|^2 - weight``. Weights for given
     cell sizes exist for any sites (Aurenhammer, Hoffmann and Aronov 1998, "Minkowski-type theorems
-    and least-squares clustering", Algorithmica 20, 61-76) and are found here by ascending the
-    concave dual, whose gradient is the number of points missing; between ascents the sites move to
-    their cells' centroids. Points are finitely many, so the sizes come out close, not exact.
+    and least-squares clustering", Algorithmica 20, 61-76). They are found by ascending the concave
+    dual, whose gradient is the number of missing points; between ascents the sites move to the
+    centroids of their cells. With finitely many points the sizes are close to the targets, not
+    exact.
 
-    Parameters
-    ----------
-    points : ndarray of float64, (n, 2)
-        Coordinates, metres.
-    targets : ndarray of int64, (p,)
-        Points wanted in each cell; positive, n together.
-    rng : numpy.random.Generator
-        Draws the first sites.
-
-    Returns
-    -------
-    ndarray of int64, (n,)
-        Cell of each point, 0 to p - 1; no cell is empty.
+    ``points``, float64 (n, 2), are metres; ``targets``, int64 (p,), are positive with sum n.
+    Returns the cell of each point, int64 (n,); no cell is empty.
     """
     sites = _first_sites(points, len(targets), rng)
     weights = np.zeros(len(targets))
@@ -168,7 +143,7 @@ def power_diagram(points: Floats, targets: Ints, rng: np.random.Generator) -> In
             sites[:, axis] = np.where(counts > 0, sums / np.maximum(counts, 1), sites[:, axis])
     labels = _fit_weights(points, sites, weights, targets, rounds=1500)[0]
     for cell in np.flatnonzero(np.bincount(labels, minlength=len(targets)) == 0):
-        # Sites that share a point can leave one of them empty-handed at any weights.
+        # If two sites coincide, one of their cells can be empty for any weights.
         is_spare = np.bincount(labels, minlength=len(targets))[labels] > 1
         squares = ((points - sites[cell]) ** 2).sum(-1)
         labels[int(np.argmin(np.where(is_spare, squares, np.inf)))] = cell
@@ -176,28 +151,10 @@ def power_diagram(points: Floats, targets: Ints, rng: np.random.Generator) -> In
 
 
 def ghost_ring(core: Bools, active: Bools, rings: int, neighbours: str = "face") -> Bools:
-    """Active columns within some rings of neighbours around a core.
+    """Return the active columns (R, K) within some rings around a core, without the core.
 
-    Parameters
-    ----------
-    core : ndarray of bool, (R, K)
-        Columns of the patch.
-    active : ndarray of bool, (R, K)
-        Columns that a ghost may be; rings grow through these only.
-    rings : int
-        Number of rings, >= 0.
-    neighbours : {"face", "corner"}, default "face"
-        Whether columns that touch in a corner only are neighbours.
-
-    Returns
-    -------
-    ndarray of bool, (R, K)
-        The ring, without the core.
-
-    Raises
-    ------
-    ValueError
-        If ``rings`` is negative or ``neighbours`` unknown.
+    Rings grow through active columns only. With ``neighbours="corner"``, columns that only touch at
+    a corner are neighbours, too.
     """
     if rings < 0:
         raise ValueError(f"rings must be >= 0, got {rings}")
@@ -214,7 +171,7 @@ def ghost_ring(core: Bools, active: Bools, rings: int, neighbours: str = "face")
 
 
 def _first_sites(points: Floats, count: int, rng: np.random.Generator) -> Floats:
-    """Draw points that are far from each other: best of ten candidates each."""
+    """Draw distant points by best-candidate sampling with ten candidates each."""
     sites = [points[rng.integers(len(points))]]
     while len(sites) < count:
         candidates = points[rng.integers(len(points), size=10)]
@@ -226,9 +183,9 @@ def _first_sites(points: Floats, count: int, rng: np.random.Generator) -> Floats
 def _fit_weights(
     points: Floats, sites: Floats, weights: Floats, targets: Ints, rounds: int
 ) -> tuple[Ints, Floats]:
-    """Ascend the dual for some rounds; return the best labels and weights on the way."""
+    """Ascend the dual for some rounds; return the best labels and weights found."""
     squares = ((points[:, None] - sites[None]) ** 2).sum(-1)
-    # One point more or less moves a cell's border by about this much, in squared metres.
+    # The change of a weight, in squared metres, that moves about one point between cells.
     area = np.ptp(points[:, 0]) * np.ptp(points[:, 1]) / len(points)
     weights = weights.copy()
     best: tuple[float, Ints, Floats] | None = None
@@ -246,7 +203,7 @@ def _fit_weights(
 
 
 def _join_severed(labels: Ints, count: int) -> None:
-    """Hand every piece but the largest of each patch to the neighbour with most common faces."""
+    """Move all but the largest piece of each patch to the patch with which it shares most faces."""
     changed = True
     while changed:
         changed = False

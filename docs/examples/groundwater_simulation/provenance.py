@@ -1,4 +1,4 @@
-"""Write provenance.json: what made a patch folder, and from which inputs."""
+"""Write provenance.json: the programs, settings and seed of a patch folder."""
 
 from __future__ import annotations
 
@@ -24,19 +24,7 @@ PROVENANCE = "provenance.json"
 
 @dataclasses.dataclass(frozen=True)
 class RunInputs:
-    """What a patch folder is made from.
-
-    Attributes
-    ----------
-    preset : str or None
-        Name of the preset; None for settings of the caller's own.
-    seed : int
-        The seed of everything that is drawn.
-    settings : SimulationSettings
-        All settings.
-    mf6_version, mf6_sha256 : str
-        Release and checksum of the MODFLOW 6 program.
-    """
+    """Inputs of a patch folder; ``preset`` is None for custom settings."""
 
     preset: str | None
     seed: int
@@ -46,36 +34,17 @@ class RunInputs:
 
 
 def sha256_of(path: Path) -> str:
-    """Return the SHA-256 of a file, as 64 lower-case hexadecimal digits."""
+    """Return the SHA-256 of a file as 64 lower-case hexadecimal digits."""
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def write_provenance(
     folder: Path, inputs: RunInputs, report: RunReport, patches: list[PatchMasks]
 ) -> Path:
-    """Write ``provenance.json`` into a patch folder whose other files are complete.
+    """Write ``provenance.json`` to a patch folder whose other files are complete; return its path.
 
-    Parameters
-    ----------
-    folder : Path
-        The patch folder.
-    inputs : RunInputs
-        Seed, settings and program.
-    report : RunReport
-        Budget discrepancies of the run.
-    patches : list of PatchMasks
-        The patches, in the order of their ids.
-
-    Returns
-    -------
-    Path
-        The file written. Paths in it are relative to ``folder``; the date is UTC, or that of
-        ``SOURCE_DATE_EPOCH``.
-
-    Raises
-    ------
-    OSError
-        If a file cannot be read or written.
+    Paths in it are relative to ``folder``. The date is the current time in UTC, or that of
+    ``SOURCE_DATE_EPOCH``.
     """
     s = inputs.settings
     files = sorted(p for p in folder.rglob("*") if p.is_file())

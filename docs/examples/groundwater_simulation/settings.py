@@ -1,4 +1,4 @@
-"""Settings of the groundwater simulation: a frozen, checked record and three presets."""
+"""Settings of the groundwater simulation, with three presets."""
 
 from __future__ import annotations
 
@@ -9,32 +9,32 @@ from typing import Any
 
 @dataclasses.dataclass(frozen=True)
 class SimulationSettings:
-    """Settings of the MODFLOW 6 flow and transport model, and of the patches cut from it.
+    """Settings of the MODFLOW 6 flow and transport model, and of its patches.
 
-    Lengths are metres, times days, concentrations grams per cubic metre (the same number in mg/L),
-    hydraulic conductivities metres per day. Every field is checked when the record is made;
-    ``dataclasses.replace`` makes a changed copy of a preset.
+    Units are metres, days, grams per cubic metre (the same number in mg/L) and, for hydraulic
+    conductivities, metres per day. The constructor checks every field; use ``dataclasses.replace``
+    for a changed copy of a preset.
 
     Attributes
     ----------
     n_rows, n_cols, n_layers : int
-        Cells from north to south, from west to east, and downwards.
+        Number of cells from north to south, from west to east, and downwards.
     length_x, length_y : float
         Extent of the grid.
     refinement : float
-        Widest over narrowest cell width aimed at; cells are narrow where the wells are. 1 gives
+        Intended ratio of the widest to the narrowest cell; cells are narrow near wells. 1 gives
         equal widths.
     active_fraction : float
-        Share of the grid's columns that belong to the aquifer; the rest is inactive.
+        Fraction of the grid's columns that belong to the aquifer; the others are inactive.
     layer_thickness : float
         Mean thickness of a layer.
     undulation : float
         Standard deviation of the land surface and of each layer bottom; at most a sixth of
-        ``layer_thickness``, so that layers keep a thickness.
+        ``layer_thickness``, so that layers do not cross.
     freeboard : float
         Mean height of the land surface above the sloping base line of the heads.
     datum : float
-        Mean stage of the eastern river, the elevation that heads are counted from.
+        Mean stage of the eastern river, from which the initial heads rise to the west.
     gradient : float
         Slope of the head from west to east, metres per metre.
     mean_conductivity : float
@@ -48,7 +48,7 @@ class SimulationSettings:
     covariance : {"exponential", "gaussian"}
         Covariance model of log K.
     vertical_anisotropy : float
-        Vertical over horizontal conductivity.
+        Ratio of vertical to horizontal conductivity.
     specific_yield, specific_storage, porosity : float
         Drainable porosity of the top layer, compressible storage per metre, mobile porosity.
     longitudinal_dispersivity, transverse_dispersivity, vertical_dispersivity : float
@@ -56,29 +56,29 @@ class SimulationSettings:
     recharge : float
         Mean recharge, metres per day.
     recharge_swing : float
-        Seasonal amplitude over the mean, 0 to 1.
+        Ratio of the seasonal amplitude to the mean, 0 to 1.
     recharge_concentration : float
-        Mean concentration of the diffuse load that recharge carries; it is highest in winter.
+        Mean concentration of solute in the recharge; it is highest in winter.
     stage_swing : float
         Seasonal amplitude of the western inflow head and the eastern river stage, metres.
     n_pumping, n_injection : int
-        Wells that take water out, and wells that put solute in.
+        Number of wells that remove water, and of wells that inject solute.
     pumping_rate, injection_rate : float
-        Mean rate of one well while it is on, cubic metres per day.
+        Mean rate of a well while it is on, cubic metres per day.
     injection_concentration : float
         Concentration of the injected water.
     n_steps, warmup_steps : int
-        Steps written, and transient steps simulated before them and not written.
+        Number of written steps, and of transient steps simulated before them.
     step_days : float
-        Days from one written step to the next: one stress period.
+        Days between written steps, the length of a stress period.
     substeps : int
-        Equal time steps that MODFLOW takes in one stress period.
+        Number of equal time steps of MODFLOW per stress period.
     patch_sizes : tuple of float
-        Relative sizes of the patches, one for each; scaled to the number of active columns.
+        Relative size of each patch, scaled to the number of active columns.
     ghost_rings : int
         Width, in cells, of the ring of ghost cells around a patch.
     ghost_neighbours : {"face", "corner"}
-        Whether cells that touch in a corner only are neighbours.
+        "corner": cells that only touch at a corner are neighbours, too.
 
     Raises
     ------
@@ -172,43 +172,19 @@ class SimulationSettings:
 
     @property
     def n_active(self) -> int:
-        """Number of active columns aimed at: the share of the grid, rounded."""
+        """Intended number of active columns."""
         return round(self.active_fraction * self.n_rows * self.n_cols)
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the fields as a dictionary that JSON can hold.
-
-        Returns
-        -------
-        dict
-            Field name to value; tuples become lists.
-        """
+        """Return the fields as a JSON-serializable dict; tuples become lists."""
         return {k: list(v) if isinstance(v, tuple) else v for k, v in vars(self).items()}
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> SimulationSettings:
-        """Make settings from what `to_dict` returned, also after a round trip through JSON.
-
-        Parameters
-        ----------
-        values : dict
-            Field name to value; fields left out take their default.
-
-        Returns
-        -------
-        SimulationSettings
-            The checked record.
-
-        Raises
-        ------
-        ValueError
-            If a name is no field, or a value is out of range.
-        TypeError
-            If a value has the wrong type.
-        """
+        """Create settings from the result of `to_dict`; missing fields have their default."""
         field_names = {field.name for field in dataclasses.fields(cls)}
         if unknown := sorted(set(values) - field_names):
-            raise ValueError(f"settings must name fields of {cls.__name__}, got {unknown}")
+            raise ValueError(f"settings must be fields of {cls.__name__}, got {unknown}")
         fields: dict[str, Any] = {
             k: tuple(v) if isinstance(v, list) else v for k, v in values.items()
         }
@@ -297,18 +273,8 @@ def preset_settings(name: str) -> SimulationSettings:
     Parameters
     ----------
     name : {"small", "medium", "large"}
-        ``small`` is the committed data set (patches of about 44 to 460 points, below 1 MB);
-        ``medium`` has patches of about 231 to 1,353 points; ``large`` of 240 to 2,400.
-
-    Returns
-    -------
-    SimulationSettings
-        The preset's frozen record.
-
-    Raises
-    ------
-    ValueError
-        If there is no such preset.
+        ``small`` is the embedded data set (patches of about 44 to 460 points, below 1 MB);
+        ``medium`` has patches of about 231 to 1,353 points, ``large`` of 240 to 2,400.
     """
     if name not in PRESETS:
         raise ValueError(f"preset must be one of {', '.join(PRESETS)}, got {name!r}")

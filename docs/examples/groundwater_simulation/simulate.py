@@ -41,41 +41,40 @@ def simulate(
     """Simulate an aquifer with MODFLOW 6 and write its patches to a folder.
 
     Draws an aquifer from the seed (`build_aquifer`), runs a coupled flow and transport model in a
-    temporary folder that is deleted afterwards, checks what came out, cuts the map into patches
-    (`cut_patches`) and writes::
+    temporary folder, checks its output, cuts the map into patches (`cut_patches`) and writes::
 
-        out/provenance.json               what made it, settings, units, sizes, sha256 of each file
+        out/provenance.json               versions, settings, units, sizes, sha256 of each file
         out/patch_<id>/core_coords.npy    float32 (Nc, 3)      x, y, z of cell centres, metres
         out/patch_<id>/core_obs.npy       float32 (T, Nc, 3)   columns below
         out/patch_<id>/ghost_coords.npy   float32 (Ng, 3)
         out/patch_<id>/ghost_obs.npy      float32 (T, Ng, 3)
 
     Columns are ``mass_concentration`` (grams per cubic metre), ``head`` (metres) and ``pressure``
-    (kilopascals above the atmosphere, at the cell centre). Points go layer by layer, row by row;
-    all layers of a column are in the same patch. The same seed, settings and programs give the same
-    bytes, the date in ``provenance.json`` aside (``SOURCE_DATE_EPOCH`` fixes that too).
+    (kilopascals above the atmosphere, at the cell centre). Points are ordered by layer, then by
+    row; all layers of a column are in the same patch. The same seed, settings and programs give the
+    same bytes, except for the date in ``provenance.json`` (set ``SOURCE_DATE_EPOCH`` to fix it).
 
     Parameters
     ----------
     out : str or path-like
-        Folder to make. It appears in one step, complete, or not at all.
+        Folder to create, atomically: it is complete or does not exist.
     preset : {"small", "medium", "large"}, default "small"
-        Named settings; ignored when ``settings`` are given.
+        Named settings; ignored if ``settings`` is given.
     settings : SimulationSettings, optional
-        Settings of your own, as of ``dataclasses.replace(PRESETS["small"], n_steps=120)``.
+        Custom settings, e.g. ``dataclasses.replace(PRESETS["small"], n_steps=120)``.
     seed : int, default 2
-        0 to 2^63 - 1. The committed data set is preset small with the default seed.
+        0 to 2^63 - 1. The embedded data set is preset small with the default seed.
     mf6 : str or path-like, optional
-        The MODFLOW 6 program; found by `find_mf6` when left out.
+        The MODFLOW 6 program. Default: see `find_mf6`.
     overwrite : bool, default False
-        Whether to replace ``out``. Only a folder with a ``provenance.json`` is ever replaced.
+        Whether to replace ``out``. Only a folder with a ``provenance.json`` is replaced.
     progress : bool, default True
-        Whether to show progress bars; they stay away where standard error is no terminal.
+        Whether to show progress bars if standard error is a terminal.
 
     Returns
     -------
     Path
-        The folder, absolute.
+        Absolute path of the folder.
 
     Raises
     ------
@@ -83,9 +82,9 @@ def simulate(
         If the preset is unknown, the seed out of range, or the settings leave no room for the
         wells or the patches.
     TypeError
-        If ``seed`` is no int or ``settings`` no SimulationSettings.
+        If ``seed`` is not an int or ``settings`` not a SimulationSettings.
     FileExistsError
-        If ``out`` is a file, or a folder with something in it that may not be replaced.
+        If ``out`` is a file, or a non-empty folder that must not be replaced.
     FileNotFoundError
         If no ``mf6`` is found.
     ImportError
@@ -136,7 +135,8 @@ def _write_results(
     report: RunReport,
     progress: bool,
 ) -> None:
-    # The mapped files die with this frame: Windows deletes no file that is still mapped.
+    # The maps must be freed before the files are deleted, since Windows does not delete mapped
+    # files: they are local variables of this function.
     settings = inputs.settings
     skip, steps = 1 + settings.warmup_steps, settings.n_steps
     shape = (settings.n_layers, settings.n_rows, settings.n_cols)
@@ -158,17 +158,20 @@ def _check_fields(
         for name, values in (("head", h), ("concentration", c)):
             # MODFLOW marks dry and inactive cells by +-1e30.
             if not np.all(np.isfinite(values)) or np.abs(values).max() > 1e20:
-                raise SimulationError(f"{name} must be finite in every active cell, step {step}")
+                raise SimulationError(
+                    f"{name} is not finite in every active cell in step {step}: a cell is dry or "
+                    "the solution diverged"
+                )
         if dry := int(np.count_nonzero(h <= bottoms)):
             raise SimulationError(
-                f"head must stay above the cell bottoms, got {dry} dry cells in step {step}; "
-                "lower pumping_rate or raise layer_thickness"
+                f"{dry} cells are dry in step {step}: their head is not above the cell bottom. "
+                "Lower pumping_rate or raise layer_thickness."
             )
-        # The TVD scheme is not strictly monotone on a grid of unequal cells; 1% is its due.
+        # Allow 1 %: the TVD scheme is not strictly monotone on a grid of unequal cells.
         if c.min() < -0.01 * max_source or c.max() > 1.01 * max_source:
             raise SimulationError(
-                f"concentration must stay within 0 and its sources ({max_source:g}), got "
-                f"{c.min():g} to {c.max():g} in step {step}; raise substeps"
+                f"concentration is {c.min():g} to {c.max():g} in step {step}, outside of 0 to "
+                f"{max_source:g}, the largest of its sources. Raise substeps."
             )
 
 
@@ -191,7 +194,7 @@ def _version_of(program: Path) -> str:
             [str(program), "--version"], capture_output=True, text=True, timeout=60, check=False
         )
     except (OSError, subprocess.TimeoutExpired) as error:
-        raise SimulationError(f"mf6 could not be started: {program}: {error}") from error
+        raise SimulationError(f"cannot start mf6: {program}: {error}") from error
     match = re.search(r"mf6:\s*(\d[\w.]*)", process.stdout)
     if match is None:
         raise SimulationError(
@@ -210,23 +213,23 @@ def _check_target(target: Path, overwrite: bool) -> None:
         return
     if not overwrite:
         raise FileExistsError(
-            f"out must not exist or be empty, got {target}; overwrite=True replaces it"
+            f"out must not exist or be empty, got {target}; pass overwrite=True to replace it"
         )
     if not (target / PROVENANCE).is_file():
         raise FileExistsError(
-            f"out must hold a {PROVENANCE} to be replaced, got {target}; remove it yourself"
+            f"out must have a {PROVENANCE} to be replaced, got {target}; delete it first"
         )
 
 
 @contextmanager
 def _staged(target: Path, overwrite: bool) -> Iterator[Path]:
-    """Give a folder beside the target, that takes its place if all goes well and goes if not."""
+    """Yield a temporary folder that replaces the target if the block succeeds."""
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{target.name}-", dir=target.parent) as tmp:
         stage = Path(tmp) / "new"
         stage.mkdir()
         yield stage
-        # Minutes have passed since the first look.
+        # Minutes have passed since the first check.
         _check_target(target, overwrite)
         backup = Path(tmp) / "old"
         if target.exists():

@@ -1,4 +1,4 @@
-"""The command of the groundwater simulation: what it passes on, and how it refuses."""
+"""The command of the groundwater simulation: its options and its errors."""
 
 from __future__ import annotations
 

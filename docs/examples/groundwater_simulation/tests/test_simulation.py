@@ -259,7 +259,7 @@ def test_settings_survive_json():
     for settings in PRESETS.values():
         again = SimulationSettings.from_dict(json.loads(json.dumps(settings.to_dict())))
         assert again == settings
-    with pytest.raises(ValueError, match=r"settings must name fields.*\['depth'\]"):
+    with pytest.raises(ValueError, match=r"settings must be fields.*\['depth'\]"):
         SimulationSettings.from_dict({"depth": 3})
 
 
@@ -290,9 +290,11 @@ def test_only_an_own_folder_is_overwritten(tmp_path):
     out = tmp_path / "out"
     out.mkdir()
     (out / "thesis.txt").write_text("years of work")
-    with pytest.raises(FileExistsError, match=r"out must not exist or be empty, got .*out; over"):
+    with pytest.raises(
+        FileExistsError, match=r"out must not exist or be empty, got .*out; pass over"
+    ):
         simulate(out, settings=TINY)
-    with pytest.raises(FileExistsError, match=r"out must hold a provenance\.json to be replaced"):
+    with pytest.raises(FileExistsError, match=r"out must have a provenance\.json to be replaced"):
         simulate(out, settings=TINY, overwrite=True)
     with pytest.raises(FileExistsError, match="out must be a folder, got the file"):
         simulate(out / "thesis.txt", settings=TINY)
@@ -517,22 +519,23 @@ VERSION = 'if [ "$1" = --version ]; then echo "mf6: 6.4.1 12/09/2022"; exit 0; f
         ("echo of no kind", "mf6 --version must name a MODFLOW 6 release, got 'of no kind'"),
         (
             VERSION + "echo boom; echo 'ERROR: it broke' > mfsim.lst; exit 3",
-            r"(?s)mf6 must end normally, got exit 3:.*boom.*mfsim\.lst.*ERROR: it broke",
+            r"(?s)mf6 did not terminate normally \(exit code 3\):"
+            r".*boom.*mfsim\.lst.*ERROR: it broke",
         ),
-        (VERSION + "exit 0", "mf6 must end normally, got exit 0"),
+        (VERSION + "exit 0", r"mf6 did not terminate normally \(exit code 0\)"),
         (
             VERSION
             + "echo 'Normal termination of simulation.' > mfsim.lst\n"
             + "echo 'PERCENT DISCREPANCY = 2.50 PERCENT DISCREPANCY = 0.1' > gwf.lst\n"
             + "cp gwf.lst gwt.lst",
-            r"budget discrepancy in gwf\.lst must be <= 0\.1 per cent, got 2\.5",
+            r"budget discrepancy in gwf\.lst is 2\.5 per cent, above the limit of 0\.1",
         ),
         (
             VERSION
             + "echo 'Normal termination of simulation.' > mfsim.lst\n"
             + "echo 'PERCENT DISCREPANCY = 0.00 PERCENT DISCREPANCY = 0.0' > gwf.lst\n"
             + "cp gwf.lst gwt.lst; echo short > gwf.bin",
-            r"gwf\.bin must hold 9 times of 2 x 9 x 10 cells \(13896 bytes\), got 6 bytes",
+            r"gwf\.bin must have 9 times of 2 x 9 x 10 cells \(13896 bytes\), got 6 bytes",
         ),
     ],
 )
@@ -660,7 +663,7 @@ def test_a_dried_out_aquifer_is_an_error_and_leaves_nothing(program, tmp_path, s
     work = tmp_path / "work"
     work.mkdir()
     thirsty = dataclasses.replace(TINY, pumping_rate=200_000.0)
-    with pytest.raises(SimulationError, match="must"):
+    with pytest.raises(SimulationError, match=r"are dry|not finite|did not terminate"):
         simulate(work / "out", settings=thirsty, seed=4, mf6=program)
     assert not list(scratch.iterdir())
     assert not list(work.iterdir())
