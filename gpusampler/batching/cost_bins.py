@@ -1,4 +1,4 @@
-"""Cost bins: samples of one patch divided by cost, so that samples of a batch cost nearly the same.
+"""Cost bins divide the samples of a patch by cost: all samples of a batch cost nearly the same.
 
 Packing samples one by one into batches of equal cost would not be a function of (seed, epoch, slot)
 in O(1): the start of a batch would depend on all batches before it, and the number of batches on
@@ -51,7 +51,7 @@ from gpusampler.groups.patch_groups import PatchGroups
 from gpusampler.groups.subsets import expand_runs, sort_by_group
 
 CHUNK = 1 << 18
-"""Samples, or pairs of size classes, processed at once."""
+"""Number of samples, or of pairs of size classes, processed at once."""
 
 PATCHES_PER_BLOCK = 1 << 14
 """Maximum number of patches processed at once, which bounds the counters of their classes."""
@@ -212,7 +212,10 @@ def _sort_into_size_classes(
 
 
 def _blocks(offsets: Int64) -> Iterator[tuple[int, int, int, int]]:
-    """Yield blocks (first patch, end patch, start, stop); a large patch spans several blocks."""
+    """Yield blocks of samples: (first patch, end patch, first position, end position) in the order.
+
+    A patch of more than `CHUNK` samples spans several blocks.
+    """
     first = 0
     while first + 1 < offsets.size:
         start = int(offsets[first])
@@ -224,7 +227,7 @@ def _blocks(offsets: Int64) -> Iterator[tuple[int, int, int, int]]:
 
 
 def _size_class_of(sizes: Int64) -> Int64:
-    """Return the size class of batch sizes: 0 is the cheapest, size 0 is last."""
+    """Return the size class of each batch size: 0 for the cheapest samples, the last for size 0."""
     largest_bits = int(leading_bits(np.array([float(MAX_BATCH_SIZE)]))[0])
     smallest_bits = int(leading_bits(np.array([1.0]))[0])
     size_class = largest_bits - leading_bits(sizes.astype(np.float64))
@@ -255,7 +258,7 @@ def _raise_over_budget(
         cost = float(costs.min())
         raise ValueError(
             f"max_cost={budget.max_cost} is too small for all {groups.num_samples} samples: the "
-            f"cheapest costs {cost}{budget.refusal(cost)}. Raise max_cost."
+            f"cheapest costs {cost}{budget.refusal(cost)} max_cost."
         )
     positions = np.flatnonzero(is_over)
     first = int(positions[samples[positions].argmin()])
@@ -263,8 +266,8 @@ def _raise_over_budget(
     cost = float(costs[first])
     raise ValueError(
         f"max_cost={budget.max_cost} is too small for {positions.size} of {groups.num_samples} "
-        f"samples: sample {samples[first]} of patch {label} costs {cost}{budget.refusal(cost)}. "
-        "Raise max_cost or pass over_budget='skip'."
+        f"samples: sample {samples[first]} of patch {label} costs {cost}{budget.refusal(cost)} "
+        "max_cost or pass over_budget='skip'."
     )
 
 
@@ -291,9 +294,10 @@ def _bin_ends(
 def _optimal_bin_ends(
     first: Int64, num_classes: Int64, counts: Int64, sizes: Int64, budget: CostBudget, partial: str
 ) -> Int64:
-    """Return the last class of each bin, by dynamic programming.
+    """Return the index of the last size class of each bin, found by dynamic programming.
 
-    Patch i has the classes ``first[i] .. first[i] + num_classes[i] - 1`` of ``counts``, ``sizes``.
+    Patch i has size classes ``first[i] .. first[i] + num_classes[i] - 1``. ``counts`` and ``sizes``
+    are the number of samples and the batch size of each size class of all patches.
     """
     max_classes = int(num_classes.max())
     columns = np.arange(max_classes)
@@ -324,7 +328,7 @@ def _optimal_bin_ends(
 def _bin_penalty(
     num_samples: Int64, size: Int64, budget: CostBudget, partial: str
 ) -> NDArray[np.float64]:
-    """Return the penalty of bins, in batches."""
+    """Return the penalty of bins of ``num_samples`` and batch size ``size``, in batches."""
     if partial != "drop":
         # float64 division of integers below 2**31 never rounds a fraction to an integer.
         return np.asarray(np.maximum(np.ceil(num_samples / size), MIN_COUNTED_BATCHES))

@@ -18,6 +18,7 @@ from gpusampler.core.validation import check_bool, check_choice, check_int, chec
 OverBudget = Literal["error", "skip"]
 OVER_BUDGET = ("error", "skip")
 MAX_BATCH_SIZE = (1 << 31) - 1
+_ADVICE = "pass the unchanged result of CostBudget.to_dict"
 
 
 @dataclass(frozen=True, eq=False)
@@ -101,7 +102,10 @@ class CostBudget:
         if self.calibration is not None and not isinstance(self.calibration, Mapping):
             raise TypeError(f"calibration must be a mapping, got {short_repr(self.calibration)}")
         if not self._rounded_down(np.array([self._largest_size]))[0] >= self.min_batch_size:
-            raise ValueError(f"no batch size satisfies {self._bounds}")
+            raise ValueError(
+                f"no batch size satisfies all of {self._bounds}: raise max_batch_size, or lower "
+                "min_batch_size or multiple_of"
+            )
 
     def __eq__(self, other: object) -> bool:
         """Return whether all arguments except ``calibration`` are equal."""
@@ -161,11 +165,17 @@ class CostBudget:
         return 1 << _bit_length(sizes - 1) if self.power_of_two else sizes
 
     def refusal(self, cost: float) -> str:
-        """Return the part of an error message that names bounds, if a single sample would fit."""
+        """Return text that names the bounds if they, not max_cost, rule out the patch.
+
+        It stands between the cost and the word max_cost of the error message.
+        """
         max_size = int(CostBudget(self.max_cost).sizes_for(np.array([cost]))[0])
         if max_size == 0:
-            return ""
-        return f", and no batch size up to {max_size} satisfies {self._bounds} within the budget"
+            return ". Raise"
+        return (
+            f": max_cost allows a batch of at most {max_size}, but no such size satisfies "
+            f"{self._bounds}. Relax a bound, or raise"
+        )
 
     @property
     def _largest_size(self) -> int:
@@ -230,9 +240,14 @@ class CostBudget:
         arguments = dict(saved)
         cost_by = arguments.pop("cost_by", None)
         if cost_by is not None and cost_by not in ("patch id", "place"):
-            raise ValueError(f"cost_by must be 'patch id' or 'place', got {short_repr(cost_by)}")
+            raise ValueError(
+                f"saved['cost_by'] must be 'patch id' or 'place', got {short_repr(cost_by)}: "
+                f"{_ADVICE}"
+            )
         if cost_by is not None and arguments.get("cost") is None:
-            raise ValueError(f"cost must be given if cost_by={cost_by!r}, got None")
+            raise ValueError(
+                f"saved['cost'] must be given if saved['cost_by']={cost_by!r}, got None: {_ADVICE}"
+            )
         if cost_by == "patch id":
             arguments["cost"] = _by_patch_id(arguments["cost"])
         unknown = sorted(set(arguments) - set(cls.__dataclass_fields__))
@@ -261,14 +276,14 @@ def check_over_budget(
         cost = float(costs[first])
         raise ValueError(
             f"max_cost={budget.max_cost} is too small for {patches.size} of {sizes.size} patches: "
-            f"a sample of patch {labels[first]} costs {cost}{budget.refusal(cost)}. Raise max_cost "
-            "or pass over_budget='skip'."
+            f"a sample of patch {labels[first]} costs {cost}{budget.refusal(cost)} max_cost or "
+            "pass over_budget='skip'."
         )
     if patches.size == sizes.size:
         cost = float(costs.min())
         raise ValueError(
             f"max_cost={budget.max_cost} is too small for all {sizes.size} patches: a sample of "
-            f"the cheapest costs {cost}{budget.refusal(cost)}. Raise max_cost."
+            f"the cheapest costs {cost}{budget.refusal(cost)} max_cost."
         )
 
 
@@ -282,8 +297,8 @@ def _by_patch_id(pairs: Any) -> dict[Any, Any]:
         return dict(pairs)
     except (TypeError, ValueError) as error:
         raise ValueError(
-            "cost must be pairs of patch id and cost if cost_by='patch id', got "
-            f"{short_repr(pairs)}"
+            "saved['cost'] must be pairs of patch id and cost if saved['cost_by']='patch id', got "
+            f"{short_repr(pairs)}: {_ADVICE}"
         ) from error
 
 

@@ -1,9 +1,10 @@
 """Mixture weights: the number of slots of each patch in an epoch.
 
-A patch with as many slots as batches is visited once per epoch. With more slots, it starts the next
-pass with a new permutation; with fewer, the next epoch continues where this one stopped. Slot j of
-the patch in an epoch is its batch ``t = epoch * slots + j`` since epoch 0, and
-``divmod(t, own_batches)`` gives the pass and the batch in that pass.
+A slot holds one batch; a pass returns each batch of a patch once. A patch with as many slots as
+batches has one pass per epoch. With more slots, it starts the next pass with a new permutation;
+with fewer, the next epoch continues where this one stopped. Slot j of the patch in an epoch is its
+batch ``t = epoch * slots + j`` since epoch 0, and ``divmod(t, own_batches)`` gives the pass and the
+batch in that pass.
 """
 
 from __future__ import annotations
@@ -87,7 +88,7 @@ def slots_by_patch(
     own_batches: Int64,
     patch_of_bin: Int64 | None = None,
 ) -> Int64:
-    """Return the slots of each patch or cost bin in an epoch: int64, shape (P,), or raise.
+    """Return the number of slots of each patch or cost bin per epoch, int64, shape (P,).
 
     Each patch or bin with ``own_batches > 0`` gets at least one slot; see `apportion`. The slots of
     a patch are divided among its bins in proportion to ``own_batches``, shape (P,). The default
@@ -158,9 +159,9 @@ def integer_weights(weights: NDArray[np.float64]) -> Int64:
 def apportion(weights: Int64, total: int, minimum: Int64) -> Int64:
     """Divide ``total`` in proportion to weights by the largest-remainder (Hamilton) method.
 
-    Elements below their minimum get the minimum (0 gets nothing); the others divide the rest,
-    within 1 of their exact share. Ties go to the lower index. ``weights``, shape (G,), are >= 0
-    with a sum below 2**62; ``total`` is below 2**60 and at least the sum of ``minimum``.
+    Elements with minimum 0 get nothing; others get at least their minimum. Those above it divide
+    the rest, within 1 of their exact share. Ties go to the lower index. ``weights``, shape (G,),
+    are >= 0 with a sum below 2**62; ``total`` is below 2**60 and at least the sum of ``minimum``.
     """
     return apportion_each(weights, np.array([total]), np.zeros(1, np.int64), minimum)
 

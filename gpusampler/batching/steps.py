@@ -94,11 +94,11 @@ class CostBuckets:
     Attributes
     ----------
     offsets, counts : arrays, shape (C,)
-        Batches before and in each bucket.
+        Number of batches before each bucket, and in it.
     grid : Grid of arrays
         Sides of each bucket's permutation.
     run_offsets, run_groups, run_first : arrays, shape (R,)
-        Batches before each run, its patch, and its first batch in that patch.
+        Number of batches before each run, its patch, and its first batch in that patch.
     smallest, largest : int
         Number of batches in the smallest and in the largest bucket.
     fingerprint : int
@@ -119,7 +119,10 @@ class CostBuckets:
     def build(
         cls, counts: Int64, sizes: Int64, batches: Int64, partial: str, costs: NDArray[np.float64]
     ) -> CostBuckets:
-        """Sort batches by cost; all arrays are by patch, shape (G,), ``costs`` per sample."""
+        """Sort batches into buckets by cost.
+
+        Arrays have one element per patch, shape (G,); ``costs`` are the cost of one sample.
+        """
         groups = np.flatnonzero(batches)
         size, num_batches = sizes[groups], batches[groups]
         last_size = size
@@ -158,7 +161,7 @@ class CostBuckets:
         return [*(getattr(self, name) for name in _BUCKET_ARRAYS), *self.grid]
 
     def map_arrays(self, convert: Callable[[Any], Any]) -> CostBuckets:
-        """Return the same buckets with each array converted."""
+        """Return these buckets with ``convert`` applied to each array."""
         converted = {name: convert(getattr(self, name)) for name in _BUCKET_ARRAYS}
         return replace(self, grid=Grid(*map(convert, self.grid)), **converted)
 

@@ -40,8 +40,8 @@ class PatchTables:
     sizes : array
         Batch size of each group; 1 for groups over the budget, which have no batch.
     batches : array
-        Slots of each group in an epoch: its batches, including repeats and without dropped batches
-        if steps are of one patch; or the slots assigned by weights.
+        Number of slots of each group in an epoch: the number of its batches, including repeated
+        and without dropped ones if steps are of one patch; or the slots assigned by weights.
     batch_offsets : array, shape (G + 1,)
         Running total of ``batches``.
     batches_per_pass : array, or None
@@ -97,7 +97,7 @@ class PatchTables:
         partial: str,
         patch_of_bin: Int64 | None = None,
     ) -> PatchTables:
-        """Return host tables in steps of one slot, without ``order``, which the plan adds.
+        """Return tables on the host, with one slot per step. The plan adds ``order`` later.
 
         ``sizes`` are batch sizes, shape (G,); groups with size 0 get no batch. Raise ValueError if
         partial="drop" leaves no batch.
@@ -117,9 +117,9 @@ class PatchTables:
             unit = "patch" if patch_of_bin is None else "cost bin"
             is_one_size = bool((sizes[groups_with_size] == sizes[nearest]).all())
             raise ValueError(
-                f"partial='drop' leaves no batches: batch_size={int(sizes[nearest])}, "
-                f"{'largest' if is_one_size else 'nearest'} {unit} {int(counts[nearest])}. Reduce "
-                "it or use 'keep'/'pad'."
+                f"partial='drop' leaves no batches: batch_size={int(sizes[nearest])}, but the "
+                f"{'largest' if is_one_size else 'closest'} {unit} has {int(counts[nearest])} "
+                "samples. Reduce batch_size or use partial='keep' or 'pad'."
             )
         first_bin = None
         if patch_of_bin is not None:
@@ -208,8 +208,9 @@ class PatchTables:
         steps = own_batches // width if uneven == "drop" else -(-own_batches // width)
         if not bool(steps.any()):
             raise ValueError(
-                f"step_width must be at most {int(own_batches.max())}, the batches of the largest "
-                f"patch, if steps='same_patch' and uneven='drop', got {width}"
+                f"step_width must be at most {own_batches.max()}, got {width}: no patch has more "
+                f"than {own_batches.max()} batches, and uneven='drop' would drop every step. Use "
+                "uneven='pad'."
             )
         return replace(self, batches_per_pass=own_batches)._with_slots(steps * width, width)
 
@@ -220,9 +221,9 @@ class PatchTables:
         steps = slots // width if uneven == "drop" else max(-(-slots // width), num_taking_part)
         if steps < num_taking_part:
             raise ValueError(
-                f"epoch_batches must be at least {num_taking_part * width}, a step of {width} "
-                f"batches for each of {num_taking_part} patches, if steps='same_patch' and "
-                f"uneven='drop', got {slots}"
+                f"epoch_batches must be at least {num_taking_part * width}, got {slots}: with "
+                f"steps='same_patch' and uneven='drop', each of {num_taking_part} patches needs a "
+                f"step of {width} batches"
             )
         return apportion(slot_shares, steps, (slot_shares > 0).astype(np.int64))
 

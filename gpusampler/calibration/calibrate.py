@@ -171,8 +171,9 @@ def calibrate(
     in_use = meter.memory_in_use()
     if share * meter.limit <= in_use:
         raise ValueError(
-            f"memory_limit * share must be more than the {format_bytes(in_use)} in use, "
-            f"got {format_bytes(meter.limit)} * {share:g}"
+            f"too little memory: {format_bytes(in_use)} is in use, but only "
+            f"{format_bytes(int(share * meter.limit))} may be used (memory_limit="
+            f"{format_bytes(meter.limit)} * share={share:g}). Free memory or raise one."
         )
     search = Search(meter, plan, costs, bounds, share, fit)
     search.run_probes()
@@ -197,14 +198,15 @@ def _check_costs(cost: Any, plan: EpochPlan) -> Floats:
     if plan.units.has_sample_costs:
         raise ValueError(
             "sampler must not use sample_costs: calibration ignores the costs of single samples. "
-            "Use the length of a sample as its patch id"
+            "Pass a sampler without sample_costs; if cost is length and patches do not matter, use "
+            "the length as patch id."
         )
     if cost is None:
         cost = plan.costs_by_patch
     if cost is None:
         raise ValueError(
-            "cost must be given, as a mapping from patch ids or a dataset with patch_costs(), "
-            "unless the sampler's batch_size is a CostBudget with costs, got None"
+            "cost is missing: pass a mapping from patch ids to costs, a dataset with "
+            "patch_costs(), or a sampler whose CostBudget has costs"
         )
     return positive_by_patch(cost, plan.groups, "cost")
 

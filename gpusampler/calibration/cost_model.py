@@ -17,12 +17,12 @@ MAX_ERROR_RATIO = 0.999
 
 
 class Fit(NamedTuple):
-    """Bytes of a batch above the baseline; ``cost`` is that of one sample. All terms are >= 0.
+    """Bytes that a batch takes in addition to the memory in use before it; all terms are >= 0.
 
     ``fixed + per_patch * cost + (per_sample + per_cost * cost) * batch_size``
 
-    ``per_patch`` counts once per batch (a graph that its samples share), ``per_sample`` once per
-    sample; both are 0 in a proportional fit.
+    ``cost`` is the cost of one sample. ``per_patch`` counts once per batch (a graph that its
+    samples share), ``per_sample`` once per sample; both are 0 in a proportional fit.
     """
 
     fixed: float

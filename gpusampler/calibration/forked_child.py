@@ -60,20 +60,21 @@ def check_platform() -> None:
     """Raise RuntimeError if the peak memory of a child cannot be measured."""
     if sys.platform != "linux" or not os.access(memory.PROC / "self" / "clear_refs", os.W_OK):
         raise RuntimeError(
-            "calibrate must run on Linux, with /proc/self/clear_refs, to measure a step on the "
-            f"CPU, got {sys.platform}. Choose max_cost yourself and pass it to CostBudget"
+            "calibrate can measure a CPU step only on Linux with a writable /proc/self/clear_refs "
+            f"(platform: {sys.platform}). Choose max_cost yourself and pass it to CostBudget."
         )
 
 
 def call_in_child(
     function: Callable[[], T], memory_limit: int | None = None, *, release_freed: bool = True
 ) -> tuple[bool, T | None]:
-    """Call a function in a forked child; return (True, result), or (False, None) if out of memory.
+    """Call a function in a forked child; return (True, result), (False, None) if out of memory.
 
     The result is pickled. ``memory_limit`` (bytes) includes the memory that this process already
     uses: allocations beyond it fail, and a child that exceeds it anyway is killed. With
     ``release_freed``, the child's malloc returns freed memory immediately. An error of ``function``
-    is raised with the child's traceback as its cause; a child that ends or hangs is a RuntimeError.
+    is raised here, with the child's traceback as its cause. If the child ends without an answer or
+    hangs, RuntimeError is raised.
     """
     context = multiprocessing.get_context("fork")
     receiver, sender = context.Pipe(duplex=False)

@@ -259,5 +259,5 @@ def _explain_fork_error(error: RuntimeError) -> None:
     if "forked subprocess" in message or "fork-based multiprocessing" in message:
         raise RuntimeError(
             "calibrate() forks to run step, but this process already used CUDA or autograd. Pass "
-            "CUDA models in state=, or calibrate first."
+            "CUDA models in state=, or call calibrate() before any CUDA or autograd work."
         ) from error

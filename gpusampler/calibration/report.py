@@ -1,4 +1,4 @@
-"""Report of a calibration: a table, and a plot of line and residuals."""
+"""Report of a calibration: a table, and a plot of measured peaks, fitted line and residuals."""
 
 from __future__ import annotations
 

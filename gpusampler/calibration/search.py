@@ -42,7 +42,7 @@ MAX_BUDGETS = 12
 """Number of budgets to try before calibration fails."""
 
 SEQUENCE_LENGTH = 12
-"""Batches in a row per budget: enough to show most of the freed memory that malloc keeps."""
+"""Number of batches in a row per budget: they show most of the freed memory that malloc keeps."""
 
 MAX_REFITS = 2
 """Number of refits after a most expensive batch whose error exceeds `MAX_RESIDUAL`."""
@@ -103,12 +103,13 @@ class Search:
             first_cost = first_cost or measurable_cost
         if not self._succeeded():
             raise RuntimeError(
-                f"step must fit into memory_limit={format_bytes(self._meter.limit)} with a batch "
-                f"of {self._min_size}, got {len(self.measurements)} probes, all out of memory"
+                f"step ran out of memory in all {len(self.measurements)} probes, even with "
+                f"{self._min_size} samples: raise memory_limit (now "
+                f"{format_bytes(self._meter.limit)}), or lower min_batch_size or multiple_of"
             )
 
     def _probe_patch(self, group: int, first_cost: float) -> float:
-        """Measure one patch; return the cost of its smallest measurable batch, 0 if none is."""
+        """Measure one patch; return the cost of its smallest batch with a measurable peak, or 0."""
         cost = float(self._costs[group])
         max_size = min(max(int(self._useful_sizes[group]), PROBE_SAMPLES), MAX_PROBE_SAMPLES)
         size = max(self._round_down(min(first_cost / cost, max_size)), self._min_size)
@@ -224,7 +225,7 @@ class Search:
         raise RuntimeError(
             f"the most expensive batch exceeds share={self._share:g} of memory_limit="
             f"{format_bytes(self._meter.limit)} with each of {MAX_BUDGETS} budgets: cost does not "
-            "predict the memory of step"
+            "predict the memory of step. Pass a better cost."
         )
 
     def _measure_sequence(self, most_expensive: int) -> int | None:
@@ -247,9 +248,11 @@ class Search:
         growing_bytes = available_bytes - self.fit.fixed
         if not growing_bytes > 0:
             raise ValueError(
-                f"memory_limit * share must be more than the {format_bytes(baseline)} in use plus "
-                f"{format_bytes(int(self.fit.fixed))} for any batch, got "
-                f"{format_bytes(self._meter.limit)} * {self._share:g}"
+                f"too little memory: {format_bytes(baseline)} is in use and any batch needs "
+                f"{format_bytes(int(self.fit.fixed))}, but only "
+                f"{format_bytes(int(self.usable_memory))} may be used (memory_limit="
+                f"{format_bytes(self._meter.limit)} * share={self._share:g}). Free memory or "
+                "raise one."
             )
         if self.fit_form == "proportional":
             return self._costs, growing_bytes / self.fit.per_cost
@@ -263,9 +266,12 @@ class Search:
         try:
             return batch_sizes_of(budget, self._plan.groups, self._plan.partial).sizes
         except ValueError as error:
+            # The last sentence advises to change max_cost, which is not an argument of calibrate.
+            cause = str(error).rsplit(". ", 1)[0]
+            advice = ", or pass over_budget='skip'" if budget.over_budget == "error" else ""
             raise ValueError(
                 f"share={self._share:g} of memory_limit={format_bytes(self._meter.limit)} is too "
-                f"small for some patches: {error}"
+                f"small: {cause}. Raise memory_limit or share{advice}."
             ) from error
 
     def worst_residual(self) -> float:

@@ -1,4 +1,4 @@
-"""Save the state that a training step changes to the host, and restore it bit for bit."""
+"""Save the state that a training step changes, and restore it exactly afterwards."""
 
 from __future__ import annotations
 
@@ -26,7 +26,8 @@ class StateSnapshot:
                 self._restorers.append(_saver_of(obj)(obj))
             except (TypeError, ValueError, RuntimeError, NotImplementedError) as error:
                 raise TypeError(
-                    f"state[{index}] must be copyable, got a {type(obj).__name__}: {error}"
+                    f"cannot copy state[{index}] ({type(obj).__name__}): {error}. Pass an object "
+                    "whose state_dict() can be copied."
                 ) from error
         # Restored last, so that restoring the objects cannot advance the generators.
         self._restorers.append(_save_global_generators())

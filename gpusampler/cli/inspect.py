@@ -1,4 +1,4 @@
-"""Effect of a batch size on a set of patch ids: numbers, a table, a picture."""
+"""Show how a batch size divides patches into batches, as numbers, a table and a picture."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _MAX_BARS = 60
 
 @dataclass(frozen=True)
 class Outcome:
-    """An epoch under one value of ``partial``: batches, and samples missed and repeated."""
+    """Number of batches, and of missed and repeated samples, in an epoch with ``partial``."""
 
     partial: str
     batches: int
@@ -34,7 +34,7 @@ class Outcome:
 
 @dataclass(frozen=True)
 class Inspection:
-    """Patch sizes, and the batches of one batch size.
+    """Patch sizes, and how full the batches of one batch size are.
 
     ``source`` is the name in the heading. ``patch_ids`` and ``counts`` have shape (G,), ids
     ascending. ``nbytes`` is the size of the sampler's tables, without an order if ``contiguous``.
@@ -50,12 +50,12 @@ class Inspection:
 
     @property
     def num_samples(self) -> int:
-        """Samples of all patches."""
+        """Number of samples in all patches."""
         return int(self.counts.sum())
 
     @property
     def full_batches(self) -> int:
-        """Full batches in an epoch."""
+        """Number of full batches in an epoch."""
         return int((self.counts // self.batch_size).sum())
 
     @property
@@ -65,7 +65,7 @@ class Inspection:
         return remainders[remainders > 0]
 
     def text(self) -> str:
-        """Return the inspection as a page of text."""
+        """Return the inspection as text."""
         counts = self.counts
         each = self.nbytes / self.num_samples
         lines = [
@@ -114,7 +114,7 @@ def inspect_source(source: Any, batch_size: int, name: str) -> Inspection:
 
 
 def draw(inspection: Inspection, path: Path) -> None:
-    """Draw patch sizes and batch fill into a PNG."""
+    """Draw patch sizes and how full the batches are, to a PNG file."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(10, 4), layout="constrained")

@@ -1,4 +1,4 @@
-"""The command line: run the demo, inspect patch ids."""
+"""The command line: run the demo, or show how patch ids divide into batches."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ INTERRUPTED = 130
 
 
 class Refusal(click.ClickException):
-    """Bad data or a missing package: one line and exit code 2."""
+    """An error in the user's data, or a missing package; printed as one line, exit code 2."""
 
     exit_code = 2
 
@@ -94,9 +94,10 @@ def _need(task: str, *modules: str) -> None:
 
 @contextmanager
 def _ending_at_once() -> Iterator[None]:
-    """End the process on Ctrl-C while large libraries are imported; nothing is written yet.
+    """End the process on Ctrl-C while large libraries are imported.
 
-    An interrupted import would turn the KeyboardInterrupt into a different error.
+    An interrupted import would turn the KeyboardInterrupt into a different error. Ending at once is
+    safe because no file has been written.
     """
     if signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
         yield  # the program has a handler
@@ -116,7 +117,7 @@ _DIRECTORY = click.Path(path_type=Path)
 )
 @click.version_option(__version__, prog_name="gpusampler")
 def cli() -> None:
-    """Make batches that each come from one patch."""
+    """Run the demo, or show how patch ids divide into batches."""
 
 
 @cli.command()
@@ -234,5 +235,7 @@ def _patch_ids(source: Path, column: str | None, inputs: int, outputs: int, spli
         return read_patch_ids(source, column)
     except ValueError as error:
         if source.is_dir():
-            raise ValueError(f"{error}; it has no folders patch_<id> either") from None
+            raise ValueError(
+                f"{error}. Folder {source} is not a patch folder: it has no folders patch_<id>"
+            ) from None
         raise

@@ -257,7 +257,7 @@ def take_rows(array: Any, index: Any) -> Any:
 
 
 def _selectable(tensor: Any) -> Any:
-    """Return a view of a dtype that torch can gather: signed for uint16, uint32 and uint64."""
+    """View uint16/32/64 tensors as signed, because torch cannot gather unsigned ones."""
     import torch
 
     signed = {torch.uint16: torch.int16, torch.uint32: torch.int32, torch.uint64: torch.int64}

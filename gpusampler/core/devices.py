@@ -109,7 +109,9 @@ def _parse(device: Any) -> Device:
             f"device={name!r} requested, but torch cannot use it: {reason}"
         ) from error
     if parsed.type == "meta":
-        raise ValueError(f"device must hold values, got {name!r}")
+        raise ValueError(
+            f"device must not be {name!r}, which stores no data; pass 'cpu', 'cuda' or 'numpy'"
+        )
     return Device("torch", full_name)
 
 
@@ -189,8 +191,8 @@ def check_not_in_worker(device: Device) -> None:
     """Raise RuntimeError if ``device`` is a GPU and this process is a DataLoader worker."""
     if not device.on_host and is_in_worker():
         raise RuntimeError(
-            f"device must be the host in a DataLoader worker, got {str(device)!r}: workers cannot "
-            "return GPU arrays. Iterate in the main process, or use device='numpy'"
+            f"device must be 'numpy' or 'cpu' in a DataLoader worker, got {str(device)!r}: workers "
+            "cannot return GPU arrays. Iterate in the main process, or use device='numpy'"
         )
 
 
@@ -221,7 +223,7 @@ def cupy_stream() -> Any:
 
 
 def device_handle(device: Device) -> Any:
-    """Return the ``device=`` argument for functions of the device's library."""
+    """Return the value to pass as ``device=`` to NumPy, torch or CuPy."""
     if device.library == "numpy":
         return "cpu"
     if device.library == "torch":

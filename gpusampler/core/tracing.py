@@ -48,7 +48,7 @@ class ProfiledIterator(Protocol):
     """Iterator with a fast path that a profile cannot observe, and a way to leave that path."""
 
     def observe_each_batch(self) -> None:
-        """Yield every remaining batch through code that a profile can observe."""
+        """Take the slower path, which a profile can observe, for the remaining batches."""
 
 
 class _OpenRanges(threading.local):
@@ -134,7 +134,7 @@ class Recorder:
 
 
 def _begin_profiler_range(label: str) -> Callable[[], object] | None:
-    """Begin a range in all active profilers; return a function that ends it, or None if none is."""
+    """Begin a range in all active profilers; return a function to end it, or None if inactive."""
     ends: list[Callable[[], object]] = []
     if _is_torch_profiling():
         from torch.autograd.profiler import record_function

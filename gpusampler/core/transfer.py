@@ -1,7 +1,7 @@
 """Asynchronous copies between device and host: side streams, events and pinned memory.
 
 `HostTransfer` copies arrays to the host one step ahead of their use. `SideStream` hides the
-differences between libraries; the tests implement one that copies as late as allowed.
+differences between libraries. The tests use one that delays each copy until it is waited for.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ class Event(Protocol):
     """A point in the work of a stream."""
 
     def synchronize(self) -> None:
-        """Block the host until the stream reaches this point."""
+        """Block the host until the stream has reached this event."""
 
 
 class SideStream(Protocol):
@@ -36,13 +36,14 @@ class SideStream(Protocol):
     def copy_to_host(self, source: Any, target: Any) -> Event:
         """Begin to copy a device array to pinned memory, after the work that computes it.
 
-        Until the event, the caller keeps ``source`` alive and does not touch ``target``.
+        The caller must keep ``source`` alive, and must not access ``target``, until the returned
+        event has completed.
         """
 
     def copy_to_device(self, source: Any, shape: tuple[int, ...]) -> tuple[Any, Event]:
         """Begin to copy pinned memory to a new device array.
 
-        The caller must not change ``source`` until the event.
+        The caller must not change ``source`` until the returned event has completed.
         """
 
     def wait_for_copy(self, event: Event, array: Any) -> None:
@@ -100,7 +101,7 @@ class ReadyArrays:
 
 
 class TorchSideStream:
-    """`SideStream` of torch on CUDA."""
+    """`SideStream` implemented with torch, for CUDA devices."""
 
     def __init__(self, device: Device) -> None:
         import torch
@@ -146,7 +147,7 @@ class TorchSideStream:
 
 
 class CupySideStream:
-    """`SideStream` of CuPy."""
+    """`SideStream` implemented with CuPy."""
 
     def __init__(self, device: Device) -> None:
         import cupy
@@ -235,8 +236,8 @@ class Prefetcher(Generic[T]):
 class HostTransfer:
     """Copies device arrays to the host through two pinned buffers.
 
-    `send` begins a copy and `take` waits for the oldest one. An array from `take` stays valid
-    until the second `send` after it.
+    `send` begins a copy and `take` waits for the oldest one. An array from `take` is
+    overwritten by the second `send` after its own.
     """
 
     BUFFERS = 2
@@ -268,5 +269,5 @@ class HostTransfer:
         return np.asarray(self._buffers[index][:size])
 
     def __del__(self) -> None:
-        """Wait for pending copies before the buffers are freed; an epoch may end at any point."""
+        """Wait for pending copies (an epoch can be abandoned early) before freeing the buffers."""
         finish_copies(self._side)

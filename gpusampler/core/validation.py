@@ -112,7 +112,10 @@ def check_id_array(ids: Any, name: str = "ids") -> Any:
     original = ids
     ids = as_array(ids, name)
     if isinstance(ids, np.ma.MaskedArray):
-        raise TypeError(f"{name} must have a value for every sample, got a masked array")
+        raise TypeError(
+            f"{name} must not be a masked array; fill it with .filled(id) or remove the masked "
+            "samples"
+        )
     if len(ids.shape) != 1:
         raise ValueError(f"{name} must be 1-D, one id per sample, got shape {tuple(ids.shape)}")
     if int(ids.shape[0]) == 0:

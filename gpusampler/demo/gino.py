@@ -30,8 +30,8 @@ class GinoConfig:
         Latent nodes per axis; even.
     in_radius, out_radius : float
         Radii of the two graphs, in units of the patch's box: about two cells of the latent
-        grid. Radii that cover the whole patch (1.6 and 5) cost 15 times as much and reach a
-        probe loss of 0.32 instead of 0.06, because a plume is local.
+        grid. Radii that cover the patch (1.6 and 5) cost 15 times as much and give a worse
+        probe loss (0.32, not 0.06): solute plumes are local.
     """
 
     hidden: int = 16

@@ -1,4 +1,4 @@
-"""Observed and forecast head of one patch at one held-out step."""
+"""Observed and forecast hydraulic head of one patch at one held-out step."""
 
 from __future__ import annotations
 
@@ -14,7 +14,10 @@ from gpusampler.groundwater import collate_fn
 
 @dataclass(frozen=True)
 class HeadMap:
-    """Head in the top cell of each column of one patch; positions and heads in metres, (n,)."""
+    """Hydraulic head in the top cell of each vertical column of grid cells of one patch.
+
+    Positions and heads have shape (n,) and are in metres.
+    """
 
     patch_id: int
     step: int
@@ -25,7 +28,7 @@ class HeadMap:
 
 
 def head_map(model: PatchGino, data: DemoData) -> HeadMap:
-    """Forecast the last held-out window of the largest patch, at the top cell of each column."""
+    """Forecast the head at the end of the last held-out window of the largest patch."""
     import torch
 
     held_out = data.held_out

@@ -33,9 +33,9 @@ def run_demo(
 
     ``data`` is loaded data or a patch folder; default: the embedded data. ``out`` is a folder,
     created if missing, for ``report.json`` and ``demo.png``; without it nothing is written and
-    matplotlib is not needed. ``seed`` gives the initial weights and the batches; global random
-    state is neither used nor changed. torch uses one thread during the run, and neuraloperator's
-    `segment_csr` is replaced.
+    matplotlib is not needed. ``seed`` determines the initial weights and batches; global random
+    state is neither used nor changed. During the run, torch uses one thread and a faster function
+    replaces neuraloperator's `segment_csr`; both are restored.
     """
     import neuralop
     import torch

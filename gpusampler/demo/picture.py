@@ -1,4 +1,4 @@
-"""The demo's picture: observed and forecast head, the loss, and the patch of each batch."""
+"""The demo's picture: observed and forecast hydraulic head, loss, and the patch of each batch."""
 
 from __future__ import annotations
 

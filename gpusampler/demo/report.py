@@ -1,4 +1,4 @@
-"""Results of the demo, as plain values, as JSON and as text."""
+"""Results of the demo, as dataclasses, as JSON and as text."""
 
 from __future__ import annotations
 
@@ -31,13 +31,14 @@ class Training:
     parameters : int
         Number of trainable values of the model.
     probe_loss : tuple of float
-        Loss on the probe set before training and after each epoch.
+        Loss on the probe set (at most 256 held-out windows), before training and after each epoch.
     batch_loss : tuple of float
         Loss of each training batch, in order.
     persistence_loss : float
-        Loss on the probe set of a forecast that repeats the last input step.
+        Loss on the probe set of persistence, which repeats the last input step.
     head_rmse, head_rmse_persistence : float
-        Root mean square error of the head on the probe set after training, in metres.
+        Root mean square error of the hydraulic head on the probe set in metres, of the trained
+        model and of persistence.
     batch_patches : tuple of tuple of int
         Patch of each batch, per epoch.
     seconds : float
@@ -64,7 +65,7 @@ class Training:
 class Speed:
     """Samples per second in grouped batches and one at a time, each the best of ``repeats``.
 
-    Both use the same ``samples`` samples and alternate.
+    Both variants train on the same samples (``samples`` of them), in turns.
     """
 
     grouped: float

@@ -27,10 +27,11 @@ def compare_speed(
     repeats: int = REPEATS,
     progress: bool = True,
 ) -> Speed:
-    """Time training on an epoch's first batches, at least 64 samples, whole and split up.
+    """Time training on the first batches of an epoch, as batches and then one sample at a time.
 
-    Both variants read the same samples and run complete training steps on a copy of the model.
-    They alternate, so that a slow phase of the machine affects both; the best time of each counts.
+    The batches have at least 64 samples. Both variants read the same samples and run complete
+    training steps on a copy of the model. They take turns, so that a slow phase of the machine
+    affects both; the best time of each counts.
     """
     grouped: list[list[int]] = []
     for rows in PatchBatchSampler(data.train, batch_size, seed=seed):

@@ -26,7 +26,7 @@ _HEAD = "head"
 
 @dataclass(frozen=True)
 class ProbeErrors:
-    """Mean squared errors on the probe set, of scaled values and of the head in m²."""
+    """Mean squared errors on the probe set, of scaled values and of the hydraulic head in m²."""
 
     loss: float
     persistence: float
@@ -73,8 +73,8 @@ def measure_probe(model: PatchGino, data: DemoData, batch_size: int) -> ProbeErr
             count += len(truth)
     if not bool(torch.isfinite(sums).all()):
         raise FloatingPointError(
-            "errors on the probe set are not finite: the held-out steps have NaN or infinity, or "
-            "training diverged"
+            "probe errors are not finite: check the held-out steps for NaN or infinity; if there "
+            "are none, training diverged"
         )
     return ProbeErrors(*(sums / count).tolist())
 
@@ -88,10 +88,10 @@ def train(
     seed: int = 0,
     progress: bool = True,
 ) -> Training:
-    """Train a model in place, with Adam and a cosine schedule down to 0, and return the results.
+    """Train in place with Adam and a learning rate that falls to 0 on a cosine.
 
-    Only the batches are random; ``seed`` gives them. Raises FloatingPointError if a loss is not
-    finite.
+    ``seed`` determines the batches; nothing else is random. Raises FloatingPointError if a loss or
+    a probe error is not finite.
     """
     import torch
 
@@ -128,7 +128,8 @@ def train(
                     losses.append(loss.item())
                     if not math.isfinite(losses[-1]):
                         raise FloatingPointError(
-                            f"training diverged: the loss of batch {len(losses)} is {losses[-1]}"
+                            f"training diverged: the loss is {losses[-1]} at batch {len(losses)} "
+                            "of the run; check the data for outliers or try a different seed"
                         )
                     epoch_patches.append(batch["patch_id"])
                     bar.update()

@@ -1,4 +1,4 @@
-"""Groundwater patch folders as a map-style dataset, one point cloud per batch."""
+"""A map-style dataset of patch folders; its collate function keeps one copy of the points."""
 
 from gpusampler.groundwater.collate import collate_fn
 from gpusampler.groundwater.dataset import GWPatchDataset

@@ -10,12 +10,12 @@ from gpusampler.core.validation import check_int
 
 
 def check_columns(columns: Sequence[str]) -> tuple[str, ...]:
-    """Return the column names as a tuple; they must be unique, at least one."""
+    """Return the column names as a tuple; there must be at least one, each only once."""
     if isinstance(columns, str) or not all(isinstance(name, str) for name in columns):
         raise TypeError(f"columns must be a sequence of names, got {columns!r}")
     names = tuple(columns)
     if not names or len(set(names)) != len(names):
-        raise ValueError(f"columns must be unique names, at least one, got {columns!r}")
+        raise ValueError(f"columns must name at least one column, each only once, got {columns!r}")
     return names
 
 
@@ -43,5 +43,7 @@ def check_targets(
             continue
         names.append(columns[check_int(target, "target_columns", low=0, high=len(columns))])
     if not names or len(set(names)) != len(names):
-        raise ValueError(f"target_columns must be unique columns, at least one, got {targets!r}")
+        raise ValueError(
+            f"target_columns must name at least one column, each only once, got {targets!r}"
+        )
     return tuple(names)

@@ -1,4 +1,4 @@
-"""Collate samples of one patch: stacked values, one point cloud."""
+"""Collate samples of one patch: stack the values and keep one copy of the points."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ _CLOUD = ("core_coords", "ghost_coords")
 
 
 def collate_fn(samples: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Stack samples of one patch and return their point cloud once.
+    """Stack samples of one patch, and return one copy of their points.
 
     A neural operator with a graph encoder builds one graph per forward pass, so all samples
     of a batch must have the same points. `torch.utils.data.default_collate` would return B

@@ -1,4 +1,4 @@
-"""The patch folder as a map-style dataset of sliding windows."""
+"""A map-style dataset of the sliding windows of a patch folder."""
 
 from __future__ import annotations
 
@@ -149,9 +149,9 @@ class GWPatchDataset:
         if self.windows.count == 0:
             num_steps = max(self.windows.last - self.windows.first, 0)
             raise ValueError(
-                f"split {split!r} must have at least input_window_size + output_window_size = "
-                f"{self.windows.length} time steps, got {num_steps} of the {first.steps} in "
-                f"{first.path.name}/core_obs.npy"
+                f"split {split!r} has {num_steps} of the {first.steps} time steps in "
+                f"{first.path.name}/core_obs.npy, but a window needs {self.windows.length}: change "
+                "val_ratio or gap, or use smaller windows"
             )
         targets = [self.columns.index(name) for name in self.target_columns]
         self._reader = WindowReader(self._patches, self.windows, targets, corner, max_open)
@@ -287,7 +287,9 @@ class GWPatchDataset:
             If a file was removed, shrank or changed shape after the dataset was created.
         """
         if patch_id not in self._positions:
-            raise KeyError(f"patch_id must be one of the dataset's patches, got {patch_id}")
+            raise KeyError(
+                f"patch_id {patch_id} is not in the dataset; dataset.patch_ids has its ids"
+            )
         return self._reader.arrays(self._positions[patch_id])
 
     def get_all_patch_ids(self) -> NDArray[np.int64]:
@@ -348,6 +350,7 @@ class GWPatchDataset:
         Raises
         ------
         ValueError
-            If there are no samples, or they come from several patches.
+            If there are no samples, the samples come from several patches, or a transform gave
+            samples of one patch different points.
         """
         return collate_fn(samples)

@@ -65,8 +65,8 @@ class PatchArrays(NamedTuple):
     def check_sizes(self, path: Path) -> None:
         """Raise if a file is shorter than its map.
 
-        Reading a map past the end of its file cannot be caught: SIGBUS kills the process. This
-        check does not help if the file is truncated after it and before the read.
+        A read past the end of the file kills the process (SIGBUS), and this cannot be caught. A
+        file that is truncated between this check and the read still kills the process.
         """
         for name, array in zip(self._fields, self, strict=True):
             memory_map: Any = array.base
@@ -153,9 +153,14 @@ def _check_patch(path: Path, patch_id: int, columns: Sequence[str]) -> Patch:
             raise ValueError(f"{file_name} must hold real numbers, got dtype {array.dtype}")
         if name.endswith("coords"):
             if array.ndim != 2 or array.shape[1] != 3:
-                raise ValueError(f"{file_name} must have shape [N, 3], got {list(array.shape)}")
+                raise ValueError(
+                    f"{file_name} must have shape [points, 3], got {list(array.shape)}"
+                )
         elif array.ndim != 3:
-            raise ValueError(f"{file_name} must have shape [T, N, C], got {list(array.shape)}")
+            raise ValueError(
+                f"{file_name} must have shape [time steps, points, columns], "
+                f"got {list(array.shape)}"
+            )
         elif array.shape[2] != len(columns):
             raise ValueError(
                 f"{file_name} must have {len(columns)} columns ({', '.join(columns)}), "
@@ -202,7 +207,9 @@ def read_folder(
     9
     """
     if not root.is_dir():
-        raise FileNotFoundError(f"root must be a folder of patches, got {str(root)!r}")
+        raise FileNotFoundError(
+            f"root must be an existing folder with folders patch_<id>, got {str(root)!r}"
+        )
     patches: list[Patch] = []
     names: dict[int, str] = {}
     entries = sorted(root.iterdir(), key=lambda entry: entry.name)
@@ -228,5 +235,5 @@ def read_folder(
             )
         patches.append(patch)
     if not patches:
-        raise ValueError(f"root must hold folders named patch_<id>, got none in {str(root)!r}")
+        raise ValueError(f"root must have folders patch_<id>, got none in {str(root)!r}")
     return patches

@@ -183,7 +183,10 @@ class Normalize:
             ("target_columns", self.target_columns, tuple(target_columns)),
         ):
             if expected != actual:
-                raise ValueError(f"transform must have the {name} {actual}, got {expected}")
+                raise ValueError(
+                    f"transform must have the dataset's {name} {actual}, got {expected}: create it "
+                    "with Normalize.from_dataset"
+                )
 
     def __call__(self, sample: Mapping[str, Any]) -> dict[str, Any]:
         """Scale one sample.
@@ -263,7 +266,7 @@ class Normalize:
     ) -> tuple[torch.Tensor, torch.Tensor]:
         if values.ndim == 0 or values.shape[-1] != len(names):
             raise ValueError(
-                f"the last axis must have {len(names)} columns ({', '.join(names)}), "
+                f"values must have a last axis of {len(names)} columns ({', '.join(names)}), "
                 f"got shape {list(values.shape)}"
             )
         indices = [self.columns.index(name) for name in names]

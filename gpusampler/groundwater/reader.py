@@ -89,8 +89,8 @@ def _read_windows(obs: NDArray[Any], starts: NDArray[np.int64], length: int) -> 
     """Return windows (B, length, N, C) in the order of ``starts``, read in order of time.
 
     Steps that a window shares with the previous one are copied from it, already converted.
-    Reading all steps into one array first would copy the batch a second time, which takes twice
-    as long if the file is in the page cache.
+    Reading all steps into one array first would add a copy and double the time when the file is in
+    the page cache.
     """
     windows = np.empty((len(starts), length, *obs.shape[1:]), dtype=np.float32)
     previous, previous_end = windows[:0], 0

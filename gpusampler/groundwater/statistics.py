@@ -16,9 +16,10 @@ _BLOCK_VALUES = 1 << 20  # 8 MB as float64
 
 
 class Statistics(NamedTuple):
-    """Mean and standard deviation per column (C,), corners of the box around all points (3,).
+    """Mean and population standard deviation per column, and the bounding box of all points.
 
-    Units are those of the files. ``std`` is the population's, and 1 for a constant column.
+    ``mean`` and ``std`` have shape (C,); ``low`` and ``high``, the corners of the box, have shape
+    (3,). Units are those of the files. ``std`` is 1 for a constant column.
     """
 
     mean: NDArray[np.float64]

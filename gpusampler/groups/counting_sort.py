@@ -142,8 +142,8 @@ def _add_blocks(
 class OrderWriter:
     """Writes samples, block by block, to their places in ``order``, shape (N,).
 
-    ``state``, from `OrderWriter.state`, resumes; later writes are repeated. ``verify`` checks that
-    the ids are those of the census.
+    Pass ``state``, from `OrderWriter.state`, to resume: writes after it are redone. With
+    ``verify``, `finish` raises if the ids changed since they were counted.
     """
 
     def __init__(

@@ -182,7 +182,7 @@ def of_names(names: Sequence[str]) -> int:
 
 
 def combine(*numbers: int) -> int:
-    """Return a 64-bit hash of integers in order."""
+    """Return a 64-bit hash of the integers that depends on their order."""
     state = 0
     for number in numbers:
         low, high = derive_key(state, _PURPOSE, number & ((1 << 63) - 1), (number >> 63) & MASK)

@@ -142,10 +142,10 @@ class IndexBuild:
             _ = state["cursor" if "written" in state else "seen"]
         # A damaged archive can raise any exception.
         except Exception as error:
-            warn(f"cannot read checkpoint {self._progress}, grouping starts over: {error}")
+            warn(f"cannot read checkpoint {self._progress}; grouping restarts ({error})")
             return None
         if signature != self._signature:
-            warn(f"checkpoint {self._progress} belongs to different ids, grouping starts over")
+            warn(f"checkpoint {self._progress} belongs to different ids; grouping restarts")
             return None
         if "written" in state:
             # The partial file may come from a different run, with different samples written.
@@ -160,8 +160,8 @@ class IndexBuild:
                 self._token = token
             else:
                 warn(
-                    f"checkpoint {self._progress} does not belong to {self._partial}, sorting "
-                    "starts over"
+                    f"checkpoint {self._progress} does not match {self._partial}; sorting restarts "
+                    "from the beginning (no action needed)"
                 )
                 del state["written"]
         step, key = ("sorted", "written") if "written" in state else ("counted", "seen")

@@ -40,6 +40,7 @@ _DISK_FULL = (errno.ENOSPC, errno.EFBIG, errno.EDQUOT)
 # Errors of filesystems without preallocation, if the C library does not emulate it.
 _NOT_SUPPORTED = (errno.EOPNOTSUPP, errno.ENOTSUP, errno.ENOSYS, errno.EINVAL)
 _TABLE_NAMES = ("patch_ids", "counts", "starts")
+_REBUILD = "Delete it and rebuild it with PatchGroups.from_ids(path=...) or save."
 
 
 @dataclass(frozen=True)
@@ -58,13 +59,13 @@ class IndexContents:
     signature: dict[str, Any] | None
 
     def pack_tables(self) -> bytes:
-        """Return the bytes after the order."""
+        """Return the tables and names, which follow the array of sample indices."""
         tables = [getattr(self, name).astype("<i8").tobytes() for name in _TABLE_NAMES]
         names = b"" if self.names is None else json.dumps(self.names).encode()
         return b"".join([*tables, names])
 
     def pack_head(self, order_dtype: str | None, order_bytes: int, table_bytes: bytes) -> bytes:
-        """Return the bytes before the order."""
+        """Return the file header, which precedes the array of sample indices."""
         fields = {
             "version": VERSION,
             "num_patches": self.patch_ids.size,
@@ -88,7 +89,7 @@ class MappedFile:
 
     The caller closes ``file``. ``expected_status`` is the length and the modification time in ns
     from an earlier opening; OSError if the file differs. `unchecked_order` skips that check: use it
-    only for dtype and size, because reading pages of a truncated file kills the process.
+    only for dtype and size, because reading a truncated file crashes the process (SIGBUS).
     """
 
     def __init__(
@@ -182,12 +183,13 @@ def read_index(
         expected_size = ORDER_OFFSET + head["order_bytes"] + head["tables_bytes"]
         if file_size != expected_size:
             raise ValueError(
-                f"{path} is truncated or damaged: expected {expected_size} bytes, got {file_size}"
+                f"{path} is truncated or damaged: expected {expected_size} bytes, got "
+                f"{file_size}. {_REBUILD}"
             )
         file.seek(ORDER_OFFSET + head["order_bytes"])
         table_bytes = file.read(head["tables_bytes"])
         if zlib.crc32(table_bytes) != head["tables_crc"]:
-            raise ValueError(f"{path} is damaged: wrong checksum of the tables")
+            raise ValueError(f"{path} is damaged: wrong checksum of the tables. {_REBUILD}")
         contents = _parse_contents(head, table_bytes)
         if head["order"] is None:
             return contents, None
@@ -214,11 +216,13 @@ def _parse_head(path: Path, file: BinaryIO) -> dict[str, Any]:
             f"{path} is not an index file; create one with PatchGroups.save or from_ids(path=...)"
         )
     if len(first_bytes) < ORDER_OFFSET:
-        raise ValueError(f"{path} is truncated: {len(first_bytes)} bytes, header incomplete")
+        raise ValueError(
+            f"{path} is truncated: {len(first_bytes)} bytes, header incomplete. {_REBUILD}"
+        )
     size, crc = struct.unpack_from("<II", first_bytes, len(MAGIC))
     text = first_bytes[len(MAGIC) + 8 :][:size]
     if zlib.crc32(text) != crc:
-        raise ValueError(f"{path} is damaged: wrong checksum of the header")
+        raise ValueError(f"{path} is damaged: wrong checksum of the header. {_REBUILD}")
     head: dict[str, Any] = json.loads(text)
     if head["version"] != VERSION:
         raise ValueError(
@@ -369,6 +373,9 @@ def _transfer(order: NDArray[Any], transfer: Any, label: str, progress: bool) ->
         while num_done < len(view):
             num_moved = transfer(view[num_done : num_done + _CHUNK_BYTES])
             if not num_moved:
-                raise OSError(f"{label}: the file ended {len(view) - num_done} bytes early")
+                raise OSError(
+                    f"{label} failed: {len(view) - num_done} bytes are missing; check the disk and "
+                    "rebuild the index"
+                )
             num_done += num_moved
             bar.update(num_moved)

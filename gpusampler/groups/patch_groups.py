@@ -37,7 +37,7 @@ class PatchGroups:
     patch_ids : int64 array, shape (G,)
         Distinct patch ids in ascending order.
     counts : int64 array, shape (G,)
-        Samples of each patch, 1 .. 2**31 - 1.
+        Number of samples of each patch, 1 .. 2**31 - 1.
     starts : int64 array, shape (G,)
         Offset of each patch in ``order``, or its first sample if ``order`` is None.
     order : int32 or int64 array, shape (N,), or None
@@ -112,7 +112,7 @@ class PatchGroups:
         ----------
         ids : array, sequence, path, column, table or dataset
             Patch id of each sample, in any form that `read_patch_ids` accepts: int64 values,
-            including negative and sparse ones, or names. Read in blocks, twice; not stored.
+            including negative and sparse ones, or strings. Read twice, in blocks, and not stored.
         column : str, optional
             As in `read_patch_ids`.
         path : str or os.PathLike, optional
@@ -126,12 +126,12 @@ class PatchGroups:
         Returns
         -------
         PatchGroups
-            On the device of ``ids``; with ``path``, on the host with a memory-mapped order.
+            On the device of ``ids``; with ``path``, on the host, with memory-mapped sample indices.
 
         Raises
         ------
         TypeError
-            If ``ids`` are neither integers nor names; booleans and floats are rejected.
+            If ``ids`` are neither integers nor strings; booleans and floats are rejected.
         ValueError
             If ``ids`` are not 1-D, are empty or do not fit in int64; if a patch has 2**31 samples
             or more; or if ``path`` is a file other than an index of these ids. Ids are compared as
@@ -226,7 +226,7 @@ class PatchGroups:
         column : str, optional
             As in `read_patch_ids`.
         mmap : bool
-            Map the order into memory; pages are read on demand. False reads it now.
+            Map the sample indices into memory and read them on demand. False reads all now.
         verify : bool
             Compare the fingerprints of all ids and of the whole index instead of modification
             times; reads everything once. A following `save` stores the current modification time,
@@ -313,7 +313,7 @@ class PatchGroups:
             self.patch_ids, self.counts, self.starts, self._host_order, progress=progress
         )
         if current != self._fingerprint:
-            raise ValueError(f"{path} is damaged: wrong fingerprint of the order")
+            raise ValueError(f"{path} is damaged: wrong fingerprint of the order; rebuild it")
 
     @classmethod
     def from_counts(
@@ -326,7 +326,7 @@ class PatchGroups:
         Parameters
         ----------
         counts : sequence or integer array, shape (P,)
-            Samples of each patch, in storage order. Patches with 0 samples are omitted.
+            Number of samples of each patch, in storage order. Patches with 0 samples are omitted.
         patch_ids : sequence or integer array, or sequence of str, shape (P,), optional
             Distinct ids or names of the patches, in any order. Default: 0 .. P-1.
 
@@ -538,9 +538,11 @@ class PatchGroups:
             parts = subsets.split_samples(self.counts, self.starts, self._host_order, shares, seed)
         for part, share in zip(parts, shares.tolist(), strict=True):
             if part.size == 0:
+                split = f"{self.num_patches} patches, {self.num_samples} samples"
+                advice = " or by='sample'" if by == "patch" else ""
                 raise ValueError(
-                    f"fractions must leave no part empty, got {share:g} of "
-                    f"{self.num_patches} patches and {self.num_samples} samples by {by}"
+                    f"a fraction of {share:g} gives an empty part when splitting {split} by {by}; "
+                    f"use a larger fraction{advice}"
                 )
         return [self._take_patches(part) if by == "patch" else self.select(part) for part in parts]
 

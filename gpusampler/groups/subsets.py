@@ -46,7 +46,8 @@ def check_indices(indices: Any, source_size: int) -> Int64:
     if samples.dtype == np.bool_:
         if samples.shape != (source_size,):
             raise ValueError(
-                f"indices must be a mask of shape ({source_size},), got {samples.shape}"
+                f"a boolean mask in indices must have shape ({source_size},), one value per "
+                f"sample, got {samples.shape}"
             )
         samples = np.flatnonzero(samples)
     samples = np.sort(as_int64(samples, "indices"))
@@ -64,7 +65,7 @@ def check_indices(indices: Any, source_size: int) -> Int64:
 def find_groups(
     samples: Int64, counts: Int64, starts: Int64, order: NDArray[Any] | None, source_size: int
 ) -> Int64:
-    """Return the group of each of ascending samples, int64, shape (K,), or raise ValueError."""
+    """Return the group of each sample (ascending): int64, shape (K,). Raise if one has none."""
     if order is None:
         start_order = np.argsort(starts)
         run_numbers = np.searchsorted(starts[start_order], samples, side="right") - 1
@@ -83,7 +84,7 @@ def find_groups(
 
 
 def sort_by_group(samples: Int64, group: Int64) -> Selection:
-    """Return ascending samples sorted by their groups."""
+    """Return the selection of ascending ``samples``, where ``group`` is the group of each."""
     groups, counts, starts, order, _ = group_on_host(HostIds(group))
     samples = samples[expand_runs(starts, counts) if order is None else order]
     offsets = np.cumsum(counts) - counts

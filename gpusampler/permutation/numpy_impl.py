@@ -1,9 +1,9 @@
 """Fast host implementation of the permutation: in-place NumPy on unsigned 32-bit integers.
 
-Its results equal those of `permutation.reference` bit for bit. It is several times faster on a CPU
-because uint32 wraps by itself and fits twice as often into a vector register, small patches use
-uint8, buffers are reused, and tiles stay in the L2 cache. The range reduction ``hash * m >> 32``
-fits in 32-bit integers for ``m <= 2**16``, that is for n <= 2**32.
+Its results equal those of `permutation.reference` bit for bit. It is several times faster on a CPU.
+uint32 arithmetic wraps on overflow, so it needs no masks. A vector register holds twice as many
+uint32 as int64. Patches of up to 32 samples use uint8. Buffers are reused, and tiles stay in the L2
+cache. ``hash * m >> 32`` fits in 32-bit integers for ``m <= 2**16``, that is for n <= 2**32.
 """
 
 from __future__ import annotations
@@ -75,8 +75,8 @@ def _rotate(line: NDU32, amount: NDU32, side: NDU32, scratch: NDU32) -> None:
 class Workspace(threading.local):
     """Buffers of one tile per thread.
 
-    New buffers for every tile would go back to the operating system each time, and their page
-    faults would cost as much as the arithmetic.
+    Without reuse, the operating system would take the memory back after every tile, and the page
+    faults of the next tile would take as long as the arithmetic.
     """
 
     def __init__(self) -> None:
@@ -99,9 +99,9 @@ def permute_grid(
     """Permute positions ``x`` on the grids of K rows that all have the same number of rounds.
 
     ``x`` has shape (T,) with T <= `TILE` and ``x < n``, where ``32 < n <= 2**32``. Arrays of
-    ``key`` and ``grid`` have shape (K,). ``spread(row_values, out)`` writes the value of its row to
-    every position; by default K is 1. Returns a uint32 buffer of this thread, shape (T,), valid
-    until the next call.
+    ``key`` and ``grid`` have shape (K,). ``spread(row_values, out)`` expands one value per row
+    to one value per position; without it, K must be 1. Returns a uint32 buffer of this
+    thread, shape (T,), valid until the next call.
     """
     if spread is None:
         spread = _spread_one
@@ -179,7 +179,7 @@ def permute_small(
 
 
 def permute_one(x: Int64, n: int, key: tuple[int, int], grid: Grid) -> Int64:
-    """Permute positions ``x < n`` by one permutation, n in 1 .. `MAX_N`: int64, shape (T,)."""
+    """Apply one permutation of 0 .. n-1 to positions ``x``; int64, shape (T,). n <= `MAX_N`."""
     out = np.empty(x.size, np.int64)
     rounds = rounds_for(n)
     compiled = jit.compiled_form(x.size)

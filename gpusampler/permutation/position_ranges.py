@@ -1,7 +1,7 @@
 """Host evaluation of batches: permute ranges of positions and look up their samples.
 
-Rows with equally many rounds are processed together in tiles, or row by row in compiled code if
-Numba is installed and the input is large enough.
+A row is one range of one patch. Rows with the same number of rounds are processed together, in
+tiles. With Numba and a large enough input, compiled code processes row by row instead.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ _LANES = np.arange(TILE, dtype=np.int64)
 class PositionRanges(NamedTuple):
     """Rows of consecutive positions, one patch per row; int64 arrays of shape (K,).
 
-    ``first`` position and number of positions (``lengths``), size ``n`` and start ``base`` of the
-    patch, and key and grid of its permutation.
+    ``first`` is the first position and ``lengths`` the number of positions. ``n`` and ``base`` are
+    the size and start of the patch; the other fields are key and grid of its permutation.
     """
 
     first: Int64
@@ -57,7 +57,7 @@ def permute_ranges(
     Parameters
     ----------
     first, lengths : int64 arrays, shape (K,)
-        First position and number of positions of each row; the lengths, 0 or more, sum to T.
+        First position and number of positions of each row; lengths are >= 0, and T is their sum.
         Positions wrap around at n.
     n : int64 array, shape (K,)
         Size of each row's patch, 1 .. 2**31 - 1.
@@ -73,7 +73,7 @@ def permute_ranges(
     Returns
     -------
     samples : int64 array, shape (T,)
-        The ranges one after the other, in any order.
+        Ranges concatenated in unspecified order; find row k at ``starts[k]``.
     starts : int64 array, shape (K,)
         Start of each row's range in ``samples``.
     """
@@ -103,7 +103,7 @@ def permute_ranges(
 def _permute_compiled(
     compiled: ModuleType, ranges: PositionRanges, permuted: bool, order: NDArray[Any] | None
 ) -> tuple[Int64, Int64]:
-    """`permute_ranges` in compiled code; rows keep their order."""
+    """`permute_ranges` in compiled code; ranges are concatenated in the order of the rows."""
     ends = np.cumsum(ranges.lengths)
     starts = ends - ranges.lengths
     samples = np.empty(int(ends[-1]) if ends.size else 0, np.int64)
@@ -118,7 +118,7 @@ def _permute_compiled(
 
 
 def _rounds_of(n: Int64) -> Int64:
-    """`rounds_for` of an array."""
+    """Return `rounds_for(n)` for every element of an array."""
     rounds = np.where(n <= SMALL, 0, MAX_ROUNDS)
     for min_n, num_rounds in ROUNDS_FROM:
         rounds[n >= min_n] = num_rounds
@@ -128,7 +128,7 @@ def _rounds_of(n: Int64) -> Int64:
 def _permute_rows(
     out: Int64, ranges: PositionRanges, rounds: int, order: NDArray[Any] | None
 ) -> None:
-    """Permute non-empty rows with equally many rounds, tile by tile.
+    """Permute non-empty rows with the same number of rounds, tile by tile.
 
     ``rounds`` is 0 for patches of up to 32 samples and -1 for no permutation.
     """
@@ -154,7 +154,7 @@ def _permute_rows(
 def _permute_tile(
     out: Int64, ranges: PositionRanges, rounds: int, order: NDArray[Any] | None
 ) -> None:
-    """`_permute_rows` of at most `TILE` positions."""
+    """`_permute_rows` for at most `TILE` positions."""
     x, lane_row = WORK.i64[:, : out.size]
     starts = np.cumsum(ranges.lengths) - ranges.lengths
     lane_row.fill(0)

@@ -3,8 +3,8 @@
 A permutation is a function of (key, n) that maps a position ``x`` to its image; no array of size n
 is ever built. For n > 32, the n positions form a ragged grid of about sqrt(n) by sqrt(n) cells
 whose columns and rows are rotated in turn by keyed amounts. Every round maps the n cells onto
-themselves, so there is no cycle walking: the number of operations depends on n alone, never on the
-data. For n <= 32, it is an exact Fisher-Yates shuffle that follows the path of one element.
+themselves, so there are no retries (cycle walking): the number of operations depends only on n. For
+n <= 32, it is an exact Fisher-Yates shuffle, evaluated for one position without shuffling an array.
 
 Hash values are unsigned 32-bit integers stored in int64: every multiplier and every side of a grid
 is below 2**31, so no product overflows int64 and no negative number is shifted. Results are
@@ -102,7 +102,7 @@ def derive_key(seed: int, purpose: int, pass_: Any, group: Any) -> tuple[Any, An
 
 
 class Streams(NamedTuple):
-    """The `seed_state` of each purpose of a plan, as pairs of 32-bit integers."""
+    """Random-number states derived from one seed, one `seed_state` per purpose of a plan."""
 
     batches: tuple[int, int]
     patches: tuple[int, int]
@@ -111,7 +111,7 @@ class Streams(NamedTuple):
 
     @classmethod
     def of(cls, seed: int) -> Streams:
-        """Return the streams of a seed."""
+        """Return the states derived from a seed."""
         purposes = (PURPOSE_BATCHES, PURPOSE_PATCHES, PURPOSE_SAMPLES, PURPOSE_BUCKETS)
         return cls(*(seed_state(seed, purpose) for purpose in purposes))
 
@@ -153,7 +153,7 @@ def grids_of(xp: Any, n: Any) -> Grid:
 
 
 def _permute_small(xp: Any, x: Any, n: Any, key: tuple[Any, Any], largest: int) -> Any:
-    """Permute ``x`` by Fisher-Yates: the transpositions (i, j_i), from i = n-1 down to 1."""
+    """Fisher-Yates: for i = n-1 down to 1, swap i with a hashed j <= i."""
     for i in range(largest - 1, 0, -1):
         j = (keyed_hash(key, i, i) * (i + 1)) >> 32
         j = xp.where(i < n, j, i)
@@ -200,12 +200,12 @@ def permute(
     smallest: int,
     largest: int,
 ) -> Any:
-    """Permute positions ``0 <= x < n`` by keyed permutations of 0 .. n-1, without host reads.
+    """Permute positions ``0 <= x < n`` by keyed permutations of 0 .. n-1; no GPU-to-CPU sync.
 
     ``x``, ``n``, the arrays of ``key`` (from `derive_key`) and of ``grid`` (from `grids_of` for
-    ``n``) are int64 arrays of the namespace ``xp`` that broadcast; so is the result, on the device
-    of ``x``. ``smallest`` and ``largest`` are bounds of ``n``: code and rounds that no ``n`` within
-    them needs are skipped, and the result does not depend on them.
+    ``n``) are int64 arrays of the namespace ``xp`` and must broadcast. The result is an int64
+    array on the device of ``x``. ``smallest`` and ``largest`` are bounds of ``n``. They only let
+    unneeded rounds be skipped; they do not change the result.
     """
     x = xp.broadcast_arrays(x, n)[0]
     if largest <= SMALL:

@@ -27,11 +27,11 @@ class Coverage:
     patch_ids : int64 array, or array of str if patches have names, shape (G,)
         Patches, ascending.
     counts : int64 array, shape (G,)
-        Samples of each patch.
+        Number of samples of each patch.
     seen_once, repeated, missed : int64 arrays, shape (G,)
-        Samples returned exactly once, more than once, or never; they add up to ``counts``.
+        Number of samples returned once, more than once, or never; the sum is ``counts``.
     batches : int64 array, shape (G,)
-        Batches of each patch that are returned, repeated ones included.
+        Number of batches of each patch that are returned, repeated ones included.
 
     Examples
     --------
@@ -117,15 +117,16 @@ def warn_of_omitted_samples(plan: EpochPlan) -> None:
     skipped = omitted.over_budget
     if skipped.any():
         warn(
-            f"over_budget='skip' leaves out {int(skipped.sum())} samples, of "
-            f"{int((skipped > 0).sum())} of {plan.groups.num_patches} patches: a batch of them "
-            "would cost more than max_cost"
+            f"over_budget='skip' leaves out {int(skipped.sum())} samples in "
+            f"{int((skipped > 0).sum())} of {plan.groups.num_patches} patches: even their smallest "
+            "allowed batch costs more than max_cost. Raise max_cost to include them."
         )
     batch = "a batch" if plan.batch_size is None else f"batch_size={plan.batch_size}"
-    step = f"step_width={plan.step_width} batches"
-    for samples, setting, unit in (
-        (omitted.dropped, "partial='drop'", batch),
-        (omitted.without_step, "uneven='drop' under steps='same_patch'", step),
+    too_small = f"fewer samples than {batch}"
+    too_short = f"fewer batches than step_width={plan.step_width}"
+    for samples, setting, cause, advice in (
+        (omitted.dropped, "partial='drop'", too_small, "'keep' or 'pad'"),
+        (omitted.without_step, "uneven='drop' under steps='same_patch'", too_short, "'pad'"),
     ):
         if samples.any():
             patches = f"{int((samples > 0).sum())} of {samples.size} patches"
@@ -133,8 +134,8 @@ def warn_of_omitted_samples(plan: EpochPlan) -> None:
                 # Further cost bins of the same patch may remain.
                 patches = f"whole cost bins of {patches}"
             warn(
-                f"{setting} leaves out {patches} ({int(samples.sum())} samples): they are smaller "
-                f"than {unit}"
+                f"{setting} leaves out {patches} ({int(samples.sum())} samples): each has {cause}. "
+                f"Use {advice} to include them."
             )
 
 

@@ -38,19 +38,20 @@ T = TypeVar("T")
 
 
 class EpochPlan:
-    """Every batch of every epoch, as a function of epoch and slot.
+    """Every batch of every epoch, as a function of epoch and slot (the batch's position in it).
 
     Parameters
     ----------
     groups : PatchGroups
         Samples, grouped by patch.
     batch_size : int, mapping or CostBudget
-        Samples per batch, at least 1: one number for all patches, or a number for each patch id.
+        Number of samples per batch, >= 1: one for all patches, or a mapping from patch ids.
         A `CostBudget` limits the cost of a batch instead.
     seed : int
         0 .. 2**64 - 1.
     shuffle_within_batches : bool
-        Permute the samples of every patch each epoch, so that batches have different members.
+        Permute each patch's samples every epoch before they are cut into batches, so that
+        membership changes (not only the order in a batch).
     shuffle_patches : bool
         Permute the order of the batches each epoch.
     interleave : bool
@@ -191,7 +192,7 @@ class EpochPlan:
 
     @property
     def table_bytes(self) -> dict[str, int]:
-        """Bytes that the plan takes on each device once it is in use, computed beforehand."""
+        """Number of bytes that the plan takes on each device once in use, computed beforehand."""
         return self.evaluator.table_bytes
 
     @property
@@ -226,13 +227,14 @@ class EpochPlan:
     def sizes_by_patch(self) -> Int64:
         """Batch size of each patch: int64, shape (G,), on the host.
 
-        The largest size if a patch is split into cost bins; 0 if a patch is over the budget.
+        A patch that is split into cost bins has the largest of their sizes, a patch over the
+        budget has size 0.
         """
         return np.asarray(self._by_patch(self.units.sizes, np.maximum))
 
     @property
     def batches_by_patch(self) -> Int64:
-        """Batches of each patch in an epoch: int64, shape (G,), on the host.
+        """Number of batches of each patch per epoch: int64, shape (G,), on the host.
 
         Under ``steps="same_patch"``, repeated batches are included and dropped ones are not. With
         weights, these are the patches' shares.
@@ -241,14 +243,14 @@ class EpochPlan:
 
     @property
     def own_batches_by_patch(self) -> Int64:
-        """Batches that each patch is split into: int64, shape (G,), on the host."""
+        """Number of batches that each patch is split into: int64, shape (G,), on the host."""
         return np.asarray(self._by_patch(self._tables.own_batches, np.add))
 
     @property
     def costs_by_patch(self) -> NDArray[np.float64] | None:
         """Cost of a sample of each patch: float64, shape (G,); None without a `CostBudget`.
 
-        The largest cost if a patch is split into cost bins.
+        A patch that is split into cost bins has the largest of their costs.
         """
         costs = self.units.costs
         return None if costs is None else self._by_patch(costs, np.maximum)
@@ -274,8 +276,8 @@ class EpochPlan:
         width = check_int(step_width, "step_width", low=1, high=1 << 31)
         if self.steps == "free" and width != 1:
             raise ValueError(
-                f"step_width must be 1 under steps='free', got {width}: only steps='balanced' and "
-                "steps='same_patch' have steps of several slots"
+                f"step_width must be 1 under steps='free', got {width}: use steps='balanced' or "
+                "'same_patch' for wider steps"
             )
         if self.steps == "same_patch":
             self._tables = self._tables.with_same_patch_steps(width, self.uneven)
@@ -379,17 +381,20 @@ class EpochPlan:
 
         Values are neither checked nor read on the host, and the shape is always the same. Compile
         with fullgraph=True: one graph serves a whole run, for all values of ``epoch`` and ``slot``.
-        The graph leaves out operations that no patch of this plan needs. `BatchCursor` drives it.
+        The graph leaves out operations that no patch of this plan needs. `BatchCursor` calls
+        this with advancing epoch and slot.
 
         Parameters
         ----------
-        epoch, slot : int64 tensors, 0-d
-            On the plan's device, which must be torch's: 0 .. 2**63 - 1 and 0 .. M-1.
+        epoch, slot : 0-d int64 tensors
+            On the plan's torch device: 0 .. 2**63 - 1, and 0 .. M-1 (M is the number of batches
+            per epoch).
 
         Returns
         -------
         int64 tensor, shape (B,)
-            Samples. Past the batch's length, samples of the same patch are repeated.
+            Samples; B is the largest batch size. Past the batch's length, samples of the same patch
+            are repeated.
 
         Raises
         ------

@@ -65,10 +65,10 @@ class PatchBatchSampler:
         ``ConcatDataset`` of such datasets work without reading a sample. Or the path of an index
         file (see `PatchGroups.load`).
     batch_size : int, mapping or CostBudget
-        Samples per batch, at least 1: one number, or a mapping from patch ids to numbers. A
+        Number of samples per batch, >= 1: an int, or a mapping from patch ids to ints. A
         `CostBudget` limits the cost per batch instead, if patches differ in the cost of a sample.
     shuffle_within_batches : bool
-        Permute the samples of every patch each epoch, so that batches have different samples.
+        Permute each patch's samples every epoch before batches are cut, so that members change.
     shuffle_patches : bool
         Permute the order of the batches each epoch.
     seed : int, optional
@@ -324,7 +324,7 @@ class PatchBatchSampler:
     def __iter__(self) -> Iterator[Any]:
         """Return an iterator over this rank's batches of the next epoch.
 
-        The iterator binds the epoch when its first batch is drawn. It has ``len``, ``state_dict``
+        The epoch is chosen when the first batch is drawn. The iterator has ``len``, ``state_dict``
         and ``load_state_dict``.
 
         Raises

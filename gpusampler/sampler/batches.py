@@ -18,29 +18,29 @@ from gpusampler.sampler.iterator import T
 from gpusampler.sampler.state import RankShard
 
 FIRST_BLOCK_SAMPLES = 1 << 11
-"""Indices in the first block: few, so that the first batch is ready immediately."""
+"""Number of indices in the first block: few, so that the first batch is ready immediately."""
 MAX_BLOCK_GROWTH = 7
 """Largest ratio of a block to all blocks before it, so that few blocks are small and slow."""
 MAX_BATCHES_AT_ONCE = 512
-"""Batches created at once. 700 new lists trigger Python's garbage collector, which visits them and
-sometimes all objects of the program."""
+"""Number of batches created at once. 700 new lists trigger Python's garbage collector, which visits
+them and sometimes all objects of the program."""
 FIRST_LOCATED_SLOTS = 1 << 8
 MAX_LOCATED_SLOTS = 1 << 13
-"""Slots located at once: further ahead than indices, because a slot is far cheaper to locate."""
+"""Number of slots located at once: further ahead than indices, because this is far cheaper."""
 
 
 class Batch(NamedTuple):
-    """One batch: its patch, sample indices and number of valid samples.
+    """One batch: its patch id, the indices of its samples, and how many of them count.
 
     Attributes
     ----------
     patch_id : int, or str if patches have names
-        Patch of all samples.
+        Id or name of the patch of all samples.
     indices : int64 array, shape (size,)
         Sample indices, on the sampler's device.
     valid : int
         Number of leading samples that count; the remaining ones fill the batch up under
-        ``partial="pad"``. 0 if a sampler `for_evaluation` repeats the batch.
+        ``partial="pad"``. 0 if the batch is a repeat from a sampler made by `for_evaluation`.
 
     Examples
     --------

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from gpusampler.batching.steps import UNEVENS
 from gpusampler.core.devices import Device
+from gpusampler.core.text import short_repr
 from gpusampler.core.validation import check_choice, check_int
 from gpusampler.plan.epoch_plan import EpochPlan
 from gpusampler.sampler.state import (
@@ -46,7 +47,7 @@ class CursorBatch(NamedTuple):
 
 
 class BatchCursor(torch.nn.Module):
-    """Module that returns the next batch per call, with its position in tensors on the device.
+    """Module whose every call returns the next batch; its position is in tensors on the device.
 
     `forward` never synchronizes with the host, returns constant shapes and updates its buffers in
     place. So it works in a function compiled with fullgraph=True, without recompilation, and in a
@@ -251,7 +252,9 @@ class BatchCursor(torch.nn.Module):
             If ids or settings differ, or the seed differs from an explicit one.
         """
         if not isinstance(state, Mapping) or not {"seed", "fingerprint"} <= set(state):
-            raise TypeError(f"state_dict must come from a BatchCursor, got extra state {state!r}")
+            raise TypeError(
+                f"state_dict must come from BatchCursor.state_dict(), got {short_repr(state)}"
+            )
         check_fingerprint(state["fingerprint"], self._fingerprint())
         self._plan = with_saved_seed(self._plan, state["seed"], self._seed_given)
 

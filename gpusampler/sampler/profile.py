@@ -211,7 +211,7 @@ def _spent(recorder: Recorder) -> dict[str, tuple[int, float]]:
 
 
 def _peak(before: int | None, after: int | None, sampled: int) -> int | None:
-    """Return a high-water mark if it rose, else the highest sampled value."""
+    """Return the peak bytes of a process if they rose, else the highest sampled value if any."""
     if before is not None and after is not None and after > before:
         return after
     return sampled or None

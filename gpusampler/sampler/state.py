@@ -20,6 +20,8 @@ from gpusampler.sampler.distributed import ProcessGroupWarning
 
 STATE_VERSION = 1
 STATE_KEYS = frozenset({"version", "epoch", "slot", "seed", "step_width", "fingerprint"})
+HASHES = frozenset({"ids", "batch_sizes", "weights", "patch_costs"})
+"""Members of a fingerprint that are hashes of values."""
 
 
 def remaining_steps(slot: int, num_batches: int, num_replicas: int, uneven: str) -> int:
@@ -93,7 +95,7 @@ class RankShard(NamedTuple):
         return self.slot + step * self.num_replicas + self.rank
 
     def slot_after(self, steps: int) -> int:
-        """Return the global slot after some steps; the number of slots at the end."""
+        """Return the global slot that follows ``steps`` steps; the number of slots if none does."""
         total = self.plan.num_batches
         return total if steps >= self.steps else min(self.slot + steps * self.num_replicas, total)
 
@@ -188,7 +190,7 @@ class EpochTracker:
         return self._start_pass(epoch_pass, self.pending_shard())
 
     def bind_state(self, epoch_pass: StatefulPass, state: Mapping[str, Any]) -> RankShard:
-        """Bind the epoch and slot of a state to a pass that resumes there."""
+        """Resume a pass at the epoch and slot of a state, and return its shard."""
         shard = self._start_pass(epoch_pass, self._shard_from(self._parse_state(state)))
         # A finished epoch is not a pass, so the next epoch needs no set_epoch.
         self._is_epoch_chosen = shard.steps == 0
@@ -274,7 +276,8 @@ class EpochTracker:
         version = check_int(state["version"], "state_dict version", low=1)
         if version != STATE_VERSION:
             raise ValueError(
-                f"state_dict must have format version {STATE_VERSION}, got {short_repr(version)}"
+                f"state_dict has format version {short_repr(version)}, this gpusampler reads "
+                f"{STATE_VERSION}: load it with the version that saved it"
             )
         check_fingerprint(state["fingerprint"], self._fingerprint)
         plan = with_saved_seed(self.plan, state["seed"], self.seed_given)
@@ -294,7 +297,7 @@ class EpochTracker:
         if plan.step_width % ranks or position.slot % ranks:
             warn(
                 f"Until epoch {position.epoch} ends, {ranks} ranks may process different patches "
-                f"in one step: it began in steps of {plan.step_width}."
+                f"in one step, because the epoch began with step_width={plan.step_width}."
             )
 
     def __getstate__(self) -> dict[str, Any]:
@@ -340,10 +343,13 @@ def check_fingerprint(saved: Any, current: Mapping[str, Any]) -> None:
         return type(saved[name]) is not type(current[name]) or bool(saved[name] != current[name])
 
     differing = [
-        f"{name} is {describe(saved, name)} in the checkpoint, {describe(current, name)} in this "
-        "sampler"
+        f"{'hash of ' * (name in HASHES)}{name} is {describe(saved, name)} in the checkpoint, "
+        f"{describe(current, name)} in this sampler"
         for name in {**current, **saved}
         if differs(name)
     ]
     if differing:
-        raise ValueError(f"Cannot load state: {'; '.join(differing)}.")
+        raise ValueError(
+            f"Cannot load state: {'; '.join(differing)}. Build the sampler with the same ids and "
+            "settings."
+        )

@@ -103,12 +103,12 @@ class PatchTensorLoader:
     def __iter__(self) -> EpochIterator[TensorBatch]:
         """Return an iterator over this rank's batches of the next epoch.
 
-        The iterator binds the epoch when its first batch is drawn. It has ``len``, ``state_dict``
-        and ``load_state_dict``. A batch is a dictionary: the rows of each tensor, shape (size,
-        ...), on `device`, without gradients; ``patch_id``, an int, or a str if patches have names;
-        and ``valid``, the number of leading rows that count (under ``partial="pad"``, the remaining
-        rows fill the batch up). Consecutive batches share memory, so keeping one batch keeps a few
-        more in memory. They never share memory with the tensors.
+        The epoch is chosen when the first batch is drawn. The iterator has ``len``, ``state_dict``
+        and ``load_state_dict``. A batch is a dictionary. It has the rows of each tensor, shape
+        (size, ...), on `device`, without gradients; ``patch_id``, an int, or a str if patches have
+        names; and ``valid``, the number of leading rows that count. Under ``partial="pad"``, the
+        remaining rows fill the batch up. Consecutive batches share memory, so keeping one batch
+        keeps a few more in memory. They never share memory with the tensors.
         """
         return self.batch_sampler._iterate(self._make_reader)
 
@@ -123,12 +123,12 @@ class PatchTensorLoader:
         self.batch_sampler.set_epoch(epoch)
 
     def state_dict(self, step: int | None = None) -> dict[str, Any]:
-        """Return the state after the batches that were returned; prefetched ones do not count.
+        """Return the state after the batches returned so far; prefetched batches do not count.
 
         Parameters
         ----------
         step : int, optional
-            As for `PatchBatchSampler.state_dict`, whose state this is.
+            As for `PatchBatchSampler.state_dict`, which returns the same state.
 
         Returns
         -------
@@ -147,7 +147,7 @@ class PatchTensorLoader:
         Raises
         ------
         TypeError, ValueError
-            If it is not a state, or its ids, settings or (explicit) seed differ.
+            If ``state_dict`` is not a saved state, or differs in ids, settings or an explicit seed.
         """
         self.batch_sampler.load_state_dict(state_dict)
 
@@ -278,7 +278,7 @@ class ChunkReader:
 
 
 def _in_batch_order(block: RaggedBlock) -> RaggedBlock:
-    """Return a block whose samples are in batch order; the host may use a different order."""
+    """Return the block with samples in the order of its batches; the host may reorder them."""
     starts = np.cumsum(block.sizes) - block.sizes
     if np.array_equal(starts, block.starts):
         return block
@@ -327,7 +327,7 @@ class StagingBuffers:
         return sent
 
     def take(self, sent: Mapping[str, tuple[Any, Event | None]]) -> dict[str, Any]:
-        """Return sent rows for use on the current stream, without blocking the host."""
+        """Return rows from `send`; the current stream waits for their copies, the host does not."""
         for device_rows, event in sent.values():
             if event is not None and self._stream is not None:
                 self._stream.wait_for_copy(event, device_rows)

@@ -1,4 +1,4 @@
-"""`PatchIds`, the interface of all sources: number, dtype and reads of any range of samples."""
+"""`PatchIds`, the base class of all sources: patch ids that are read in ranges of samples."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ class PatchIds(ABC):
         Raises
         ------
         TypeError, ValueError, OSError
-            As `read` does; OSError also if a block is too short.
+            What `read` raises, and OSError if a block has fewer ids than requested.
         """
         for first in range(start, self.size, size):
             stop = min(first + size, self.size)
@@ -92,7 +92,7 @@ class PatchIds(ABC):
             yield first, block
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        """Pickle as the name of the file, if there is one."""
+        """Pickle as the call that opens the file again, if there is a file."""
         return super().__reduce_ex__(protocol) if self.reopen is None else self.reopen
 
     def __len__(self) -> int:

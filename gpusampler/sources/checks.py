@@ -54,7 +54,9 @@ def choose_column(columns: Sequence[Any], column: Any, label: str) -> Any:
     if column not in columns:
         raise ValueError(f"column must be one of {listing or 'none'} of {label}, got {column!r}")
     if list(columns).count(column) > 1:
-        raise ValueError(f"column must be unique in {label}, got {column!r} more than once")
+        raise ValueError(
+            f"{label} has more than one column named {column!r}; rename the duplicates"
+        )
     return column
 
 
@@ -75,7 +77,7 @@ def check_shape(shape: tuple[int, ...], name: str = "ids") -> int:
 
 def wrong_dtype_error(dtype: Any, detail: str = "", name: str = "ids") -> TypeError:
     """Return the error for a column whose dtype is neither integer nor string."""
-    return TypeError(f"{name} must be integers, got dtype {dtype}{detail}")
+    return TypeError(f"{name} must be integers or strings, got dtype {dtype}{detail}")
 
 
 def raise_missing(sample: int) -> NoReturn:
@@ -84,7 +86,7 @@ def raise_missing(sample: int) -> NoReturn:
 
 
 def check_no_missing(is_missing: NDArray[np.bool_], first: int) -> None:
-    """Raise ValueError naming the first missing id; ``is_missing`` starts at sample ``first``."""
+    """Raise ValueError for the first missing id; ``is_missing[0]`` is of sample ``first``."""
     if is_missing.any():
         raise_missing(first + int(is_missing.argmax()))
 

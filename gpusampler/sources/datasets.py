@@ -24,8 +24,8 @@ def dataset_patch_ids(dataset: Any, *, progress: bool = True, name: str = "ids")
     """Return the patch id of each sample of a map-style dataset.
 
     ``get_all_patch_ids()`` and ``patch_ids`` may give anything that `read_patch_ids` accepts except
-    a dataset; samples must be mappings whose ``"patch_id"`` is an integer or a name. Errors call
-    the ids ``name``.
+    a dataset; samples must be mappings whose ``"patch_id"`` is an integer or a string. Errors
+    call the ids ``name``.
     """
     size, type_name = _check_size(dataset), _type_name(dataset)
     if size == 0:
@@ -42,7 +42,7 @@ def dataset_patch_ids(dataset: Any, *, progress: bool = True, name: str = "ids")
     ids = known_format_ids(source, name=name, progress=progress)
     if ids is None:
         raise TypeError(
-            f"ids of {type_name} must be an array, a list or a column of integers or names, "
+            f"ids of {type_name} must be an array, a list or a column of integers or strings, "
             f"got {type(source).__name__}"
         )
     if ids.size != size:
@@ -84,7 +84,8 @@ def _concatenated_ids(dataset: Any, progress: bool) -> PatchIds:
     ]
     if len({part.names is None for part in parts}) > 1:
         raise TypeError(
-            "ids of a part of ConcatDataset must be names in every part or in none, got both"
+            "ConcatDataset parts must all have string ids or all integer ids, got a mix; convert "
+            "them to one type"
         )
     if parts[0].names is None:
         return ArrayIds(np.concatenate([np.asarray(part, dtype=np.int64) for part in parts]))
@@ -126,10 +127,10 @@ def _has_declared_ids(dataset: Any) -> bool:
 
 
 def dataset_patch_costs(dataset: Any) -> Any:
-    """Return the costs per patch from ``patch_costs()`` or ``patch_costs``, or None without one.
+    """Return the costs per patch from ``patch_costs()`` or ``patch_costs``, None if there are none.
 
-    ``Subset`` and ``ConcatDataset`` use those of the wrapped datasets, which must be mappings; all
-    parts of a ``ConcatDataset`` must have them, and must agree.
+    ``Subset`` and ``ConcatDataset`` use the costs of the wrapped datasets, which must be mappings.
+    Either all parts of a ``ConcatDataset`` have costs or none, and parts must agree on a patch.
     """
     costs = getattr(dataset, "patch_costs", None)
     if costs is not None:
@@ -187,7 +188,10 @@ def _check_size(dataset: Any) -> int:
                 "PatchBatchSampler shards by itself"
             )
         if _type_name(dataset) == "PatchGroups":
-            raise TypeError("source must be patch ids, got PatchGroups, which are already grouped")
+            raise TypeError(
+                "source must be patch ids, got PatchGroups, which are already grouped; pass the "
+                "PatchGroups to PatchBatchSampler directly"
+            )
         raise TypeError(
             "source must be a dataset, an array of patch ids or PatchGroups, "
             f"got {_type_name(dataset)}{hint}"

@@ -14,8 +14,9 @@ from gpusampler.sources.formats import known_format_ids
 def read_patch_ids(source: Any, column: Any = None, *, progress: bool = True) -> PatchIds:
     """Open the patch ids of all samples in any supported source, to be read in blocks.
 
-    Only the number and dtype of the ids are read now, except that names are read once to collect
-    the distinct ones. Missing ids and ids that do not fit in int64 raise when they are read.
+    The number and dtype of the ids are read now. Integer ids are read later; string ids are read
+    once now to find the distinct strings. Missing ids, and ids that do not fit in int64, raise an
+    error when they are read.
 
     Parameters
     ----------
@@ -35,7 +36,7 @@ def read_patch_ids(source: Any, column: Any = None, *, progress: bool = True) ->
         Column of a source with several columns; a path such as "a/b" in a group, or "a.b" in
         Parquet. Default: "patch_id" if it exists, else the only column.
     progress : bool
-        Whether to show a bar if reading names or the samples of a dataset takes over a second.
+        Whether to show a progress bar if reading strings or samples takes over a second.
 
     Returns
     -------

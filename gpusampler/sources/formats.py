@@ -1,4 +1,4 @@
-"""Choice of the reader for a source by its type, or by a file's suffix and first bytes."""
+"""Choose the reader of a source by its type, or by the suffix and first bytes of a file."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def known_format_ids(
 
 
 def _reopenable_ids(path: str, column: Any, progress: bool) -> PatchIds:
-    """Return the ids at a path, which are pickled as the path."""
+    """Return the ids at a path; only the path is pickled."""
     ids = _path_ids(path, column, progress)
     ids.reopen = _reopenable_ids, (path, column, False)
     return ids
@@ -97,7 +97,7 @@ def _path_ids(path: str, column: Any, progress: bool) -> PatchIds:
         raise ValueError(
             f"source must be patch ids, got an index file: {path!r}; open it with PatchGroups.load"
         )
-    raise ValueError(f"source must be one of {_SUPPORTED}, got {path!r}")
+    raise ValueError(f"source must be a path that ends in {_SUPPORTED}, got {path!r}")
 
 
 def _folder_ids(path: str, column: Any, progress: bool) -> PatchIds:
@@ -106,4 +106,4 @@ def _folder_ids(path: str, column: Any, progress: bool) -> PatchIds:
         return zarr_path_ids(path, column, progress)
     if path.rstrip(os.sep).lower().endswith(SUFFIXES) or has_parquet(path):
         return parquet_path_ids(path, column, progress)
-    raise ValueError(f"source must be one of {_SUPPORTED}, got the folder {path!r}")
+    raise ValueError(f"source must be a path that ends in {_SUPPORTED}, got the folder {path!r}")

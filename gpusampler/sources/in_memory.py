@@ -50,7 +50,7 @@ class ArrayIds(PatchIds):
 
 
 class BackingFile:
-    """File of a memory map; reading the map past the end of a shortened file kills the process."""
+    """File of a memory map; reading past the end of a shortened file would crash (SIGBUS)."""
 
     def __init__(self, mapped: mmap.mmap, name: str | None, offset: int) -> None:
         self._mapped = mapped
@@ -130,7 +130,7 @@ def _object_array_ids(array: NDArray[Any], size: int, name: str, progress: bool)
 def object_ids(
     values: Any, size: int, name: str, progress: bool, *, modified: int | None = None
 ) -> PatchIds:
-    """Return the ids that ``values(start, stop)`` lists: Python names, or Python integers."""
+    """Return ids from ``values(start, stop)``, a list of str or bytes, or of int."""
     if isinstance(_first_value(values, size), (str, bytes)):
         return NamedIds(
             lambda start, stop: factorize_list(values(start, stop), start),
@@ -184,8 +184,8 @@ def list_ids(source: Any, name: str, progress: bool) -> PatchIds:
         for i, item in enumerate(source):
             if not isinstance(item, (int, np.integer)):
                 raise TypeError(
-                    f"{name} must be all integers or all names, "
-                    f"got {short_repr(item)} in sample {i}"
+                    f"{name} must be all strings or all integers, got {short_repr(item)} in sample "
+                    f"{i}; convert them to one type"
                 )
     if array.dtype.kind in "UOST":
         return array_ids(array, None, name, progress)

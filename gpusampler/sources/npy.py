@@ -1,6 +1,6 @@
 """Patch ids in an .npy file.
 
-The file is not memory-mapped: if it shrinks, a read raises, but a memory map kills the process.
+If the file shrinks, `read` raises an error; a memory map would crash the process (SIGBUS).
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ _GZIP, _ZIP = b"\x1f\x8b", b"PK\x03\x04"
 
 
 def npy_ids(path: str, column: Any, progress: bool) -> PatchIds:
-    """Return the ids in an .npy file; only the header is read now (the whole file for names)."""
+    """Return the ids in an .npy file; only its header is read now, unless the ids are strings."""
     check_no_column(column, "an .npy file")
     with open(path, "rb") as file:
         shape, dtype = _read_header(file, path)
@@ -32,8 +32,8 @@ def npy_ids(path: str, column: Any, progress: bool) -> PatchIds:
     needed = start + size * dtype.itemsize
     if length < needed:
         raise ValueError(
-            f"source must be a whole .npy file: {path!r} must have {needed} bytes, got {length}, "
-            f"so {needed - length} bytes are missing"
+            f"source must be a complete .npy file: {path!r} must have {needed} bytes, got "
+            f"{length}, so {needed - length} bytes are missing"
         )
 
     def load(first: int, stop: int) -> NDArray[Any]:

@@ -43,7 +43,7 @@ def parquet_ids(source: Any, column: Any, progress: bool) -> PatchIds | None:
 def parquet_path_ids(path: str, column: Any, progress: bool) -> PatchIds:
     """Return the ids in a column of a Parquet file, or of all files in a folder, sorted by path.
 
-    Only the footers are read now (the whole column for names).
+    Only the footers are read now, or the whole column if the ids are strings.
     """
     pq = import_library("pyarrow.parquet", path)
     paths = _list_files(path) if os.path.isdir(path) else [path]
@@ -55,7 +55,8 @@ def parquet_path_ids(path: str, column: Any, progress: bool) -> PatchIds:
             # ArrowInvalid, for truncated or other files, is a ValueError.
             except ValueError as error:
                 raise ValueError(
-                    f"source must be a whole Parquet file, got {path!r}: {error}"
+                    f"source must be a complete Parquet file; {path!r} is truncated or not "
+                    f"Parquet: {error}"
                 ) from error
 
         return open_file
@@ -106,8 +107,8 @@ def _column_ids(
         dtypes.add(id_dtype(arrow_type, f" in column {column!r} of {name!r}"))
         if "str" in dtypes and len(dtypes) > 1:
             raise TypeError(
-                f"ids must be all names or all integers, got {arrow_type} in column {column!r} of "
-                f"{name!r}, unlike the files before it"
+                f"ids must be all strings or all integers, got {arrow_type} in column {column!r} "
+                f"of {name!r}, unlike the files before it; convert them to one type"
             )
         for group in range(file.metadata.num_row_groups):
             rows.append(file.metadata.row_group(group).num_rows)

@@ -111,8 +111,8 @@ def factorize_list(values: list[Any], first: int) -> Factorized:
                 raise_missing(first + i)
             if not isinstance(value, (str, bytes)):
                 raise TypeError(
-                    "ids must be all names or all integers, "
-                    f"got {short_repr(value)} in sample {first + i}"
+                    f"ids must be all strings or all integers, got {short_repr(value)} in sample "
+                    f"{first + i}; convert them to one type"
                 )
     code_of_value = dict.fromkeys(values)
     labels = []

@@ -180,8 +180,12 @@ def test_sizes_of_some(max_cost, cost, bounds, size):
     ("cost", "bounds", "message"),
     [
         (100.00000000000001, {}, "a sample of patch 2 costs 100.00000000000001. Raise max_cost"),
-        (10, {"min_batch_size": 11}, "costs 10.0, and no batch size up to 10 satisfies min_batch"),
-        (10, {"min_batch_size": 11}, "satisfies min_batch_size=11 within the budget. Raise max_"),
+        (
+            10,
+            {"min_batch_size": 11},
+            "costs 10.0: max_cost allows a batch of at most 10, but no such",
+        ),
+        (10, {"min_batch_size": 11}, "satisfies min_batch_size=11. Relax a bound, or raise max_"),
         (10, {"multiple_of": 11}, "multiple_of=11"),
         (10, {"power_of_two": True, "min_batch_size": 9}, "power_of_two=True"),
         (10, {"power_of_two": True, "multiple_of": 16}, "multiple_of=16"),
@@ -201,7 +205,8 @@ def test_over_the_budget(cost, bounds, message):
     error_text = str(refused.value)
     assert "1 of 2 patches: a sample of patch 2 costs " in error_text
     assert message in error_text
-    assert error_text.endswith("Raise max_cost or pass over_budget='skip'.")
+    advice = "Relax a bound, or raise" if bounds else "Raise"
+    assert error_text.endswith(f". {advice} max_cost or pass over_budget='skip'.")
     assert [size > 0 for size in sizes(1e-3, over_budget="skip")] == [True, False]
     with pytest.raises(
         ValueError, match="max_cost=100 is too small for all 2 patches: a sample of"
@@ -211,10 +216,10 @@ def test_over_the_budget(cost, bounds, message):
 
 def test_bounds_that_leave_no_size():
     with pytest.raises(
-        ValueError, match=r"no batch size satisfies .*multiple_of=4 and max_batch_s"
+        ValueError, match=r"no batch size satisfies all of .*multiple_of=4 and max_batch_s"
     ):
         CostBudget(100, [1, 1], multiple_of=4, max_batch_size=3)
-    with pytest.raises(ValueError, match="satisfies min_batch_size=5 and power_of_two=True"):
+    with pytest.raises(ValueError, match="satisfies all of min_batch_size=5 and power_of_two=True"):
         CostBudget(100, [1, 1], min_batch_size=5, power_of_two=True, max_batch_size=7)
 
 
@@ -228,11 +233,15 @@ def test_a_budget_in_a_narrow_type_is_a_number_without_a_warning(kind):
 
 def test_what_says_that_no_batch_is_left_names_a_patch_that_is_too_small():
     groups = PatchGroups.from_counts([5, 2])
-    with pytest.raises(ValueError, match=r"batch_size=3, nearest patch 2\. Reduce it"):
+    with pytest.raises(
+        ValueError, match=r"batch_size=3, but the closest patch has 2 samples\. Reduce"
+    ):
         EpochPlan(groups, {0: 10, 1: 3}, 0, partial="drop")
     # 3 and 4 samples in classes of a patch, of 8 and of 4 in a batch.
     budget = CostBudget(8, sample_costs=[1] * 3 + [2] * 3, min_batch_size=4)
-    with pytest.raises(ValueError, match=r"batch_size=\d, \w+ (cost bin|patch) \d\. Reduce it"):
+    with pytest.raises(
+        ValueError, match=r"=\d, but the \w+ (cost bin|patch) has \d samples\. Reduce"
+    ):
         EpochPlan(PatchGroups.from_counts([6]).select([0, 1, 3]), budget, 0, partial="drop")
 
 
@@ -439,8 +448,8 @@ def test_skipped_patches_are_missed_with_one_warning():
         batches = list(sampler)
         coverage = sampler.coverage(0)
     assert [str(warning.message) for warning in caught] == [
-        "over_budget='skip' leaves out 33 samples, of 2 of 4 patches: a batch of them would cost "
-        "more than max_cost"
+        "over_budget='skip' leaves out 33 samples in 2 of 4 patches: even their smallest allowed "
+        "batch costs more than max_cost. Raise max_cost to include them."
     ]
     assert caught[0].filename == __file__
     with pytest.warns(UserWarning, match="leaves out 33 samples") as caught:
@@ -527,7 +536,7 @@ def test_numbers_of_any_library_are_kept_as_plain_ones():
 
 
 def test_a_saved_budget_that_lacks_its_cost_is_refused():
-    with pytest.raises(ValueError, match="cost must be given if cost_by='patch id'"):
+    with pytest.raises(ValueError, match=r"saved\['cost'\] must be given if"):
         CostBudget.from_dict({"max_cost": 1, "cost_by": "patch id"})
 
 
@@ -553,7 +562,9 @@ def test_what_is_no_saved_budget_is_refused(saved, match):
 
 @pytest.mark.parametrize("pairs", [5, [[1, 2, 3]], [7]])
 def test_saved_costs_that_are_no_pairs_are_refused(pairs):
-    match = re.escape(f"cost must be pairs of patch id and cost if cost_by='patch id', got {pairs}")
+    match = re.escape(
+        f"cost if saved['cost_by']='patch id', got {pairs}: pass the unchanged result"
+    )
     with pytest.raises(ValueError, match=match):
         CostBudget.from_dict({"max_cost": 1, "cost": pairs, "cost_by": "patch id"})
 

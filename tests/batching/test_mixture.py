@@ -1013,8 +1013,8 @@ def test_coverage_looks_at_each_patch_once_however_many_there_are(monkeypatch):
         (
             {"epoch_batches": 11, "steps": "same_patch", "uneven": "drop", "step_width": 3},
             ValueError,
-            "epoch_batches must be at least 12, a step of 3 batches for each of 4 patches, if "
-            "steps='same_patch' and uneven='drop', got 11",
+            "epoch_batches must be at least 12, got 11: with steps='same_patch' and uneven='drop', "
+            "each of 4 patches needs a step of 3 batches",
         ),
     ],
 )

@@ -136,7 +136,7 @@ def test_widths_that_are_none(steps, width, error, match):
 
 
 def test_a_width_where_steps_are_free():
-    match = "step_width must be 1 under steps='free', got 2: only steps='balanced' and steps='same_"
+    match = "step_width must be 1 under steps='free', got 2: use steps='balanced' or 'same_patch'"
     with pytest.raises(ValueError, match=match):
         make(step_width=2)
     with pytest.raises(ValueError, match=match):
@@ -158,8 +158,8 @@ def test_no_step_is_left():
     # The largest patch has 13 batches.
     settings = {"steps": "same_patch", "uneven": "drop"}
     match = (
-        "step_width must be at most 13, the batches of the largest patch, if "
-        "steps='same_patch' and uneven='drop', got 14"
+        "step_width must be at most 13, got 14: no patch has more than 13 batches, and "
+        "uneven='drop' would drop every step"
     )
     with pytest.raises(ValueError, match=match):
         make(**settings, step_width=14)
@@ -170,8 +170,8 @@ def test_no_step_is_left():
 
 def test_patches_that_are_left_out_are_told_where_the_sampler_is_made():
     match = (
-        r"^uneven='drop' under steps='same_patch' leaves out 2 of 4 patches \(10 samples\): they "
-        "are smaller than step_width=3 batches$"
+        r"^uneven='drop' under steps='same_patch' leaves out 2 of 4 patches \(10 samples\): each "
+        r"has fewer batches than step_width=3\. Use 'pad' to include them\.$"
     )
     with pytest.warns(UserWarning, match=match) as caught:
         sampler = PatchBatchSampler(

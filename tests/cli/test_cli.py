@@ -293,7 +293,7 @@ def test_bad_sources(run, tmp_path):
         ("float.npy", "float64"),
         ("table.npy", "(3, 2)"),
         ("empty.npy", "empty.npy' must name at least one sample, got none"),
-        ("folder", "folder'; it has no folders patch_<id> either"),
+        ("folder", ". Folder folder is not a patch folder: it has no folders patch_<id>"),
     ):
         refused(run("inspect", name, "--batch-size", 4), text)
 
@@ -330,7 +330,10 @@ def test_demo_refuses_a_broken_folder(run, tmp_path):
     for kind in ("core", "ghost"):
         np.save(patch / f"{kind}_coords.npy", np.zeros((2, 3)))
         np.save(patch / f"{kind}_obs.npy", np.zeros((8, 2, 3)))
-    refused(run("demo", "--data", "data"), "time steps, got 6 of the 8 in patch_5/core_obs.npy")
+    refused(
+        run("demo", "--data", "data"),
+        "has 6 of the 8 time steps in patch_5/core_obs.npy, but a window needs 7",
+    )
 
 
 @pytest.mark.parametrize("missing", ["torch", "neuralop", "matplotlib"])

@@ -26,7 +26,7 @@ def test_a_device_that_is_not_there_is_refused_at_once(name):
 
 
 def test_a_device_without_values_is_refused():
-    with pytest.raises(ValueError, match="device must hold values, got 'meta'"):
+    with pytest.raises(ValueError, match="device must not be 'meta', which stores no data"):
         PatchBatchSampler([1, 1, 2], 2, device="meta")
 
 

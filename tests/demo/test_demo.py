@@ -198,7 +198,7 @@ def test_bad_arguments(data):
         run_demo(data, epochs=0, progress=False)
     with pytest.raises(ValueError, match="batch_size must be >= 1, got 0"):
         run_demo(data, batch_size=0, progress=False)
-    with pytest.raises(FileNotFoundError, match="root must be a folder of patches"):
+    with pytest.raises(FileNotFoundError, match="root must be an existing folder"):
         run_demo("nowhere")
 
 
@@ -209,7 +209,7 @@ def test_divergence_in_training_is_an_error(data, monkeypatch):
     monkeypatch.setattr(training, "batch_loss", lambda *args: original(*args) * float("nan"))
     with (
         fast_segment_csr(),
-        pytest.raises(FloatingPointError, match="training diverged: the loss of batch"),
+        pytest.raises(FloatingPointError, match="training diverged: the loss is nan at batch"),
     ):
         training.train(PatchGino(6, 1, 3, 3), data, epochs=1, progress=False)
 
@@ -224,7 +224,7 @@ def test_divergence_is_an_error(data):
             weight.fill_(1.0)
     with (
         fast_segment_csr(),
-        pytest.raises(FloatingPointError, match="errors on the probe set are not finite"),
+        pytest.raises(FloatingPointError, match="probe errors are not finite"),
     ):
         train(model, data, epochs=1, batch_size=64, progress=False)
 

@@ -215,14 +215,14 @@ def test_progress_that_cannot_be_read(folder, kept, fail_at, damage):
         progress.write_bytes({"empty": b"", "cut off": data[:-30], "text": b"hello"}[damage])
     slow = SlowIds(ids)
     with pytest.warns(
-        UserWarning, match=r"cannot read checkpoint .*a\.progress, grouping starts over"
+        UserWarning, match=r"cannot read checkpoint .*a\.progress; grouping restarts"
     ):
         PatchGroups.from_ids(slow, path=folder / "a")
     assert len(slow.blocks_read) == 2 * BLOCKS
     check_built(folder, ids)
 
 
-@pytest.mark.filterwarnings("ignore:.*starts over")
+@pytest.mark.filterwarnings("ignore:.*restarts")
 def test_a_damaged_byte_of_the_progress_does_no_harm(folder, kept, monkeypatch):
     ids = ids_of("dense", 6 * BLOCK)
     stopped(ids, folder, 9)
@@ -246,13 +246,13 @@ def test_progress_of_other_ids(folder, kept, fail_at):
     stopped(ids_of("sparse"), folder, fail_at)
     ids = ids_of("dense")
     with pytest.warns(
-        UserWarning, match=r"a\.progress belongs to different ids, grouping starts over"
+        UserWarning, match=r"a\.progress belongs to different ids; grouping restarts"
     ):
         PatchGroups.from_ids(SlowIds(ids), path=folder / "a")
     check_built(folder, ids)
 
 
-ANEW = r"a\.progress does not belong to .*a\.partial, sorting starts over"
+ANEW = r"a\.progress does not match .*a\.partial; sorting restarts"
 
 
 @pytest.mark.parametrize("change", ["deleted", "emptied", "cut off", "zeros"])
@@ -298,7 +298,7 @@ def test_an_order_of_other_ids_is_not_the_one_that_was_kept(folder, kept, monkey
     ids, others = ids_of("dense"), ids_of("sparse")
     stopped(ids, folder, BLOCKS + 10)
     progress = (folder / "a.progress").read_bytes()
-    with pytest.warns(UserWarning, match="belongs to different ids, grouping starts over"):
+    with pytest.warns(UserWarning, match="belongs to different ids; grouping restarts"):
         stopped(others, folder, BLOCKS + 3)
     # As if the others' process had been killed before it kept anything.
     (folder / "a.progress").write_bytes(progress)

@@ -428,7 +428,7 @@ def test_a_file_that_is_longer(index):
     with open(index, "ab") as file:
         file.write(b"!")
     with pytest.raises(
-        ValueError, match=f"is truncated or damaged: expected {size} bytes, got {size + 1}"
+        ValueError, match=f"is truncated or damaged: expected {size} bytes, got {size + 1}. Delete"
     ):
         PatchGroups.load(index)
 
@@ -515,7 +515,7 @@ def test_an_index_and_groups_are_no_ids(index):
         ValueError, match=r"got an index file: '.*'; open it with PatchGroups\.load"
     ):
         PatchGroups.from_ids(index)
-    with pytest.raises(TypeError, match="got PatchGroups, which are already grouped"):
+    with pytest.raises(TypeError, match="got PatchGroups, which are already grouped; pass the"):
         PatchGroups.from_ids(PatchGroups.load(index))
 
 

@@ -82,7 +82,11 @@ def test_select_from_counts_of_a_trillion():
         ([-1], ValueError, r"indices must be in 0 \.\. 5, got -1"),
         ([0.0], TypeError, "indices must be integers, got dtype float64"),
         ([[0]], ValueError, r"indices must be 1-D, got shape \(1, 1\)"),
-        (np.ones(5, np.bool_), ValueError, r"indices must be a mask of shape \(6,\), got \(5,\)"),
+        (
+            np.ones(5, np.bool_),
+            ValueError,
+            r"a boolean mask .* shape \(6,\), .*, got \(5,\)",
+        ),
     ],
 )
 @pytest.mark.parametrize("ids", [[3, 3, 1, 1, 1, 2], [3, 1, 3, 1, 2, 1]], ids=["runs", "shuffled"])
@@ -111,7 +115,7 @@ def split_or_none(groups: PatchGroups, fractions: list[float], by: str, seed: in
     try:
         return groups.split(fractions, by=by, seed=seed)
     except ValueError as error:
-        if "fractions must leave no part empty" not in str(error):
+        if "gives an empty part when splitting" not in str(error):
             raise
         return None
 
@@ -211,7 +215,7 @@ def test_by_sample_draws_from_the_whole_patch():
         (([0.5, 0.5], "sampel"), ValueError, "by must be one of 'patch', 'sample', got 'sampel'"),
         (([0.5, 0.5], "patch", -1), ValueError, "seed must be >= 0, got -1"),
         (([0.5, 0.5], "patch", 1.0), TypeError, "seed must be an int, got 1.0"),
-        (([0.9, 0.1],), ValueError, "fractions must leave no part empty, got 0.1 of 2 patches"),
+        (([0.9, 0.1],), ValueError, "a fraction of 0.1 gives an empty part when splitting 2 pat"),
     ],
 )
 def test_bad_splits(arguments, error, match):

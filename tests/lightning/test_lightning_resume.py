@@ -245,7 +245,7 @@ def test_other_ids_are_refused(tmp_path, uninterrupted):
     _, checkpoints = uninterrupted(workers=0, accumulate_grad_batches=1)
     other = PatchBatchSampler(np.arange(90) % 4, 8, seed=1)
     trainer = trainer_of(tmp_path, ResumeSampler())
-    with pytest.raises(ValueError, match="Cannot load state: ids is"):
+    with pytest.raises(ValueError, match="Cannot load state: hash of ids is"):
         trainer.fit(Recorder(), loader_of(other), ckpt_path=checkpoints[6])
 
 

@@ -147,7 +147,7 @@ def test_classes_that_fill_no_batch_are_warned_of():
 
 def test_samples_over_the_budget_are_warned_of():
     budget = CostBudget(40, sample_costs=[1] * 40 + [41], over_budget="skip")
-    with pytest.warns(UserWarning, match="'skip' leaves out 1 samples, of 1 of 1 patches"):
+    with pytest.warns(UserWarning, match="'skip' leaves out 1 samples in 1 of 1 patches"):
         PatchBatchSampler([3] * 41, budget, seed=0)
 
 

@@ -92,7 +92,7 @@ def test_drop_is_silent_where_every_patch_has_a_batch():
         (
             {"batch_size": 51, "partial": "drop"},
             ValueError,
-            r"partial='drop' leaves no batches: batch_size=51, largest patch 50\. Reduce it",
+            r"partial='drop' leaves no batches: batch_size=51, but the largest patch has 50 s",
         ),
     ],
 )
@@ -126,7 +126,7 @@ def test_a_cursor_without_torch(monkeypatch):
         ([1, float("nan")], TypeError, "ids must be integers, got dtype float64"),
         (np.array([np.nan]), TypeError, "ids must be integers, got dtype float64"),
         ([True, False], TypeError, "ids must be integers, got dtype bool"),
-        (["a", 1], TypeError, "ids must be all names or all integers, got 1 in sample 1"),
+        (["a", 1], TypeError, "ids must be all strings or all integers, got 1 in sample 1"),
         ("abc", FileNotFoundError, "source must be an existing file or folder: .*abc'"),
         ({1: 2}, TypeError, "source must be a dataset, an array .* got dict"),
         (None, TypeError, "source must be a dataset, an array .* got NoneType"),

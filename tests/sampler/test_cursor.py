@@ -336,8 +336,8 @@ def test_a_state_that_is_refused_for_its_place_leaves_the_seed():
             "slot must be an integer tensor, got torch.float32",
         ),
         ({"epoch": torch.zeros(2, dtype=torch.int64)}, RuntimeError, "size mismatch for epoch"),
-        ({"_extra_state": None}, TypeError, "must come from a BatchCursor, got extra state None"),
-        ({"_extra_state": {"seed": 5}}, TypeError, "must come from a BatchCursor"),
+        ({"_extra_state": None}, TypeError, "must come from BatchCursor.state_dict.*, got None"),
+        ({"_extra_state": {"seed": 5}}, TypeError, "must come from BatchCursor.state_dict"),
         ({"_extra_state": {"seed": 5, "fingerprint": 3}}, TypeError, "fingerprint must be a map"),
         (
             {"_extra_state": {"seed": 5, "fingerprint": {}}},

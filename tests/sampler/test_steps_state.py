@@ -418,8 +418,8 @@ def test_the_rest_of_steps_that_fit_and_of_a_finished_epoch_is_not_warned_of():
         rank.load_state_dict(finished)
         assert rank.epoch == 4
     message = (
-        "Until epoch 3 ends, 3 ranks may process different patches in one step: it began in steps "
-        "of 4."
+        "Until epoch 3 ends, 3 ranks may process different patches in one step, because the epoch "
+        "began with step_width=4."
     )
     with pytest.warns(UserWarning, match=f"^{message}$"):
         world_of(3, **kind)[0].load_state_dict({**finished, "slot": 0})

@@ -765,7 +765,7 @@ class TestWrongUse:
         ("device", "error", "match"),
         [
             ("gpu", ValueError, "device must be 'numpy', .* got 'gpu'"),
-            ("meta", ValueError, "device must hold values, got 'meta'"),
+            ("meta", ValueError, "device must not be 'meta', which stores no data"),
             (7.5, ValueError, r"device must be .*, got '7\.5'"),
         ],
     )
@@ -799,7 +799,7 @@ class TestInAWorker:
     """No array of a GPU may be made in a worker of a DataLoader."""
 
     REFUSED = (
-        "device must be the host in a DataLoader worker, got 'cpu': .*"
+        "device must be 'numpy' or 'cpu' in a DataLoader worker, got 'cpu': .*"
         "Iterate in the main process, or use device='numpy'"
     )
 

@@ -281,7 +281,7 @@ def test_ids_of_another_length_than_the_dataset(kind, length):
         (np.array([1.0, np.nan, 2.0]), TypeError, "ids must be integers, got dtype float64"),
         (np.zeros((3, 2), np.int64), ValueError, "ids must be 1-D"),
         (np.zeros(3, np.bool_), TypeError, "ids must be integers, got dtype bool"),
-        (["a", "b", 3], TypeError, "ids must be all names or all integers, got 3 in sample 2"),
+        (["a", "b", 3], TypeError, "ids must be all strings or all integers, got 3 in sample 2"),
     ],
 )
 def test_bad_ids_of_a_dataset(ids, error, match):

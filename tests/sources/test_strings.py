@@ -286,7 +286,7 @@ def test_parts_of_datasets_with_names():
     check(read_patch_ids(concatenated), ["z", "b", *NAMES, "a", "k"])
     names_dataset = data.ConcatDataset([Known(["z", "b"]), dataset])
     check(read_patch_ids(data.Subset(names_dataset, [6, 0])), ["a", "z"])
-    with pytest.raises(TypeError, match="names in every part or in none"):
+    with pytest.raises(TypeError, match="must all have string ids or all integer ids, got a mix"):
         read_patch_ids(data.ConcatDataset([dataset, Known([1, 2])]))
 
 

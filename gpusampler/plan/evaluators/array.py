@@ -102,7 +102,7 @@ class ArrayEvaluator:
     def locate(
         self, streams: Streams, epoch: Any, slots: Any, patch_order: PatchOrder | None
     ) -> tuple[Any, Any, Any]:
-        """Return group, batch in the group, and pass of each slot; passes None mean the epoch."""
+        """Return the group of each slot, its batch in the group, and its pass (None: the epoch)."""
         xp, tables = self._xp, self._tables
         if patch_order is not None:
             groups, offsets = patch_order

@@ -52,7 +52,7 @@ class BatchBlock(NamedTuple):
         Samples. Past its length, a row repeats samples of the same patch, so that gathering the
         whole block is always safe.
     lengths : int64 array, shape (K,)
-        Samples of each batch that count, 1 .. B.
+        Number of samples of each batch that count, 1 .. B.
     groups : int64 array, shape (K,)
         Patch of each batch, as an index into the sorted patch ids.
 

@@ -55,7 +55,7 @@ class HostEvaluator:
 
     @property
     def block_samples(self) -> int:
-        """Samples to evaluate per call: few enough to be in cache when they become lists."""
+        """Number of samples to evaluate per call, few enough to stay in cache until listed."""
         # A call of compiled code has more overhead.
         return 1 << 15 if jit.compiled_form(0) is None else 1 << 16
 
@@ -99,7 +99,7 @@ class HostEvaluator:
         return BatchBlock(rows.astype(dtype, copy=False), locations.length, patches)
 
     def ragged(self, epoch: int, locations: BatchLocations) -> RaggedBlock:
-        """Return located batches; those of similar patches are stored next to each other."""
+        """Return the batches at ``locations``; those of similar patches are stored together."""
         samples, starts = self._samples(epoch, locations, locations.size)
         patches = self._tables.patches_of(locations.group)
         return RaggedBlock(samples, starts, locations.size, locations.length, patches)
@@ -159,7 +159,7 @@ class HostEvaluator:
         return image[starts]
 
     def _samples(self, epoch: int, locations: BatchLocations, sizes: Int64) -> tuple[Int64, Int64]:
-        """Return ``sizes`` samples of each batch, and where each batch starts."""
+        """Return the samples of all batches, ``sizes[k]`` of batch k, and each batch's start."""
         group, tables = locations.group, self._tables
         passes = epoch if locations.passes is None else locations.passes
         first, _ = tables.first_position_and_size(np, group, locations.j)

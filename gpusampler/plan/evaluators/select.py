@@ -144,7 +144,7 @@ class PlanEvaluator:
         return BatchBlock(*evaluator.block_by_arrays(self.streams, epoch, slots, patch_order))
 
     def ragged(self, epoch: int, locations: BatchLocations) -> RaggedBlock:
-        """Return located batches, each of its own size."""
+        """Return the batches at ``locations``, each of its own size; falls back to the host."""
         samples = None
         if not self.works_on_host:
             samples = self._try_on_device(

@@ -14,14 +14,16 @@ SLOTS_AS_THEY_ARE, SLOTS_FISHER_YATES, SLOTS_32_BIT, SLOTS_64_BIT = range(4)
 class KernelSpec(NamedTuple):
     """Compile-time settings of a kernel: macros in CUDA C and constants in Triton, by these names.
 
-    ``slots``: slots are not permuted (0), or by Fisher-Yates (1), or on a grid of 32-bit (2) or of
-    64-bit slots (3). ``located``: rows are batches of patches instead of slots. ``passes``: each
-    row has its own pass over its patch instead of the epoch. ``samples``: permute inside patches.
-    ``small``: a power of two, at least the largest patch of up to 32 samples; 0 if there is none.
-    ``fewest``, ``most``: pairs of rounds of the largest patch, and of the smallest patch above 32
-    samples; 0 if there is none. ``ordered``: look samples up in an order. ``ragged``: rows are end
-    to end, each of its own length. ``pad``: a ragged row is as long as its patch's batch size.
-    ``epoch_on_device``: read the epoch from the device (Triton only).
+    ``slots``: how slots are permuted: not at all (0), by Fisher-Yates (1), on a grid of 32-bit
+    slots (2), or on a grid of 64-bit slots (3). ``located``: rows are given as batches of patches,
+    not as slots. ``passes``: each row has its own pass over its patch; otherwise the epoch is the
+    pass. ``samples``: samples are permuted inside patches. ``small``: a power of two, at least the
+    size of every patch of up to 32 samples; 0 if there is no such patch. ``fewest``: pairs of
+    permutation rounds of the largest patch; ``most``: those of the smallest patch above 32 samples;
+    both are 0 if there is no such patch. ``ordered``: samples are looked up in the groups' order.
+    ``ragged``: rows are stored end to end, each with its own length. ``pad``: the length of a
+    ragged row is the batch size of its patch. ``epoch_on_device``: the kernel reads the epoch from
+    device memory (Triton only).
     """
 
     slots: int
@@ -80,9 +82,10 @@ class KernelSpec(NamedTuple):
 
 
 class Geometry(NamedTuple):
-    """Division of a launch into ``blocks`` of ``rows`` rows, processed ``columns`` lanes at a time.
+    """Division of a launch into blocks; a lane is one index of a row.
 
-    A block covers ``span`` lanes of its rows, so several blocks share wide rows.
+    A block evaluates ``rows`` rows, ``columns`` lanes at a time, up to ``span`` lanes of each row.
+    Wider rows are divided among several blocks. ``blocks``: their numbers over rows and lanes.
     """
 
     rows: int
