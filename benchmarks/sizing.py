@@ -196,7 +196,7 @@ def training(sizes: tuple[int, ...] = TRAINED, epochs: int = EPOCHS) -> dict[str
     """Train the demo's GINO with fixed sizes and with budgets of the same peak, taking turns."""
     from gpusampler.demo.gino import fast_segment_csr
     from gpusampler.demo.loading import load
-    from gpusampler.demo.train import one_thread, probe
+    from gpusampler.demo.train import measure_probe, one_thread
 
     with one_thread(), fast_segment_csr():
         data = load()
@@ -226,7 +226,7 @@ def training(sizes: tuple[int, ...] = TRAINED, epochs: int = EPOCHS) -> dict[str
                 "steps": way["steps"],
                 "samples_a_second": len(data.train) / min(way["seconds"]),
                 "peak_mb": way["peak_mb"],
-                "probe_loss": probe(runs[name].model, data, 8).loss,
+                "probe_loss": measure_probe(runs[name].model, data, 8).loss,
             }
             for name, way in ways.items()
         ]

@@ -6,6 +6,7 @@ import pytest
 
 from gpusampler.permutation.reference import Streams, derive_key
 from gpusampler.plan import epoch_plan
+from gpusampler.plan.evaluators import host
 
 from . import bijectivity, statistics
 from .cases import CASES, below, run
@@ -69,7 +70,7 @@ def test_plan_that_adds_seed_and_epoch_is_caught(monkeypatch, quick):
         return derive_key(seed + pass_, purpose, 0, group)
 
     monkeypatch.setattr(epoch_plan, "Streams", Unmixed)
-    monkeypatch.setattr(epoch_plan, "key_of", added)
+    monkeypatch.setattr(host, "key_of", added)
     failed = statistics.failures(through_plan(2_000), statistics.bound(quick))
     names = {result.test for result in failed}
     for form in ("interleaved", "in a row"):

@@ -311,7 +311,7 @@ def test_a_group_that_cannot_agree_on_a_seed_is_told_to_give_one():
     pytest.importorskip("torch")
     done = run_python("-W", "ignore", "-c", WITHOUT_A_STORE, check=False)
     assert done.stdout.startswith("seed must be given where the process group's store"), done
-    assert done.stdout.strip().endswith("write PatchBatchSampler(..., seed=0)")
+    assert done.stdout.strip().endswith("on every rank, such as PatchBatchSampler(..., seed=0)")
 
 
 def test_environment_variables_alone_do_not_shard(monkeypatch):
