@@ -40,12 +40,12 @@ class PatchTables:
     sizes : array
         Batch size of each group; 1 for groups over the budget, which have no batch.
     batches : array
-        Number of slots of each group in an epoch: the number of its batches, including repeated
-        and without dropped ones if steps are of one patch; or the slots assigned by weights.
+        Number of slots of each group in an epoch. With weights, the slots that they assign; else
+        its batches, plus repeated and minus dropped ones if steps are of one patch.
     batch_offsets : array, shape (G + 1,)
         Running total of ``batches``.
     batches_per_pass : array, or None
-        Own batches of each group, if its slots differ from them.
+        Number of batches in one pass over each group; None if it equals ``batches``.
     slot_shares : NumPy array (on any device), or None
         Slots assigned by weights, before they are rounded to whole steps. If given, passes over a
         patch continue from epoch to epoch.
@@ -245,7 +245,7 @@ class PatchTables:
         return self.batches if self.batches_per_pass is None else self.batches_per_pass
 
     def patch_order(self, xp: Any, patches: Any, group_numbers: Any) -> PatchOrder:
-        """Return the groups of ``patches`` in this order; ``group_numbers`` are 0 .. G-1."""
+        """Return the groups in the order of ``patches``; ``group_numbers`` are 0 .. G-1."""
         groups = patches
         if self.first_bin is not None:
             first = self.first_bin[patches]

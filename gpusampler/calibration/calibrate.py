@@ -173,7 +173,8 @@ def calibrate(
         raise ValueError(
             f"too little memory: {format_bytes(in_use)} is in use, but only "
             f"{format_bytes(int(share * meter.limit))} may be used (memory_limit="
-            f"{format_bytes(meter.limit)} * share={share:g}). Free memory or raise one."
+            f"{format_bytes(meter.limit)} * share={share:g}). Free memory, or raise "
+            "memory_limit or share."
         )
     search = Search(meter, plan, costs, bounds, share, fit)
     search.run_probes()

@@ -248,11 +248,11 @@ class Search:
         growing_bytes = available_bytes - self.fit.fixed
         if not growing_bytes > 0:
             raise ValueError(
-                f"too little memory: {format_bytes(baseline)} is in use and any batch needs "
-                f"{format_bytes(int(self.fit.fixed))}, but only "
+                f"too little memory: {format_bytes(baseline)} is in use and even the smallest "
+                f"batch needs {format_bytes(int(self.fit.fixed))}, but only "
                 f"{format_bytes(int(self.usable_memory))} may be used (memory_limit="
-                f"{format_bytes(self._meter.limit)} * share={self._share:g}). Free memory or "
-                "raise one."
+                f"{format_bytes(self._meter.limit)} * share={self._share:g}). Free memory, or "
+                "raise memory_limit or share."
             )
         if self.fit_form == "proportional":
             return self._costs, growing_bytes / self.fit.per_cost

@@ -24,7 +24,7 @@ _MAX_BARS = 60
 
 @dataclass(frozen=True)
 class Outcome:
-    """Number of batches, and of missed and repeated samples, in an epoch with ``partial``."""
+    """Number of batches, and of missed and repeated samples, in an epoch for one ``partial``."""
 
     partial: str
     batches: int

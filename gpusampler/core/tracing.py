@@ -97,7 +97,7 @@ class Range:
 
 
 class Recorder:
-    """Time of a sampler per range; copies, such as those in workers, start at zero.
+    """Records the time that a sampler spends in each range; a copy in a worker starts at zero.
 
     ``batches`` counts the batches made so far, ``watcher`` is the active profile or None, and
     ``iterators`` holds the iterators that have started and are still alive.

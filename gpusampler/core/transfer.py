@@ -31,7 +31,7 @@ class SideStream(Protocol):
     """A stream for copies beside the compute stream, on a device of one library."""
 
     def allocate_pinned(self, size: int, dtype: str) -> Any:
-        """Return page-locked host memory as a 1-D array of the library (NumPy's for CuPy)."""
+        """Return page-locked host memory: a 1-D tensor for torch, a NumPy array for CuPy."""
 
     def copy_to_host(self, source: Any, target: Any) -> Event:
         """Begin to copy a device array to pinned memory, after the work that computes it.

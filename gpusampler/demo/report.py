@@ -35,7 +35,7 @@ class Training:
     batch_loss : tuple of float
         Loss of each training batch, in order.
     persistence_loss : float
-        Loss on the probe set of persistence, which repeats the last input step.
+        Probe loss of the persistence forecast, which repeats the last input step.
     head_rmse, head_rmse_persistence : float
         Root mean square error of the hydraulic head on the probe set in metres, of the trained
         model and of persistence.

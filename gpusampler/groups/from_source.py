@@ -42,7 +42,7 @@ def _is_index(path: str | os.PathLike[str]) -> bool:
 
 
 class TimedIds(PatchIds):
-    """Host ids whose reads are recorded apart from the grouping."""
+    """Host ids that time their reads separately from the grouping."""
 
     def __init__(self, ids: PatchIds, recorder: Recorder) -> None:
         self._ids = ids

@@ -171,7 +171,7 @@ class IndexBuild:
         return state
 
     def checkpoint(self, state: Callable[[], StateArrays], is_last: bool) -> None:
-        """Save the state and flush the order, if a checkpoint is due or ``is_last``."""
+        """Save the state and flush the order if a checkpoint is due or ``is_last`` is true."""
         start = time.monotonic()
         if not is_last and start < self._next_checkpoint:
             return
@@ -279,6 +279,7 @@ class IndexBuild:
             raise OSError(
                 error.errno,
                 f"cannot lock {self._path}: its filesystem does not support file locks "
-                f"({os.strerror(error.errno)}). Build it elsewhere and copy it, or call save.",
+                f"({os.strerror(error.errno)}). Build the index on another filesystem and copy it, "
+                "or group without path and call PatchGroups.save.",
             ) from error
         return lock

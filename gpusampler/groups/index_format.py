@@ -164,7 +164,7 @@ def is_index(path: str | os.PathLike[str]) -> bool:
 
 
 def check_path_is_free(path: Path) -> None:
-    """Raise ValueError if ``path`` is a file other than an index, which must not be overwritten."""
+    """Raise ValueError if ``path`` is an existing file that is not an index, to protect it."""
     if path.exists() and not is_index(path):
         raise ValueError(f"{path} exists and is not an index file. Choose another path.")
 

@@ -299,7 +299,7 @@ class PatchGroups:
         return groups
 
     def _sample_mask(self) -> NDArray[np.bool_] | None:
-        """Return the mask of these samples in the dataset, or None if all."""
+        """Return a mask of the dataset's samples that are in these groups, or None if all are."""
         if self.num_samples == self.source_size:
             return None
         mask = np.zeros(self.source_size, np.bool_)

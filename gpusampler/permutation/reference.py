@@ -164,7 +164,7 @@ def _permute_small(xp: Any, x: Any, n: Any, key: tuple[Any, Any], largest: int) 
 def _permute_grid(
     xp: Any, x: Any, n: Any, key: tuple[Any, Any], grid: Grid, min_rounds: int, max_rounds: int
 ) -> Any:
-    """Permute ``x`` on the grid; rounds from ``min_rounds`` on apply only where n needs them."""
+    """Permute ``x`` on the grid: ``min_rounds`` everywhere, further rounds where n needs them."""
     a, b, rem = grid
     row = x // b
     col = x - row * b

@@ -242,7 +242,8 @@ class EpochTracker:
         steps = check_int(steps, "step", low=0)
         if steps > shard.steps:
             raise ValueError(
-                f"step must be <= {shard.steps}, the batches of this pass, got {steps}"
+                f"step must be <= {shard.steps}, the number of this rank's batches in the epoch, "
+                f"got {steps}"
             )
         # With zero steps done, the state is the shard's start, even if the shard is empty.
         slot = shard.slot_after(steps) if steps else shard.slot

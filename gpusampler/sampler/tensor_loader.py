@@ -346,7 +346,7 @@ class StagingBuffers:
 
 
 def working_device(tensors: Mapping[str, Any], device: Device) -> Device:
-    """Return the device on which indices are needed: the host if rows must be copied from there."""
+    """Return where indices are needed: on the host if any tensor is there, else on ``device``."""
     return device if all(_is_on(tensor, device) for tensor in tensors.values()) else HOST
 
 

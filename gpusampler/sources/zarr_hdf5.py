@@ -112,7 +112,7 @@ def _hdf5_array(source: Any, column: Any, label: str) -> Any:
 
 
 def _chosen_array(source: Any, names: list[str], groups: list[str], column: Any, label: str) -> Any:
-    """Return the name of the array to read in a group: a path, or from `choose_column`."""
+    """Return the array to read in a group: ``column`` if it is a path, else `choose_column`'s."""
     try:
         if isinstance(column, str) and "/" in column and column in source:
             return column

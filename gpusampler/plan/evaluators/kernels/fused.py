@@ -23,7 +23,7 @@ Launch = Callable[[KernelSpec, Geometry, tuple[Any, ...]], None]
 
 
 class KernelEvaluator:
-    """Batches of a plan, evaluated on a device, where ``tables`` must be, by a kernel.
+    """Evaluates a plan's batches with a kernel, on the device that holds ``tables``.
 
     ``launch(spec, geometry, args)`` runs the kernel on arrays and numbers. ``geometry(spec,
     num_rows, width)`` divides the launch into blocks.

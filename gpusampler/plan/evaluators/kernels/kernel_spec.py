@@ -101,9 +101,10 @@ MAX_BLOCKS = (1 << 16) - 1
 def triton_geometry(spec: KernelSpec, num_rows: int, width: int) -> Geometry:
     """Return tiles of 1,024 or 2,048 lanes; their shape depends only on spec and width.
 
-    Each shape is compiled separately, so there are few; the single row of `batch` has its own. The
-    larger tile spreads the work of a row over more lanes, but would not fit in registers if rows
-    are wide, need different permutations, or are not written 16 bytes at a time.
+    Each shape is compiled separately, so there are only a few; `batch`, with its single row, uses a
+    shape of its own. The larger tile spreads the work of a row over more lanes, but would not fit
+    in registers if rows are wide, need different permutations, or are not written 16 bytes at a
+    time.
     """
     columns = power_of_two(width)
     if width > 32:
