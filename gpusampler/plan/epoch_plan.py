@@ -10,7 +10,7 @@ steps.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -34,7 +34,6 @@ from gpusampler.plan.evaluators.base import BatchBlock, EvaluatorSettings
 from gpusampler.plan.evaluators.select import PlanEvaluator
 
 EPOCH_LIMIT = 1 << 63
-T = TypeVar("T")
 
 
 class EpochPlan:

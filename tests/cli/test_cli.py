@@ -20,7 +20,7 @@ from gpusampler.cli import main as cli_module
 from gpusampler.cli.inspect import draw, inspect_source
 from gpusampler.cli.main import cli
 from gpusampler.demo.embedded import small_data
-from support.processes import environment, run_python
+from support.processes import environment, refused, run_python
 
 
 @pytest.fixture
@@ -43,14 +43,6 @@ def ids(tmp_path) -> Path:
 
 def run_module(*arguments: object) -> subprocess.CompletedProcess[str]:
     return run_python("-m", "gpusampler", *arguments, check=False)
-
-
-def refused(result, text: str) -> None:
-    assert result.exit_code == 2
-    assert result.stdout == ""
-    assert result.stderr.count("\n") == 1
-    assert text in result.stderr
-    assert "Traceback" not in result.stderr
 
 
 def is_png(path: Path) -> bool:

@@ -10,6 +10,7 @@ import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import gpusampler
 from support.paths import ROOT, TESTS
@@ -101,3 +102,12 @@ def terminate(process: subprocess.Popen) -> None:
             process.wait(timeout=40)
         except subprocess.TimeoutExpired:
             continue
+
+
+def refused(result: Any, text: str) -> None:
+    """Check that a command, run by click, ended with one line of error and exit code 2."""
+    assert result.exit_code == 2
+    assert result.stdout == ""
+    assert result.stderr.count("\n") == 1
+    assert text in result.stderr
+    assert "Traceback" not in result.stderr

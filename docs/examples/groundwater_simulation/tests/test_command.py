@@ -9,7 +9,7 @@ from click.testing import CliRunner
 
 import groundwater_simulation.__main__ as command
 from groundwater_simulation import simulate as simulation
-from support.processes import run_python
+from support.processes import refused, run_python
 
 
 @pytest.fixture
@@ -20,14 +20,6 @@ def run(tmp_path, monkeypatch):
         return CliRunner().invoke(command.main, [str(arg) for arg in args])
 
     return invoke
-
-
-def refused(result, text: str) -> None:
-    assert result.exit_code == 2
-    assert result.stdout == ""
-    assert result.stderr.count("\n") == 1
-    assert text in result.stderr
-    assert "Traceback" not in result.stderr
 
 
 def test_simulate_passes_its_options_on(run, monkeypatch, tmp_path):
