@@ -1,4 +1,4 @@
-"""What classes of cost inside a patch are worth: ``python -m benchmarks.parts``.
+"""What cost bins inside a patch are worth: ``python -m benchmarks.parts``.
 
 One epoch of a plan is evaluated for each way to cut patches by the costs of their samples. A batch
 uses of its budget what its samples cost together, and, where they are padded to the longest of

@@ -1,4 +1,4 @@
-"""Plans whose patches are cut into classes of cost, against the oracle and in every form."""
+"""Plans whose patches are cut into cost bins, against the oracle and in every form."""
 
 from __future__ import annotations
 

@@ -50,7 +50,7 @@ def check_block(plan: EpochPlan, kernel: Any, epoch: int, slots: Any, dtype: str
     expected = plan.evaluate(epoch, slots)
     result = kernel.block(plan, epoch, slots, dtype)
     if plan._tables.patch_of_bin is not None:
-        # A kernel names classes of cost; whose they are is looked up after it.
+        # A kernel names cost bins; whose they are is looked up after it.
         result[2] = plan._tables.patch_of_bin[result[2]]
     for actual, desired, name in zip(result, expected, expected._fields, strict=True):
         assert actual.dtype == (dtype if name == "indices" else "int64")

@@ -95,7 +95,7 @@ class PlanCase(NamedTuple):
 
 
 def of_classes(counts: list[int]) -> CostBudget:
-    """A budget by which patches are cut into classes of cost."""
+    """A budget by which patches are cut into cost bins."""
     return CostBudget(60, sample_costs=np.arange(sum(counts)) % 13 + 1)
 
 
@@ -137,8 +137,8 @@ FORMS = {
     "weights, in a row": PlanCase(
         MIXED, {"weights": [1, 9, 1, 1], "epoch_batches": 30, "interleave": False}
     ),
-    "classes of cost": PlanCase(MIXED, {"batch_size": of_classes(MIXED)}),
-    "classes of cost, in a row": PlanCase(
+    "cost bins": PlanCase(MIXED, {"batch_size": of_classes(MIXED)}),
+    "cost bins, in a row": PlanCase(
         SMALL_ONLY, {"batch_size": of_classes(SMALL_ONLY), "interleave": False}
     ),
     "weights, steps of one patch": PlanCase(
@@ -177,7 +177,7 @@ QUICK = {
     "one batch",
     "balanced steps, in order",
     "steps of one patch, in a row",
-    "classes of cost, in a row",
+    "cost bins, in a row",
 }
 """Traced in a second or two each; together they take every way through a plan."""
 slow_to_trace = pytest.mark.slow("a graph of a thousand operations takes seconds to trace")

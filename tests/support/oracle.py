@@ -112,7 +112,7 @@ class Settings(NamedTuple):
     """Of each patch, patch ids ascending; its own batches where there is only a length."""
     epoch_batches: int | None = None
     patch_of_bin: list[int] | None = None
-    """The patch of each, where what is called patches here are classes of cost of one."""
+    """The patch of each, where what is called patches here are cost bins of one."""
 
     def size(self, g: int) -> int:
         return self.batch_size if isinstance(self.batch_size, int) else self.batch_size[g]

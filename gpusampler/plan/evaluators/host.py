@@ -20,13 +20,14 @@ from gpusampler.permutation.reference import Grid, Streams, grid_of, key_of, per
 from gpusampler.plan.evaluators.base import (
     BatchBlock,
     BatchLocations,
+    Evaluator,
     EvaluatorSettings,
     RaggedBlock,
 )
 from gpusampler.plan.evaluators.memory_fallback import SORT_HINT
 
 
-class HostEvaluator:
+class HostEvaluator(Evaluator):
     """An `Evaluator` on the host, where ``tables`` must be.
 
     ``groups`` are patches or cost bins; their order may be on a device or in a file. ``streams``

@@ -17,6 +17,7 @@ from gpusampler.permutation.reference import Streams
 from gpusampler.plan.evaluators.base import (
     BatchBlock,
     BatchLocations,
+    Evaluator,
     EvaluatorSettings,
     RaggedBlock,
 )
@@ -27,7 +28,7 @@ from gpusampler.plan.evaluators.memory_fallback import DEVICE_HINT, FullDevices
 T = TypeVar("T")
 
 
-class PlanEvaluator:
+class PlanEvaluator(Evaluator):
     """An `Evaluator` that uses a plan's device if possible, and the host otherwise.
 
     The host evaluates if it is the device, in a DataLoader worker, and after the device has run out
