@@ -64,7 +64,7 @@ class Temperature:
         check_real(self.t, "t", "be > 0", lambda x: x > 0)
 
     def weights(self, own: Int64) -> NDArray[np.float64]:
-        """Return float64 weights for the own batches of patches, shape (G,); 0 for 0 batches."""
+        """Return float64 weights from the number of batches of each patch, shape (G,); 0 for 0."""
         if self.t == 1:
             return own.astype(np.float64)
         # Relative to the largest: powers cannot overflow; underflow to 0 still gets one slot.
@@ -131,9 +131,10 @@ def _check_weights(weights: Any, groups: PatchGroups, own_batches: Int64) -> NDA
 def pass_and_batch(epoch: Any, j: Any, slots: Any, own_batches: Any) -> tuple[Any, Any]:
     """Return ``divmod(epoch * slots + j, own_batches)``: the pass over a patch and the batch in it.
 
-    That product can exceed 64 bits; the products below cannot, except the pass, which wraps modulo
-    2**64 in every library. Keys use all 64 bits. ``epoch`` is an int or a 0-d int64 array in
-    0 .. 2**63 - 1; ``own_batches`` are 1 .. 2**31 - 1.
+    ``epoch * slots`` can exceed 64 bits. The products in this function cannot, except those in the
+    number of the pass, which wraps modulo 2**64 in every library; permutation keys use all 64 bits
+    of that number. ``epoch`` is an int or a 0-d int64 array in 0 .. 2**63 - 1; ``own_batches`` are
+    1 .. 2**31 - 1.
     """
     epoch_quotient, epoch_remainder = epoch // own_batches, epoch % own_batches
     slot_quotient, slot_remainder = slots // own_batches, slots % own_batches
@@ -195,7 +196,8 @@ def _divmod_product(weights: Int64, totals: Int64, divisors: Int64) -> tuple[Int
     """Return ``divmod(weights * totals, divisors)`` for products beyond 64 bits.
 
     float64 gives a quotient with relative error 2**-50; the exact correction is computed modulo
-    2**64. Divisors above the precision of float64 (slots divided again as steps) use Python ints.
+    2**64. Python ints are used if a divisor is above 2**53, as it can be when numbers of slots are
+    the weights by which whole steps are divided.
     """
     divisors = np.maximum(divisors, 1)
     if bool((divisors > 2 * WEIGHT_SUM).any()):

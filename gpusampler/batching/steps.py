@@ -86,7 +86,7 @@ class StepLayout(NamedTuple):
 
 @dataclass(frozen=True)
 class CostBuckets:
-    """Batches sorted by cost; int64 arrays on one device.
+    """Batches sorted by cost, in buckets of nearly equal cost; int64 arrays on one device.
 
     The natural order is sorted by bucket, cheapest first, then by run. A run is the whole batches
     of a patch, or its short batch.
@@ -171,7 +171,7 @@ class CostBuckets:
         return self.run_groups[run], self.run_first[run] + index - self.run_offsets[run]
 
     def bucket_of(self, xp: Any, index: Any) -> Any:
-        """Return the bucket of batches at indices in the natural order."""
+        """Return the bucket of each batch, given by its index in the natural order."""
         return search_offsets(xp, self.offsets, index)
 
 

@@ -153,13 +153,16 @@ class PatchTables:
         )
 
     def with_slot_shares(self, slot_shares: Int64) -> PatchTables:
-        """Return the tables with slots from weights, >= 1 for groups with a batch, shape (G,)."""
+        """Return the tables with numbers of slots from weights: ``slot_shares``, shape (G,).
+
+        They are >= 1 for groups with a batch and 0 for others.
+        """
         slot_shares.flags.writeable = False
         tables = replace(self, batches_per_pass=self.batches, slot_shares=slot_shares)
         return tables._with_slots(slot_shares, 1)
 
     def with_buckets(self, partial: str, costs: NDArray[np.float64]) -> PatchTables:
-        """Return the tables with batches sorted by cost; ``costs`` are per sample, shape (G,)."""
+        """Return the tables with batches sorted by cost; ``costs``: of one sample of each group."""
         sizes = self.sizes
         if self.slot_shares is not None:
             # The slot of the short batch changes with the epoch, so all batches count as whole.
@@ -181,7 +184,7 @@ class PatchTables:
         return groups if self.patch_of_bin is None else np.asarray(self.patch_of_bin[groups])
 
     def _with_slots(self, batches: Int64, width: int) -> PatchTables:
-        """Return the tables with new slots by group, in steps of ``width`` slots."""
+        """Return the tables with new numbers of slots by group, in steps of ``width`` slots."""
         offsets = _running_total(batches)
         total = int(offsets[-1])
         batches.flags.writeable = False

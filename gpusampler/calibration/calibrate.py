@@ -198,9 +198,9 @@ def _check_costs(cost: Any, plan: EpochPlan) -> Floats:
         cost = cost if patch_costs is None else patch_costs
     if plan.units.has_sample_costs:
         raise ValueError(
-            "sampler must not use sample_costs: calibration ignores the costs of single samples. "
-            "Pass a sampler without sample_costs; if cost is length and patches do not matter, use "
-            "the length as patch id."
+            "sampler must not use sample_costs: calibration needs one cost per patch. Pass a "
+            "sampler without sample_costs; if the cost of a sample is its length and patches do "
+            "not matter, use the length as patch id."
         )
     if cost is None:
         cost = plan.costs_by_patch

@@ -102,8 +102,11 @@ def call_in_child(
     is_crash = memory_limit is not None and peak > memory_limit // 2 and name in _CRASH_SIGNALS
     if name == "SIGKILL" or is_crash:
         return False, None
-    ending = f"by {name}" if name else f"with exit status {exitcode}"
-    raise RuntimeError(f"the child process that runs step ended {ending}, without a Python error")
+    ending = f"with signal {name}" if name else f"with exit status {exitcode}"
+    raise RuntimeError(
+        f"the child process that runs step ended {ending}, without a Python error: call step "
+        "without calibrate() to find the cause"
+    )
 
 
 def _start(child: BaseProcess) -> None:

@@ -137,7 +137,8 @@ class HostMeter:
         _, peak = call_in_child(
             lambda: self._sequence_peak(batches, file_bytes), self.limit, release_freed=False
         )
-        logger.info("calibrate: %d batches in a row: %s", len(batches), peak)
+        total = "out of memory" if peak is None else f"{format_bytes(peak)} in total"
+        logger.info("calibrate: %d batches in a row: %s", len(batches), total)
         return peak
 
     def _probe(self, group: int, size: int, file_bytes: int) -> Probe:

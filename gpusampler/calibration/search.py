@@ -87,7 +87,7 @@ class Search:
 
     @property
     def usable_memory(self) -> float:
-        """Bytes for a batch plus the memory in use."""
+        """Bytes that a batch and the memory in use may take together."""
         return self._share * self._meter.limit
 
     def run_probes(self) -> None:
@@ -104,7 +104,7 @@ class Search:
         if not self._succeeded():
             raise RuntimeError(
                 f"step ran out of memory in all {len(self.measurements)} probes, even with "
-                f"{self._min_size} samples: raise memory_limit (now "
+                f"batch size {self._min_size}: free memory, raise memory_limit (now "
                 f"{format_bytes(self._meter.limit)}), or lower min_batch_size or multiple_of"
             )
 
@@ -223,9 +223,9 @@ class Search:
             factor = max(peak - excess - per_batch, 0.0) / (peak - per_batch)
             shrink = min(size * factor, math.nextafter(size, 0)) * float(costs[group]) / max_cost
         raise RuntimeError(
-            f"the most expensive batch exceeds share={self._share:g} of memory_limit="
-            f"{format_bytes(self._meter.limit)} with each of {MAX_BUDGETS} budgets: cost does not "
-            "predict the memory of step. Pass a better cost."
+            f"none of the {MAX_BUDGETS} budgets tried fits share={self._share:g} of memory_limit="
+            f"{format_bytes(self._meter.limit)}: cost does not predict the memory of step. Pass "
+            "costs proportional to the memory of a sample."
         )
 
     def _measure_sequence(self, most_expensive: int) -> int | None:

@@ -117,7 +117,7 @@ _DIRECTORY = click.Path(path_type=Path)
 )
 @click.version_option(__version__, prog_name="gpusampler")
 def cli() -> None:
-    """Run the demo, or show how patch ids divide into batches."""
+    """Run the demo, or show how a batch size divides patches into batches."""
 
 
 @cli.command()

@@ -17,7 +17,7 @@ def small_data() -> Path:
     folder = files("gpusampler.demo").joinpath("data", "small")
     if not isinstance(folder, Path) or not folder.is_dir():
         raise FileNotFoundError(
-            f"the demo's data folder {folder} is missing or inside a zip archive: run pip install "
-            "on an unpacked gpusampler"
+            f"the demo's data folder {folder} is missing or inside a zip archive: reinstall "
+            "gpusampler with pip, which unpacks it"
         )
     return folder

@@ -138,11 +138,12 @@ class PatchGino:
 def segment_csr(
     src: torch.Tensor, indptr: torch.Tensor, reduction: str, use_scatter: bool = True
 ) -> torch.Tensor:
-    """Sum or average segments of rows, as `neuralop.layers.segment_csr` without its loop.
+    """Sum or average segments of rows, as `neuralop.layers.segment_csr` does, but without a loop.
 
-    ``src``, (n, c) or (B, n, c), has the rows; ``indptr``, int64 (m + 1,) or (B, m + 1) with equal
-    rows, has the start of each segment and n. The result is (m, c) or (B, m, c); an empty segment
-    gives 0. ``use_scatter`` is in the original's signature and is ignored.
+    ``src`` has the n rows, shape (n, c) or (B, n, c). ``indptr`` has the start of each of the m
+    segments, then n: int64, shape (m + 1,), or (B, m + 1) with the same values for every b. The
+    result has shape (m, c) or (B, m, c); an empty segment gives 0. ``use_scatter`` is in the
+    original's signature and is ignored.
 
     Examples
     --------

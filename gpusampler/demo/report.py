@@ -63,9 +63,10 @@ class Training:
 
 @dataclass(frozen=True)
 class Speed:
-    """Samples per second in grouped batches and one at a time, each the best of ``repeats``.
+    """Samples per second in batches of one patch (``grouped``) and one at a time (``single``).
 
-    Both variants train on the same samples (``samples`` of them), in turns.
+    Each is the best of ``repeats`` runs. Both variants take turns and train on the same samples,
+    ``samples`` in number.
     """
 
     grouped: float

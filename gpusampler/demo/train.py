@@ -73,8 +73,8 @@ def measure_probe(model: PatchGino, data: DemoData, batch_size: int) -> ProbeErr
             count += len(truth)
     if not bool(torch.isfinite(sums).all()):
         raise FloatingPointError(
-            "probe errors are not finite: check the held-out steps for NaN or infinity; if there "
-            "are none, training diverged"
+            "the errors on the probe set (held-out windows) are not finite: check the held-out "
+            "steps for NaN or infinity; if there are none, training diverged: try another seed"
         )
     return ProbeErrors(*(sums / count).tolist())
 

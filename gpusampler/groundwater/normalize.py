@@ -35,7 +35,7 @@ class PatchSeries(Protocol):
         """The point that has the coordinates (0, 0, 0) in samples."""
 
     def arrays(self, patch_id: int) -> PatchArrays:
-        """Map the files of a patch."""
+        """Return the arrays of a patch as memory maps of its files."""
 
 
 @dataclass(frozen=True)
@@ -125,9 +125,10 @@ class Normalize:
     ) -> Normalize:
         """Compute the statistics from the training steps of a dataset.
 
-        Only the steps before the cut are read, for every split. Mean and standard deviation
-        use core points only: a ghost point is a core point of a neighbouring patch and would
-        count twice. The files are read in blocks of about 8 MB and summed in float64.
+        Only the training steps are read, the first ``floor((1 - val_ratio) * T)``, whatever the
+        split of the dataset. Mean and standard deviation use core points only: a ghost point is a
+        core point of a neighbouring patch and would count twice. The files are read in blocks of
+        about 8 MB and summed in float64.
 
         Parameters
         ----------

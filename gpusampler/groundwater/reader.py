@@ -45,7 +45,7 @@ class WindowReader:
         self._open_arrays: dict[int, PatchArrays] = {}
 
     def arrays(self, position: int) -> PatchArrays:
-        """Return maps of the files of ``patches[position]``, opened or reused."""
+        """Return memory maps of the files of ``patches[position]``, opened or reused."""
         patch = self._patches[position]
         # Without a lock, since a fork could copy a locked one: each thread takes its entry out,
         # and the last to put one back removes the oldest entries above the limit.

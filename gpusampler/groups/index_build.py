@@ -78,7 +78,8 @@ def _is_built(ids: PatchIds, path: Path, progress: bool) -> bool:
         return True
     differs = differs or "fingerprints differ"
     raise ValueError(
-        f"{path} indexes different ids ({differs}). Choose another path, or delete it to rebuild."
+        f"{path} indexes different ids ({differs}). Choose another path, or delete this file to "
+        "rebuild the index."
     )
 
 
@@ -279,7 +280,7 @@ class IndexBuild:
             raise OSError(
                 error.errno,
                 f"cannot lock {self._path}: its filesystem does not support file locks "
-                f"({os.strerror(error.errno)}). Build the index on another filesystem and copy it, "
-                "or group without path and call PatchGroups.save.",
+                f"({os.strerror(error.errno)}). Build the index on another filesystem and copy it "
+                "here, or call PatchGroups.from_ids without path and then save.",
             ) from error
         return lock

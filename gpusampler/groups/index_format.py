@@ -40,7 +40,7 @@ _DISK_FULL = (errno.ENOSPC, errno.EFBIG, errno.EDQUOT)
 # Errors of filesystems without preallocation, if the C library does not emulate it.
 _NOT_SUPPORTED = (errno.EOPNOTSUPP, errno.ENOTSUP, errno.ENOSYS, errno.EINVAL)
 _TABLE_NAMES = ("patch_ids", "counts", "starts")
-_REBUILD = "Delete it and rebuild it with PatchGroups.from_ids(path=...) or save."
+REBUILD = "Delete it and rebuild it with PatchGroups.from_ids(path=...) or save."
 
 
 @dataclass(frozen=True)
@@ -184,12 +184,12 @@ def read_index(
         if file_size != expected_size:
             raise ValueError(
                 f"{path} is truncated or damaged: expected {expected_size} bytes, got "
-                f"{file_size}. {_REBUILD}"
+                f"{file_size}. {REBUILD}"
             )
         file.seek(ORDER_OFFSET + head["order_bytes"])
         table_bytes = file.read(head["tables_bytes"])
         if zlib.crc32(table_bytes) != head["tables_crc"]:
-            raise ValueError(f"{path} is damaged: wrong checksum of the tables. {_REBUILD}")
+            raise ValueError(f"{path} is damaged: wrong checksum of the tables. {REBUILD}")
         contents = _parse_contents(head, table_bytes)
         if head["order"] is None:
             return contents, None
@@ -217,12 +217,12 @@ def _parse_head(path: Path, file: BinaryIO) -> dict[str, Any]:
         )
     if len(first_bytes) < ORDER_OFFSET:
         raise ValueError(
-            f"{path} is truncated: {len(first_bytes)} bytes, header incomplete. {_REBUILD}"
+            f"{path} is truncated: {len(first_bytes)} bytes, header incomplete. {REBUILD}"
         )
     size, crc = struct.unpack_from("<II", first_bytes, len(MAGIC))
     text = first_bytes[len(MAGIC) + 8 :][:size]
     if zlib.crc32(text) != crc:
-        raise ValueError(f"{path} is damaged: wrong checksum of the header. {_REBUILD}")
+        raise ValueError(f"{path} is damaged: wrong checksum of the header. {REBUILD}")
     head: dict[str, Any] = json.loads(text)
     if head["version"] != VERSION:
         raise ValueError(

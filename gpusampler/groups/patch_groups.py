@@ -268,7 +268,7 @@ class PatchGroups:
         if groups._signature is not None:
             differs = verification.difference(groups._signature, ids, all_compared=verify)
         elif not verify:
-            differs = "it does not record its source; verify=True compares all ids"
+            differs = "the index does not record its source; pass verify=True to compare all ids"
         elif groups.source_size != ids.size:
             differs = f"the index has {groups.source_size} samples, the ids {ids.size}"
         elif groups.names != ids.names:
@@ -277,7 +277,7 @@ class PatchGroups:
             current = verification.fingerprint_ids(ids, groups._sample_mask(), progress=progress)
             differs = None if current == groups._id_fingerprint() else "fingerprints differ"
         if differs is not None:
-            raise ValueError(f"source does not match the index {path}: {differs}")
+            raise ValueError(f"source must match the index {path}: {differs}")
         if verify and groups._signature is not None and ids.modified is not None:
             # All ids match, so `save` may store the current modification time.
             groups._signature = verification.signature_of(ids)
@@ -313,7 +313,9 @@ class PatchGroups:
             self.patch_ids, self.counts, self.starts, self._host_order, progress=progress
         )
         if current != self._fingerprint:
-            raise ValueError(f"{path} is damaged: wrong fingerprint of the order; rebuild it")
+            raise ValueError(
+                f"{path} is damaged: wrong fingerprint of the order. {index_format.REBUILD}"
+            )
 
     @classmethod
     def from_counts(
@@ -425,7 +427,7 @@ class PatchGroups:
 
     @property
     def fingerprint(self) -> int:
-        """64-bit hash of the patch id (or name) of every sample; independent of device and form."""
+        """64-bit hash of every sample's patch id (or name); the same on every device."""
         if self.names is None:
             return self._id_fingerprint()
         names_fingerprint = fingerprint.of_names(self.labels.tolist())

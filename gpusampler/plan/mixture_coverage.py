@@ -102,7 +102,7 @@ def _num_positions(plan: EpochPlan, batches: Int64) -> Int64:
 
 
 def _blocks(counts: Int64) -> Iterator[tuple[int, int]]:
-    """Yield (first, last) of blocks with at most `CHUNK` samples, or with a single count."""
+    """Yield slice bounds of blocks of ``counts``: of sum at most `CHUNK`, or one element."""
     ends = np.cumsum(counts)
     first = 0
     while first < counts.size:

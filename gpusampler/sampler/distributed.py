@@ -106,7 +106,7 @@ class ProcessGroupWarning:
 
 
 def check_step_width(step_width: int | None, steps: str, num_replicas: int) -> int:
-    """Return the slots per step; the plan checks that they fit ``steps``."""
+    """Return the number of slots per step; the plan checks whether ``steps`` allows it."""
     if step_width is None:
         return 1 if steps == "free" else num_replicas
     step_width = check_int(step_width, "step_width", low=1, high=1 << 31)

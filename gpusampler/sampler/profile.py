@@ -211,7 +211,10 @@ def _spent(recorder: Recorder) -> dict[str, tuple[int, float]]:
 
 
 def _peak(before: int | None, after: int | None, sampled: int) -> int | None:
-    """Return the peak bytes of a process if they rose, else the highest sampled value if any."""
+    """Return the peak memory in bytes, or None if unknown.
+
+    It is ``after`` if that is above ``before``, else ``sampled`` unless that is 0.
+    """
     if before is not None and after is not None and after > before:
         return after
     return sampled or None

@@ -76,8 +76,8 @@ class EpochPosition(NamedTuple):
 class RankShard(NamedTuple):
     """A rank's part of a plan's epoch, from a global slot on.
 
-    ``repeats_count``: whether batches that are repeated to give all ranks equally many count.
-    ``recorder``: records the time that the batches take.
+    ``repeats_count``: whether a batch counts if it is repeated only to give all ranks the same
+    number of batches. ``recorder``: records the time that the batches take.
     """
 
     plan: EpochPlan
@@ -183,8 +183,8 @@ class EpochTracker:
             self._has_warned = True
             warnings.warn(
                 f"a second pass on {self.num_replicas} ranks without set_epoch: call "
-                "sampler.set_epoch(epoch) before each pass, or a rank that has started one more "
-                "pass than the remaining ranks is an epoch ahead of them",
+                "sampler.set_epoch(epoch) before each pass. Otherwise a rank that has started one "
+                "more pass than the other ranks is an epoch ahead of them",
                 stacklevel=4,
             )
         return self._start_pass(epoch_pass, self.pending_shard())
@@ -214,7 +214,7 @@ class EpochTracker:
         if loaded is not None and loaded.slot and self._shard_from(loaded).steps:
             warnings.warn(
                 f"set_epoch({epoch}) drops the loaded position: epoch {loaded.epoch}, "
-                f"slot {loaded.slot}",
+                f"slot {loaded.slot}; to resume there, call set_epoch({loaded.epoch}) instead",
                 stacklevel=stacklevel + 1,
             )
         self._loaded_position = None
@@ -242,7 +242,7 @@ class EpochTracker:
         steps = check_int(steps, "step", low=0)
         if steps > shard.steps:
             raise ValueError(
-                f"step must be <= {shard.steps}, the number of this rank's batches in the epoch, "
+                f"step must be <= {shard.steps}, the number of this rank's batches in this pass, "
                 f"got {steps}"
             )
         # With zero steps done, the state is the shard's start, even if the shard is empty.
@@ -277,8 +277,8 @@ class EpochTracker:
         version = check_int(state["version"], "state_dict version", low=1)
         if version != STATE_VERSION:
             raise ValueError(
-                f"state_dict has format version {short_repr(version)}, this gpusampler reads "
-                f"{STATE_VERSION}: load it with the version that saved it"
+                f"state_dict must have format version {STATE_VERSION}, got {short_repr(version)}: "
+                "load the state with the gpusampler release that saved it"
             )
         check_fingerprint(state["fingerprint"], self._fingerprint)
         plan = with_saved_seed(self.plan, state["seed"], self.seed_given)

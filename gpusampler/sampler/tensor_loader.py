@@ -374,7 +374,8 @@ def _check_tensor(name: str, tensor: Any, num_samples: int) -> None:
         )
     if arrays.library_of(tensor) == "torch" and not arrays.is_numeric(tensor):
         raise TypeError(
-            f"{name} must be a dense tensor with values, got {tensor.layout} on {tensor.device}"
+            f"{name} must be a dense tensor, not sparse, nested, quantized or on the meta device, "
+            f"got {tensor.layout} of {tensor.dtype} on {tensor.device}"
         )
     num_rows = int(tensor.shape[0]) if len(tensor.shape) else None
     if num_rows != num_samples:

@@ -35,7 +35,7 @@ def known_format_ids(
 ) -> PatchIds | None:
     """`read_patch_ids` for arrays, lists, files, tables and columns; None for anything else.
 
-    Errors call ids in memory ``name``.
+    ``name`` is the name of ids in memory in error messages.
     """
     if isinstance(source, PatchIds):
         check_no_column(column, f"a {type(source).__name__}")
@@ -106,4 +106,7 @@ def _folder_ids(path: str, column: Any, progress: bool) -> PatchIds:
         return zarr_path_ids(path, column, progress)
     if path.rstrip(os.sep).lower().endswith(SUFFIXES) or has_parquet(path):
         return parquet_path_ids(path, column, progress)
-    raise ValueError(f"source must be a path that ends in {_SUPPORTED}, got the folder {path!r}")
+    raise ValueError(
+        f"source must be a file, a Zarr folder or a folder with .parquet or .pq files, got the "
+        f"folder {path!r}"
+    )

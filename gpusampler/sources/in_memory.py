@@ -29,7 +29,7 @@ from gpusampler.sources.strings import NamedIds, factorize_list
 class ArrayIds(PatchIds):
     """Integer ids in a 1-D NumPy, torch or CuPy ``array`` on any device, which is not copied.
 
-    Errors call the array ``name``.
+    ``name`` is the array's name in error messages.
     """
 
     def __init__(self, array: Any, name: str = "ids") -> None:

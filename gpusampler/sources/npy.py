@@ -91,7 +91,10 @@ def _read_header(file: BinaryIO, path: str) -> tuple[tuple[int, ...], np.dtype[A
         elif version == (2, 0):
             shape, _, dtype = npy.read_array_header_2_0(file)
         else:
-            raise ValueError(f"version {version} of the format is not supported")
+            raise ValueError(
+                f"its format version must be (1, 0) or (2, 0), got {version}; save a 1-D array of "
+                "the ids with numpy.save"
+            )
     except ValueError as error:
         raise ValueError(f"source must be an .npy file, got {path!r}: {error}") from None
     return shape, dtype

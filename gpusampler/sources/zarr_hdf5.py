@@ -112,7 +112,10 @@ def _hdf5_array(source: Any, column: Any, label: str) -> Any:
 
 
 def _chosen_array(source: Any, names: list[str], groups: list[str], column: Any, label: str) -> Any:
-    """Return the array to read in a group: ``column`` if it is a path, else `choose_column`'s."""
+    """Return the name of the array to read in a group.
+
+    It is ``column`` if that is a path in the group, else what `choose_column` returns.
+    """
     try:
         if isinstance(column, str) and "/" in column and column in source:
             return column
@@ -125,8 +128,8 @@ def _chosen_array(source: Any, names: list[str], groups: list[str], column: Any,
         if not groups:
             raise
         raise ValueError(
-            f"{error}; it also has groups ({list_names(groups)}), whose arrays are named "
-            f"'{groups[0]}/...'"
+            f"{error}; the source also has groups ({list_names(groups)}): for an array in a group, "
+            f"pass its path as column, such as '{groups[0]}/...'"
         ) from None
 
 

@@ -209,7 +209,7 @@ def abort():
 
 @linux
 @pytest.mark.parametrize(
-    ("end", "message"), [(lambda: os._exit(3), "exit status 3"), (abort, "by SIGABRT")]
+    ("end", "message"), [(lambda: os._exit(3), "exit status 3"), (abort, "with signal SIGABRT")]
 )
 def test_a_child_that_ends_by_itself_is_an_error(end, message):
     with pytest.raises(RuntimeError, match=message):
@@ -706,7 +706,7 @@ BAD = [
     (
         {"sampler": sampler_of_sample_costs(), "cost": None},
         ValueError,
-        "sampler must not use sample_costs: calibration ignores the costs of single samples",
+        "sampler must not use sample_costs: calibration needs one cost per patch",
     ),
     ({"sampler": [1]}, TypeError, "sampler must be a PatchBatchSampler"),
     ({"share": 0}, ValueError, r"share must be in \(0, 1\], got 0"),

@@ -613,5 +613,5 @@ def test_a_selection_is_compared_with_its_ids_in_every_block(folder):
     changed[SIZE - 1 - (SIZE - 1) % 3 - 1] += 1
     PatchGroups.load(folder / "a", source=SlowIds(changed), verify=True)
     changed[SIZE - 1 - (SIZE - 1) % 3] += 1
-    with pytest.raises(ValueError, match=r"does not match the index .*: fingerprints differ"):
+    with pytest.raises(ValueError, match=r"must match the index .*: fingerprints differ"):
         PatchGroups.load(folder / "a", source=SlowIds(changed), verify=True)

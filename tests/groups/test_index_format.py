@@ -278,16 +278,14 @@ assert LONG.size > 2 * NUM_BLOCKS * BLOCK_IDS
     ids=["shorter", "longer", "int32", "uint64", "first", "last", "backward", "names"],
 )
 def test_other_ids_are_refused(index, ids, differs, verify):
-    text = f"source does not match the index .*a.index: {differs}"
+    text = f"source must match the index .*a.index: {differs}"
     with pytest.raises(ValueError, match=text):
         PatchGroups.load(index, source=ids, verify=verify)
 
 
 def test_a_change_between_the_blocks_is_found_when_asked_for(index):
     check_same(PatchGroups.load(index), PatchGroups.load(index, source=changed(BETWEEN)))
-    with pytest.raises(
-        ValueError, match=r"does not match the index .*a\.index: fingerprints differ"
-    ):
+    with pytest.raises(ValueError, match=r"must match the index .*a\.index: fingerprints differ"):
         PatchGroups.load(index, source=changed(BETWEEN), verify=True)
 
 
@@ -350,7 +348,7 @@ def test_groups_of_no_ids_are_compared_as_a_whole(tmp_path):
     groups = PatchGroups.from_counts([2, 3], patch_ids=["b", "a"])
     groups.save(tmp_path / "a")
     source = ["b", "b", "a", "a", "a"]
-    with pytest.raises(ValueError, match=r"does not record its source; verify=True compares"):
+    with pytest.raises(ValueError, match=r"does not record its source; pass verify=True"):
         PatchGroups.load(tmp_path / "a", source=source)
     check_same(groups, PatchGroups.load(tmp_path / "a", source=source, verify=True))
     for differs, other in {
@@ -358,7 +356,7 @@ def test_groups_of_no_ids_are_compared_as_a_whole(tmp_path):
         "fingerprints differ": ["b", "a", "b", "a", "a"],
         "the index has 5 samples, the ids 4": source[:4],
     }.items():
-        with pytest.raises(ValueError, match=f"does not match the index .*: {differs}"):
+        with pytest.raises(ValueError, match=f"must match the index .*: {differs}"):
             PatchGroups.load(tmp_path / "a", source=other, verify=True)
 
 
@@ -539,7 +537,7 @@ def test_no_descriptor_and_no_map_outlives_the_groups(index):
         PatchGroups.load(index, mmap=False)
         PatchGroups.from_ids(LONG, path=index)
         copied.save(index)
-        with pytest.raises(ValueError, match="does not match the index"):
+        with pytest.raises(ValueError, match="must match the index"):
             PatchGroups.load(index, source=IDS)
         with pytest.raises(ValueError, match="indexes different ids"):
             PatchGroups.from_ids(IDS, path=index)

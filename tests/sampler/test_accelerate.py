@@ -361,6 +361,7 @@ def test_a_loader_that_begins_anew_drops_a_loaded_position_and_it_is_said(ranks,
     results = [result["loaded_states"][told] for result in ranks]
     assert [result["rows"] for result in results] == shares(whole(0), len(ranks))
     message = f"set_epoch(0) drops the loaded position: epoch {EPOCH}, slot {len(ranks)}"
+    message += f"; to resume there, call set_epoch({EPOCH}) instead"
     assert [result["warned"] for result in results] == [[message]] * len(ranks)
 
 

@@ -104,7 +104,7 @@ def test_what_does_not_change_batches_may_differ(library):
 @pytest.mark.parametrize(
     ("change", "error", "match"),
     [
-        ({"version": 2}, ValueError, "format version 2, this gpusampler reads 1"),
+        ({"version": 2}, ValueError, "must have format version 1, got 2"),
         ({"epoch": -1}, ValueError, "state_dict epoch must be >= 0"),
         ({"epoch": 1.5}, TypeError, "state_dict epoch must be an int"),
         ({"slot": 25}, ValueError, "state_dict slot must be < 25, got 25"),

@@ -31,14 +31,15 @@ SIZES = (1, 2, 31, SMALL, SMALL + 1, 37, 500, 1023, 1024, 2000, 65535, 65536, 3_
 
 
 class Compiled:
-    """The compiled form of a process, once it is worth it.
+    """The compiled functions of this process, imported when ``setting`` asks for them.
 
     Parameters
     ----------
     setting : str
-        "0", "1" or anything else, as in `VARIABLE`.
+        Value of the environment variable `VARIABLE`: "0" for never, "1" from the first batch on,
+        anything else after `WORTH` samples.
     module : str
-        What is imported for it.
+        Module that contains the compiled functions.
     """
 
     def __init__(self, setting: str, module: str = "gpusampler.permutation.numba.jit_runs") -> None:
@@ -103,10 +104,10 @@ class Compiled:
 
 
 def _check(form: Any) -> None:
-    """Raise RuntimeError if the compiled form permutes otherwise than the reference.
+    """Raise RuntimeError if the compiled functions permute differently from the reference.
 
-    It lies in a cache of Numba's, between runs of the program, where a mistake would be a wrong
-    batch; a look at all kinds of patches takes milliseconds.
+    Numba caches compiled code between runs, and a wrong function would return wrong batches. The
+    check covers all kinds of patches and takes milliseconds.
     """
     xp = arrays.namespace(HOST)
     n = np.array(SIZES + SIZES, np.int64)

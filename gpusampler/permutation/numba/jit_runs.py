@@ -1,11 +1,11 @@
-"""The work of `ranges` and `numpy_impl`, compiled by Numba: the same, bit for bit.
+"""`position_ranges` and `numpy_impl` compiled by Numba, with bit-identical results.
 
-What is gained over array operations: a tile of 512 lanes stays in the first-level cache through
-all rounds, products are widened in registers, and what the lanes of a run have in common is a
-number; lanes of short runs are laid end to end first. LLVM makes vector instructions of the loops
-over lanes, for the processor that it runs on.
+This is faster than array operations. A tile of 512 positions (lanes) stays in the L1 cache through
+all rounds, products are widened to 64 bits in registers, and values shared by the lanes of a long
+run are scalars. Lanes of short runs are first collected in a common tile. LLVM vectorizes the loops
+over lanes for the current processor.
 
-Nothing but `jit` imports this file: it takes Numba along, and compiles.
+Only `jit` imports this module, because the import loads Numba and compiles.
 """
 
 from __future__ import annotations

@@ -85,9 +85,9 @@ class RaggedBlock(NamedTuple):
     groups: Int64
 
     def split(self, count: int) -> tuple[RaggedBlock, RaggedBlock | None]:
-        """Return the first ``count`` batches and the remaining ones, or None if none remain.
+        """Return the first ``count`` batches, and the remaining ones or None.
 
-        Batches that are not stored in order are not split.
+        Batches that are not stored in order are not split: the result is (self, None).
         """
         starts = self.starts
         if count >= starts.size or bool((starts[1:] < starts[:-1]).any()):

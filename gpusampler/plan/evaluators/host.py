@@ -31,7 +31,7 @@ class HostEvaluator(Evaluator):
     """An `Evaluator` on the host, where ``tables`` must be.
 
     ``groups`` are patches or cost bins; their order may be on a device or in a file. ``streams``
-    are the keys of the plan's seed.
+    are the random-number states derived from the plan's seed.
     """
 
     def __init__(
@@ -49,7 +49,7 @@ class HostEvaluator(Evaluator):
         self._order_copy: Any = None
 
     def with_changes(self, tables: PatchTables, streams: Streams) -> HostEvaluator:
-        """Return a copy with different tables or keys."""
+        """Return a copy with different tables or random-number states."""
         changed = HostEvaluator(tables, self._groups, self._settings, streams)
         changed._order_copy = self._order_copy
         return changed
@@ -111,7 +111,8 @@ class HostEvaluator(Evaluator):
         """Return permuted positions, int64 of shape (T,), and the start of each range in them.
 
         Each range is ``length`` positions from ``first`` on, in a pass over a group; ``passes`` may
-        be an int. ``base`` is added to the images. If given, ``order`` is indexed by the sums.
+        be an int. ``base`` is added to every permuted position. If ``order`` is given, each sum is
+        then replaced by ``order[sum]``.
         """
         key = None
         if self._settings.shuffle_samples:

@@ -177,7 +177,8 @@ class PlanEvaluator(Evaluator):
         if torch_compile.is_compiling():
             raise RuntimeError(
                 "plan.batch was compiled before its first call, but compiled code cannot upload "
-                "the plan's tables. Call it once, or create sampler.cursor(), before compiling."
+                "the plan's tables. Call plan.batch once, or create sampler.cursor(), before "
+                "compiling."
             )
         evaluator = self.device_evaluator()
         # Without fullgraph=True, torch also traces functions in which a graph breaks.

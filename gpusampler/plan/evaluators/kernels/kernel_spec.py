@@ -18,12 +18,12 @@ class KernelSpec(NamedTuple):
     slots (2), or on a grid of 64-bit slots (3). ``located``: rows are given as batches of patches,
     not as slots. ``passes``: each row has its own pass over its patch; otherwise the epoch is the
     pass. ``samples``: samples are permuted inside patches. ``small``: a power of two, at least the
-    size of every patch of up to 32 samples; 0 if there is no such patch. ``fewest``: pairs of
-    permutation rounds of the largest patch; ``most``: those of the smallest patch above 32 samples;
-    both are 0 if there is no such patch. ``ordered``: samples are looked up in the groups' order.
-    ``ragged``: rows are stored end to end, each with its own length. ``pad``: the length of a
-    ragged row is the batch size of its patch. ``epoch_on_device``: the kernel reads the epoch from
-    device memory (Triton only).
+    size of every patch of up to 32 samples; 0 if there is no such patch. ``fewest``: number of
+    pairs of permutation rounds for the largest patch; ``most``: the same for the smallest patch
+    above 32 samples; both are 0 if no patch has more than 32 samples. ``ordered``: samples are
+    looked up in the groups' order. ``ragged``: rows are stored end to end, each with its own
+    length. ``pad``: the length of a ragged row is the batch size of its patch. ``epoch_on_device``:
+    the kernel reads the epoch from device memory (Triton only).
     """
 
     slots: int
