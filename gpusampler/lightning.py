@@ -162,9 +162,9 @@ def _set_batch_counts(trainer: Trainer, num_done: int | None) -> None:
 def _finish_epoch(trainer: Trainer) -> None:
     """Make Lightning begin the next epoch after a restart at the end of an epoch.
 
-    Otherwise Lightning's counters are only half updated: it treats a later checkpoint, saved inside
-    the next epoch, as one from the start of that epoch, or, with ``max_steps``, ends that epoch
-    after one batch.
+    Otherwise Lightning's counters are only half updated: Lightning then treats a checkpoint saved
+    inside the next epoch as one from the start of that epoch, or, with ``max_steps``, ends that
+    epoch after one batch.
     """
     loop = trainer.fit_loop
     epoch_counts: Any = loop.epoch_progress.current

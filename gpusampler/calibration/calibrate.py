@@ -27,7 +27,7 @@ FIT_CHOICES = ("auto", "proportional", "affine")
 
 MALLOC_ADVICE = """\
   malloc keeps part of the freed memory, so an epoch may use more memory than a dozen batches:
-  leave a margin, or set MALLOC_MMAP_THRESHOLD_=1048576 for calibration and training"""
+  pass a smaller share, or set MALLOC_MMAP_THRESHOLD_=1048576 for calibration and training"""
 
 
 def calibrate(
@@ -47,7 +47,7 @@ def calibrate(
     picture: str | os.PathLike[str] | None = None,
     progress: bool = True,
 ) -> CostBudget:
-    """Measure the memory of a training step and return the budget that fits the memory.
+    """Measure the memory of a training step and return the cost budget that fits in memory.
 
     Calibration runs the step for a few patches (the cheapest, a middle one, the most expensive) at
     doubling batch sizes, twice each: the first run allocates what the optimizer and libraries keep,
@@ -59,8 +59,9 @@ def calibrate(
     On CUDA, the step runs in this process and memory is ``torch.cuda.max_memory_allocated``. On the
     CPU, each measurement runs in a forked child process (Linux only), with one thread: memory is
     the peak of resident memory, and malloc is set to return freed memory. Only the batches in a row
-    use malloc as this process has it, where it keeps freed pieces that do not fit later batches
-    (see the how-to page for what helps). If memory runs out, calibration tries half the size next.
+    run with this process's own malloc settings, with which malloc keeps freed pieces that do not
+    fit later batches (see the how-to page for what helps). If memory runs out, calibration tries
+    half the size next.
 
     Parameters
     ----------
@@ -91,9 +92,9 @@ def calibrate(
     max_batch_size, min_batch_size, multiple_of, power_of_two, over_budget
         As for `CostBudget`.
     picture : path, optional
-        PNG file for a plot of peaks, line and residuals.
+        PNG file for a plot of the measured peaks, the fitted line and its residuals.
     progress : bool
-        Print the table.
+        Print a table of the measurements and of the resulting batch sizes.
 
     Returns
     -------
@@ -108,8 +109,8 @@ def calibrate(
         If a value is out of range, costs are missing, or ``share`` of the limit is too small for
         the memory in use or for the smallest batch of a patch (see ``over_budget``).
     RuntimeError
-        If the memory of the device cannot be measured, no probe succeeds, or the child process ends
-        or hangs.
+        If the memory of the device cannot be measured, every measurement runs out of memory, no
+        budget fits, or the child process ends or hangs.
     ImportError
         If ``picture`` is given and matplotlib is not installed.
     BaseException

@@ -68,7 +68,7 @@ def check_platform() -> None:
 def call_in_child(
     function: Callable[[], T], memory_limit: int | None = None, *, release_freed: bool = True
 ) -> tuple[bool, T | None]:
-    """Call a function in a forked child; return (True, result), (False, None) if out of memory.
+    """Call a function in a forked child; return (True, result), or (False, None) if out of memory.
 
     The result is pickled. ``memory_limit`` (bytes) includes the memory that this process already
     uses: allocations beyond it fail, and a child that exceeds it anyway is killed. With

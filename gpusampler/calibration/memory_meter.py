@@ -48,10 +48,16 @@ class Meter(Protocol):
         """Return the bytes that this process uses now."""
 
     def measure(self, group: int, size: int) -> Probe | None:
-        """Run the step twice with a batch of a patch; None if memory ran out."""
+        """Run the step twice with ``size`` samples of patch number ``group``.
+
+        Return the memory of the second run, or None if memory ran out.
+        """
 
     def measure_sequence(self, batches: Batches) -> int | None:
-        """Run the step on several batches in a row, as training does; return the peak bytes."""
+        """Run the step on several batches in a row, as training does.
+
+        Return the peak bytes, or None if memory ran out.
+        """
 
 
 def meter_for(
@@ -65,7 +71,8 @@ def meter_for(
     if any(tensor.is_shared() for tensor in tensors_of(state)):
         raise ValueError(
             "state must not be in shared memory, got a shared tensor: the step runs in a child "
-            "process, whose changes to it would not be undone"
+            "process, whose changes to shared memory would not be undone. Call calibrate() before "
+            "share_memory()."
         )
     return device, HostMeter(step, plan, limit)
 
@@ -169,8 +176,8 @@ class CudaMeter:
     """Measures the peak that torch has allocated in this process; restores the state afterwards.
 
     Without ``limit``, the limit is the free memory of the device plus what this process has
-    reserved. It is read again after the first measurement, because libraries allocate memory at
-    first use.
+    reserved. This limit is updated after the first measurement, because libraries allocate memory
+    at first use.
     """
 
     min_measurable = 1 << 20
@@ -207,7 +214,7 @@ class CudaMeter:
         return self._call_and_restore(lambda: self._sequence_peak(batches))
 
     def _call_and_restore(self, function: Callable[[], T]) -> T | None:
-        """Return a function's result, None if memory ran out; restore the state."""
+        """Return a function's result, or None if memory ran out, after restoring the state."""
         try:
             return self._call(function)
         finally:

@@ -27,13 +27,13 @@ MIN_PEAK_RATIO = 3.0
 """Minimum ratio of the largest to the smallest of these peaks, else the fixed part dominates."""
 
 MAX_GROWTH = 16
-"""Largest growth of sizes while peaks are too small to measure; afterwards sizes double."""
+"""Largest factor between sizes while peaks are too small to measure; afterwards sizes double."""
 
 PROBE_SAMPLES = 4096
 """Small patches may be oversampled up to this many samples while peaks are too small to measure."""
 
 MAX_PROBE_SAMPLES = 1 << 20
-"""Upper limit for any probe."""
+"""Maximum number of samples of a probe."""
 
 MAX_RESIDUAL = 0.15
 """Relative error of a peak above which the cost does not predict the memory of the step."""
@@ -45,7 +45,7 @@ SEQUENCE_LENGTH = 12
 """Number of batches in a row per budget: they show most of the freed memory that malloc keeps."""
 
 MAX_REFITS = 2
-"""Number of refits after a most expensive batch whose error exceeds `MAX_RESIDUAL`."""
+"""Maximum number of refits; each follows a most expensive batch off by over `MAX_RESIDUAL`."""
 
 
 class Measurement(NamedTuple):
@@ -288,7 +288,7 @@ class Search:
             fitted = self._fitted()
             affine_residual = _worst_residual(fit_peaks(*_arrays_of(fitted), "affine"), fitted)
             if affine_residual < residual / 2:
-                advice = f"fit='affine' is off by at most {affine_residual:.0%}"
+                advice = f"pass fit='affine', which is off by at most {affine_residual:.0%}"
         log.warn(
             f"cost does not predict the memory of step: the fit is off by {residual:.0%} of a "
             f"measured peak; {advice}"

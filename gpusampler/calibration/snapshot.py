@@ -108,7 +108,10 @@ class _TensorCopy:
         self._device = tensor.device
 
     def restore(self, tensor: Any) -> Any:
-        """Return a tensor of the saved values: ``tensor`` if shape, dtype and device match."""
+        """Return a tensor with the saved values.
+
+        This is ``tensor`` itself if its shape, dtype and device match, else a new tensor.
+        """
         import torch
 
         values = self._values

@@ -37,7 +37,7 @@ class Inspection:
     """Patch sizes, and how full the batches of one batch size are.
 
     ``source`` is the name in the heading. ``patch_ids`` and ``counts`` have shape (G,), ids
-    ascending. ``nbytes`` is the size of the sampler's tables, without an order if ``contiguous``.
+    ascending. ``nbytes`` is the memory of the sampler's groups, without an order if ``contiguous``.
     """
 
     source: str

@@ -200,7 +200,7 @@ def inspect(
     output_window: int,
     split: str,
 ) -> None:
-    """Show patch sizes and how a batch size divides them into batches.
+    """Show patch sizes and how a batch size divides the patches into batches.
 
     SOURCE is a patch folder, an index file, or a file with one patch id per sample: .npy, Parquet,
     Zarr or HDF5.

@@ -108,7 +108,7 @@ def namespace(device: Device) -> Any:
 
 
 def reference_namespace(device: Device) -> Any:
-    """Return the array functions of the reference evaluation, in a form that can be compiled."""
+    """Return the array functions of `ArrayEvaluator`, in a form that torch.compile can trace."""
     # torch.compile would trace the dispatch code of array-api-compat and warn about its caches.
     if device.library != "torch":
         return namespace(device)
@@ -213,7 +213,7 @@ def stable_argsort(array: Any) -> Any:
 
 
 def unique_consecutive(array: Any) -> tuple[Any, Any]:
-    """Return (values, int64 lengths), shape (R,), of the R runs of equal values; N may be 0."""
+    """Return (values, int64 lengths), shape (R,), of the R runs of equal values; R may be 0."""
     device = device_of(array)
     if device.library == "torch":
         import torch
@@ -238,7 +238,7 @@ def to_index(index: Any, device: Device) -> Any:
 
 
 def take_rows(array: Any, index: Any) -> Any:
-    """Return a new array of the rows at ``index``, which is from `to_index` for its device."""
+    """Return a new array of the rows at ``index``, which `to_index` made for the array's device."""
     library = library_of(array)
     if library == "torch":
         import torch
@@ -298,7 +298,7 @@ def split_rows(array: Any, sizes: list[int]) -> list[Any]:
 
 
 def repeat_rows(counts: Any, total: int) -> Any:
-    """Return row i repeated ``counts[i]`` times for all i: int64, shape (total,).
+    """Return each row number i repeated ``counts[i]`` times, ascending: int64, shape (total,).
 
     ``total`` must be the sum of ``counts``; passing it avoids a device synchronization.
     """
@@ -314,9 +314,9 @@ def repeat_rows(counts: Any, total: int) -> Any:
 
 
 def narrowest_dtype(library: Library, values: int) -> tuple[str, int]:
-    """Return the narrowest sortable dtype for 0 .. values - 1, and the offset to add to them.
+    """Return the narrowest sortable dtype for 0 .. values - 1, and an offset to add to the values.
 
-    uint8 is the only unsigned dtype that torch sorts, so it stores up to 2**16 values as int16,
+    uint8 is the only unsigned dtype that torch sorts, so for torch up to 2**16 values become int16,
     shifted by -2**15.
     """
     if values <= 1 << 8:

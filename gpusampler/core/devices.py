@@ -89,13 +89,17 @@ def _parse(device: Any) -> Device:
         ) from error
     if parsed.type == "cuda":
         if not torch.cuda.is_available():
-            raise RuntimeError(f"device={name!r} requested, but torch finds no CUDA device.")
+            raise RuntimeError(
+                f"device={name!r} requested, but torch finds no CUDA device. Check nvidia-smi and "
+                "that torch was built with CUDA, or pass device='cpu'."
+            )
         # "cuda" is the current device of this process, which may differ from cuda:0.
         index = torch.cuda.current_device() if parsed.index is None else parsed.index
         count = torch.cuda.device_count()
         if index >= count:
             raise RuntimeError(
-                f"device={name!r} requested, but torch finds {count} CUDA device(s)."
+                f"device={name!r} requested, but torch finds {count} CUDA device(s). Pass an index "
+                f"below {count}."
             )
         return Device("torch", f"cuda:{index}")
     if parsed.type == "cpu":
@@ -106,7 +110,7 @@ def _parse(device: Any) -> Device:
     except (RuntimeError, NotImplementedError, AssertionError) as error:
         reason = str(error).splitlines()[0]
         raise RuntimeError(
-            f"device={name!r} requested, but torch cannot use it: {reason}"
+            f"device={name!r} requested, but torch cannot use it ({reason}). Pass 'cpu' or 'numpy'."
         ) from error
     if parsed.type == "meta":
         raise ValueError(
@@ -131,10 +135,14 @@ def _parse_cupy(name: str) -> Device:
         count = cupy.cuda.runtime.getDeviceCount()
     except cupy.cuda.runtime.CUDARuntimeError as error:
         raise RuntimeError(
-            f"device={name!r} requested, but cupy finds no CUDA device ({error})."
+            f"device={name!r} requested, but cupy finds no CUDA device ({error}). Check "
+            "nvidia-smi, or pass device='numpy'."
         ) from error
     if int(index or 0) >= count:
-        raise RuntimeError(f"device={name!r} requested, but cupy finds {count} CUDA device(s).")
+        raise RuntimeError(
+            f"device={name!r} requested, but cupy finds {count} CUDA device(s). Pass an index "
+            f"below {count}."
+        )
     return Device("cupy", str(int(index)) if index else str(cupy.cuda.Device().id))
 
 

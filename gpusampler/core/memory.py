@@ -19,13 +19,13 @@ CGROUPS = Path("/sys/fs/cgroup")
 UNLIMITED_FROM = 1 << 60
 """A limit of a cgroup from this size on means no limit."""
 MIN_CHECKED_BYTES = 1 << 20
-"""Smaller allocations are not checked: measuring free memory takes as long as a small sampler."""
+"""Smaller allocations are not checked: the check takes as long as creating a small sampler."""
 GROWTH_EPOCHS = 5
 MIN_GROWTH_PER_EPOCH = 8 << 20
 MIN_GROWTH_TOTAL = 128 << 20
-"""Memory is growing if it grew in each of `GROWTH_EPOCHS` epochs by at least these bytes.
+"""Memory is growing if it grew by these bytes in each of `GROWTH_EPOCHS` epochs and in total.
 
-Allocators and caches settle within two epochs, and losses stored as numbers take less.
+Allocators and caches settle within two epochs, and a list of losses as floats grows more slowly.
 """
 _growth_warned: list[bool] = []
 

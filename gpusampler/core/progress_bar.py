@@ -13,7 +13,7 @@ SHOW_AFTER_SECONDS = 1.0
 
 
 class ProgressBar:
-    """Shows a tqdm bar after a second, if ``progress`` and standard error is a terminal."""
+    """Shows a tqdm bar after a second, if ``progress`` is true and standard error is a terminal."""
 
     def __init__(self, total: int, label: str, unit: str, progress: bool) -> None:
         self._options = {"total": total, "desc": label, "unit": f" {unit}", "unit_scale": True}

@@ -41,8 +41,8 @@ def format_table(
 ) -> str:
     """Return rows of cells as aligned columns, with ``indent`` spaces before each line.
 
-    ``align`` is "<" or ">" for each column, or a single one for all columns. ``rule`` adds a line
-    of dashes below the header.
+    ``align`` has one character for each column, "<" or ">", or one for all columns. ``rule`` adds a
+    line of dashes below the header.
 
     Examples
     --------

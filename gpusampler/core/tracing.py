@@ -52,7 +52,10 @@ class ProfiledIterator(Protocol):
 
 
 class _OpenRanges(threading.local):
-    """Open ranges of a thread: [start, seconds in nested ranges, function that ends it or None]."""
+    """Open ranges of a thread, one list for each.
+
+    A list is [start, seconds in nested ranges, function that ends the profiler range or None].
+    """
 
     def __init__(self) -> None:
         self.frames: list[list[Any]] = []
@@ -134,7 +137,10 @@ class Recorder:
 
 
 def _begin_profiler_range(label: str) -> Callable[[], object] | None:
-    """Begin a range in all active profilers; return a function to end it, or None if inactive."""
+    """Begin a range in all active profilers, and return a function that ends the range.
+
+    Return None if no profiler is active.
+    """
     ends: list[Callable[[], object]] = []
     if _is_torch_profiling():
         from torch.autograd.profiler import record_function
@@ -175,6 +181,9 @@ def _nvtx_functions() -> tuple[Callable[[str], Any], Callable[[], Any]] | None:
     try:
         import nvtx
     except ImportError:
-        logger.info("NVTX ranges were requested, but none of torch, cupy and nvtx can make them")
+        logger.info(
+            "NVTX ranges were requested, but none of torch, cupy and nvtx can make them: "
+            "pip install nvtx"
+        )
         return None
     return nvtx.push_range, nvtx.pop_range

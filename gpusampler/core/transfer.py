@@ -1,7 +1,8 @@
 """Asynchronous copies between device and host: side streams, events and pinned memory.
 
-`HostTransfer` copies arrays to the host one step ahead of their use. `SideStream` hides the
-differences between libraries. The tests use one that delays each copy until it is waited for.
+`HostTransfer` copies each array to the host while the one before is used. `SideStream` hides the
+differences between libraries. The tests use a `SideStream` that delays each copy until something
+waits for it.
 """
 
 from __future__ import annotations
@@ -212,17 +213,17 @@ def side_stream(device: Device) -> SideStream | None:
 
 
 class Prefetcher(Generic[T]):
-    """Starts each item one step before it is used."""
+    """Starts each item while the one before is used."""
 
     def __init__(self) -> None:
         self._started = False
         self._next: T | None = None
 
     def get_next(self, start: Callable[[], T | None]) -> T | None:
-        """Return the next item after starting the one that follows; None after the last.
+        """Return the next item after starting the one that follows it; None after the last.
 
-        ``start`` starts and returns an item, or returns None after the last. It is not stored: a
-        bound method would form a reference cycle, which delays freeing pinned memory.
+        ``start`` starts and returns an item, or returns None after the last. ``start`` is not
+        stored: a bound method would form a reference cycle, which delays freeing pinned memory.
         """
         if not self._started:
             self._started = True
@@ -236,8 +237,8 @@ class Prefetcher(Generic[T]):
 class HostTransfer:
     """Copies device arrays to the host through two pinned buffers.
 
-    `send` begins a copy and `take` waits for the oldest one. An array from `take` is
-    overwritten by the second `send` after its own.
+    `send` begins a copy and `take` waits for the oldest one. The array that `take` returns is
+    overwritten by the second `send` after the `send` that copied it.
     """
 
     BUFFERS = 2

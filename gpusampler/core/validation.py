@@ -77,9 +77,9 @@ def check_bool(value: Any, name: str) -> bool:
 
 
 def check_path(value: Any, name: str = "path") -> Path:
-    """Return the Path of a file, which may be missing, in an existing folder, or raise."""
+    """Return ``value`` as a Path, or raise if it is a folder or is not in an existing folder."""
     if not isinstance(value, (str, os.PathLike)) or not isinstance(os.fspath(value), str):
-        raise TypeError(f"{name} must be a str or an os.PathLike of one, got {short_repr(value)}")
+        raise TypeError(f"{name} must be a str or an os.PathLike[str], got {short_repr(value)}")
     path, path_text = Path(value), os.fspath(value)
     if path.is_dir():
         raise IsADirectoryError(errno.EISDIR, f"{name} must be a file, got a folder", path_text)
@@ -156,7 +156,10 @@ def as_array(values: Any, name: str) -> Any:
 
 
 def _check_python_integers(values: Any, name: str) -> None:
-    """Raise ValueError for Python integers that NumPy stored as objects or floats: too large."""
+    """Raise ValueError for Python integers that do not fit in int64.
+
+    NumPy stores them as objects or floats.
+    """
     if isinstance(values, (list, tuple)) and all(type(value) is int for value in values):
         largest = max(values, key=abs)
         raise ValueError(f"{name} must fit in int64, got {largest}")

@@ -19,15 +19,15 @@ class GinoConfig:
     Attributes
     ----------
     hidden, layers : int
-        Channels and blocks of the Fourier neural operator.
+        Number of channels and of blocks of the Fourier neural operator.
     modes : int
-        Fourier modes per axis.
+        Number of Fourier modes per axis.
     embed : int
-        Frequencies of the positional embedding.
+        Number of frequencies of the positional embedding.
     mlp : tuple of int
         Hidden widths of the MLPs of both kernels.
     grid : int
-        Latent nodes per axis; even.
+        Number of latent nodes per axis; even.
     in_radius, out_radius : float
         Radii of the two graphs, in units of the patch's box: about two cells of the latent
         grid. Radii that cover the patch (1.6 and 5) cost 15 times as much and give a worse
@@ -60,9 +60,9 @@ class PatchGino:
     the output is evaluated at the core points. All samples of a batch share the two graphs, so a
     batch must come from one patch. The network, ``net``, is float32 on the CPU.
 
-    ``inputs`` and ``outputs`` are the time steps Tin and Tout, ``columns`` and ``targets`` the
-    columns C and Ct. ``seed`` gives the initial weights and leaves torch's global generator
-    unchanged.
+    ``inputs`` and ``outputs`` are the numbers of time steps Tin and Tout, ``columns`` and
+    ``targets`` the numbers of columns C and Ct. ``seed`` gives the initial weights and leaves
+    torch's global generator unchanged.
 
     Examples
     --------

@@ -11,7 +11,7 @@ from gpusampler.core.text import format_table
 
 @dataclass(frozen=True)
 class DataSummary:
-    """Sizes of the data; ``points`` counts core and ghost points, ``nbytes`` is on disk."""
+    """Sizes of the data; ``points`` counts core and ghost points, ``nbytes`` the bytes on disk."""
 
     folder: str
     patches: int

@@ -29,9 +29,9 @@ def compare_speed(
 ) -> Speed:
     """Time training on the first batches of an epoch, as batches and then one sample at a time.
 
-    The batches have at least 64 samples. Both variants read the same samples and run complete
-    training steps on a copy of the model. They take turns, so that a slow phase of the machine
-    affects both; the best time of each counts.
+    Together, the batches have at least 64 samples. Both variants read the same samples and run
+    complete training steps on a copy of the model. They take turns, so that a slow phase of the
+    machine affects both; the best time of each counts.
     """
     grouped: list[list[int]] = []
     for rows in PatchBatchSampler(data.train, batch_size, seed=seed):

@@ -30,9 +30,9 @@ class GWPatchDataset:
 
     ``root`` has one folder ``patch_<id>`` per patch, with ``core_coords.npy`` [Nc, 3],
     ``core_obs.npy`` [T, Nc, C], ``ghost_coords.npy`` [Ng, 3] and ``ghost_obs.npy``
-    [T, Ng, C]. Ghost points lie around a patch and belong to its neighbours. Hidden entries
-    are skipped. Patches are sorted by folder name as text (patch_10 before patch_2), and the
-    samples of a patch are consecutive, in order of time.
+    [T, Ng, C]. Ghost points lie around a patch and belong to its neighbours. Other
+    entries of ``root`` are skipped. Patches are sorted by folder name as text (patch_10 before
+    patch_2), and the samples of a patch are consecutive, in order of time.
 
     The constructor reads only file headers. Reading a sample opens the files as memory maps,
     separately in each worker process, so memory holds only the samples that are read.
@@ -49,15 +49,16 @@ class GWPatchDataset:
         Number of input time steps of a sample, and of the output steps right after them.
     split : {"train", "val", "all"}, default "train"
         Train: the first ``floor((1 - val_ratio) * T)`` steps. Val: the remaining steps. All:
-        every step; windows may then cross the cut.
+        every step; windows may then cross the cut between the two.
     val_ratio : float, default 0.2
         Fraction of the series used for validation, in [0, 1).
     gap : int, default 0
-        Time steps after the cut that are in neither split. No window crosses the cut, even
-        without a gap, but the last training and the first validation step are then adjacent.
+        Number of time steps after the cut that are in neither split. No window crosses the
+        cut, even without a gap, but the last training and the first validation step are then
+        adjacent.
     stride : int, optional
-        Time steps between the starts of consecutive windows. Default: `output_window_size`,
-        so that every step is an output exactly once.
+        Number of time steps between the starts of consecutive windows. Default:
+        `output_window_size`, so that every step is an output exactly once.
     target_columns : str or int or sequence of str or int, optional
         Columns of ``core_out`` and ``ghost_out``, by name or position. Default: all.
     transform : callable, optional
@@ -69,8 +70,8 @@ class GWPatchDataset:
         float32 resolves a projected northing of 5,000,000 m to half a metre only: pass a
         corner of the domain for such coordinates.
     max_open_patches : int, default 64
-        Limit of patches with open files per process; each uses four file descriptors and
-        memory maps. Each additional reading thread may have one more patch open.
+        Maximum number of patches with open files per process; each uses four file descriptors
+        and four memory maps. Each additional reading thread may have one more patch open.
     progress : bool, default True
         Show a progress bar if reading the folder takes more than a second.
 
@@ -288,7 +289,7 @@ class GWPatchDataset:
         """
         if patch_id not in self._positions:
             raise KeyError(
-                f"patch_id {patch_id} is not in the dataset; dataset.patch_ids has its ids"
+                f"patch_id must be one of the ids in dataset.patch_ids, got {patch_id!r}"
             )
         return self._reader.arrays(self._positions[patch_id])
 

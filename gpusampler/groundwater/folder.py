@@ -74,7 +74,7 @@ class PatchArrays(NamedTuple):
             if size < needed_size:
                 raise OSError(
                     f"{path.name}/{name}.npy has shrunk to {size} bytes since it was mapped, "
-                    f"but its array needs {needed_size}"
+                    f"but its array needs {needed_size}: restore the file"
                 )
 
 
@@ -117,7 +117,8 @@ class Patch:
             if array.shape != shape:
                 raise ValueError(
                     f"{self.path.name} changed on disk since the dataset was made: {name}.npy has "
-                    f"shape {list(array.shape)} instead of {list(shape)}"
+                    f"shape {list(array.shape)} instead of {list(shape)}. Restore the file or "
+                    "create the dataset again."
                 )
         return arrays
 

@@ -147,7 +147,8 @@ class Normalize:
         Raises
         ------
         ValueError
-            If there are no training steps, or a value is not finite (named by patch and file).
+            If there are no training steps, or a value is not finite; the message then names the
+            patch and the file.
         """
         statistics = training_statistics(
             dataset.patches,
@@ -308,7 +309,10 @@ class Normalize:
         fields = dict(state)
         version = fields.pop("format", None)
         if version != _FORMAT:
-            raise ValueError(f"format must be {_FORMAT}, got {version!r}")
+            raise ValueError(
+                f"format must be {_FORMAT}, got {version!r}: pass a result of Normalize.to_dict "
+                "from this release of gpusampler"
+            )
         expected = set(cls.__dataclass_fields__)
         if set(fields) != expected:
             raise ValueError(

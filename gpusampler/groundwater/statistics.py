@@ -50,7 +50,10 @@ def training_statistics(
     """
     num_steps = windows.cut
     if num_steps < 1:
-        raise ValueError(f"the training split must have at least one time step, got {num_steps}")
+        raise ValueError(
+            f"the training split must have at least one time step, got {num_steps}: use a smaller "
+            "val_ratio"
+        )
     count = 0
     width = patches[0].columns
     mean, moment = np.zeros(width), np.zeros(width)

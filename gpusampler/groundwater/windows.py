@@ -32,9 +32,9 @@ class Windows:
     val_ratio : float
         Fraction of the series after the cut, in [0, 1).
     gap : int
-        Steps skipped after the cut.
+        Number of steps skipped after the cut.
     stride : int or None
-        Steps between the starts of consecutive windows. None: `outputs`.
+        Number of steps between the starts of consecutive windows. None: `outputs`.
 
     Attributes
     ----------
@@ -96,7 +96,7 @@ class Windows:
 
     @property
     def step(self) -> int:
-        """Steps between the starts of consecutive windows."""
+        """Number of steps between the starts of consecutive windows."""
         return self.outputs if self.stride is None else self.stride
 
     @property

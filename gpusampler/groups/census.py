@@ -1,7 +1,8 @@
-"""First pass over patch ids: the distinct ids, their counts, and whether each id is a single run.
+"""First pass over patch ids: find the distinct ids and their counts.
 
-Ids are read in blocks, in order, so memory does not grow with the dataset. Dense ids are counted in
-a window with one counter per value, sparse ids in a hash table.
+The pass also finds out whether every id has a single run: consecutive samples with the same id. Ids
+are read in blocks, in order, so memory does not grow with the dataset. Dense ids are counted in a
+window with one counter per value, sparse ids in a hash table.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from gpusampler.groups.hash_table import IdTable
 from gpusampler.sources.base import BLOCK
 
 CHUNK = 1 << 16
-"""Ids processed at once, so that they stay in cache."""
+"""Number of ids processed at once, so that they stay in cache."""
 
 RADIX = 1 << 16
 MAX_WINDOW = 1 << 26
@@ -29,7 +30,7 @@ MAX_TABLE_IDS = 1 << 18
 """Maximum number of ids in a table; a table larger than the cache is slower than sorting."""
 
 MAX_PATCH_SAMPLES = 1 << 31
-"""Exclusive limit on the samples of a patch: positions in a patch fit in 31 bits."""
+"""Exclusive limit on the number of samples of a patch: positions fit in 31 bits."""
 
 _EMPTY = np.zeros(0, np.int64)
 
@@ -39,7 +40,7 @@ StateArrays = dict[str, NDArray[Any]]
 class CensusResult(NamedTuple):
     """Distinct ids, ascending, and their counts: int64, shape (G,).
 
-    ``starts`` is the start of each patch's only run, or None if a patch has several runs.
+    ``starts`` is the first sample of each patch if every patch is a single run, else None.
     """
 
     patch_ids: Int64
@@ -48,7 +49,7 @@ class CensusResult(NamedTuple):
     fingerprint: int
 
     def group_lookup(self) -> Callable[[NDArray[Any]], NDArray[Any]]:
-        """Return a function from known ids to group numbers in the narrowest dtype."""
+        """Return a function from ids to their indices in ``patch_ids``, in the narrowest dtype."""
         ids = self.patch_ids
         dtype = np.dtype(arrays.narrowest_dtype("numpy", ids.size)[0])
         first_id, span = int(ids[0]), int(ids[-1]) - int(ids[0]) + 1
@@ -79,8 +80,9 @@ def label_of(patch_id: Any, names: tuple[str, ...] | None) -> int | str:
 class Census:
     """Counts ids block by block, in sample order.
 
-    While every id has a single run, only runs are stored; after the first repeated id, counters.
-    ``size`` is the number of samples N. ``state``, from `Census.state` of the same ids, resumes.
+    While every id has a single run, only the runs are stored; once an id has a second run, counters
+    replace them. ``size`` is the number of samples N. Pass ``state``, from `Census.state`
+    of the same ids, to resume.
     """
 
     def __init__(self, size: int, state: Mapping[str, NDArray[Any]] | None = None) -> None:
@@ -124,7 +126,7 @@ class Census:
         return {**state, "ids": ids, "counts": counts}
 
     def result(self) -> CensusResult:
-        """Return the result; call it after the last block."""
+        """Return the result. Call this after the last block."""
         id_fingerprint = self._id_sum.value(self.size)
         if self._runs is not None and not self._runs.are_distinct():
             self._switch_to_counters(self.size)

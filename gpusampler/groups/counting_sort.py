@@ -142,8 +142,8 @@ def _add_blocks(
 class OrderWriter:
     """Writes samples, block by block, to their places in ``order``, shape (N,).
 
-    Pass ``state``, from `OrderWriter.state`, to resume: writes after it are redone. With
-    ``verify``, `finish` raises if the ids changed since they were counted.
+    Pass ``state``, from `OrderWriter.state`, to resume: samples written after that state are
+    written again. With ``verify``, `finish` raises if the ids changed since they were counted.
     """
 
     def __init__(
@@ -200,7 +200,7 @@ class OrderWriter:
     def finish(self) -> Int64:
         """Return the start of each patch in the order, or raise IdsChanged.
 
-        Call it after all samples are written.
+        Call this after all samples are written.
         """
         has_changed = self._verify and self._id_sum.value(self.order.size) != self._fingerprint
         if has_changed or not np.array_equal(self._next_locations, self._ends):
@@ -270,8 +270,8 @@ def _group_array(device: Device, ids: Any) -> GroupingResult:
     )
     if size >= INT32_SAMPLES:
         raise ValueError(
-            f"ids on {device} must have fewer than 2**31 elements, got {size}; pass them on the "
-            "host"
+            f"ids on {device} must have fewer than 2**31 elements, got {size}; pass them as a "
+            "NumPy array or a CPU tensor"
         )
     # torch has no arithmetic for unsigned dtypes beyond uint8.
     ids = xp.astype(check_ids(ids), xp.int64, copy=False)

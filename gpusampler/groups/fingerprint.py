@@ -2,9 +2,9 @@
 
 The fingerprint is the wrapping sum over all samples i of ``(2 * m(id_i) + 1) * w(i)``. m mixes all
 64 bits of a patch id; the weight w(i) is the product of eight odd pseudo-random numbers, one for
-each byte of i. The sum does not depend on order, device or chunk size. The product of per-byte
-factors has a closed-form sum over any range of samples, so 1e12 samples given by counts have the
-same fingerprint as the same ids in an array.
+each byte of i. The sum does not depend on order, device or chunk size. The sum of w over a range of
+samples has a closed form, so the fingerprint of 1e12 samples given by counts needs no loop over
+samples. It equals the fingerprint of an array of the same ids.
 
 The fingerprint detects accidental differences; it is not a cryptographic hash.
 """
@@ -30,7 +30,7 @@ _PURPOSE = 0x46505250
 
 
 def _odd_factors() -> NDArray[np.uint64]:
-    """Return odd factors, shape (8, 256), by level (byte of the index) and digit."""
+    """Return odd factors, shape (8, 256): one for each byte of an index and value of this byte."""
     level, digit = np.divmod(np.arange(LEVELS * 256, dtype=np.int64), 256)
     low, high = derive_key(0, _PURPOSE, level, digit)
     factors = (high.astype(np.uint64) << np.uint64(32)) | low.astype(np.uint64) | np.uint64(1)
@@ -46,7 +46,7 @@ _BLOCK_WEIGHTS = np.multiply.outer(FACTORS[1], FACTORS[0]).ravel()
 def mix_ids(ids: Int64) -> NDArray[np.uint64]:
     """Return m(id), a bijection of 64-bit integers that mixes high bits into low ones.
 
-    Without it, the sum modulo 2**64 would miss differences in the highest bits of ids.
+    Without m, the sum modulo 2**64 would miss differences in the highest bits of ids.
     """
     mixed = ids.view(np.uint64)
     mixed = (mixed ^ (mixed >> _HALF_BITS)) * _ODD

@@ -16,7 +16,7 @@ from gpusampler.sources.dispatch import read_patch_ids
 
 
 def groups_of(source: Any, recorder: Recorder, *, progress: bool) -> tuple[PatchGroups, bool]:
-    """Return the groups of a source, and whether device="auto" stays on the device of the groups.
+    """Return the groups of a source, and whether device="auto" means the device of the groups.
 
     ``source`` is a PatchGroups, the path of an index file, or any source of `read_patch_ids`.
     """

@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from filelock import BaseFileLock
 
 CHECKPOINT_SECONDS = 5.0
-"""Minimum time between checkpoints, and so the work lost if the process is killed."""
+"""Minimum seconds between checkpoints; about as much work is lost if the process is killed."""
 
 CHECKPOINT_SHARE = 0.1
 """Maximum fraction of the time spent on checkpoints: slow disks get fewer of them."""
@@ -143,10 +143,16 @@ class IndexBuild:
             _ = state["cursor" if "written" in state else "seen"]
         # A damaged archive can raise any exception.
         except Exception as error:
-            warn(f"cannot read checkpoint {self._progress}; grouping restarts ({error})")
+            warn(
+                f"cannot read checkpoint {self._progress}; grouping restarts from the beginning "
+                f"(no action needed): {error}"
+            )
             return None
         if signature != self._signature:
-            warn(f"checkpoint {self._progress} belongs to different ids; grouping restarts")
+            warn(
+                f"checkpoint {self._progress} belongs to different ids; grouping restarts from the "
+                "beginning (no action needed)"
+            )
             return None
         if "written" in state:
             # The partial file may come from a different run, with different samples written.
@@ -250,7 +256,7 @@ class IndexBuild:
         self._remove_progress()
 
     def tidy(self) -> None:
-        """Remove files of a process that was killed just after it had finished."""
+        """Remove the working files of a process that was killed just after it built the index."""
         if not self._partial.exists():
             # Not worth an error in a read-only folder.
             with contextlib.suppress(OSError):

@@ -88,8 +88,9 @@ class MappedFile:
     """The order of an index file, shape (N,), mapped into memory.
 
     The caller closes ``file``. ``expected_status`` is the length and the modification time in ns
-    from an earlier opening; OSError if the file differs. `unchecked_order` skips that check: use it
-    only for dtype and size, because reading a truncated file crashes the process (SIGBUS).
+    from an earlier opening; raises OSError if those of the file differ. Use `unchecked_order`,
+    which skips this check, only for dtype and size: reading a truncated file crashes the process
+    (SIGBUS).
     """
 
     def __init__(
@@ -313,7 +314,7 @@ def reserve(file: BinaryIO, size: int, path: Path) -> None:
 
 @contextmanager
 def explain_full_disk(path: Path, size: int | None = None) -> Iterator[None]:
-    """Add the path and the needed and free bytes to errors about a full disk."""
+    """Add the path and the number of needed and of free bytes to errors about a full disk."""
     try:
         yield
     except OSError as error:

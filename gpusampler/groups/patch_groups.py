@@ -116,10 +116,9 @@ class PatchGroups:
         column : str, optional
             As in `read_patch_ids`.
         path : str or os.PathLike, optional
-            Path of an index file, for more samples than fit in memory and for a fast start of the
-            next run. An existing index of these ids is opened, an interrupted build is resumed,
-            otherwise the index is built. If several processes call this, one builds and the others
-            wait.
+            Index file, for more samples than fit in memory and for a fast start of the next run.
+            An existing index of these ids is opened, an interrupted build is resumed, otherwise the
+            index is built. If several processes call this, one builds and the others wait.
         progress : bool
             Show a progress bar after one second, if stderr is a terminal.
 
@@ -323,7 +322,7 @@ class PatchGroups:
     ) -> PatchGroups:
         """Group samples that are stored patch after patch, given the number in each patch.
 
-        Memory scales with the patches, not the samples: 1e12 samples take kilobytes.
+        Memory grows with the number of patches, not of samples: 1e12 samples take kilobytes.
 
         Parameters
         ----------
@@ -341,8 +340,8 @@ class PatchGroups:
         TypeError
             If ``counts`` are not integers, or ``patch_ids`` neither integers nor names.
         ValueError
-            If they are not 1-D or differ in length, a count is negative or 2**31 or more, all
-            counts are 0, ids repeat, or the counts sum to 2**62 or more.
+            If the arguments are not 1-D or differ in length, a count is negative or 2**31 or more,
+            all counts are 0, ids repeat, or the counts sum to 2**62 or more.
         """
         sizes = validation.as_int64(counts, "counts")
         ids, names = _ids_and_names(patch_ids, sizes.size)
@@ -386,7 +385,7 @@ class PatchGroups:
 
     @property
     def _unchecked_order(self) -> Any:
-        """`order` without the staleness check; use only for dtype and size."""
+        """`order`, even if its file has changed; use it only for dtype and size."""
         return self._order.unchecked_order if isinstance(self._order, MappedFile) else self._order
 
     @property
@@ -495,7 +494,7 @@ class PatchGroups:
         TypeError
             If ``indices`` are neither integers nor a mask.
         ValueError
-            If they are empty, repeat, or contain a sample outside these groups.
+            If ``indices`` are empty, repeat, or contain a sample outside these groups.
         """
         samples = subsets.check_indices(indices, self.source_size)
         order = self._host_order
@@ -528,8 +527,7 @@ class PatchGroups:
         Raises
         ------
         ValueError
-            If the fractions are not positive or do not sum to 1, ``by`` is unknown, or a part
-            would be empty.
+            If fractions are not > 0 or do not sum to 1, ``by`` is unknown, or a part is empty.
         """
         shares = subsets.check_fractions(fractions)
         seed = validation.check_seed(seed)

@@ -31,7 +31,8 @@ _GOLDEN = 0.6180339887498949
 class Selection(NamedTuple):
     """Selected samples by group: int64 arrays of shape (G',), as in `PatchGroups`.
 
-    ``groups`` are the groups with selected samples; ``order`` is None if every group is one run.
+    ``groups`` are the indices of the groups with selected samples; ``order`` is None if every group
+    is one run.
     """
 
     groups: Int64
@@ -65,7 +66,10 @@ def check_indices(indices: Any, source_size: int) -> Int64:
 def find_groups(
     samples: Int64, counts: Int64, starts: Int64, order: NDArray[Any] | None, source_size: int
 ) -> Int64:
-    """Return the group of each sample (ascending): int64, shape (K,). Raise if one has none."""
+    """Return the group of each sample: int64, shape (K,). ``samples`` must be ascending.
+
+    Raise ValueError if a sample is in no group.
+    """
     if order is None:
         start_order = np.argsort(starts)
         run_numbers = np.searchsorted(starts[start_order], samples, side="right") - 1

@@ -13,7 +13,7 @@ from gpusampler.groups import fingerprint
 from gpusampler.sources.base import PatchIds
 
 BLOCK_IDS = 1 << 8
-"""Ids per compared block."""
+"""Number of ids in a compared block."""
 NUM_BLOCKS = 64
 NUM_SLOW_BLOCKS = 4
 """Number of compared blocks if reading a small block is as slow as reading a large one."""
@@ -80,7 +80,7 @@ def signature_of(ids: PatchIds, num_blocks: int | None = None) -> dict[str, Any]
 def difference(saved: dict[str, Any], ids: PatchIds, *, all_compared: bool) -> str | None:
     """Return how ids differ from a saved signature, or None if they match.
 
-    ``all_compared`` ignores the modification time: the caller compares all ids.
+    With ``all_compared``, ignore the modification time, because the caller compares all ids.
     """
     if saved["size"] != ids.size:
         return f"the index has {saved['size']} samples, the ids {ids.size}"
@@ -96,8 +96,8 @@ def difference(saved: dict[str, Any], ids: PatchIds, *, all_compared: bool) -> s
     times = saved["modified"], current["modified"]
     if None not in times and times[0] != times[1] and not all_compared:
         return (
-            f"file modified at {_time(times[1])}, index built from {_time(times[0])}; "
-            "PatchGroups.load(..., verify=True) compares all ids instead"
+            f"the file's modification time is {_time(times[1])}, but was {_time(times[0])} when "
+            "the index was built; PatchGroups.load(..., verify=True) compares all ids instead"
         )
     return None
 

@@ -555,7 +555,7 @@ def test_a_cost_that_describes_nothing_is_warned_of():
 
 @measured
 def test_the_warning_says_what_would_describe_it():
-    with pytest.warns(UserWarning, match="fit='affine' is off by at most [0-9]%"):
+    with pytest.warns(UserWarning, match="pass fit='affine', which is off by at most [0-9]%"):
         calibrate_quietly(graph_and_grid, fit="proportional", memory_limit=limit_above(230, SHARE))
 
 

@@ -228,7 +228,7 @@ def test_index_errors(root):
     with pytest.raises(TypeError, match=r"indices must be one-dimensional, got shape \(1, 2\)"):
         dataset.__getitems__([[0, 1]])
     with pytest.raises(
-        KeyError, match=r"patch_id 3 is not in the dataset; dataset\.patch_ids has its ids"
+        KeyError, match=r"patch_id must be one of the ids in dataset\.patch_ids, got 3"
     ):
         dataset.arrays(3)
 

@@ -329,7 +329,7 @@ def test_a_file_that_shrinks_is_an_error_and_not_the_end(tmp_path):
         for _ in ("a sample", "statistics"):
             assert lines.pop(0) == (
                 f"OSError patch_4/{name}.npy has shrunk to 200 bytes since it was mapped, "
-                f"but its array needs {size}"
+                f"but its array needs {size}: restore the file"
             )
             text = f"ValueError patch_4/{name}.npy cannot be mapped as a .npy array"
             assert lines.pop(0).startswith(text)

@@ -370,7 +370,7 @@ def test_ids_whose_file_was_changed_after_it_was_opened_are_refused_the_next_tim
     ids = read_patch_ids(mapped)
     os.utime(source, ns=(0, 1))
     PatchGroups.from_ids(ids, path=folder / "a")
-    with pytest.raises(ValueError, match=r"indexes different ids .*file modified at"):
+    with pytest.raises(ValueError, match=r"indexes different ids .*the file's modification time"):
         PatchGroups.from_ids(mapped, path=folder / "a")
 
 
