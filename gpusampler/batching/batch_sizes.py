@@ -18,8 +18,8 @@ from gpusampler.groups.patch_groups import PatchGroups
 class BatchSizes(NamedTuple):
     """Batch sizes of patches: int64, shape (G,), 0 for patches over the budget.
 
-    ``common_size`` is the size if all patches have the same one, else None. ``costs`` are the costs
-    per sample, float64, shape (G,), None without a budget.
+    ``common_size`` is the size if all patches have the same one, else None. ``costs`` is the cost
+    of one sample of each patch: float64, shape (G,); None without a budget.
     """
 
     sizes: Int64

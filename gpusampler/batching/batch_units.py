@@ -24,7 +24,7 @@ class BatchUnits(NamedTuple):
     sizes : int64 array, shape (P,)
         Batch size of each unit, 0 if it is over the budget.
     common_size : int, or None
-        The size if all units have the same one.
+        Batch size of all patches, if it is the same; always None if units are cost bins.
     costs : float64 array, shape (P,), or None
         Cost per sample (the largest in a bin); None without a budget.
     patch_of_bin : int64 array, shape (P,), or None
@@ -42,7 +42,7 @@ class BatchUnits(NamedTuple):
 
     @classmethod
     def of(cls, groups: PatchGroups, batch_size: Any, partial: str) -> BatchUnits:
-        """Cut patches into cost bins if ``batch_size`` is a budget with ``sample_costs``."""
+        """Return cost bins if ``batch_size`` is a budget with ``sample_costs``, else patches."""
         if isinstance(batch_size, CostBudget) and batch_size.sample_costs is not None:
             bins = cut_into_bins(groups, batch_size, partial)
             if bins.groups.num_patches == groups.num_patches:

@@ -4,22 +4,27 @@ Packing samples one by one into batches of equal cost would not be a function of
 in O(1): the start of a batch would depend on all batches before it, and the number of batches on
 the epoch. Instead each patch is divided into bins by cost, once. A bin has one batch size, that of
 its largest cost, and is then treated like a patch: it has its own permutation and its own batches.
-No batch costs more than its size times the largest cost, which is within the budget, padded or not.
+A batch costs at most its size times the largest cost in its bin. This product is within the budget,
+even if the samples of the batch are padded to the longest one.
 
 **Bin boundaries.** The size of a sample is the largest batch size within the budget if all samples
-cost the same as this one, as rounded by `CostBudget`. Samples whose sizes have equal four leading
-bits (exact up to size 16, then eight values per octave) form a size class. Dynamic programming
-divides the size classes of a patch, by ascending cost, into the bins with the fewest batches. A bin
-with a single batch counts as two, because it would have the same members in every epoch. Ties
-prefer the longest most expensive bin, then the longest next one, and so few bins. Under
-``partial="drop"``, samples that do not fill a batch count three times the batches that they would
-fill. All comparisons are exact, so every machine finds the same bins. Samples over the budget are a
-separate bin.
+of the batch cost as much as this one, as rounded by `CostBudget`. Samples whose sizes have the same
+four leading bits form a size class: one class for each size below 16, then eight classes per
+octave. Dynamic programming divides the size classes of a patch, by ascending cost, into the bins
+with the fewest batches. A bin with a single batch counts as two batches, because the batch would
+have the same members in every epoch. Among divisions with equally few batches, the one whose most
+expensive bin has the most classes is chosen, then the one whose next bin does, and so on, which
+keeps the number of bins small. Under ``partial="drop"``, samples that do not fill a batch count
+three times: half a batch of them counts as 1.5 batches. All comparisons are exact, so every machine
+finds the same bins. Samples of a patch that are over the budget form a separate bin.
 
 **Cost of the method.** All samples of a batch are from one bin. A patch has at most eight bins per
-octave of sizes, in practice about the square root of its number of batches. Measured with a mean
-batch of 8 samples (``python -m benchmarks.parts``): fraction of the budget that batches use, bins
-per patch, and fraction of samples in bins with one batch.
+octave of sizes, in practice about the square root of its number of batches. Each cell of the table
+has three numbers, measured with a mean batch of 8 samples (``python -m benchmarks.parts``): the
+fraction of the budget that batches use, the number of bins per patch, and the fraction of samples
+in bins with one batch. The methods are: one bin per patch; size classes, each merged with the next
+more expensive one unless it fills a batch of that one; this rule without the penalty of bins with a
+single batch; and this rule. "10 of 500" means 10 patches of 500 samples.
 
 =====================  ==========  ==================  ==================  ==================
 patches                one size    1/8 octave, merged  as many bins as     this rule
@@ -54,20 +59,21 @@ CHUNK = 1 << 18
 """Number of samples, or of pairs of size classes, processed at once."""
 
 PATCHES_PER_BLOCK = 1 << 14
-"""Maximum number of patches processed at once, which bounds the counters of their classes."""
+"""Maximum number of patches processed at once; bounds the memory for counts of size classes."""
 
 MIN_COUNTED_BATCHES = 2
-"""Penalty of bins with fewer batches."""
+"""Penalty, in batches, of a bin with fewer batches than this."""
 
 DROP_PENALTY = 3.0
 """Penalty of dropped samples, in batches per batch of dropped samples.
 
 Measured with 100 patches of 100 lognormal lengths and a mean batch of 8: 4 % of samples are dropped
-with 3, 6 % with 2, 12 % with 1 and 16 % with 0; batches use 0.74 to 0.77 of the budget.
+with a penalty of 3, 6 % with 2, 12 % with 1 and 16 % with 0; batches use 0.74 to 0.77 of the
+budget.
 """
 
 MAX_SIZE_CLASSES = 32 << MANTISSA_BITS
-"""Exclusive limit on class numbers: eight for each of 31 octaves, and one over the budget."""
+"""Exclusive limit on class numbers: eight for each of 31 octaves, and one for over the budget."""
 
 
 class CostBins(NamedTuple):
@@ -76,8 +82,8 @@ class CostBins(NamedTuple):
     Attributes
     ----------
     groups : PatchGroups
-        One group per bin, with ids 0 .. P-1, sorted by patch, then by cost. The order of GPU groups
-        is on the host.
+        One group per bin, with ids 0 .. P-1, sorted by patch, then by cost. Its ``order`` is on the
+        host even if that of the patches is on a GPU.
     patch_of_bin : int64 array, shape (P,)
         Index of the patch of each bin in the sorted patch ids.
     costs : float64 array, shape (P,)
@@ -93,7 +99,10 @@ class CostBins(NamedTuple):
 
 
 class _SizeClasses(NamedTuple):
-    """Size classes, shape (R,): patch, samples and largest cost; sorted by patch, then by cost."""
+    """Size classes, sorted by patch, then by cost; arrays have shape (R,).
+
+    ``counts`` is the number of samples in each class, ``costs`` the largest cost of one of them.
+    """
 
     patches: Int64
     counts: Int64
@@ -212,9 +221,10 @@ def _sort_into_size_classes(
 
 
 def _blocks(offsets: Int64) -> Iterator[tuple[int, int, int, int]]:
-    """Yield blocks of samples: (first patch, end patch, first position, end position) in the order.
+    """Yield blocks of samples as (first patch, end of patches, start, stop).
 
-    A patch of more than `CHUNK` samples spans several blocks.
+    The block is ``order[start:stop]``; ends are exclusive. A patch of more than `CHUNK` samples
+    spans several blocks.
     """
     first = 0
     while first + 1 < offsets.size:
@@ -227,7 +237,7 @@ def _blocks(offsets: Int64) -> Iterator[tuple[int, int, int, int]]:
 
 
 def _size_class_of(sizes: Int64) -> Int64:
-    """Return the size class of each batch size: 0 for the cheapest samples, the last for size 0."""
+    """Return the class of each batch size: 0 for the largest sizes, the last class for size 0."""
     largest_bits = int(leading_bits(np.array([float(MAX_BATCH_SIZE)]))[0])
     smallest_bits = int(leading_bits(np.array([1.0]))[0])
     size_class = largest_bits - leading_bits(sizes.astype(np.float64))

@@ -25,9 +25,10 @@ _ADVICE = "pass the unchanged result of CostBudget.to_dict"
 class CostBudget:
     """Maximum cost of a batch; each patch gets the largest batch size within it.
 
-    The cost of a batch is its number of samples times the cost per sample: memory, for example, if
-    it scales with the points of a patch's mesh. Pass it as ``batch_size``. `to_dict` converts it to
-    JSON, and the state of a sampler detects different batch sizes.
+    Pass a budget as ``batch_size``. The cost of a batch is its number of samples times the cost per
+    sample: for example, memory that is proportional to the number of points in a patch's mesh.
+    `to_dict` returns a budget as JSON-serializable values. A sampler rejects a saved state if the
+    batch sizes differ.
 
     Parameters
     ----------
@@ -37,26 +38,26 @@ class CostBudget:
         Cost per sample of each patch: positive numbers by ascending patch id, a mapping from
         patch ids, or a function of the patch id. Default: the dataset's ``patch_costs()``.
     sample_costs : array (N,), optional
-        Cost of each sample of the dataset (its length, for example), instead of ``cost``. Each
+        Cost of each sample of the dataset (for example, its length), instead of ``cost``. Each
         patch is divided into cost bins, whose samples cost nearly the same, and all samples of a
-        batch are from one bin. A batch costs at most its size times the largest cost in its bin,
-        which is within the budget, also if samples are padded to the longest in the batch.
+        batch are from one bin. A batch costs at most its size times the largest cost in its bin.
+        This product is within the budget, even if samples are padded to the longest in the batch.
     min_batch_size, max_batch_size : int, optional
-        Bounds of the batch size, >= 1. Default: no upper bound.
+        Bounds of the batch size, >= 1. Default: 1, and no upper bound.
     multiple_of : int
         Batch sizes are multiples of this.
     power_of_two : bool
         Batch sizes are powers of two, which limits the number of shapes for compiled loops.
     over_budget : {"error", "skip"}
         For a patch (or sample) whose smallest batch exceeds the budget: "error" raises ValueError,
-        "skip" leaves it out, which `PatchBatchSampler.coverage` reports as missed.
+        "skip" leaves it out, and `PatchBatchSampler.coverage` counts its samples as missed.
     calibration : mapping, optional
         Measurements of `calibrate`, for information only.
 
     Raises
     ------
     TypeError, ValueError
-        If an argument is not as described. Costs are checked when the patches are known.
+        If an argument is not as described. Costs are only checked when a sampler is created.
 
     Examples
     --------
@@ -118,7 +119,7 @@ class CostBudget:
     __hash__ = None  # type: ignore[assignment]
 
     def sizes_for(self, costs: NDArray[np.float64]) -> Int64:
-        """Return the largest batch sizes within the budget, 0 if no size is.
+        """Return the largest batch size within the budget for each patch, 0 if there is none.
 
         Parameters
         ----------
@@ -144,10 +145,10 @@ class CostBudget:
         return np.where(sizes < self.min_batch_size, 0, sizes)
 
     def sizes_of_use(self, sizes: Int64, counts: Int64, partial: str) -> Int64:
-        """Return sizes reduced to the useful size for patches of ``counts`` samples.
+        """Return ``sizes``, reduced for patches of ``counts`` samples that cannot fill a batch.
 
-        Under "drop", a size larger than the patch would drop the whole patch; otherwise it would
-        only waste table width or padding.
+        Under "drop", a size larger than the patch would drop the whole patch; under "keep" and
+        "pad", it would only make blocks of batches wider or add padding.
         """
         if partial == "drop":
             rounded_down = self._rounded_down(np.minimum(sizes, counts))
@@ -165,9 +166,9 @@ class CostBudget:
         return 1 << _bit_length(sizes - 1) if self.power_of_two else sizes
 
     def refusal(self, cost: float) -> str:
-        """Return text that names the bounds if they, not max_cost, rule out the patch.
+        """Return the part of an error message between the cost and the last word, max_cost.
 
-        It stands between the cost and the word max_cost of the error message.
+        This part names the other bounds if they, not max_cost, rule out a sample of this cost.
         """
         max_size = int(CostBudget(self.max_cost).sizes_for(np.array([cost]))[0])
         if max_size == 0:
@@ -198,7 +199,8 @@ class CostBudget:
         Raises
         ------
         TypeError
-            If ``cost`` is a function or a non-numeric array. `calibrate` returns a mapping.
+            If ``cost`` is a function or a non-numeric array. (A budget from `calibrate` has a
+            mapping, which can be saved.)
         """
         cost = self.cost
         if callable(cost) and not isinstance(cost, Mapping):
@@ -264,9 +266,9 @@ def check_size(value: Any, name: str) -> int:
 def check_over_budget(
     budget: CostBudget, sizes: Int64, costs: NDArray[np.float64], labels: NDArray[Any]
 ) -> None:
-    """Raise ValueError if patches are over the budget, or all are with over_budget="skip".
+    """Raise ValueError if any patch is over the budget; with over_budget="skip", if all are.
 
-    ``sizes``, ``costs`` per sample and ``labels`` have shape (G,).
+    ``sizes``, ``costs`` (of one sample of each patch) and ``labels`` have shape (G,).
     """
     patches = np.flatnonzero(sizes == 0)
     if patches.size == 0:
@@ -283,7 +285,7 @@ def check_over_budget(
         cost = float(costs.min())
         raise ValueError(
             f"max_cost={budget.max_cost} is too small for all {sizes.size} patches: a sample of "
-            f"the cheapest costs {cost}{budget.refusal(cost)} max_cost."
+            f"the cheapest patch costs {cost}{budget.refusal(cost)} max_cost."
         )
 
 

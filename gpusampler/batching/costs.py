@@ -13,11 +13,11 @@ from gpusampler.core.text import short_repr
 from gpusampler.groups.patch_groups import PatchGroups
 
 COST_LIMIT = 2.0**512
-"""Exclusive limit on costs: the product with any number of samples stays finite."""
+"""Exclusive limit on costs, so that a cost times any number of samples is finite."""
 
 
 def check_step_costs(costs: Any, groups: PatchGroups, steps: str) -> NDArray[np.float64] | None:
-    """Return the costs for steps="balanced", None if not given, or raise for other steps."""
+    """Return costs as numbers, None if not given; raise if given but not for "balanced"."""
     if steps == "balanced":
         return None if costs is None else positive_by_patch(costs, groups)
     if costs is not None:
@@ -48,7 +48,7 @@ def positive_by_patch(
 
 
 def values_by_patch(values: Any, groups: PatchGroups, name: str) -> Any:
-    """Return values by ascending patch id from a mapping or function; return others unchanged.
+    """Return values by ascending patch id from a mapping or function; return an array unchanged.
 
     Raise ValueError if a mapping lacks a patch.
     """
@@ -70,7 +70,10 @@ def values_by_patch(values: Any, groups: PatchGroups, name: str) -> Any:
 def check_numbers(values: Any, count: int, name: str, unit: str = "patch") -> NDArray[Any]:
     """Return numbers as a NumPy array of shape (count,), or raise; the range is not checked."""
     if isinstance(values, np.ma.MaskedArray):
-        raise TypeError(f"{name} must have a value for every {unit}, got a masked array")
+        raise TypeError(
+            f"{name} must have a value for every {unit}, got a masked array: fill it with "
+            ".filled(value)"
+        )
     numbers = None
     try:
         if not arrays.library_of(values):
@@ -110,7 +113,7 @@ def _join_ids(patch_ids: list[Any]) -> str:
 
 
 def _id_type_hint(missing: list[Any], values: Any) -> str:
-    """Return a hint if a mapping has a missing id as str, as after JSON, or a str id as int."""
+    """Return a hint if a missing int id is a str key, as after JSON, or a str id an int key."""
     for patch_id in missing:
         converted: Any = str(patch_id)
         if isinstance(patch_id, str):
@@ -118,5 +121,8 @@ def _id_type_hint(missing: list[Any], values: Any) -> str:
                 continue
             converted = int(patch_id)
         if converted in values:
-            return f" (it has the key {converted!r}, but the patch id is {patch_id!r})"
+            return (
+                f" (the mapping has the key {converted!r}, but the patch id is {patch_id!r}: "
+                "convert its keys)"
+            )
     return ""

@@ -1,10 +1,10 @@
 """Mixture weights: the number of slots of each patch in an epoch.
 
-A slot holds one batch; a pass returns each batch of a patch once. A patch with as many slots as
-batches has one pass per epoch. With more slots, it starts the next pass with a new permutation;
-with fewer, the next epoch continues where this one stopped. Slot j of the patch in an epoch is its
-batch ``t = epoch * slots + j`` since epoch 0, and ``divmod(t, own_batches)`` gives the pass and the
-batch in that pass.
+A slot holds one batch; a pass returns each of a patch's batches once. A patch with as many slots as
+batches has one pass per epoch. With more slots, the patch starts its next pass in the same epoch,
+with a new permutation; with fewer, the next epoch continues where this one stopped. Slot j of the
+patch in an epoch is its batch number ``t = epoch * slots + j`` since epoch 0. If a pass has
+``own_batches`` batches, ``divmod(t, own_batches)`` gives the pass and the batch in that pass.
 """
 
 from __future__ import annotations
@@ -24,20 +24,20 @@ from gpusampler.core.validation import check_int, check_real
 from gpusampler.groups.patch_groups import PatchGroups
 
 WEIGHT_SUM = 1 << 52
-"""Approximate sum of integer weights, exact in float64 and int64."""
+"""Approximate sum of integer weights; float64 and int64 represent such sums exactly."""
 
 EPOCH_BATCHES_LIMIT = 1 << 60
-"""Exclusive limit on the batches of an epoch."""
+"""Exclusive limit on the number of batches in an epoch."""
 
 
 @dataclass(frozen=True)
 class Temperature:
     """Mixture weights between proportional and equal, for the argument ``weights``.
 
-    A patch's share of the batches is proportional to its own number of batches to the power 1 / t.
-    ``t=1`` is the plain epoch, ``t > 1`` raises the share of small patches, and infinity gives all
-    patches equal shares. (As in mixtures of languages and tasks: Arivazhagan et al. 2019, arXiv
-    1907.05019.)
+    A patch's share of the batches is proportional to b ** (1 / t), where b is the number of batches
+    that its samples fill. ``t=1`` gives the same shares as no weights, ``t > 1`` raises the share
+    of small patches, and infinity gives all patches equal shares. (As in mixtures of languages and
+    tasks: Arivazhagan et al. 2019, arXiv 1907.05019.)
 
     Parameters
     ----------
@@ -64,7 +64,7 @@ class Temperature:
         check_real(self.t, "t", "be > 0", lambda x: x > 0)
 
     def weights(self, own: Int64) -> NDArray[np.float64]:
-        """Return float64 weights from the number of batches of each patch, shape (G,); 0 for 0."""
+        """Return float64 weights from numbers of batches, shape (G,); 0 for patches without any."""
         if self.t == 1:
             return own.astype(np.float64)
         # Relative to the largest: powers cannot overflow; underflow to 0 still gets one slot.
@@ -91,8 +91,9 @@ def slots_by_patch(
     """Return the number of slots of each patch or cost bin per epoch, int64, shape (P,).
 
     Each patch or bin with ``own_batches > 0`` gets at least one slot; see `apportion`. The slots of
-    a patch are divided among its bins in proportion to ``own_batches``, shape (P,). The default
-    weights are the own batches of patches, the default ``epoch_batches`` their sum.
+    a patch are divided among its bins in proportion to ``own_batches``, the number of batches that
+    each bin is cut into, shape (P,). By default, the weight of a patch is its sum of
+    ``own_batches``, and ``epoch_batches`` is the sum over all patches.
     """
     min_slots = (own_batches > 0).astype(np.int64)
     num_taking_part = int(min_slots.sum())
@@ -160,15 +161,19 @@ def integer_weights(weights: NDArray[np.float64]) -> Int64:
 def apportion(weights: Int64, total: int, minimum: Int64) -> Int64:
     """Divide ``total`` in proportion to weights by the largest-remainder (Hamilton) method.
 
-    Elements with minimum 0 get nothing; others get at least their minimum. Those above it divide
-    the rest, within 1 of their exact share. Ties go to the lower index. ``weights``, shape (G,),
-    are >= 0 with a sum below 2**62; ``total`` is below 2**60 and at least the sum of ``minimum``.
+    Elements with minimum 0 get nothing; others get at least their minimum. Elements that get more
+    than their minimum divide the rest, each within 1 of its exact share. Ties go to the lower
+    index. ``weights``, shape (G,), are >= 0 with a sum below 2**62; ``total`` is below 2**60 and at
+    least the sum of ``minimum``.
     """
     return apportion_each(weights, np.array([total]), np.zeros(1, np.int64), minimum)
 
 
 def apportion_each(weights: Int64, totals: Int64, first: Int64, minimum: Int64) -> Int64:
-    """`apportion` S totals, each among the consecutive elements that start at its ``first``."""
+    """Divide S totals as `apportion` does, each among consecutive elements.
+
+    ``first``, shape (S,), is the index of the first element for each total.
+    """
     shares = np.where(minimum > 0, minimum, 0)
     owners = np.repeat(np.arange(first.size), np.diff(first, append=weights.size))
     is_free = minimum > 0
@@ -196,8 +201,8 @@ def _divmod_product(weights: Int64, totals: Int64, divisors: Int64) -> tuple[Int
     """Return ``divmod(weights * totals, divisors)`` for products beyond 64 bits.
 
     float64 gives a quotient with relative error 2**-50; the exact correction is computed modulo
-    2**64. Python ints are used if a divisor is above 2**53, as it can be when numbers of slots are
-    the weights by which whole steps are divided.
+    2**64. Python ints are used if a divisor is above 2**53, which is possible if ``weights`` are
+    numbers of slots (when whole steps are divided among patches).
     """
     divisors = np.maximum(divisors, 1)
     if bool((divisors > 2 * WEIGHT_SUM).any()):

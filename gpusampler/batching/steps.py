@@ -26,18 +26,18 @@ Uneven = Literal["pad", "drop"]
 UNEVENS = ("pad", "drop")
 
 MANTISSA_BITS = 3
-"""log2 of the cost buckets per octave: costs in one bucket differ by at most 1/8.
+"""log2 of the number of cost buckets per octave: costs in one bucket differ by at most 1/8.
 
 Measured with lognormal costs of 50 to 500 patches on 8 ranks: the slowest rank takes 3 % longer
 than the mean with 3 bits, 6 % with 2, and 1 % with 4, where a bucket has half as many patches.
 """
 
 SHORT_STEP_ROUND = 62
-"""Hash round that places the short step; permutations have fewer rounds."""
+"""Number of the hash round that places the short step; permutations use lower numbers."""
 
 
 class StepLayout(NamedTuple):
-    """Steps of an epoch: ``full`` steps of ``width`` slots, then one of ``short`` slots if > 0."""
+    """Steps of an epoch: ``full`` of ``width`` slots and, if ``short > 0``, one of ``short``."""
 
     width: int
     full: int
@@ -63,8 +63,8 @@ class StepLayout(NamedTuple):
     ) -> Any:
         """Return the index of the batch of each slot, in the natural order of batches.
 
-        ``key`` is the key of the epoch's batch order; ``permute_steps`` permutes numbers of full
-        steps with that key.
+        ``key`` is the key of the epoch's batch order; ``permute_steps`` maps indices of full steps
+        (0 .. ``full - 1``) to their images under the permutation with that key.
         """
         if self.width == 1:
             return permute_steps(slots)
@@ -88,15 +88,15 @@ class StepLayout(NamedTuple):
 class CostBuckets:
     """Batches sorted by cost, in buckets of nearly equal cost; int64 arrays on one device.
 
-    The natural order is sorted by bucket, cheapest first, then by run. A run is the whole batches
-    of a patch, or its short batch.
+    The natural order is sorted by bucket, cheapest first, then by run. A run is either all full
+    batches of a patch, or its short batch.
 
     Attributes
     ----------
     offsets, counts : arrays, shape (C,)
         Number of batches before each bucket, and in it.
     grid : Grid of arrays
-        Sides of each bucket's permutation.
+        Grid of each bucket's permutation.
     run_offsets, run_groups, run_first : arrays, shape (R,)
         Number of batches before each run, its patch, and its first batch in that patch.
     smallest, largest : int
@@ -121,7 +121,7 @@ class CostBuckets:
     ) -> CostBuckets:
         """Sort batches into buckets by cost.
 
-        Arrays have one element per patch, shape (G,); ``costs`` are the cost of one sample.
+        Arrays have one element per patch, shape (G,); ``costs`` is the cost of one sample.
         """
         groups = np.flatnonzero(batches)
         size, num_batches = sizes[groups], batches[groups]
@@ -187,7 +187,7 @@ def search_offsets(xp: Any, offsets: Any, values: Any) -> Any:
 
 
 def leading_bits(values: NDArray[np.float64]) -> Int64:
-    """Return the leading bits of values as int64: equal for nearly equal values, same order.
+    """Return the leading bits of values as int64: equal for nearly equal values, in their order.
 
     Unlike a logarithm, this is exact and equal on every machine.
     """

@@ -22,7 +22,8 @@ from gpusampler.permutation.reference import Grid, grids_of
 class PatchOrder(NamedTuple):
     """Order of the patches (or cost bins) of an epoch if each patch's batches are consecutive.
 
-    ``groups`` and the ``offsets`` of their first slots are int64, shape (G,).
+    ``groups`` lists them in this order; ``offsets`` is the first slot of each. Both are int64
+    arrays of shape (G,).
     """
 
     groups: Any
@@ -40,24 +41,27 @@ class PatchTables:
     sizes : array
         Batch size of each group; 1 for groups over the budget, which have no batch.
     batches : array
-        Number of slots of each group in an epoch. With weights, the slots that they assign; else
-        its batches, plus repeated and minus dropped ones if steps are of one patch.
+        Number of slots of each group in an epoch. With weights, the number that the weights assign.
+        Otherwise the number of its batches, plus repeated or minus dropped ones under
+        ``steps="same_patch"``.
     batch_offsets : array, shape (G + 1,)
         Running total of ``batches``.
     batches_per_pass : array, or None
         Number of batches in one pass over each group; None if it equals ``batches``.
-    slot_shares : NumPy array (on any device), or None
-        Slots assigned by weights, before they are rounded to whole steps. If given, passes over a
-        patch continue from epoch to epoch.
+    slot_shares : NumPy array (for tables on any device), or None
+        Number of slots that weights assign to each group, before rounding to whole steps. If given,
+        passes over a patch continue from epoch to epoch.
     patch_of_bin : array, or None
         Patch of each group, if groups are cost bins.
     first_bin : array, shape (patches + 1,), or None
         First bin of each patch, then the number of bins.
     grid : Grid of arrays
-        Sides of each group's permutation.
+        Grid of each group's permutation.
     order : array, shape (N,), or None
+        Sample indices sorted by group, as in `PatchGroups`; None in tables on the host.
     num_batches, max_batch_size, smallest_patch, largest_patch : int
-        M, B, and the samples of the smallest and largest group with a batch.
+        M (batches per epoch), B (largest batch size), and the number of samples in the smallest and
+        in the largest group with a batch.
     is_uniform : bool
         Whether every batch is returned with B samples.
     layout : StepLayout
@@ -97,7 +101,7 @@ class PatchTables:
         partial: str,
         patch_of_bin: Int64 | None = None,
     ) -> PatchTables:
-        """Return tables on the host, with one slot per step. The plan adds ``order`` later.
+        """Return tables on the host, with one slot per step and without ``order``, which `on` adds.
 
         ``sizes`` are batch sizes, shape (G,); groups with size 0 get no batch. Raise ValueError if
         partial="drop" leaves no batch.
@@ -118,8 +122,8 @@ class PatchTables:
             is_one_size = bool((sizes[groups_with_size] == sizes[nearest]).all())
             raise ValueError(
                 f"partial='drop' leaves no batches: batch_size={int(sizes[nearest])}, but the "
-                f"{'largest' if is_one_size else 'closest'} {unit} has {int(counts[nearest])} "
-                "samples. Reduce batch_size or use partial='keep' or 'pad'."
+                f"{f'largest {unit}' if is_one_size else f'{unit} closest to a full batch'} has "
+                f"{int(counts[nearest])} samples. Reduce batch_size or use partial='keep' or 'pad'."
             )
         first_bin = None
         if patch_of_bin is not None:
@@ -153,16 +157,16 @@ class PatchTables:
         )
 
     def with_slot_shares(self, slot_shares: Int64) -> PatchTables:
-        """Return the tables with numbers of slots from weights: ``slot_shares``, shape (G,).
+        """Return the tables with the number of slots that weights assign to each group.
 
-        They are >= 1 for groups with a batch and 0 for others.
+        ``slot_shares``, shape (G,), is >= 1 for groups with a batch and 0 for others.
         """
         slot_shares.flags.writeable = False
         tables = replace(self, batches_per_pass=self.batches, slot_shares=slot_shares)
         return tables._with_slots(slot_shares, 1)
 
     def with_buckets(self, partial: str, costs: NDArray[np.float64]) -> PatchTables:
-        """Return the tables with batches sorted by cost; ``costs``: of one sample of each group."""
+        """Return the tables with batches sorted by cost; ``costs`` is per sample of each group."""
         sizes = self.sizes
         if self.slot_shares is not None:
             # The slot of the short batch changes with the epoch, so all batches count as whole.
@@ -200,9 +204,9 @@ class PatchTables:
     def with_same_patch_steps(self, width: int, uneven: str) -> PatchTables:
         """Return the tables for steps of one patch each, or raise ValueError if none is left.
 
-        ``uneven`` applies to the last step of a patch: "pad" repeats its first batches, "drop"
-        drops the step. With weights, whole steps are assigned to patches; "pad" rounds their number
-        up, "drop" down.
+        ``uneven`` applies to the last step of a patch if its batches do not fill this step: "pad"
+        repeats the patch's first batches, "drop" drops the step. With weights, whole steps are
+        assigned to patches; "pad" rounds the total number of steps up, "drop" down.
         """
         own_batches = self.own_batches
         if self.slot_shares is not None:
@@ -219,7 +223,7 @@ class PatchTables:
 
     @staticmethod
     def _steps_by_share(slot_shares: Int64, width: int, uneven: str) -> Int64:
-        """Return the steps of each patch, at least one for each patch with slots."""
+        """Return the number of steps of each patch, at least one for each patch with slots."""
         slots, num_taking_part = int(slot_shares.sum()), int((slot_shares > 0).sum())
         steps = slots // width if uneven == "drop" else max(-(-slots // width), num_taking_part)
         if steps < num_taking_part:
@@ -244,11 +248,11 @@ class PatchTables:
 
     @property
     def own_batches(self) -> Any:
-        """Batches of each group, regardless of its slots."""
+        """Number of batches that each group is cut into, whatever its number of slots."""
         return self.batches if self.batches_per_pass is None else self.batches_per_pass
 
     def patch_order(self, xp: Any, patches: Any, group_numbers: Any) -> PatchOrder:
-        """Return the groups in the order of ``patches``; ``group_numbers`` are 0 .. G-1."""
+        """Return the groups in the order of ``patches``; ``group_numbers`` is arange(G)."""
         groups = patches
         if self.first_bin is not None:
             first = self.first_bin[patches]
@@ -261,12 +265,12 @@ class PatchTables:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the arrays; broadcast scalars count 0."""
+        """Number of bytes of the arrays; broadcast scalars count 0."""
         return sum(int(m.nbytes) for m in self.members() if m.size == 0 or any(m.strides))
 
     @property
     def upload_nbytes(self) -> int:
-        """Bytes of the arrays after an upload, without the order."""
+        """Number of bytes of the arrays after an upload, without ``order``."""
         return sum(int(member.nbytes) for member in self.members())
 
     def on(self, device: Device, order: Any) -> PatchTables:

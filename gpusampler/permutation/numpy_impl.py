@@ -28,10 +28,10 @@ from gpusampler.permutation.reference import (
 )
 
 TILE = 1 << 15
-"""Positions per tile: 128 KiB in uint32."""
+"""Number of positions per tile: 128 KiB in uint32."""
 
 _COMPILED_BATCH = 1 << 12
-"""Ranges per call of the compiled function: nine int64 each, 288 KiB."""
+"""Number of ranges per call of the compiled function: nine int64 each, 288 KiB in total."""
 
 MAX_N = 1 << 32
 """Largest supported n; the sides of its grid are 2**16."""
@@ -73,10 +73,10 @@ def _rotate(line: NDU32, amount: NDU32, side: NDU32, scratch: NDU32) -> None:
 
 
 class Workspace(threading.local):
-    """Buffers of one tile per thread.
+    """Buffers for one tile, separate for each thread.
 
-    Without reuse, the operating system would take the memory back after every tile, and the page
-    faults of the next tile would take as long as the arithmetic.
+    If they were not reused, the operating system would take the memory back after every tile, and
+    the page faults of the next tile would take as long as the arithmetic.
     """
 
     def __init__(self) -> None:
@@ -96,10 +96,10 @@ def permute_grid(
     rounds: int,
     spread: Callable[[NDArray[Any], NDU32], None] | None = None,
 ) -> NDU32:
-    """Permute positions ``x`` on the grids of K rows that all have the same number of rounds.
+    """Permute positions ``x`` of K ranges, each on its own grid, in the same number of rounds.
 
     ``x`` has shape (T,) with T <= `TILE` and ``x < n``, where ``32 < n <= 2**32``. Arrays of
-    ``key`` and ``grid`` have shape (K,). ``spread(row_values, out)`` expands one value per row
+    ``key`` and ``grid`` have shape (K,). ``spread(values, out)`` expands one value per range
     to one value per position; without it, K must be 1. Returns a uint32 buffer of this
     thread, shape (T,), valid until the next call.
     """

@@ -66,7 +66,7 @@ def permute_ranges(
     grid : Grid of int64 arrays, shape (K,)
         `gpusampler.permutation.reference.grids_of` of ``n``.
     base : int64 array, shape (K,)
-        Start of each row's patch in ``order``.
+        Start of each row's patch in ``order``, or its first sample if ``order`` is None.
     order : integer array or None
         Samples sorted by patch; None if the samples of each patch are contiguous.
 
@@ -103,7 +103,7 @@ def permute_ranges(
 def _permute_compiled(
     compiled: ModuleType, ranges: PositionRanges, permuted: bool, order: NDArray[Any] | None
 ) -> tuple[Int64, Int64]:
-    """`permute_ranges` in compiled code; ranges are concatenated in the order of the rows."""
+    """Do what `permute_ranges` does in compiled code; ranges are returned in the order of rows."""
     ends = np.cumsum(ranges.lengths)
     starts = ends - ranges.lengths
     samples = np.empty(int(ends[-1]) if ends.size else 0, np.int64)
@@ -154,7 +154,7 @@ def _permute_rows(
 def _permute_tile(
     out: Int64, ranges: PositionRanges, rounds: int, order: NDArray[Any] | None
 ) -> None:
-    """`_permute_rows` for at most `TILE` positions."""
+    """Do what `_permute_rows` does, for rows with at most `TILE` positions in total."""
     x, lane_row = WORK.i64[:, : out.size]
     starts = np.cumsum(ranges.lengths) - ranges.lengths
     lane_row.fill(0)

@@ -42,7 +42,7 @@ COIN_ROUND = 63
 
 MAX_ROUNDS = 12
 ROUNDS_FROM = ((1024, 8), (65536, 6))
-"""(smallest n, number of rounds): the bias falls as n**(1 - rounds / 2)."""
+"""Pairs (smallest n, number of rounds from this n on): the bias falls as n**(1 - rounds / 2)."""
 
 
 class Grid(NamedTuple):
@@ -57,7 +57,7 @@ class Grid(NamedTuple):
 
 
 def mix(h: Any) -> Any:
-    """Hash a 32-bit value by three xorshift-multiply steps: a bijection of 0 .. 2**32 - 1.
+    """Hash a 32-bit value by xorshifts and multiplications: a bijection of 0 .. 2**32 - 1.
 
     The multipliers are those of C. Wellons' hash prospector for 32 bits (`low bias`).
     """
@@ -69,7 +69,7 @@ def mix(h: Any) -> Any:
 
 
 def absorb(state: tuple[Any, Any], word: Any) -> tuple[Any, Any]:
-    """Absorb a 32-bit ``word`` into the 64-bit ``state``: a bijection of the states."""
+    """Absorb a 32-bit ``word`` into the 64-bit ``state``; for every word, a bijection of states."""
     s0 = mix(state[0] ^ word)
     return s0, mix(((state[1] + s0) & MASK) ^ ((word * SPREAD) & MASK))
 
@@ -92,8 +92,8 @@ def key_of(state: tuple[Any, Any], pass_: Any, group: Any) -> tuple[Any, Any]:
 def derive_key(seed: int, purpose: int, pass_: Any, group: Any) -> tuple[Any, Any]:
     """Return the key of one permutation: two 32-bit words, shaped like ``pass_`` and ``group``.
 
-    ``seed`` is below 2**64 and ``purpose`` one of ``PURPOSE_*``. ``pass_`` is the epoch, or the
-    patch's own pass if weights change its rate; ``group`` is the index of the patch among the
+    ``seed`` is below 2**64 and ``purpose`` one of ``PURPOSE_*``. ``pass_`` is the epoch or,
+    with weights, the number of the patch's own pass; ``group`` is the index of the patch among the
     sorted patch ids. Both are ints or int64 arrays, at least 0. Seed and epoch are absorbed one
     after the other, never added, so that (seed, epoch + 1) and (seed + 1, epoch) have independent
     keys.
@@ -200,12 +200,12 @@ def permute(
     smallest: int,
     largest: int,
 ) -> Any:
-    """Permute positions ``0 <= x < n`` by keyed permutations of 0 .. n-1; no GPU-to-CPU sync.
+    """Permute positions ``0 <= x < n`` by keyed permutations of 0 .. n-1 without GPU-to-CPU sync.
 
     ``x``, ``n``, the arrays of ``key`` (from `derive_key`) and of ``grid`` (from `grids_of` for
     ``n``) are int64 arrays of the namespace ``xp`` and must broadcast. The result is an int64
-    array on the device of ``x``. ``smallest`` and ``largest`` are bounds of ``n``. They only let
-    unneeded rounds be skipped; they do not change the result.
+    array on the device of ``x``. ``smallest`` and ``largest`` are bounds of ``n``; they only
+    serve to skip rounds that are not needed, and do not change the result.
     """
     x = xp.broadcast_arrays(x, n)[0]
     if largest <= SMALL:

@@ -83,11 +83,11 @@ class Coverage:
 
 
 class OmittedSamples(NamedTuple):
-    """Samples of each patch that are in no batch of any epoch, by reason: int64, shape (G,) each.
+    """Number of samples of each patch in no batch of any epoch, by reason: int64, shape (G,) each.
 
-    ``over_budget``: their batches cost more than ``max_cost``; ``dropped``: they do not fill a
-    batch under ``partial="drop"``; ``without_step``: their batches do not fill a step. A patch that
-    is split into cost bins may lose only some of them.
+    ``over_budget``: their batches cost more than ``max_cost``; ``dropped``: their whole
+    patch does not fill a batch under ``partial="drop"``; ``without_step``: the batches of their
+    patch do not fill a step. If a patch is divided into cost bins, this applies to each bin.
     """
 
     over_budget: Int64
@@ -96,7 +96,7 @@ class OmittedSamples(NamedTuple):
 
 
 def omitted_samples(plan: EpochPlan) -> OmittedSamples:
-    """Return the samples that a plan omits."""
+    """Return the number of samples that a plan omits."""
     tables, units = plan.tables, plan.units
     masks = (
         units.sizes == 0,
@@ -112,7 +112,7 @@ def omitted_samples(plan: EpochPlan) -> OmittedSamples:
 
 
 def warn_of_omitted_samples(plan: EpochPlan) -> None:
-    """Warn, by reason, of the samples that a plan omits."""
+    """Warn of the samples that a plan omits, once per reason."""
     omitted = omitted_samples(plan)
     skipped = omitted.over_budget
     if skipped.any():
@@ -125,8 +125,8 @@ def warn_of_omitted_samples(plan: EpochPlan) -> None:
     too_small = f"fewer samples than {batch}"
     too_short = f"fewer batches than step_width={plan.step_width}"
     for samples, setting, cause, advice in (
-        (omitted.dropped, "partial='drop'", too_small, "'keep' or 'pad'"),
-        (omitted.without_step, "uneven='drop' under steps='same_patch'", too_short, "'pad'"),
+        (omitted.dropped, "partial='drop'", too_small, "partial='keep' or 'pad'"),
+        (omitted.without_step, "uneven='drop' under steps='same_patch'", too_short, "uneven='pad'"),
     ):
         if samples.any():
             patches = f"{int((samples > 0).sum())} of {samples.size} patches"
@@ -142,9 +142,9 @@ def warn_of_omitted_samples(plan: EpochPlan) -> None:
 def coverage_of(plan: EpochPlan, epoch: int, slots_handed_out: int) -> Coverage:
     """Return what the first ``slots_handed_out`` slots of an epoch cover, over all ranks.
 
-    Slots from M on start again at slot 0. Counts are computed in closed form, from the skipped and
-    repeated batches alone. With weights, samples are counted if an epoch goes through a patch more
-    than once, or crosses from one pass into the next.
+    Slots from M on start again at slot 0. Counts are computed in closed form; only skipped and
+    repeated batches are looked up. With weights, samples are counted one by one where an epoch
+    returns parts of several passes over a patch.
     """
     tables, groups, total = plan.tables, plan.groups, plan.num_batches
     first_changed, end_changed = sorted((slots_handed_out, total))
@@ -180,7 +180,7 @@ def coverage_of(plan: EpochPlan, epoch: int, slots_handed_out: int) -> Coverage:
 
 
 def _repeated_and_missed(plan: EpochPlan) -> tuple[Int64, Int64]:
-    """Return the samples of each patch that all slots of an epoch repeat, and those they miss."""
+    """Return how many samples of each patch a whole epoch repeats, and how many it misses."""
     tables = plan.tables
     counts, size, own_batches = tables.counts, tables.sizes, tables.own_batches
     # Under "drop", some samples are in no batch; under "pad", the last batch is filled up.
@@ -196,9 +196,10 @@ def _repeated_and_missed(plan: EpochPlan) -> tuple[Int64, Int64]:
 
 
 def _patch_segments(plan: EpochPlan, group: int, changes: dict[int, int]) -> list[tuple[int, int]]:
-    """Return (samples, times) of segments of a patch whose samples are returned equally often.
+    """Return (number of samples, times returned) of segments of a patch.
 
-    ``changes`` maps batches to how many times more (or fewer) they are returned than planned.
+    Samples of a segment are returned equally often. ``changes`` maps a batch to how many times more
+    (or, if negative, fewer) it is returned than planned.
     Samples that are in no batch (under "drop") are in no segment.
     """
     tables = plan.tables

@@ -63,7 +63,7 @@ class EpochPlan:
         What the batches of ``step_width`` consecutive slots have in common: nothing, nearly the
         same cost, or the same patch.
     step_width : int
-        Slots per step, at least 1; 1 under "free".
+        Number of slots per step, >= 1; must be 1 under "free".
     uneven : {"pad", "drop"}
         Under "same_patch", what to do if a patch's batches do not fill its last step: repeat the
         patch's first batches, or leave out that step. No effect otherwise.
@@ -72,26 +72,26 @@ class EpochPlan:
         ascending patch id, a mapping from patch ids, or a function of the patch id. Default: the
         costs of a `CostBudget`, else 1.
     weights : mapping, array (G,) or Temperature, optional
-        Each patch's share of an epoch's batches: positive numbers by patch id, or by ascending
-        patch id. Shares are met to within one batch, and every patch has at least one batch. A
-        patch with a larger share than its own batches is repeated, under a different permutation.
-        One with a smaller share continues in the next epoch where this one stops, so that every
-        pass visits each sample once. Default: each patch's own batches.
+        Each patch's share of an epoch's batches: positive numbers as a mapping from patch ids, or
+        by ascending patch id. Shares are met to within one batch, and every patch has at least one
+        batch. A patch with more batches than its samples fill starts its next pass in the same
+        epoch, under a different permutation. A patch with fewer continues its pass in the next
+        epoch. Each pass contains every sample once. Default: as many batches as the samples fill.
     epoch_batches : int, optional
-        Batches per epoch (all ranks together), at least one per patch, below 2**60. Default: all
-        patches' own batches.
+        Number of batches per epoch (all ranks together), at least one per patch, below 2**60.
+        Default: as many as the samples of all patches fill.
     device : str, torch.device or Device, optional
-        Device of `evaluate` and its results. Default: the device of the groups' order. If its
-        memory runs out, the host evaluates instead; the results are identical.
+        Device of `evaluate` and its results. Default: the device of ``groups``. If the device runs
+        out of memory, the host evaluates instead; the results are identical.
 
     Attributes
     ----------
     batch_size : int or None
-        Samples per batch; None if the sizes differ by patch.
+        Number of samples per batch; None if it differs by patch.
     num_batches : int
-        M, batches per epoch, over all ranks.
+        M, the number of batches per epoch, over all ranks.
     max_batch_size : int
-        B, the largest batch that any patch can fill (its size under "pad").
+        B, the number of samples in the largest batch, with the filling of "pad".
 
     Raises
     ------
@@ -226,7 +226,7 @@ class EpochPlan:
     def sizes_by_patch(self) -> Int64:
         """Batch size of each patch: int64, shape (G,), on the host.
 
-        A patch that is split into cost bins has the largest of their sizes, a patch over the
+        A patch that is split into cost bins has the largest of their sizes; a patch over the
         budget has size 0.
         """
         return np.asarray(self._by_patch(self.units.sizes, np.maximum))
@@ -267,11 +267,11 @@ class EpochPlan:
 
     @property
     def step_width(self) -> int:
-        """Slots per step; 1 under ``steps="free"``."""
+        """Number of slots per step; 1 under ``steps="free"``."""
         return self._tables.layout.width
 
     def _set_step_width(self, step_width: Any) -> None:
-        """Divide epochs into steps of this width; this changes `num_batches`."""
+        """Divide epochs into steps of this width, and update `num_batches`."""
         width = check_int(step_width, "step_width", low=1, high=1 << 31)
         if self.steps == "free" and width != 1:
             raise ValueError(
@@ -364,7 +364,8 @@ class EpochPlan:
         TypeError
             If ``epoch`` or ``slots`` are not integers.
         ValueError
-            If one is out of range, ``slots`` is not 1-D, or ``dtype`` cannot hold the samples.
+            If ``epoch`` or a slot is out of range, ``slots`` is not 1-D, or ``dtype`` cannot hold
+            the sample indices.
         """
         epoch = check_int(epoch, "epoch", low=0, high=EPOCH_LIMIT)
         check_choice(dtype, "dtype", ("int64", "int32"))
@@ -400,10 +401,10 @@ class EpochPlan:
         TypeError
             If ``epoch`` or ``slot`` is not a 0-d int64 tensor.
         ValueError
-            If one is on a different device.
+            If ``epoch`` or ``slot`` is not on the plan's device.
         RuntimeError
-            If the plan is not on a torch device, or is first used while it is compiled: a graph
-            cannot contain the upload of its tables.
+            If the plan is not on a torch device, or its first use is in compiled code: a graph
+            cannot contain the upload of the plan's tables.
         """
         return self.evaluator.batch(epoch, slot).indices
 

@@ -1,4 +1,4 @@
-"""How often an epoch returns each sample with weights, where passes continue across epochs."""
+"""How often an epoch returns each sample if weights let passes continue across epochs."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from gpusampler.plan.epoch_plan import EpochPlan
 from gpusampler.plan.evaluators.base import BatchLocations
 
 CHUNK = 1 << 22
-"""Samples or positions per block: tens of megabytes. A patch whose samples are counted is always
-one block, of 4 bytes per sample."""
+"""Maximum number of samples or positions in a block, which takes tens of megabytes. A patch whose
+samples are counted one by one is never divided, so a larger patch is a larger block."""
 
 
 class PositionRanges(NamedTuple):
@@ -40,7 +40,7 @@ def repeated_and_missed_of_mixture(
 
     The batches ``changed`` are returned ``change`` times more often than planned. Counts have a
     closed form if an epoch stays within one pass over a group, or consists of complete passes.
-    Where two passes meet, samples are counted.
+    Where parts of several passes meet, samples are counted one by one.
     """
     tables = plan.tables
     counts, sizes = tables.counts, tables.sizes
@@ -95,14 +95,14 @@ def repeated_and_missed_of_mixture(
 
 
 def _num_positions(plan: EpochPlan, batches: Int64) -> Int64:
-    """Return how many positions the first ``batches`` of each group have."""
+    """Return the number of positions in the first ``batches`` batches of each group."""
     tables = plan.tables
     num_positions: Int64 = batches * tables.sizes
     return np.minimum(num_positions, tables.counts) if plan.partial == "keep" else num_positions
 
 
 def _blocks(counts: Int64) -> Iterator[tuple[int, int]]:
-    """Yield slice bounds of blocks of ``counts``: of sum at most `CHUNK`, or one element."""
+    """Yield bounds of slices of ``counts``, each with a sum of at most `CHUNK` or one element."""
     ends = np.cumsum(counts)
     first = 0
     while first < counts.size:
@@ -115,7 +115,7 @@ def _blocks(counts: Int64) -> Iterator[tuple[int, int]]:
 def _times_by_sample(
     plan: EpochPlan, groups: Int64, exact_passes: Int64, ranges: PositionRanges
 ) -> NDArray[np.int32]:
-    """Return how often each sample of ascending ``groups`` is returned; groups are end to end."""
+    """Return how often an epoch returns each sample of ascending ``groups``, group by group."""
     counts = plan.tables.counts[groups]
     starts = np.cumsum(counts) - counts
     # The exact number of many passes does not matter: changes remove at most one per rank.

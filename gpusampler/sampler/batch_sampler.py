@@ -84,28 +84,28 @@ class PatchBatchSampler:
         and 0.
     uneven : {"pad", "drop"}
         If the number of batches is not a multiple of ``num_replicas``: repeat the epoch's first
-        batches, or drop its last ones. Every rank has equally many batches either way. Under
+        batches, or drop its last ones. Every rank has the same number of batches either way. Under
         ``steps="same_patch"``, this applies to the batches of each patch that do not fill a step.
     steps : {"free", "balanced", "same_patch"}
-        What the batches that all ranks process at the same time have in common: nothing; nearly the
-        same cost, so that no rank waits for the slowest; the patch.
+        What the batches that all ranks process at the same time have in common: nothing, nearly the
+        same cost (so that no rank waits long for another one), or the patch.
     step_width : int, optional
-        Batches per step, a multiple of ``num_replicas``, which is the default. On one rank,
-        ``steps="same_patch", step_width=k`` yields k micro-batches of a patch in a row.
+        Number of batches per step, a multiple of ``num_replicas`` (the default); 1 under "free". On
+        one rank, ``steps="same_patch", step_width=k`` yields k micro-batches of a patch in a row.
     patch_costs : array (G,), mapping or callable, optional
         Cost of a sample of each patch for ``steps="balanced"``, in any unit: positive numbers by
         ascending patch id, a mapping from patch ids, or a function of the patch id. Default: the
         costs of the budget, else the dataset's ``patch_costs()``, else 1 each. The cost of a batch
         is the sum over its samples.
     weights : mapping, array (G,) or Temperature, optional
-        Relative share of each patch in an epoch's batches, accurate to one batch and at least one
-        batch: positive numbers as a mapping from patch ids, or by ascending patch id. A patch with
-        more batches than its samples fill starts its next pass in the same epoch, under a different
-        permutation. A patch with fewer continues its pass in the next epoch. Each pass contains
-        every sample once. Default: as many batches as the samples fill.
+        Relative share of each patch in an epoch's batches: positive numbers as a mapping from patch
+        ids, or by ascending patch id. Shares are met to within one batch; each patch has at least
+        one. A patch with more batches than its samples fill starts its next pass in the same epoch,
+        under a new permutation. A patch with fewer continues its pass in the next epoch. Each pass
+        contains every sample once. Default: as many batches as the samples fill.
     epoch_batches : int, optional
-        Batches per epoch (all ranks together), at least one per patch, below 2**60. Default: as
-        many as the samples of all patches fill.
+        Number of batches per epoch (all ranks together), at least one per patch, below 2**60.
+        Default: as many as the samples of all patches fill.
     device : str or torch.device
         Device of the tables and of the evaluation: "numpy", "cpu", "cuda:0", "cupy", ... "auto":
         the device of the ids (the host for an index file); for a dataset or a file of ids, CUDA if
@@ -129,7 +129,7 @@ class PatchBatchSampler:
         If a value is out of range, the source is empty, no batch is left, or several ranks cannot
         agree on a seed.
     RuntimeError
-        If ``device`` does not exist.
+        If ``device`` does not exist, or ``output="tensor"`` without torch installed.
 
     Warns
     -----
@@ -442,7 +442,7 @@ class PatchBatchSampler:
         self._tracker.set_epoch(epoch, stacklevel=2)
 
     def reshuffle(self) -> None:
-        """Skip an epoch: the next iterator starts the epoch after the next.
+        """Skip an epoch: the next iterator starts the epoch after the one it would have started.
 
         Every epoch has a different order anyway; call this only to get a new order immediately.
         """
@@ -455,7 +455,7 @@ class PatchBatchSampler:
     def coverage(self, epoch: int | None = None) -> Coverage:
         """Count samples seen once, repeated and missed in a whole epoch, per patch, over all ranks.
 
-        The epoch has steps of the sampler's own ``step_width``.
+        Steps have the sampler's own ``step_width``, whatever the ``step_width`` of a loaded state.
 
         Parameters
         ----------
@@ -572,7 +572,7 @@ class PatchBatchSampler:
         Raises
         ------
         TypeError
-            If it is not such a mapping.
+            If ``state_dict`` is not such a mapping.
         ValueError
             If its format version, ids, settings or (explicit) seed differ from this sampler's; the
             error names the differences.

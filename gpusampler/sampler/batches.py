@@ -20,13 +20,14 @@ from gpusampler.sampler.state import RankShard
 FIRST_BLOCK_SAMPLES = 1 << 11
 """Number of indices in the first block: few, so that the first batch is ready immediately."""
 MAX_BLOCK_GROWTH = 7
-"""Largest ratio of a block to all blocks before it, so that few blocks are small and slow."""
+"""Largest ratio of a block to all blocks before it, so that there are few small, slow blocks."""
 MAX_BATCHES_AT_ONCE = 512
-"""Number of batches created at once. 700 new lists trigger Python's garbage collector, which visits
-them and sometimes all objects of the program."""
+"""Maximum number of batches created at once. 700 new lists trigger Python's garbage collector,
+which visits them and sometimes all objects of the program."""
 FIRST_LOCATED_SLOTS = 1 << 8
 MAX_LOCATED_SLOTS = 1 << 13
-"""Number of slots located at once: further ahead than indices, because this is far cheaper."""
+"""Maximum number of slots located at once. Slots are located further ahead than samples are
+evaluated, because this is far cheaper."""
 
 
 class Batch(NamedTuple):

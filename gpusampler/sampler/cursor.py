@@ -47,12 +47,12 @@ class CursorBatch(NamedTuple):
 
 
 class BatchCursor(torch.nn.Module):
-    """Module whose every call returns the next batch; its position is in tensors on the device.
+    """Module that returns the next batch at every call; its position is in tensors on the device.
 
     `forward` never synchronizes with the host, returns constant shapes and updates its buffers in
-    place. So it works in a function compiled with fullgraph=True, without recompilation, and in a
-    CUDA graph, where each replay returns the next batch. After the last batch of an epoch, it
-    continues with the next epoch.
+    place. It therefore works in a function compiled with fullgraph=True, without recompilation, and
+    in a CUDA graph, where each replay returns the next batch. After the last batch of an epoch, the
+    next call returns the first batch of the next epoch.
 
     Parameters
     ----------
@@ -131,7 +131,7 @@ class BatchCursor(torch.nn.Module):
 
     @property
     def steps_per_epoch(self) -> int:
-        """Calls per epoch on this rank; equal on every rank."""
+        """Number of calls per epoch on this rank; equal on every rank."""
         return self._remaining_steps(0)
 
     def forward(self) -> CursorBatch:
@@ -247,7 +247,7 @@ class BatchCursor(torch.nn.Module):
         Raises
         ------
         TypeError
-            If it is not a saved position of a cursor.
+            If ``state`` is not from a cursor.
         ValueError
             If ids or settings differ, or the seed differs from an explicit one.
         """

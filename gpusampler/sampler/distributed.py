@@ -64,7 +64,7 @@ def draw_seed(num_replicas: int) -> int:
 
 
 def _agree_on_seed() -> int:
-    """Return the seed of the process group, which the first rank to call this draws.
+    """Return the process group's seed; the first rank that calls this function draws the seed.
 
     The ranks agree through the group's key-value store: a collective would hang if only some ranks
     make a sampler. All samplers of a group share one seed, so ranks may make them in any order.

@@ -66,7 +66,7 @@ class EpochIterator(Iterator[T], Generic[T]):
         return self._num_read - length_hint(self._unwatched) - length_hint(self._watched)
 
     def state_dict(self, step: int | None = None) -> dict[str, Any]:
-        """Return the state after ``step`` batches of this iterator; default: those drawn.
+        """Return the state after ``step`` batches of this iterator; default: after those drawn.
 
         Raises
         ------
@@ -91,12 +91,12 @@ class EpochIterator(Iterator[T], Generic[T]):
         self._unwatched = self._watched = iter(())
 
     def observe_each_batch(self) -> None:
-        """Return the batches that are ready one by one, while a profile is active."""
+        """Return batches that are ready one by one from now on, so that a profile can time each."""
         if length_hint(self._unwatched):
             self._unwatched, self._watched = iter(()), self._unwatched
 
     def _refill(self) -> T:
-        """Return the next batch that is ready, or read more."""
+        """Return the next batch; read more batches if none is ready."""
         with self._hand_out_range:
             if self._shard is None:
                 self._shard = self._tracker.bind(self)

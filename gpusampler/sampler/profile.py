@@ -49,7 +49,7 @@ class Profile:
     rows : list of Row
         Empty until the block of `PatchBatchSampler.profile` has ended.
     batches : int
-        Batches yielded in the block; for `PatchBatchSampler.stats`, batches evaluated.
+        Number of batches yielded in the block; for `PatchBatchSampler.stats`, of those evaluated.
     wall_seconds : float
         Duration of the block; for ``stats``, the sampler's own time since it was created.
     host_peak_bytes : int or None
@@ -213,7 +213,8 @@ def _spent(recorder: Recorder) -> dict[str, tuple[int, float]]:
 def _peak(before: int | None, after: int | None, sampled: int) -> int | None:
     """Return the peak memory in bytes, or None if unknown.
 
-    It is ``after`` if that is above ``before``, else ``sampled`` unless that is 0.
+    ``before`` and ``after`` are the peaks known at the start and at the end. If the peak has risen,
+    return ``after``, else ``sampled``, or None if this is 0.
     """
     if before is not None and after is not None and after > before:
         return after

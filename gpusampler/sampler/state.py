@@ -40,7 +40,7 @@ def check_num_batches(num_batches: int, num_replicas: int, uneven: str) -> None:
     if remaining_steps(0, num_batches, num_replicas, uneven) == 0:
         raise ValueError(
             "num_replicas must be at most the number of batches under uneven='drop', got "
-            f"{num_replicas} for {num_batches} batches"
+            f"{num_replicas} for {num_batches} batches: use fewer ranks or uneven='pad'"
         )
 
 
@@ -61,7 +61,10 @@ def with_saved_step_width(plan: EpochPlan, step_width: Any) -> EpochPlan:
     """Return a plan with the saved step width, in which the saved epoch resumes."""
     width = check_int(step_width, "state_dict step_width", low=1, high=1 << 31)
     if plan.steps == "free" and width != 1:
-        raise ValueError(f"state_dict step_width must be 1 under steps='free', got {width}")
+        raise ValueError(
+            f"state_dict step_width must be 1 under steps='free', got {width}: load the unchanged "
+            "result of state_dict()"
+        )
     return plan.with_step_width(width)
 
 
@@ -95,7 +98,7 @@ class RankShard(NamedTuple):
         return self.slot + step * self.num_replicas + self.rank
 
     def slot_after(self, steps: int) -> int:
-        """Return the global slot that follows ``steps`` steps; the number of slots if none does."""
+        """Return the global slot after ``steps`` steps, or the number of slots if none is left."""
         total = self.plan.num_batches
         return total if steps >= self.steps else min(self.slot + steps * self.num_replicas, total)
 
@@ -104,17 +107,18 @@ class StatefulPass(Protocol):
     """A pass over an epoch that has begun: the part of an iterator that the tracker uses."""
 
     def state_dict(self, step: int | None = None) -> dict[str, Any]:
-        """Return the state after ``step`` batches of the pass; default: those drawn."""
+        """Return the state after ``step`` batches of the pass; default: after those drawn."""
 
 
 class EpochTracker:
     """Epochs, ranks and state of a sampler.
 
-    The next pass binds a position. Its slot is 0 unless a state was loaded. A loaded position is
-    kept until a pass binds it, so that `set_epoch` can tell whether it names the loaded epoch. The
+    The tracker keeps the position (epoch and slot) of the next pass, which binds this position when
+    its first batch is drawn. The slot is 0 unless a state was loaded. A loaded position is kept
+    until a pass binds it, so that `set_epoch` can compare its argument with the loaded epoch. Every
     position has its own plan, because an epoch resumes with the step width that it began with.
-    Loading a state replaces ``plan`` if the seeds differ; ``seed_given`` says that the seed is
-    explicit, so that a state with a different seed is rejected.
+    Loading a state replaces ``plan`` if the seeds differ. If ``seed_given``, the seed is explicit,
+    and a state with a different seed is rejected.
     """
 
     def __init__(
@@ -153,7 +157,7 @@ class EpochTracker:
 
     @property
     def steps_per_epoch(self) -> int:
-        """Batches of a full epoch on this rank; equal on all ranks."""
+        """Number of batches of a full epoch on this rank; equal on all ranks."""
         return self.shard_of(0).steps
 
     def shard_of(self, epoch: int) -> RankShard:
@@ -291,14 +295,15 @@ class EpochTracker:
         return position
 
     def _warn_of_mixed_steps(self, position: EpochPosition) -> None:
-        """Warn if ranks do not align with the saved epoch's steps of one patch."""
+        """Warn if ranks may process different patches in a step for the rest of the saved epoch."""
         plan, ranks = position.plan, self.num_replicas
         if plan.steps != "same_patch" or not self._shard_from(position).steps:
             return
         if plan.step_width % ranks or position.slot % ranks:
             warn(
                 f"Until epoch {position.epoch} ends, {ranks} ranks may process different patches "
-                f"in one step, because the epoch began with step_width={plan.step_width}."
+                f"in one step, because the epoch began with step_width={plan.step_width}. To avoid "
+                "this, resume on the same number of ranks as before."
             )
 
     def __getstate__(self) -> dict[str, Any]:

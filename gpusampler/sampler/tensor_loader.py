@@ -26,7 +26,7 @@ from gpusampler.sampler.state import RankShard
 
 HOST_GATHER_BYTES = 1 << 20
 DEVICE_GATHER_BYTES = 1 << 25
-"""Bytes gathered at once (at least one batch): fits in a core's cache; keeps a GPU busy."""
+"""Number of bytes gathered at once (at least one batch): fits a CPU cache, or keeps a GPU busy."""
 
 RESERVED_NAMES = ("patch_id", "valid")
 
@@ -44,10 +44,12 @@ class PatchTensorLoader:
     Parameters
     ----------
     sampler : PatchBatchSampler
-        Evaluated on the device of the tensors, whatever its own device; the batches are identical.
+        Its batches are evaluated where the tensors are (on the host, if any tensor is there),
+        whatever the sampler's own device; they are identical.
     device : str or torch.device, optional
         Device of the batches. Default: the GPU of the tensors if one is on a GPU, else the host.
-        "cpu" and "numpy" both mean the host, where each batch array is of its tensor's library.
+        "cpu" and "numpy" both mean the host, where each array of a batch is of the same library as
+        its tensor.
     **tensors : arrays, shape (N, ...)
         Torch tensors, or NumPy or CuPy arrays, with one row per sample of the sampler's dataset.
         Their names are the keys of the batches; "patch_id", "valid" and "device" are reserved.

@@ -233,9 +233,8 @@ def test_a_budget_in_a_narrow_type_is_a_number_without_a_warning(kind):
 
 def test_what_says_that_no_batch_is_left_names_a_patch_that_is_too_small():
     groups = PatchGroups.from_counts([5, 2])
-    with pytest.raises(
-        ValueError, match=r"batch_size=3, but the closest patch has 2 samples\. Reduce"
-    ):
+    match = r"batch_size=3, but the patch closest to a full batch has 2 samples\. Reduce"
+    with pytest.raises(ValueError, match=match):
         EpochPlan(groups, {0: 10, 1: 3}, 0, partial="drop")
     # 3 and 4 samples in classes of a patch, of 8 and of 4 in a batch.
     budget = CostBudget(8, sample_costs=[1] * 3 + [2] * 3, min_batch_size=4)

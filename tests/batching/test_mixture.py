@@ -840,7 +840,7 @@ def test_names_are_weighed_by_name():
     ):
         PatchBatchSampler(names, 4, weights={"rhine": 1, "alps": 2})
     with pytest.raises(
-        ValueError, match=r"none for 1, 2 \(it has the key 2, but the patch id is '2'\)"
+        ValueError, match=r"none for 1, 2 \(the mapping has the key 2, but the patch id is '2'"
     ):
         PatchBatchSampler(["1", "2"], 4, weights={2: 1})
 

@@ -36,7 +36,8 @@ OUT_OF_RANGE = "patch_costs must be > 0 and < 2**512, got "
         (
             {"5": 1.0},
             ValueError,
-            "none for -2, 5, 9, 40 (it has the key '5', but the patch id is 5)",
+            "none for -2, 5, 9, 40 (the mapping has the key '5', but the patch id is 5: convert "
+            "its keys)",
         ),
         ([1, 0, 1, 1], ValueError, OUT_OF_RANGE + "0.0 for patch 5"),
         ([1, 1, -2, 1], ValueError, OUT_OF_RANGE + "-2.0 for patch 9"),
@@ -171,7 +172,7 @@ def test_no_step_is_left():
 def test_patches_that_are_left_out_are_told_where_the_sampler_is_made():
     match = (
         r"^uneven='drop' under steps='same_patch' leaves out 2 of 4 patches \(10 samples\): each "
-        r"has fewer batches than step_width=3\. Use 'pad' to include them\.$"
+        r"has fewer batches than step_width=3\. Use uneven='pad' to include them\.$"
     )
     with pytest.warns(UserWarning, match=match) as caught:
         sampler = PatchBatchSampler(

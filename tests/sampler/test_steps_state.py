@@ -419,7 +419,7 @@ def test_the_rest_of_steps_that_fit_and_of_a_finished_epoch_is_not_warned_of():
         assert rank.epoch == 4
     message = (
         "Until epoch 3 ends, 3 ranks may process different patches in one step, because the epoch "
-        "began with step_width=4."
+        "began with step_width=4. To avoid this, resume on the same number of ranks as before."
     )
     with pytest.warns(UserWarning, match=f"^{message}$"):
         world_of(3, **kind)[0].load_state_dict({**finished, "slot": 0})

@@ -1,9 +1,8 @@
-"""Whether batches are evaluated by the form that Numba compiles, `jit_runs`.
+"""Choice between NumPy and the functions that Numba compiles, `jit_runs`, to evaluate batches.
 
-NumPy's form is the reference and always there. Numba, where it is installed, takes half a second
-to import, and some more to compile on the first day; so it is turned to only when a process has
-evaluated so many samples that NumPy has taken about as long for them. Nobody can tell when: both
-make the same batches.
+NumPy always works. Numba, if it is installed, takes half a second to import, and longer to compile
+before its cache is filled. A process therefore switches to Numba only after NumPy has evaluated so
+many samples that this took about as long. Both return identical batches.
 """
 
 from __future__ import annotations
@@ -21,13 +20,13 @@ from gpusampler.core.devices import HOST
 from gpusampler.permutation.reference import SMALL, Grid, grids_of, permute
 
 VARIABLE = "GPUSAMPLER_COMPILED"
-"""Environment variable: 0 never, 1 from the first batch on, else when it is worth it."""
+"""Environment variable: when to use Numba. 0: never, 1: at once, else: after `WORTH` samples."""
 
 WORTH = 1 << 25
-"""Samples after which it is: a few seconds of NumPy's form."""
+"""Number of samples before a switch to Numba: NumPy takes a few seconds for them."""
 
 SIZES = (1, 2, 31, SMALL, SMALL + 1, 37, 500, 1023, 1024, 2000, 65535, 65536, 3_000_000)
-"""Patches that the compiled form has to permute as the reference does before it is trusted."""
+"""Patch sizes for which compiled functions must equal the reference before they are used."""
 
 
 class Compiled:
@@ -50,22 +49,22 @@ class Compiled:
         self._form: ModuleType | None = None
 
     def form(self, lanes: int) -> ModuleType | None:
-        """Return the compiled form, or None where NumPy is to work.
+        """Return the module of compiled functions, or None if NumPy should evaluate.
 
         Parameters
         ----------
         lanes : int
-            Samples that are about to be evaluated.
+            Number of samples that are about to be evaluated.
 
         Raises
         ------
         ImportError
-            If it is asked for from the first batch on, and Numba is not installed.
+            If the setting is "1" and Numba is not installed.
 
         Warns
         -----
         UserWarning
-            Once, if it cannot be compiled, or differs from the reference.
+            Once, if the functions cannot be compiled, or differ from the reference.
         """
         if self._decided:
             return self._form
@@ -75,7 +74,7 @@ class Compiled:
             if self._at_once and not there:
                 raise ImportError(
                     f"{VARIABLE}=1 needs Numba, which is not installed: pip install "
-                    "'gpusampler[numba]', or leave the variable out"
+                    "'gpusampler[numba]', or unset the variable"
                 )
             # Once, also where a warning is an error.
             self._decided = True
@@ -86,25 +85,25 @@ class Compiled:
         try:
             form = import_module(self._name)
             if not self._at_once and not form.COMPILES:
-                log.logger.info("Numba's compiler is switched off: NumPy evaluates batches")
+                log.logger.info("NUMBA_DISABLE_JIT is set: NumPy evaluates batches")
                 return None
             _check(form)
         except Exception as error:
             # A Numba that does not know this NumPy, a compiler that fails, a form that is wrong.
             said = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
             text = (
-                "the form that Numba compiles failed: NumPy evaluates the batches, the same ones, "
-                f"more slowly; {VARIABLE}=0 does not try it ({said})"
+                "functions compiled by Numba cannot be used: NumPy evaluates batches (identical, "
+                f"slower). To avoid the attempt, set {VARIABLE}=0. The error was {said}"
             )
             log.logger.info("%s", text)
             log.warn(text)
             return None
-        log.logger.info("from now on batches are evaluated by a form that Numba compiled")
+        log.logger.info("from now on, functions compiled by Numba evaluate batches")
         return form
 
 
 def _check(form: Any) -> None:
-    """Raise RuntimeError if the compiled functions permute differently from the reference.
+    """Raise RuntimeError if compiled functions give other results than the reference.
 
     Numba caches compiled code between runs, and a wrong function would return wrong batches. The
     check covers all kinds of patches and takes milliseconds.

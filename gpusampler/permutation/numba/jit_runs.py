@@ -27,15 +27,15 @@ from gpusampler.permutation.reference import (
 )
 
 _TILE = 512
-"""Lanes permuted at a time: a tile of them is 22 KiB."""
+"""Number of lanes permuted at once; a tile of them takes 22 KiB."""
 
 (_FROM_1, _ROUNDS_1), (_FROM_2, _ROUNDS_2) = ROUNDS_FROM
 _ROUNDS = (MAX_ROUNDS, _ROUNDS_1, _ROUNDS_2)
 _KINDS = len(_ROUNDS)
-"""Each number of rounds has a tile of its own."""
+"""Number of tiles in use: one for each number of rounds."""
 
 _LONG = 16
-"""Lanes of one patch that are worth a tile of their own."""
+"""Smallest number of lanes of one patch that are permuted in a tile of their own."""
 
 _U32, _U64 = np.uint32, np.uint64
 _MIX_1, _MIX_2, _SPREAD = _U32(MIX_1), _U32(MIX_2), _U32(SPREAD)
@@ -50,7 +50,7 @@ _COL, _ROW, _KEY, _STEP, _A, _B, _REM = range(7)
 
 
 def _compiled(signature: str) -> Callable[[Callable[..., Any]], Any]:
-    """Compile for one signature at once, or read that from Numba's cache."""
+    """Compile a function immediately, for one signature, or load it from Numba's cache."""
 
     def compiled(function: Callable[..., Any]) -> Any:
         try:
@@ -88,7 +88,7 @@ def _turned(line, value, round_key, side):
 
 @_compiled("void(" + "u4[::1], " * 7 + "i8[::1], i8[::1], i8[::1], i8, i8)")
 def _permute_tile(col, row, key, step, a, b, rem, places, bases, out, lanes, rounds):
-    """Permute lanes of a tile, and write where each leads to its place in ``out``."""
+    """Permute the lanes of a tile, and write ``bases[i]`` plus the image to ``out[places[i]]``."""
     for r in range(rounds):
         if r % 2 == 0:
             for i in range(lanes):
@@ -110,7 +110,7 @@ def _permute_tile(col, row, key, step, a, b, rem, places, bases, out, lanes, rou
 
 @_compiled("void(u4[::1], u4[::1], u4, u4, u4, u4, u4, i8, i8[::1], i8)")
 def _permute_run(col, row, key, step, a, b, rem, base, out, rounds):
-    """Permute lanes of one run, and write where each leads; ``out`` is as long as they are."""
+    """Permute the lanes of one run, and write ``base`` plus each image to ``out``, one per lane."""
     last = _U32(a - _ONE)
     for r in range(rounds):
         if r % 2 == 0:
@@ -148,16 +148,16 @@ def _small_images(images, inverse, n, k0, k1):
 
 @_compiled("void(i8[::1], i8[:, ::1], b1)")
 def runs(out, table, permuted):
-    """Write where runs of consecutive positions lead to, end to end.
+    """Permute runs of consecutive positions; write base plus image of each to ``out``, end to end.
 
     Parameters
     ----------
     out : int64 array, shape (T,)
     table : int64 array, shape (9, K)
-        The columns of `gpusampler.permutation.position_ranges.PositionRanges`; the
-        lengths add up to T.
+        One row per field of `gpusampler.permutation.position_ranges.PositionRanges`, one column
+        per run; the sum of the lengths is T.
     permuted : bool
-        Whether the positions are permuted at all; if not, key and grid may be anything.
+        Whether to permute the positions; if False, keys and grids are not used.
     """
     first, lengths, n, base, k0, k1, a, b, rem = (
         table[0],
@@ -251,4 +251,5 @@ def runs(out, table, permuted):
 
 
 COMPILES = hasattr(runs, "signatures")
-"""Not under ``NUMBA_DISABLE_JIT``, where Python itself runs all this, a thousand times slower."""
+"""Whether Numba compiles these functions. Under ``NUMBA_DISABLE_JIT``, Python runs them, a thousand
+times slower."""

@@ -1,7 +1,8 @@
 """A plan's arithmetic in plain array operations, on any device of any array library.
 
 The host evaluator and every kernel must return the same integers. No value is read on the host, and
-no shape depends on a value, so that torch.compile can trace it and a CUDA graph can capture it.
+no shape depends on a value, so that torch.compile can trace `batch` and a CUDA graph can capture
+it.
 """
 
 from __future__ import annotations

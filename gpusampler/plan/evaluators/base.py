@@ -24,9 +24,9 @@ class EvaluatorSettings(NamedTuple):
 class BatchLocations(NamedTuple):
     """The batches that slots map to: int64 NumPy arrays of shape (K,).
 
-    ``slot`` maps to batch ``j`` of ``group``, which is a patch or a cost bin of one. The batch
-    returns ``size`` samples, of which ``length`` count. ``passes`` is its pass over the group, or
-    None if that is the epoch.
+    ``slot`` maps to batch ``j`` of ``group``, a patch or a cost bin. The batch returns ``size``
+    samples, of which the first ``length`` count. ``passes`` is the number of the batch's pass over
+    the group; None if this is the number of the epoch.
     """
 
     slot: Int64
@@ -73,9 +73,9 @@ class BatchBlock(NamedTuple):
 class RaggedBlock(NamedTuple):
     """Batches of a plan, each of its own size, in one array.
 
-    Batch k is ``samples[starts[k] : starts[k] + sizes[k]]``, of which ``lengths[k]`` samples count.
-    ``samples`` is int64, of shape (T,), and on the evaluator's device; the others are int64 NumPy
-    arrays of shape (K,).
+    Batch k is ``samples[starts[k] : starts[k] + sizes[k]]``, of which the first ``lengths[k]``
+    samples count; its patch is ``groups[k]``. ``samples`` is int64, of shape (T,), and on the
+    evaluator's device; the other fields are int64 NumPy arrays of shape (K,).
     """
 
     samples: Any
@@ -102,8 +102,8 @@ class RaggedBlock(NamedTuple):
 class Evaluator(Protocol):
     """Evaluates a plan's batches; all evaluators return the same integers.
 
-    A `RaggedBlock` stores batches in any order, given by ``starts``: the host stores batches of
-    similar patches next to each other, a kernel keeps the order of the slots.
+    A `RaggedBlock` stores batches in any order, given by ``starts``: the host may store batches of
+    patches of similar sizes next to each other, whereas a kernel keeps the order of the slots.
     """
 
     def locate(self, epoch: int, slots: Int64) -> BatchLocations:

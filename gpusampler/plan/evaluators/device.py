@@ -58,7 +58,7 @@ class DeviceEvaluator:
 
     @property
     def block_samples(self) -> int:
-        """Samples to evaluate per call: array operations also need a few dozen temporary arrays."""
+        """Number of samples to evaluate per call; fewer without a kernel, for temporary arrays."""
         return 1 << 18 if self.has_kernel else 1 << 16
 
     @property
@@ -92,7 +92,7 @@ class DeviceEvaluator:
         return self._to_patches(block)
 
     def _to_patches(self, block: tuple[Any, Any, Any]) -> tuple[Any, Any, Any]:
-        """Return batches with patches instead of cost bins as groups."""
+        """Return batches whose ``groups`` are patches instead of cost bins."""
         if self._patch_of_bin is None:
             return block
         indices, lengths, groups = block

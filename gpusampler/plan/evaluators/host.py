@@ -56,7 +56,7 @@ class HostEvaluator(Evaluator):
 
     @property
     def block_samples(self) -> int:
-        """Number of samples to evaluate per call, few enough to stay in cache until listed."""
+        """Number of samples to evaluate per call: few enough that they stay in cache."""
         # A call of compiled code has more overhead.
         return 1 << 15 if jit.compiled_form(0) is None else 1 << 16
 
@@ -177,8 +177,8 @@ class HostEvaluator(Evaluator):
             device = arrays.device_of(order)
             if devices.is_in_worker() and not device.on_host:
                 raise RuntimeError(
-                    f"Forked workers cannot read ids on {device}. Pass CPU ids or use "
-                    "multiprocessing_context='spawn'."
+                    f"Forked workers cannot read ids on {device}. Pass CPU ids, or use "
+                    "DataLoader(..., multiprocessing_context='spawn')."
                 )
             if not device.on_host:
                 purpose = "the host's copy of the samples' order"

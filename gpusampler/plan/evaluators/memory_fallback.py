@@ -11,7 +11,7 @@ DEVICE_HINT = f"{SORT_HINT}, or pass device='numpy' (identical batches)"
 
 
 class FullDevices:
-    """Devices that have run out of memory; copies of a plan share them."""
+    """Devices that have run out of memory; copies of a plan share one such object."""
 
     def __init__(self) -> None:
         self._devices: set[Device] = set()
@@ -20,7 +20,7 @@ class FullDevices:
         return device in self._devices
 
     def add(self, device: Device, table_bytes: int, error: Exception) -> None:
-        """Warn that a device is full; the plan's tables take ``table_bytes`` on it."""
+        """Add a full device, and warn; the plan's tables take ``table_bytes`` on the device."""
         self._devices.add(device)
         # Launched kernels may still read the tables.
         devices.synchronize(device)

@@ -31,9 +31,9 @@ T = TypeVar("T")
 class PlanEvaluator(Evaluator):
     """An `Evaluator` that uses a plan's device if possible, and the host otherwise.
 
-    The host evaluates if it is the device, in a DataLoader worker, and after the device has run out
-    of memory. The arguments are those of `HostEvaluator`; the tables and the order of ``groups``
-    are uploaded at first use.
+    The host evaluates if it is the plan's device, in a DataLoader worker, and after the device has
+    run out of memory. The arguments are those of `HostEvaluator`; the tables and the order of
+    ``groups`` are uploaded at first use.
     """
 
     def __init__(
@@ -57,7 +57,7 @@ class PlanEvaluator(Evaluator):
         device: Device | None = None,
         streams: Streams | None = None,
     ) -> PlanEvaluator:
-        """Return a copy with different tables, device or keys; it shares what it can."""
+        """Return a copy with different tables, device or seed; the copy shares all other parts."""
         changed = PlanEvaluator.__new__(PlanEvaluator)
         changed.__dict__.update(self.__dict__)
         if tables is not None or device is not None:
@@ -99,14 +99,14 @@ class PlanEvaluator(Evaluator):
 
     @property
     def upload_nbytes(self) -> int:
-        """Bytes of the tables and the order that are uploaded to the device."""
+        """Number of bytes of the tables and the order that are uploaded to the device."""
         order = self._groups._unchecked_order
         needs_upload = order is not None and arrays.device_of(order) != self.device
         return self._tables.upload_nbytes + (int(order.nbytes) if needs_upload else 0)
 
     @property
     def block_samples(self) -> int:
-        """Samples to evaluate per call: enough to amortize its overhead."""
+        """Number of samples to evaluate per call: enough to amortize the overhead of a call."""
         evaluator = None if self.works_on_host else self.upload_tables()
         return self.host.block_samples if evaluator is None else evaluator.block_samples
 
@@ -135,10 +135,10 @@ class PlanEvaluator(Evaluator):
         return self.block(epoch, slots, dtype) if device_block is None else device_block
 
     def block_by_arrays(self, epoch: int, slots: Any) -> BatchBlock:
-        """Return `block` by array operations on the plan's device, without reading any value.
+        """Return what `block` returns, by array operations that read no value on the host.
 
-        Every faster evaluation must equal this one. ``slots`` (int64, on the plan's device) are not
-        checked.
+        Every faster evaluation must give the same result. ``slots`` (int64, on the plan's device)
+        are not checked.
         """
         patch_order = self.host.patch_order(epoch)
         evaluator = self.device_evaluator()
@@ -168,11 +168,11 @@ class PlanEvaluator(Evaluator):
         return BatchBlock(*evaluator.batch(self.streams, epoch, slot))
 
     def prepare_batch(self) -> DeviceEvaluator:
-        """Upload what `batch` needs; the first call of `batch` does so, unless it is compiled."""
+        """Upload what `batch` needs, at its first call; raise RuntimeError in compiled code."""
         if not self.device.is_torch:
             raise RuntimeError(
                 f"plan.batch needs a torch device, but this plan is on {str(self.device)!r}. Use "
-                "plan.on('cpu'), which returns identical batches."
+                "plan.on('cpu').batch, which returns identical batches."
             )
         if torch_compile.is_compiling():
             raise RuntimeError(
@@ -196,7 +196,7 @@ class PlanEvaluator(Evaluator):
         return self._device_evaluator
 
     def upload_tables(self) -> DeviceEvaluator | None:
-        """Upload the tables if that has not been done; return None if they do not fit."""
+        """Return the device's evaluator, created at the first call; None if memory runs out."""
         return self._try_on_device(lambda evaluator: evaluator)
 
     def _try_on_device(self, call: Callable[[DeviceEvaluator], T]) -> T | None:
@@ -219,7 +219,7 @@ class PlanEvaluator(Evaluator):
             self._device_evaluator = None
 
     def _check_slots(self, slots: Any) -> Any:
-        """Return slots after a check; values are only checked on the host."""
+        """Return slots after a check; their values are checked only if they are on the host."""
         if arrays.library_of(slots) is None or arrays.device_of(slots).on_host:
             return self._check_host_slots(slots)
         _check_slots_type(slots)

@@ -54,7 +54,8 @@ class KernelEvaluator:
     ) -> tuple[Any, Any, Any]:
         """Return indices (K, B), lengths (K,) and groups (K,) of the batches at ``slots``.
 
-        The kernel locates slots only if the plan interleaves and has no steps, buckets or weights.
+        The kernel locates the slots itself. It can do so only if the plan interleaves and has
+        neither steps of several slots, nor cost buckets, nor weights; else use `located_block`.
         """
         return self._block(streams, epoch, slots, (None, None), dtype)
 
@@ -67,9 +68,9 @@ class KernelEvaluator:
         passes: Any = None,
         dtype: str = "int64",
     ) -> tuple[Any, Any, Any]:
-        """Return `block` for batches ``j`` of patches ``group``, both on the device.
+        """Return what `block` returns, for batches ``j`` of ``group``, arrays on the device.
 
-        ``passes`` is each batch's pass over its patch, or None if that is the epoch.
+        ``passes`` is the number of each batch's pass over its group, or None if this is the epoch.
         """
         return self._block(streams, epoch, j, (group, passes), dtype)
 
@@ -88,8 +89,8 @@ class KernelEvaluator:
     def batch(self, streams: Streams, epoch: Any, slot: Any) -> tuple[Any, Any, Any]:
         """Return indices (B,), length and group of one batch; ``epoch`` and ``slot`` are 0-d.
 
-        The kernel reads both, so that a CUDA graph can replay it for different values. The plan
-        must meet the conditions of `block`.
+        The kernel reads both from device memory, so that a CUDA graph can replay the kernel for
+        different values. The plan must meet the conditions of `block`.
         """
         width = self._tables.max_batch_size
         with devices.device_context(self._device):

@@ -82,10 +82,11 @@ class KernelSpec(NamedTuple):
 
 
 class Geometry(NamedTuple):
-    """Division of a launch into blocks; a lane is one index of a row.
+    """Division of a launch into blocks; a lane is one element of a row.
 
     A block evaluates ``rows`` rows, ``columns`` lanes at a time, up to ``span`` lanes of each row.
-    Wider rows are divided among several blocks. ``blocks``: their numbers over rows and lanes.
+    Wider rows are divided among several blocks. ``blocks``: the number of blocks that divide the
+    rows, and the number of blocks that divide the lanes of a row.
     """
 
     rows: int
@@ -95,7 +96,7 @@ class Geometry(NamedTuple):
 
 
 MAX_BLOCKS = (1 << 16) - 1
-"""CUDA's limit on the blocks of a launch in its second dimension."""
+"""CUDA's limit on the number of blocks in the second dimension of a launch."""
 
 
 def triton_geometry(spec: KernelSpec, num_rows: int, width: int) -> Geometry:

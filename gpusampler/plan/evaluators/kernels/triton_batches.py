@@ -1,4 +1,4 @@
-"""The batch kernel in Triton: `evaluators.array` in a single launch, integer for integer.
+"""The batch kernel in Triton: the arithmetic of `evaluators.array`, exactly, in a single launch.
 
 Imported at first use only. A program computes ``ROWS`` rows (batches). First it locates each row:
 slot -> batch (keyed bijection) -> patch (search) -> key, grid and first position. Then it writes
@@ -63,7 +63,7 @@ def _round_pair(line, col, a, b, rem, key, step):
 
 @triton.jit
 def _fisher_yates(x, n, key, step, MOST: tl.constexpr):
-    """Transpositions (i, j_i) from i = MOST-1 down to 1; those from n on change nothing."""
+    """Transpositions (i, j_i) from i = MOST-1 down to 1; those with i >= n change nothing."""
     for done in range(MOST - 1):
         # In the key's shape: one hash per row, not per lane.
         i = (key * 0 + (MOST - 1 - done)).to(tl.uint32)
@@ -168,7 +168,7 @@ def batches_kernel(
     COLS: tl.constexpr,
     SPAN: tl.constexpr,
 ):
-    """See `gpusampler.plan.evaluators.kernels.kernel_spec` for the arguments."""
+    """See `KernelSpec` for the arguments in capitals, `KernelEvaluator._run` for the others."""
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     inside = row < num_rows
     slot = tl.load(slots + row, mask=inside, other=0)
