@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import errno
+import functools
 import operator
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from numbers import Integral, Real
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,6 +18,25 @@ from numpy.typing import NDArray
 from gpusampler.core import arrays
 from gpusampler.core.arrays import Int64
 from gpusampler.core.text import short_repr
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+def explain_keywords(advice: Mapping[str, str]) -> Callable[[F], F]:
+    """Return a decorator that raises TypeError with advice for arguments of other libraries."""
+
+    def decorate(function: F) -> F:
+        @functools.wraps(function)
+        def checked(*args: Any, **kwargs: Any) -> Any:
+            for name in kwargs:
+                if name in advice:
+                    owner = function.__qualname__.partition(".")[0]
+                    raise TypeError(f"{owner} has no argument {name}: {advice[name]}")
+            return function(*args, **kwargs)
+
+        return cast(F, checked)
+
+    return decorate
 
 
 def check_int(value: Any, name: str, *, low: int, high: int | None = None) -> int:
@@ -107,6 +127,18 @@ def check_ids(ids: Any) -> Any:
     return ids
 
 
+def check_id_shape(shape: tuple[int, ...], name: str = "ids") -> int:
+    """Return the number of ids in an array of this shape; ValueError if not 1-D or empty."""
+    if len(shape) != 1:
+        advice = ""
+        if len(shape) == 2:
+            advice = ". If each row is one id, pass [tuple(row) for row in ids]"
+        raise ValueError(f"{name} must be 1-D, one id per sample, got shape {tuple(shape)}{advice}")
+    if shape[0] == 0:
+        raise ValueError(f"{name} must name at least one sample, got none")
+    return int(shape[0])
+
+
 def check_id_array(ids: Any, name: str = "ids") -> Any:
     """Like `check_ids`, but without checking that uint64 values fit in int64."""
     original = ids
@@ -116,10 +148,7 @@ def check_id_array(ids: Any, name: str = "ids") -> Any:
             f"{name} must not be a masked array; fill it with .filled(id) or remove the masked "
             "samples"
         )
-    if len(ids.shape) != 1:
-        raise ValueError(f"{name} must be 1-D, one id per sample, got shape {tuple(ids.shape)}")
-    if int(ids.shape[0]) == 0:
-        raise ValueError(f"{name} must name at least one sample, got none")
+    check_id_shape(ids.shape, name)
     if not arrays.is_integer(ids):
         _check_python_integers(original, name)
         raise TypeError(f"{name} must be integers, got dtype {str(ids.dtype).rpartition('.')[2]}")

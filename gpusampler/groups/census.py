@@ -62,7 +62,7 @@ class CensusResult(NamedTuple):
         return IdTable(ids).lookup_all
 
 
-def check_patch_sizes(patch_ids: Int64, counts: Int64, names: tuple[str, ...] | None) -> None:
+def check_patch_sizes(patch_ids: Int64, counts: Int64, names: tuple[Any, ...] | None) -> None:
     """Raise ValueError if a patch has 2**31 samples or more."""
     largest = int(counts.argmax())
     if int(counts[largest]) >= MAX_PATCH_SAMPLES:
@@ -72,7 +72,7 @@ def check_patch_sizes(patch_ids: Int64, counts: Int64, names: tuple[str, ...] | 
         )
 
 
-def label_of(patch_id: Any, names: tuple[str, ...] | None) -> int | str:
+def label_of(patch_id: Any, names: tuple[Any, ...] | None) -> Any:
     """Return the name of a patch, or its id if patches have no names."""
     return int(patch_id) if names is None else names[int(patch_id)]
 

@@ -168,14 +168,22 @@ def of_numbers(numbers: Int64) -> int:
     return id_sum.value(int(numbers.size))
 
 
-def of_names(names: Sequence[str]) -> int:
-    """Return a 64-bit hash of a sequence of strings."""
+def _name_text(name: Any) -> str:
+    """Return a string for a name, the same on all machines."""
+    if isinstance(name, tuple):
+        # The repr of a NumPy scalar differs between releases.
+        return repr(tuple(part.item() if isinstance(part, np.generic) else part for part in name))
+    return str(name)
+
+
+def of_names(names: Sequence[Any]) -> int:
+    """Return a 64-bit hash of a sequence of names: strings or other keys."""
     # Lazy import: takes milliseconds, and few programs need it.
     import hashlib
 
     digest = hashlib.blake2b(digest_size=8)
     for name in names:
-        data = name.encode("utf-8", "surrogatepass")
+        data = _name_text(name).encode("utf-8", "surrogatepass")
         # The length keeps ("ab", "c") different from ("a", "bc").
         digest.update(len(data).to_bytes(8, "little") + data)
     return int.from_bytes(digest.digest(), "little")

@@ -49,6 +49,9 @@ def build(ids: PatchIds, path: Path, *, progress: bool) -> None:
     If several processes (the ranks of a node) call this, one works and the others wait. After an
     OSError, checkpoints remain for the next call and existing files are unchanged.
     """
+    if ids.names is not None:
+        # Checked now, not after hours of sorting.
+        index_format.encode_names(ids.names)
     if _is_built(ids, path, progress):
         IndexBuild(ids, path).tidy()
         return

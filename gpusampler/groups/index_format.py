@@ -21,7 +21,7 @@ import os
 import struct
 import zlib
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -53,7 +53,7 @@ class IndexContents:
     patch_ids: Int64
     counts: Int64
     starts: Int64
-    names: tuple[str, ...] | None
+    names: tuple[Any, ...] | None
     source_size: int
     fingerprint: int
     signature: dict[str, Any] | None
@@ -61,7 +61,7 @@ class IndexContents:
     def pack_tables(self) -> bytes:
         """Return the tables and names, which follow the array of sample indices."""
         tables = [getattr(self, name).astype("<i8").tobytes() for name in _TABLE_NAMES]
-        names = b"" if self.names is None else json.dumps(self.names).encode()
+        names = b"" if self.names is None else encode_names(self.names)
         return b"".join([*tables, names])
 
     def pack_head(self, order_dtype: str | None, order_bytes: int, table_bytes: bytes) -> bytes:
@@ -233,16 +233,40 @@ def _parse_head(path: Path, file: BinaryIO) -> dict[str, Any]:
     return head
 
 
+def encode_names(names: tuple[Any, ...]) -> bytes:
+    """Return names as JSON; raise TypeError for names that would change when read again."""
+    encoded = b""
+    with suppress(TypeError):
+        encoded = json.dumps(names, default=_to_number).encode()
+    if not encoded or _decode_names(encoded) != names:
+        raise TypeError(
+            "patch names must be strings or tuples of strings and numbers to be saved, got a "
+            f"{type(names[0]).__name__}; pass [str(key) for key in ids]"
+        )
+    return encoded
+
+
+def _to_number(value: Any) -> Any:
+    if isinstance(value, np.generic):
+        return value.item()
+    raise TypeError
+
+
+def _decode_names(encoded: bytes) -> tuple[Any, ...]:
+    names = json.loads(encoded)
+    return tuple(tuple(name) if isinstance(name, list) else name for name in names)
+
+
 def _parse_contents(head: dict[str, Any], table_bytes: bytes) -> IndexContents:
     size = head["num_patches"]
-    names = json.loads(table_bytes[3 * 8 * size :]) if head["named"] else None
+    names = _decode_names(table_bytes[3 * 8 * size :]) if head["named"] else None
     tables = {
         name: np.frombuffer(table_bytes, "<i8", size, 8 * size * i).astype(np.int64)
         for i, name in enumerate(_TABLE_NAMES)
     }
     return IndexContents(
         **tables,
-        names=None if names is None else tuple(names),
+        names=names,
         source_size=head["source_size"],
         fingerprint=head["fingerprint"],
         signature=head["signature"],

@@ -24,6 +24,7 @@ from gpusampler.groups.census import check_patch_sizes, label_of
 from gpusampler.groups.counting_sort import INT32_SAMPLES, group_ids
 from gpusampler.groups.index_build import build
 from gpusampler.groups.index_format import MappedFile
+from gpusampler.sources.checks import is_key
 from gpusampler.sources.dispatch import read_patch_ids
 
 
@@ -48,13 +49,13 @@ class PatchGroups:
         Device of ``order``.
     fingerprint : int, optional
         Fingerprint of the ids, if known. Default: computed when needed.
-    names : tuple of str, optional
+    names : tuple, optional
         Names of patches, sorted; a patch id is an index into them.
 
     Attributes
     ----------
     patch_ids, counts, starts : int64 NumPy arrays, shape (G,)
-    names : tuple of str, or None
+    names : tuple, or None
     device : Device
         Device of ``order``, or of the ids if ``order`` is None.
 
@@ -81,7 +82,7 @@ class PatchGroups:
         source_size: int,
         device: Device = HOST,
         fingerprint: int | None = None,
-        names: tuple[str, ...] | None = None,
+        names: tuple[Any, ...] | None = None,
     ) -> None:
         if counts.size == 0:
             raise ValueError("counts must hold at least one patch, got none")
@@ -393,10 +394,9 @@ class PatchGroups:
         """Names of the patches, or `patch_ids` if they have no names: shape (G,)."""
         if self.names is None:
             return self.patch_ids
-        # Object array: indexing returns the existing strings without a copy.
-        labels = np.empty(self.num_patches, object)
-        labels[:] = [self.names[i] for i in self.patch_ids.tolist()]
-        return labels
+        # An object array does not copy the strings, and has tuples as elements.
+        names = (self.names[i] for i in self.patch_ids.tolist())
+        return np.fromiter(names, object, self.num_patches)
 
     @property
     def num_patches(self) -> int:
@@ -442,7 +442,7 @@ class PatchGroups:
                 self._fingerprint = fingerprint.of_order(self.patch_ids, self.counts, order)
         return self._fingerprint
 
-    def samples_of(self, patch_id: int | str) -> Int64:
+    def samples_of(self, patch_id: Any) -> Int64:
         """Return the samples of one patch, ascending, as a host int64 array.
 
         Raises
@@ -450,7 +450,7 @@ class PatchGroups:
         KeyError
             If the patch does not exist.
         TypeError, ValueError
-            If ``patch_id`` is not an int64 integer, or not a str if patches have names.
+            If ``patch_id`` is not an int64 integer, or of the type of the names.
         """
         group = self._find_group(patch_id)
         if group is None:
@@ -462,11 +462,11 @@ class PatchGroups:
             return np.arange(start, start + count, dtype=np.int64)
         return arrays.to_numpy(self.order[start : start + count]).astype(np.int64)
 
-    def _find_group(self, patch_id: int | str) -> int | None:
+    def _find_group(self, patch_id: Any) -> int | None:
         """Return the index of a patch in `patch_ids`, or None."""
         if self.names is not None:
-            if not isinstance(patch_id, str):
-                raise TypeError(f"patch_id must be a str, got {patch_id!r}")
+            if not isinstance(patch_id, name_type := type(self.names[0])):
+                raise TypeError(f"patch_id must be a {name_type.__name__}, got {patch_id!r}")
             position = bisect_left(self.names, patch_id)
             if position == len(self.names) or self.names[position] != patch_id:
                 return None
@@ -583,11 +583,11 @@ class PatchGroups:
         return state
 
 
-def _ids_and_names(patch_ids: Any, size: int) -> tuple[Int64, tuple[str, ...] | None]:
+def _ids_and_names(patch_ids: Any, size: int) -> tuple[Int64, tuple[Any, ...] | None]:
     """Return int64 ids and their names (None without names); default ids are 0 .. size-1."""
     if patch_ids is None:
         return np.arange(size, dtype=np.int64), None
-    if isinstance(patch_ids, (list, tuple)) and any(isinstance(p, str) for p in patch_ids):
+    if isinstance(patch_ids, (list, tuple)) and any(map(is_key, patch_ids)):
         ids = read_patch_ids(patch_ids)
         return ids.read(0, ids.size).astype(np.int64), ids.names
     return validation.as_int64(patch_ids, "patch_ids"), None

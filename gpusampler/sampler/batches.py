@@ -35,7 +35,7 @@ class Batch(NamedTuple):
 
     Attributes
     ----------
-    patch_id : int, or str if patches have names
+    patch_id : int, or the patch's name if patches have names
         Id or name of the patch of all samples.
     indices : int64 array, shape (size,)
         Sample indices, on the sampler's device.
@@ -51,7 +51,7 @@ class Batch(NamedTuple):
     [(7, 2, 2), (7, 2, 1)]
     """
 
-    patch_id: int | str
+    patch_id: Any
     indices: Any
     valid: int
 

@@ -107,7 +107,7 @@ class PatchTensorLoader:
 
         The epoch is chosen when the first batch is drawn. The iterator has ``len``, ``state_dict``
         and ``load_state_dict``. A batch is a dictionary. It has the rows of each tensor, shape
-        (size, ...), on `device`, without gradients; ``patch_id``, an int, or a str if patches have
+        (size, ...), on `device`, without gradients; ``patch_id``, an int, or a name if patches have
         names; and ``valid``, the number of leading rows that count. Under ``partial="pad"``, the
         remaining rows fill the batch up. Consecutive batches share memory, so keeping one batch
         keeps a few more in memory. They never share memory with the tensors.

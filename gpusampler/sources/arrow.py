@@ -9,12 +9,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gpusampler.core import devices
+from gpusampler.core.validation import check_id_shape
 from gpusampler.sources.base import IntegerIds, PatchIds
 from gpusampler.sources.checks import (
     check_fits_int64,
     check_no_column,
     check_no_missing,
-    check_shape,
     choose_column,
     is_instance,
     raise_missing,
@@ -52,7 +52,7 @@ def arrow_values_ids(
     progress: bool = False,
 ) -> PatchIds:
     """Return the ids that ``values(start, stop)`` returns as Arrow arrays."""
-    check_shape((size,))
+    check_id_shape((size,))
     if dtype == "str":
         return NamedIds(
             lambda start, stop: _factorize(values(start, stop), start),

@@ -30,9 +30,9 @@ class PatchIds(ABC):
         Number of samples N, at least 1.
     dtype : str
         Name of the stored dtype, such as "int16", or "str" for names.
-    names : tuple of str, or None
-        Distinct patch names in ascending order if patches have names, else None. An id is then an
-        index into ``names``.
+    names : tuple, or None
+        Distinct patch names in ascending order if patches have names, else None: strings, or other
+        keys that hash and sort, such as tuples. An id is then an index into ``names``.
     device : Device
         Device that stores the ids.
     modified : int or None
@@ -47,7 +47,7 @@ class PatchIds(ABC):
 
     size: int
     dtype: str
-    names: tuple[str, ...] | None = None
+    names: tuple[Any, ...] | None = None
     device: Device = HOST
     modified: int | None = None
     seekable: bool = True

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from importlib import import_module
+from numbers import Number
 from typing import Any, NoReturn
 
 import numpy as np
 from numpy.typing import NDArray
 
-from gpusampler.core import devices
+from gpusampler.core import arrays, devices
 from gpusampler.core.text import short_repr
 
 PATCH_ID = "patch_id"
@@ -49,7 +50,13 @@ def choose_column(columns: Sequence[Any], column: Any, label: str) -> Any:
         if not len(columns):
             raise ValueError(f"source must have a column of patch ids, got {label} without columns")
         if PATCH_ID not in columns and len(columns) > 1:
-            raise ValueError(f"column must be given for {label}, got None; it has {listing}")
+            advice = ""
+            if label == "a DataFrame":
+                pair = ", ".join(map(repr, columns[:2]))
+                advice = f". For one patch per combination, pass frame.groupby([{pair}]).ngroup()"
+            raise ValueError(
+                f"column must be given for {label}, got None; it has {listing}{advice}"
+            )
         column = PATCH_ID if PATCH_ID in columns else columns[0]
     if column not in columns:
         raise ValueError(f"column must be one of {listing or 'none'} of {label}, got {column!r}")
@@ -64,15 +71,6 @@ def check_no_column(column: Any, label: str) -> None:
     """Raise ValueError if a column is given for a source without columns."""
     if column is not None:
         raise ValueError(f"column must be None for {label}, which has no columns, got {column!r}")
-
-
-def check_shape(shape: tuple[int, ...], name: str = "ids") -> int:
-    """Return the number of ids in an array of this shape; ValueError if not 1-D or empty."""
-    if len(shape) != 1:
-        raise ValueError(f"{name} must be 1-D, one id per sample, got shape {tuple(shape)}")
-    if shape[0] == 0:
-        raise ValueError(f"{name} must name at least one sample, got none")
-    return int(shape[0])
 
 
 def wrong_dtype_error(dtype: Any, detail: str = "", name: str = "ids") -> TypeError:
@@ -96,6 +94,17 @@ def is_missing(value: Any) -> bool:
     if value is None or type(value).__name__ in ("NAType", "NaTType"):
         return True
     return isinstance(value, (float, np.floating)) and bool(value != value)
+
+
+def is_key(value: Any) -> bool:
+    """Whether a value can be a name: a string, or another key that hashes and sorts."""
+    if isinstance(value, (str, bytes)):
+        return True
+    # Sets are only partially ordered, and floats are rarely meant as ids.
+    if isinstance(value, (Number, np.generic, Set)) or arrays.library_of(value) is not None:
+        return False
+    kind: Any = type(value)
+    return kind.__hash__ is not None and any("__lt__" in vars(base) for base in kind.__mro__[:-1])
 
 
 def check_fits_int64(ids: NDArray[Any], first: int) -> NDArray[Any]:

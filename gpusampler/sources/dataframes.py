@@ -8,15 +8,18 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gpusampler.core import devices
+from gpusampler.core.log import warn
 from gpusampler.core.text import short_repr
+from gpusampler.core.validation import check_id_shape
 from gpusampler.sources.arrow import arrow_ids, arrow_values_ids, id_dtype
 from gpusampler.sources.base import IntegerIds, PatchIds
 from gpusampler.sources.checks import (
     check_no_column,
     check_no_missing,
-    check_shape,
     choose_column,
     is_instance,
+    is_key,
+    list_names,
     wrong_dtype_error,
 )
 from gpusampler.sources.in_memory import ArrayIds, object_ids
@@ -27,6 +30,11 @@ _INTEGERS = frozenset(f"{sign}int{bits}" for sign in ("", "u") for bits in (8, 1
 
 def dataframe_ids(source: Any, column: Any, progress: bool) -> PatchIds | None:
     """Return the ids in a column of pandas, polars or HuggingFace; None for anything else."""
+    if is_instance(source, "xarray", "Dataset"):
+        raise TypeError(
+            f"source must be one variable, got an xarray Dataset of {list_names(list(source))}: "
+            "pass the variable, such as ds['patch_id']"
+        )
     for reader in (_pandas_ids, _polars_ids, _huggingface_ids):
         ids = reader(source, column, progress)
         if ids is not None:
@@ -35,6 +43,13 @@ def dataframe_ids(source: Any, column: Any, progress: bool) -> PatchIds | None:
 
 
 def _pandas_ids(source: Any, column: Any, progress: bool) -> PatchIds | None:
+    if is_instance(source, "pandas", "MultiIndex"):
+        levels = list(source.names)
+        raise TypeError(
+            f"source must have one id per row, got a MultiIndex of levels {levels}: pass "
+            f"frame.groupby(level={list(range(len(levels)))}).ngroup(), or index.to_flat_index() "
+            "to have tuples as ids"
+        )
     if is_instance(source, "pandas", "DataFrame"):
         series = source[choose_column(list(source.columns), column, "a DataFrame")]
     elif is_instance(source, "pandas", "Series", "Index"):
@@ -45,7 +60,7 @@ def _pandas_ids(source: Any, column: Any, progress: bool) -> PatchIds | None:
             series = pandas.Series(source, copy=False)
     else:
         return None
-    size = check_shape(series.shape)
+    size = check_id_shape(series.shape)
     dtype = series.dtype
     # A StringDtype column stored in Arrow does not have an ArrowDtype.
     if is_instance(dtype, "pandas", "ArrowDtype"):
@@ -54,11 +69,17 @@ def _pandas_ids(source: Any, column: Any, progress: bool) -> PatchIds | None:
         return _category_ids(series, dtype.categories, size, progress)
     if is_instance(dtype, "pandas", "StringDtype"):
         return NamedIds(lambda a, b: _factorize(series.iloc[a:b], a), size, progress=progress)
-    if str(dtype) == "object":
+    if str(dtype) == "object" or is_instance(dtype, "pandas", "IntervalDtype", "PeriodDtype"):
         return object_ids(lambda a, b: series.iloc[a:b].tolist(), size, "ids", progress)
     # NumPy dtypes have any byte order; pandas' extension dtypes have names such as "Int64".
     name = dtype.name.lower()
     if name in _INTEGERS and isinstance(dtype, np.dtype):
+        if name in ("int8", "int16") and int(series.min()) == -1:
+            warn(
+                f"the smallest patch id in an {name} column is -1, in {int((series == -1).sum())} "
+                "samples: -1 means a missing value in the codes of pandas. If these are codes, "
+                "drop the samples, or pass the categorical column itself to get an error instead."
+            )
         return ArrayIds(series.to_numpy())
     if name in _INTEGERS:
 
@@ -89,9 +110,10 @@ def _category_ids(series: Any, categories: Any, size: int, progress: bool) -> Pa
         return IntegerIds(lambda a, b: values[codes(a, b)], size, values.dtype.name)
     labels = categories.tolist()
     for label in labels:
-        if not isinstance(label, str):
+        if not is_key(label):
             raise wrong_dtype_error(
-                f"category of {categories.dtype}", f", such as {short_repr(label)}"
+                f"category of {categories.dtype}",
+                f", such as {short_repr(label)}: pass the column's .cat.codes",
             )
     return NamedIds(lambda a, b: (codes(a, b), labels), size, progress=progress)
 
@@ -115,7 +137,7 @@ def _polars_ids(source: Any, column: Any, progress: bool) -> PatchIds | None:
     else:
         return None
     polars: Any = devices.loaded_module("polars")
-    size = check_shape(series.shape)
+    size = check_id_shape(series.shape)
 
     def load(start: int, stop: int) -> Any:
         rows = series.slice(start, stop - start)

@@ -23,8 +23,9 @@ def read_patch_ids(source: Any, column: Any = None, *, progress: bool = True) ->
     source : object
         One id per sample, either integers that fit in int64 or names (strings), as one of:
 
-        - a NumPy array (also a memory map), a torch or CuPy array on any device, or a list, tuple
-          or range;
+        - a NumPy array (also a memory map), a torch or CuPy array on any device, or a list, tuple,
+          range or ``array.array``. In a list, an object array or a pandas column, names may also be
+          other keys that hash and sort: tuples, intervals, dates or paths;
         - the path of an ``.npy`` file, a ``.parquet`` or ``.pq`` file or a folder of them (sorted
           by path), a ``.zarr`` folder, or an ``.h5``, ``.hdf5`` or ``.hdf`` file;
         - a column or table of pandas, polars or pyarrow, or a HuggingFace dataset;
@@ -44,12 +45,13 @@ def read_patch_ids(source: Any, column: Any = None, *, progress: bool = True) ->
         ``read(start, stop)`` returns the ids of a range of samples as a NumPy integer array.
         ``dtype`` is the name of their dtype, or "str" for names. For names, ``names`` is the tuple
         of distinct names in ascending order, and ids are indices into it. Bytes are decoded as
-        UTF-8.
+        UTF-8. Strings sort as text ("10" before "9"), other keys by their own order.
 
     Raises
     ------
     TypeError
-        If the source is not supported, or its ids are neither integers nor names.
+        If the source is not supported, its ids are neither integers nor names, or names cannot be
+        compared with one another.
     ValueError
         If the source is empty or not 1-D, an id is missing or does not fit in int64, a file is
         truncated or of an unknown format, or the column does not exist or must be given.
@@ -57,6 +59,12 @@ def read_patch_ids(source: Any, column: Any = None, *, progress: bool = True) ->
         If a file does not exist, is not readable, or shrinks while it is read.
     RuntimeError
         If the library that reads a file is not installed, or a dataset raises.
+
+    Warns
+    -----
+    UserWarning
+        If the smallest id in an int8 or int16 column of pandas is -1: its ``.cat.codes`` are -1
+        where the value is missing.
 
     Examples
     --------
@@ -66,6 +74,8 @@ def read_patch_ids(source: Any, column: Any = None, *, progress: bool = True) ->
     (('clay', 'sand'), [1, 0, 1])
     >>> read_patch_ids(np.array([7, -1, 7], np.int16)).read(1, 3)
     array([-1,  7], dtype=int16)
+    >>> read_patch_ids([(512, 768), (64, 64)]).names
+    ((64, 64), (512, 768))
     """
     check_bool(progress, "progress")
     ids = known_format_ids(source, column, progress=progress)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import enum
 import mmap
 import os
+from array import array as stdlib_array
 from typing import Any
 
 import numpy as np
@@ -12,15 +14,15 @@ from numpy.typing import NDArray
 
 from gpusampler.core import arrays
 from gpusampler.core.text import short_repr
-from gpusampler.core.validation import as_array, check_id_array
+from gpusampler.core.validation import as_array, check_id_array, check_id_shape
 from gpusampler.sources.base import IntegerIds, PatchIds
 from gpusampler.sources.checks import (
     check_fits_int64,
     check_no_column,
     check_no_missing,
-    check_shape,
     choose_column,
     integers_from_list,
+    is_key,
     is_missing,
 )
 from gpusampler.sources.strings import NamedIds, factorize_list
@@ -102,13 +104,13 @@ def array_ids(source: Any, column: Any, name: str, progress: bool) -> PatchIds:
             source = source[choose_column(source.dtype.names, column, "a structured array")]
             column = None
         if isinstance(source, np.ma.MaskedArray):
-            check_shape(source.shape, name)
+            check_id_shape(source.shape, name)
             check_no_missing(np.ma.getmaskarray(source), 0)
             source = source.data
         check_no_column(column, f"a {type(source).__name__}")
         # T is StringDType. The first value of an object array decides between names and integers.
         if source.dtype.kind in "UST" or (source.dtype.kind == "O" and source.ndim == 1):
-            return _object_array_ids(source, check_shape(source.shape, name), name, progress)
+            return _object_array_ids(source, check_id_shape(source.shape, name), name, progress)
     check_no_column(column, f"a {type(source).__name__}")
     return ArrayIds(source, name)
 
@@ -130,8 +132,14 @@ def _object_array_ids(array: NDArray[Any], size: int, name: str, progress: bool)
 def object_ids(
     values: Any, size: int, name: str, progress: bool, *, modified: int | None = None
 ) -> PatchIds:
-    """Return ids from ``values(start, stop)``, a list of str or bytes, or of int."""
-    if isinstance(_first_value(values, size), (str, bytes)):
+    """Return ids from ``values(start, stop)``, a list of str, bytes or other keys, or of int."""
+    first = _first_value(values, size)
+    if isinstance(first, enum.Enum) and not isinstance(first, (str, int)):
+        raise TypeError(
+            f"{name} must be integers, strings or keys that sort, got {first!r}: pass "
+            "[key.name for key in ids]"
+        )
+    if is_key(first):
         return NamedIds(
             lambda start, stop: factorize_list(values(start, stop), start),
             size,
@@ -159,7 +167,7 @@ def _first_value(values: Any, size: int) -> Any:
 
 def is_list_of_ids(source: Any) -> bool:
     """Whether ``source`` is a list, tuple or range of ids rather than of samples."""
-    if isinstance(source, range):
+    if isinstance(source, (range, stdlib_array, memoryview)):
         return True
     if not isinstance(source, (list, tuple)):
         return False
@@ -167,16 +175,21 @@ def is_list_of_ids(source: Any) -> bool:
     if first is not None and arrays.library_of(first) is not None:
         # A 0-d array is an id, any other array a sample.
         return np.ndim(first) == 0
-    return not source or isinstance(first, (int, float, str, bytes, np.generic, list, tuple))
+    plain = (int, float, np.generic, list, enum.Enum)
+    return not source or isinstance(first, plain) or is_key(first)
 
 
 def list_ids(source: Any, name: str, progress: bool) -> PatchIds:
     """Return the ids in a list, tuple, range, or object with ``__array__``."""
     if isinstance(source, (list, tuple)) and any(
-        isinstance(item, (str, bytes)) or item is None for item in source[:1]
+        isinstance(item, enum.Enum) or item is None or is_key(item) for item in source[:1]
     ):
         return object_ids(lambda start, stop: list(source[start:stop]), len(source), name, progress)
+    if isinstance(source, (stdlib_array, memoryview)):
+        source = np.asarray(source)
     array = as_array(source, name)
+    if array.ndim == 2:
+        check_id_shape(array.shape, name)
     if array.dtype.kind == "O" and array.ndim == 1 and isinstance(source, (list, tuple)):
         return ArrayIds(integers_from_list(list(source), 0, name), name)
     if array.dtype.kind in "UST" and isinstance(source, (list, tuple)):

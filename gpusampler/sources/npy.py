@@ -12,8 +12,9 @@ import numpy as np
 from numpy.lib import format as npy
 from numpy.typing import NDArray
 
+from gpusampler.core.validation import check_id_shape
 from gpusampler.sources.base import IntegerIds, PatchIds
-from gpusampler.sources.checks import check_no_column, check_shape, wrong_dtype_error
+from gpusampler.sources.checks import check_no_column, wrong_dtype_error
 from gpusampler.sources.strings import NamedIds, factorize_list
 
 _GZIP, _ZIP = b"\x1f\x8b", b"PK\x03\x04"
@@ -28,7 +29,7 @@ def npy_ids(path: str, column: Any, progress: bool) -> PatchIds:
         modified = os.fstat(file.fileno()).st_mtime_ns
     if dtype.hasobject:
         raise wrong_dtype_error(dtype, f" (pickled arrays are not supported) in {path!r}")
-    size = check_shape(shape, f"ids in {path!r}")
+    size = check_id_shape(shape, f"ids in {path!r}")
     needed = start + size * dtype.itemsize
     if length < needed:
         raise ValueError(

@@ -13,6 +13,7 @@ import numpy as np
 from gpusampler.core import arrays
 from gpusampler.core.progress_bar import ProgressBar
 from gpusampler.sources.base import PatchIds
+from gpusampler.sources.checks import is_key
 from gpusampler.sources.in_memory import ArrayIds
 from gpusampler.sources.strings import CategoricalIds
 
@@ -23,7 +24,7 @@ THREAD_POOL_ABOVE = 1000
 def sample_by_sample_ids(dataset: Any, size: int, progress: bool) -> PatchIds:
     """Return ``dataset[i]["patch_id"]`` for every i; each sample is read once."""
     ids = np.empty(size, np.int64)
-    labels: dict[str, int] = {}
+    labels: dict[Any, int] = {}
     label_lock = threading.Lock()
     has_names = False
     first_read = threading.Event()
@@ -41,7 +42,7 @@ def sample_by_sample_ids(dataset: Any, size: int, progress: bool) -> PatchIds:
         if not has_names:
             return _check_id(value, i)
         if name is None:
-            raise TypeError(f"patch_id must be a str, as in sample 0, got {value!r} in sample {i}")
+            raise TypeError(f"patch_id must be a name, as in sample 0, got {value!r} in sample {i}")
         code = labels.get(name)
         if code is None:
             with label_lock:
@@ -107,11 +108,13 @@ def _value_of_sample(dataset: Any, i: int) -> Any:
         ) from error
 
 
-def _name_or_none(value: Any) -> str | None:
-    """Return a str or a one-element string array as a str; None for anything else."""
+def _name_or_none(value: Any) -> Any:
+    """Return a str, a one-element string array as a str, or another key; None for anything else."""
     if isinstance(value, np.ndarray) and value.dtype.kind in "UT" and value.size == 1:
         value = value.item()
-    return str(value) if isinstance(value, str) else None
+    if isinstance(value, str):
+        return str.__str__(value)
+    return value if is_key(value) and not isinstance(value, bytes) else None
 
 
 def _check_id(value: Any, i: int) -> int:

@@ -1,8 +1,11 @@
-"""Patch ids that are names, encoded block by block as indices into the sorted names."""
+"""Patch ids that are names, encoded block by block as indices into the sorted names.
+
+A name is a string, or any other key that hashes and sorts, such as a tuple of integers.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -12,9 +15,9 @@ from gpusampler.core import arrays
 from gpusampler.core.progress_bar import ProgressBar
 from gpusampler.core.text import short_repr
 from gpusampler.sources.base import BLOCK, PatchIds
-from gpusampler.sources.checks import is_missing, raise_missing
+from gpusampler.sources.checks import is_key, is_missing, raise_missing
 
-Factorized = tuple[NDArray[Any], Sequence[str]]
+Factorized = tuple[NDArray[Any], Sequence[Any]]
 """(codes, labels): an index per sample into labels, which may be unsorted or unused."""
 
 
@@ -46,14 +49,14 @@ class NamedIds(PatchIds):
         self.size = size
         self.modified = modified
         self.seekable = seekable
-        names: set[str] = set()
+        names: set[Any] = set()
         with ProgressBar(size, "patch names", "samples", progress) as bar:
             for start in range(0, size, BLOCK):
                 stop = min(start + BLOCK, size)
                 codes, labels = factorize(start, stop)
                 names.update(labels[i] for i in used_codes(codes, len(labels)))
                 bar.update(stop - start)
-        self.names = tuple(sorted(names))
+        self.names = sort_names(names)
         self._id_of_name = {name: i for i, name in enumerate(self.names)}
         self._id_dtype = np.dtype(arrays.narrowest_dtype("numpy", len(self.names))[0])
 
@@ -81,13 +84,13 @@ class CategoricalIds(PatchIds):
 
     dtype = "str"
 
-    def __init__(self, codes: NDArray[Any], labels: Sequence[str]) -> None:
+    def __init__(self, codes: NDArray[Any], labels: Sequence[Any]) -> None:
         self.size = int(codes.shape[0])
         used = used_codes(codes, len(labels))
-        used = used[np.argsort(np.array([labels[i] for i in used], dtype=object))]
-        self.names = tuple(labels[i] for i in used)
+        self.names = sort_names(labels[i] for i in used)
+        id_of_name = {name: i for i, name in enumerate(self.names)}
         id_of_label = np.zeros(len(labels), arrays.narrowest_dtype("numpy", len(self.names))[0])
-        id_of_label[used] = np.arange(len(used))
+        id_of_label[used] = [id_of_name[labels[i]] for i in used]
         self._ids = id_of_label[codes]
 
     def read(self, start: int, stop: int) -> NDArray[Any]:
@@ -103,9 +106,22 @@ def used_codes(codes: NDArray[Any], num_labels: int) -> NDArray[np.int64]:
     return np.flatnonzero(is_used)
 
 
+def sort_names(names: Iterable[Any]) -> tuple[Any, ...]:
+    """Return names in ascending order; raise TypeError if two of them cannot be compared."""
+    try:
+        return tuple(sorted(names))
+    except TypeError as error:
+        raise TypeError(
+            f"ids must be of one type, whose values sort: {error}; convert them to one type, such "
+            "as [str(key) for key in ids]"
+        ) from error
+
+
 def factorize_list(values: list[Any], first: int) -> Factorized:
-    """Factorize a list of names, which may be str or UTF-8 bytes."""
+    """Factorize a list of names: str, UTF-8 bytes, or other keys."""
     if not all(issubclass(t, (str, bytes)) for t in set(map(type, values))):
+        if is_key(values[0]) and not isinstance(values[0], (str, bytes)):
+            return _factorize_keys(values, first)
         for i, value in enumerate(values):
             if is_missing(value):
                 raise_missing(first + i)
@@ -119,7 +135,8 @@ def factorize_list(values: list[Any], first: int) -> Factorized:
     for code, value in enumerate(code_of_value):
         code_of_value[value] = code
         try:
-            labels.append(value.decode() if isinstance(value, bytes) else str(value))
+            # str(value) of an Enum member is not its value.
+            labels.append(value.decode() if isinstance(value, bytes) else str.__str__(value))
         except UnicodeDecodeError:
             sample = first + values.index(value)
             raise ValueError(
@@ -127,3 +144,23 @@ def factorize_list(values: list[Any], first: int) -> Factorized:
             ) from None
     codes = np.fromiter(map(code_of_value.__getitem__, values), np.int64, len(values))
     return codes, labels
+
+
+def _factorize_keys(keys: list[Any], first: int) -> Factorized:
+    code_of_key: dict[Any, int] = {}
+    codes = np.empty(len(keys), np.int64)
+    for i, key in enumerate(keys):
+        if is_missing(key) or (isinstance(key, tuple) and any(map(is_missing, key))):
+            raise_missing(first + i)
+        if isinstance(key, (str, bytes)) or not is_key(key):
+            raise TypeError(
+                f"ids must be all keys of one type, got {short_repr(key)} in sample {first + i}; "
+                "convert them to one type"
+            )
+        try:
+            codes[i] = code_of_key.setdefault(key, len(code_of_key))
+        except TypeError as error:
+            raise TypeError(
+                f"ids must hash, got {short_repr(key)} in sample {first + i}: {error}"
+            ) from error
+    return codes, list(code_of_key)

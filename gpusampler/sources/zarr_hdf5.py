@@ -8,10 +8,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from gpusampler.core.validation import check_id_shape
 from gpusampler.sources.base import BLOCK, IntegerIds, Load, PatchIds
 from gpusampler.sources.checks import (
     check_no_column,
-    check_shape,
     choose_column,
     import_library,
     is_instance,
@@ -134,7 +134,7 @@ def _chosen_array(source: Any, names: list[str], groups: list[str], column: Any,
 
 
 def _array_ids(array: Any, load: Load, modified: int | None, progress: bool) -> PatchIds:
-    size = check_shape(array.shape)
+    size = check_id_shape(array.shape)
     dtype, chunks = array.dtype, array.chunks
     if chunks:
         load = _ChunkCache(load, size, -(-_MIN_READ // chunks[0]) * chunks[0])

@@ -57,7 +57,7 @@ def test_drop_is_silent_where_every_patch_has_a_batch():
         (
             {"partial": "fill"},
             ValueError,
-            "partial must be one of 'keep', 'drop', 'pad', got 'fill'",
+            "partial must be one of 'keep', 'drop', 'pad', 'even', got 'fill'",
         ),
         ({"partial": None}, ValueError, "partial must be one of .*, got None"),
         ({"uneven": "keep"}, ValueError, "uneven must be one of 'pad', 'drop', got 'keep'"),

@@ -239,7 +239,7 @@ def test_samples_have_names_or_integers_all_of_them(size):
     for wrong in (3, None, 0.5, b"a", ["a"]):
         values = ["a"] * size
         values[8] = wrong
-        with pytest.raises(TypeError, match=r"must be a str, as in sample 0, got .* in sample 8"):
+        with pytest.raises(TypeError, match=r"must be a name, as in sample 0, got .* in sample 8"):
             read_patch_ids(Samples(values))
     values = [3] * size
     values[8] = "a"
