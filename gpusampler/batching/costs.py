@@ -16,33 +16,37 @@ COST_LIMIT = 2.0**512
 """Exclusive limit on costs, so that a cost times any number of samples is finite."""
 
 
-def check_step_costs(costs: Any, groups: PatchGroups, steps: str) -> NDArray[np.float64] | None:
-    """Return costs as numbers, None if not given; raise if given but not for "balanced"."""
-    if steps == "balanced":
+def check_batch_costs(
+    costs: Any, groups: PatchGroups, steps: str, costliest_first: bool
+) -> NDArray[np.float64] | None:
+    """Return costs as numbers, None if not given; raise if given but no setting uses them."""
+    if steps == "balanced" or costliest_first:
         return None if costs is None else positive_by_patch(costs, groups)
     if costs is not None:
         raise ValueError(
-            f"patch_costs must be None if steps={steps!r}: only steps='balanced' uses them"
+            f"patch_costs must be None if steps={steps!r}: only steps='balanced' and "
+            "costliest_first=True use them"
         )
     return None
 
 
 def positive_by_patch(
-    costs: Any, groups: PatchGroups, name: str = "patch_costs"
+    costs: Any, groups: PatchGroups, name: str = "patch_costs", *, allow_zero: bool = False
 ) -> NDArray[np.float64]:
-    """Return one number in (0, 2**512) per patch as float64, shape (G,), or raise.
+    """Return one number in (0, 2**512), or 0 if allowed, per patch: float64, shape (G,).
 
     ``costs`` is an array by ascending patch id, a mapping from patch ids (extra ids are allowed),
     or a function of the patch id. ``name`` is the argument named in errors.
     """
     values = values_by_patch(costs, groups, name)
     numbers = check_numbers(values, groups.num_patches, name).astype(np.float64)
-    out_of_range = np.flatnonzero(~((numbers > 0) & (numbers < COST_LIMIT)))
+    is_allowed = (numbers >= 0) if allow_zero else (numbers > 0)
+    out_of_range = np.flatnonzero(~(is_allowed & (numbers < COST_LIMIT)))
     if out_of_range.size:
         group = int(out_of_range[0])
         raise ValueError(
-            f"{name} must be > 0 and < 2**512, got {numbers[group]} for patch "
-            f"{groups.labels[group]}"
+            f"{name} must be {'>= 0' if allow_zero else '> 0'} and < 2**512, got {numbers[group]} "
+            f"for patch {groups.labels[group]}"
         )
     return numbers
 

@@ -22,6 +22,7 @@ from gpusampler.core.arrays import Int64
 from gpusampler.core.text import short_repr
 from gpusampler.core.validation import check_int, check_real
 from gpusampler.groups.patch_groups import PatchGroups
+from gpusampler.permutation.reference import key_of, permute_all
 
 WEIGHT_SUM = 1 << 52
 """Approximate sum of integer weights; float64 and int64 represent such sums exactly."""
@@ -95,21 +96,26 @@ def slots_by_patch(
     each bin is cut into, shape (P,). By default, the weight of a patch is its sum of
     ``own_batches``, and ``epoch_batches`` is the sum over all patches.
     """
+    patch_batches = reduce_by_patch(own_batches, patch_of_bin, np.add)
+    patch_weights = _check_weights(weights, groups, patch_batches)
     min_slots = (own_batches > 0).astype(np.int64)
+    if weights is not None and not isinstance(weights, Temperature):
+        # (A temperature can make a weight so small that it underflows.)
+        is_on = patch_weights > 0
+        min_slots *= is_on if patch_of_bin is None else is_on[patch_of_bin]
     num_taking_part = int(min_slots.sum())
+    if num_taking_part == 0:
+        raise ValueError("weights must be > 0 for at least one patch with a batch, got 0 for all")
     total = check_epoch_batches(epoch_batches)
     total = int(own_batches.sum()) if total is None else total
     if total < num_taking_part:
         units = "patches" if patch_of_bin is None else "cost bins"
         raise ValueError(
             f"epoch_batches must be at least {num_taking_part}, the number of {units} with a "
-            f"batch, got {total}"
+            f"batch{' and a weight > 0' if weights is not None else ''}, got {total}"
         )
-    patch_batches, patch_min_slots = (
-        reduce_by_patch(values, patch_of_bin, np.add) for values in (own_batches, min_slots)
-    )
-    patch_weights = integer_weights(_check_weights(weights, groups, patch_batches))
-    shares = apportion(patch_weights, total, patch_min_slots)
+    patch_min_slots = reduce_by_patch(min_slots, patch_of_bin, np.add)
+    shares = apportion(integer_weights(patch_weights), total, patch_min_slots)
     if patch_of_bin is None:
         return shares
     return apportion_each(own_batches, shares, first_bins(patch_of_bin), min_slots)
@@ -126,7 +132,8 @@ def _check_weights(weights: Any, groups: PatchGroups, own_batches: Int64) -> NDA
             "weights must be a mapping from patch ids, numbers by ascending patch id, or a "
             f"Temperature, got {short_repr(weights)}"
         )
-    return np.where(own_batches > 0, positive_by_patch(weights, groups, "weights"), 0.0)
+    numbers = positive_by_patch(weights, groups, "weights", allow_zero=True)
+    return np.where(own_batches > 0, numbers, 0.0)
 
 
 def pass_and_batch(epoch: Any, j: Any, slots: Any, own_batches: Any) -> tuple[Any, Any]:
@@ -143,6 +150,21 @@ def pass_and_batch(epoch: Any, j: Any, slots: Any, own_batches: Any) -> tuple[An
     batch = product % own_batches + j
     passes = epoch * slot_quotient + epoch_quotient * slot_remainder
     return passes + product // own_batches + batch // own_batches, batch % own_batches
+
+
+def visits(
+    xp: Any, visited: Any, num_slots: int, epoch: Any, slots: Any, state: Any
+) -> tuple[Any, Any]:
+    """Return the group that each slot visits, and the round, if a round spans several epochs.
+
+    A round visits each of ``visited`` once, in an order permuted with a key from ``state``, or in
+    the given order if that is None. An epoch has ``num_slots`` visits, fewer than a round.
+    """
+    num_groups = int(visited.shape[0])
+    rounds, place = pass_and_batch(epoch, slots, num_slots, num_groups)
+    if state is not None:
+        place = permute_all(xp, place, num_groups, key_of(state, rounds, 0))
+    return visited[place], rounds
 
 
 def integer_weights(weights: NDArray[np.float64]) -> Int64:

@@ -1,20 +1,64 @@
-"""Keep, drop or pad the last batch of a patch if it is short, as ``partial`` requests."""
+"""Short batches: what ``partial`` and ``min_partial`` make of samples that do not fill a batch."""
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
 from gpusampler.core.arrays import Int64
+from gpusampler.core.text import short_repr
+from gpusampler.core.validation import check_int
 
-Partial = Literal["keep", "drop", "pad"]
-PARTIALS = ("keep", "drop", "pad")
+Partial = Literal["keep", "drop", "pad", "even"]
+PARTIALS = ("keep", "drop", "pad", "even")
 
 
-def count_batches(counts: Int64, sizes: Int64, partial: str) -> Int64:
-    """Return the number of batches of patches with ``counts`` samples: int64, shape (G,)."""
-    return counts // sizes if partial == "drop" else -(-counts // sizes)
+class BatchCuts(NamedTuple):
+    """How groups are cut into batches: int64, shape (G,) each.
+
+    The first ``larger`` of a group's ``batches`` have ``sizes + 1`` samples, the others ``sizes``,
+    except the last one, which may be short.
+    """
+
+    batches: Int64
+    sizes: Int64
+    larger: Int64 | None
+
+
+def cut_into_batches(counts: Int64, sizes: Int64, partial: str, min_partial: int) -> BatchCuts:
+    """Cut groups of ``counts`` samples into batches of at most ``sizes >= 1`` samples.
+
+    Batches that are shorter than their group's size and shorter than ``min_partial`` are left out.
+    """
+    if partial == "drop":
+        return BatchCuts(counts // sizes, sizes, None)
+    if partial != "even":
+        short = counts % sizes
+        return BatchCuts(counts // sizes + (short >= min_partial), sizes, None)
+    batches = -(-counts // sizes)
+    smaller, larger = np.divmod(counts, batches)
+    smallest_allowed = np.minimum(sizes, min_partial)
+    # If the smaller batches are left out, only the larger ones remain, if those are large enough.
+    is_left_out = smaller < smallest_allowed
+    remaining = np.where(smaller + 1 < smallest_allowed, 0, larger)
+    larger = np.where(is_left_out, 0, larger)
+    return BatchCuts(
+        np.where(is_left_out, remaining, batches),
+        smaller + is_left_out,
+        larger if bool(larger.any()) else None,
+    )
+
+
+def check_min_partial(value: Any, partial: str) -> int:
+    """Return ``min_partial``, or raise if it is not an integer >= 1 or has no effect."""
+    min_partial = check_int(value, "min_partial", low=1, high=1 << 31)
+    if min_partial > 1 and partial not in ("keep", "even"):
+        raise ValueError(
+            f"min_partial must be 1 under partial={partial!r}, got {short_repr(value)}: only "
+            "partial='keep' and 'even' have short batches"
+        )
+    return min_partial
 
 
 def returned_sizes(sizes: Int64, lengths: Int64, *, pad: bool) -> Int64:

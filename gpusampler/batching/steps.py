@@ -84,12 +84,24 @@ class StepLayout(NamedTuple):
         return xp.where(step == self.full, (short_start + within) % total, index)
 
 
+class BatchRuns(NamedTuple):
+    """Runs of equally large batches: int64, shape (G,) each.
+
+    The first ``num_first`` batches of a group are returned with ``first_size`` samples, the others
+    with ``last_size``.
+    """
+
+    num_first: Int64
+    first_size: Int64
+    last_size: Int64
+
+
 @dataclass(frozen=True)
 class CostBuckets:
     """Batches sorted by cost, in buckets of nearly equal cost; int64 arrays on one device.
 
-    The natural order is sorted by bucket, cheapest first, then by run. A run is either all full
-    batches of a patch, or its short batch.
+    The natural order is sorted by bucket, cheapest first, then by run. A run is either the first
+    batches of a patch, which are equally large, or its smaller ones (see `BatchRuns`).
 
     Attributes
     ----------
@@ -116,24 +128,18 @@ class CostBuckets:
     fingerprint: int
 
     @classmethod
-    def build(
-        cls, counts: Int64, sizes: Int64, batches: Int64, partial: str, costs: NDArray[np.float64]
-    ) -> CostBuckets:
+    def build(cls, runs: BatchRuns, batches: Int64, costs: NDArray[np.float64]) -> CostBuckets:
         """Sort batches into buckets by cost.
 
         Arrays have one element per patch, shape (G,); ``costs`` is the cost of one sample.
         """
         groups = np.flatnonzero(batches)
-        size, num_batches = sizes[groups], batches[groups]
-        last_size = size
-        if partial == "keep":
-            last_size = np.minimum(size, counts[groups] - (num_batches - 1) * size)
-        has_short = (last_size < size).astype(np.int64)
+        num_first, first_size, last_size = (column[groups] for column in runs)
         # Two runs per patch; empty ones are removed below.
         run_groups = np.repeat(groups, 2)
-        run_first = np.stack([np.zeros_like(num_batches), num_batches - has_short], axis=1).ravel()
-        run_counts = np.stack([num_batches - has_short, has_short], axis=1).ravel()
-        run_sizes = np.stack([size, last_size], axis=1).ravel()
+        run_first = np.stack([np.zeros_like(num_first), num_first], axis=1).ravel()
+        run_counts = np.stack([num_first, batches[groups] - num_first], axis=1).ravel()
+        run_sizes = np.stack([first_size, last_size], axis=1).ravel()
         nonempty = np.flatnonzero(run_counts)
         cost_keys = leading_bits(run_sizes * costs[run_groups])[nonempty]
         order = np.argsort(cost_keys, kind="stable")
@@ -155,6 +161,13 @@ class CostBuckets:
             # Depends only on the assignment of batches to buckets, not on costs.
             fingerprint=of_order(bucket_of_run, np.ones_like(order), order),
         )
+
+    def first_batches(self, num_groups: int) -> Int64:
+        """Return the index of each group's first batch in the natural order: shape (G,)."""
+        first_batches = np.zeros(num_groups, np.int64)
+        is_first = self.run_first == 0
+        first_batches[self.run_groups[is_first]] = self.run_offsets[is_first]
+        return first_batches
 
     def members(self) -> list[Any]:
         """Return all arrays."""

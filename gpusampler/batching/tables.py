@@ -9,9 +9,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gpusampler.batching.cost_bins import first_bins
+from gpusampler.batching.costliest import CostliestFirst
 from gpusampler.batching.mixture import apportion
-from gpusampler.batching.short_batches import count_batches, returned_sizes
-from gpusampler.batching.steps import CostBuckets, StepLayout, search_offsets
+from gpusampler.batching.short_batches import cut_into_batches, returned_sizes
+from gpusampler.batching.steps import BatchRuns, CostBuckets, StepLayout, search_offsets
 from gpusampler.core import arrays, devices
 from gpusampler.core.arrays import Int64
 from gpusampler.core.devices import HOST, Device
@@ -71,6 +72,11 @@ class PatchTables:
     larger : array, or None
         Number of leading batches of each group with one sample more than ``sizes``; None if all
         are 0.
+    visited : array, or None
+        Groups with a batch, if an epoch has fewer slots than these groups: each group then has one
+        slot in a round of visits that spans several epochs, and ``batches`` are its own batches.
+    costliest : CostliestFirst, or None
+        Batches for the first slots.
     """
 
     counts: Any
@@ -92,6 +98,8 @@ class PatchTables:
     layout: StepLayout
     buckets: CostBuckets | None
     larger: Any = None
+    visited: Any = None
+    costliest: CostliestFirst | None = None
 
     @classmethod
     def build(
@@ -99,29 +107,36 @@ class PatchTables:
         groups: PatchGroups,
         sizes: Int64,
         partial: str,
+        min_partial: int = 1,
         patch_of_bin: Int64 | None = None,
     ) -> PatchTables:
         """Return tables on the host, with one slot per step and without ``order``, which `on` adds.
 
         ``sizes`` are batch sizes, shape (G,); groups with size 0 get no batch. Raise ValueError if
-        partial="drop" leaves no batch.
+        no batch is left.
         """
         counts = groups.counts
         is_left_out = sizes == 0
         if bool(is_left_out.any()):
             sizes = np.maximum(sizes, 1)
-        batches = count_batches(counts, sizes, partial)
+        requested_sizes = sizes
+        batches, sizes, larger = cut_into_batches(counts, sizes, partial, min_partial)
         batches[is_left_out] = 0
         offsets = _running_total(batches)
         total = int(offsets[-1])
+        if total == 0 and partial != "drop":
+            raise ValueError(
+                f"min_partial={min_partial} leaves no batches: all are shorter. Reduce min_partial."
+            )
         if total == 0:
             # The group that lacks the fewest samples.
             groups_with_size = np.flatnonzero(~is_left_out)
-            nearest = groups_with_size[(sizes - counts)[groups_with_size].argmin()]
+            nearest = groups_with_size[(requested_sizes - counts)[groups_with_size].argmin()]
             unit = "patch" if patch_of_bin is None else "cost bin"
-            is_one_size = bool((sizes[groups_with_size] == sizes[nearest]).all())
+            size = int(requested_sizes[nearest])
+            is_one_size = bool((requested_sizes[groups_with_size] == size).all())
             raise ValueError(
-                f"partial='drop' leaves no batches: batch_size={int(sizes[nearest])}, but the "
+                f"partial='drop' leaves no batches: batch_size={size}, but the "
                 f"{f'largest {unit}' if is_one_size else f'{unit} closest to a full batch'} has "
                 f"{int(counts[nearest])} samples. Reduce batch_size or use partial='keep' or 'pad'."
             )
@@ -129,12 +144,8 @@ class PatchTables:
         if patch_of_bin is not None:
             first_bin = np.append(first_bins(patch_of_bin), patch_of_bin.size)
         batches.flags.writeable = False
-        lengths = returned_sizes(sizes, counts, pad=partial == "pad")
-        max_lengths = lengths[batches > 0]
-        is_uniform = bool((max_lengths == max_lengths[0]).all())
-        if partial == "keep":
-            is_uniform = is_uniform and bool((counts % lengths == 0).all())
-        return cls(
+        has_batch = batches > 0
+        tables = cls(
             counts=counts,
             starts=groups.starts,
             sizes=sizes,
@@ -147,14 +158,34 @@ class PatchTables:
             grid=grids_of(arrays.namespace(HOST), counts),
             order=None,
             num_batches=total,
-            max_batch_size=int(max_lengths.max()),
+            max_batch_size=0,
             # Groups without a batch are never evaluated.
-            smallest_patch=int(counts[batches > 0].min()),
-            largest_patch=int(counts[batches > 0].max()),
-            is_uniform=is_uniform,
+            smallest_patch=int(counts[has_batch].min()),
+            largest_patch=int(counts[has_batch].max()),
+            is_uniform=False,
             layout=StepLayout.of(total, 1),
             buckets=None,
+            larger=larger,
         )
+        runs = tables.runs(pad=partial == "pad")
+        first_sizes = runs.first_size[has_batch]
+        is_uniform = bool(
+            (first_sizes == first_sizes[0]).all() and (runs.num_first == batches).all()
+        )
+        return replace(tables, max_batch_size=int(first_sizes.max()), is_uniform=is_uniform)
+
+    def runs(self, *, pad: bool) -> BatchRuns:
+        """Return the runs of equally large batches, regardless of slots; the tables on the host."""
+        first_size, last_size = returned_sizes(self.sizes, self.counts, pad=pad), self.sizes
+        num_first = self.own_batches
+        if self.larger is not None:
+            first_size = first_size + (self.larger > 0)
+            num_first = np.where(self.larger > 0, self.larger, num_first)
+        elif not pad:
+            num_left = self.counts - (num_first - 1) * self.sizes
+            last_size = np.minimum(self.sizes, num_left)
+            num_first = num_first - ((last_size < first_size) & (num_first > 0))
+        return BatchRuns(num_first, first_size, last_size)
 
     def with_slot_shares(self, slot_shares: Int64) -> PatchTables:
         """Return the tables with the number of slots that weights assign to each group.
@@ -165,15 +196,46 @@ class PatchTables:
         tables = replace(self, batches_per_pass=self.batches, slot_shares=slot_shares)
         return tables._with_slots(slot_shares, 1)
 
-    def with_buckets(self, partial: str, costs: NDArray[np.float64]) -> PatchTables:
+    def with_buckets(self, costs: NDArray[np.float64], *, pad: bool) -> PatchTables:
         """Return the tables with batches sorted by cost; ``costs`` is per sample of each group."""
-        sizes = self.sizes
+        runs = self.runs(pad=pad)
         if self.slot_shares is not None:
             # The slot of the short batch changes with the epoch, so all batches count as whole.
-            sizes = returned_sizes(sizes, self.counts, pad=partial == "pad")
-            partial = "drop"
-        buckets = CostBuckets.build(self.counts, sizes, self.batches, partial, costs)
-        return replace(self, buckets=buckets)
+            runs = runs._replace(num_first=self.batches)
+        return replace(self, buckets=CostBuckets.build(runs, self.batches, costs))
+
+    def with_visits(self, num_slots: int) -> PatchTables:
+        """Return the tables with epochs of fewer slots than groups; all groups get equally many."""
+        return replace(
+            self,
+            batches_per_pass=self.batches,
+            visited=np.flatnonzero(self.batches),
+            num_batches=num_slots,
+            layout=StepLayout.of(num_slots, 1),
+        )
+
+    def with_costliest_first(
+        self, count: int, costs: NDArray[np.float64], *, pad: bool
+    ) -> PatchTables:
+        """Return the tables with the ``count`` most expensive full batches in the first slots.
+
+        ``costs``, shape (G,), are those of one sample of each group.
+        """
+        runs, own_batches = self.runs(pad=pad), self.own_batches
+        num_full, short_every = runs.num_first, None
+        if self.slot_shares is not None:
+            # Batches that differ by one sample count as full.
+            has_short = num_full < (own_batches if self.larger is None else num_full)
+            num_short = -(-self.batches // np.maximum(own_batches, 1))
+            num_full = np.maximum(self.batches - has_short * num_short, self.batches > 0)
+            short_every = np.where(has_short, own_batches, 1) if bool(has_short.any()) else None
+        first_batch = self.batch_offsets[:-1]
+        if self.buckets is not None:
+            first_batch = self.buckets.first_batches(self.batches.size)
+        costliest = CostliestFirst.build(
+            count, runs.first_size * costs, num_full, first_batch, self.batches, short_every
+        )
+        return replace(self, costliest=costliest)
 
     def first_position_and_size(self, xp: Any, group: Any, j: Any) -> tuple[Any, Any]:
         """Return the first positions of batches ``j`` of groups, and the sizes of these batches."""
@@ -237,8 +299,8 @@ class PatchTables:
     def members(self) -> list[Any]:
         """Return all arrays except those that are None."""
         tables = [getattr(self, name) for name in _ARRAYS]
-        buckets = [] if self.buckets is None else self.buckets.members()
-        return [table for table in tables if table is not None] + [*self.grid, *buckets]
+        parts = [part.members() for part in (self.buckets, self.costliest) if part is not None]
+        return [table for table in tables if table is not None] + sum(parts, [*self.grid])
 
     @property
     def num_patches(self) -> int:
@@ -289,12 +351,13 @@ class PatchTables:
                 tables,
                 grid=Grid(*map(convert, self.grid)),
                 buckets=None if self.buckets is None else self.buckets.map_arrays(convert),
+                costliest=None if self.costliest is None else self.costliest.map_arrays(convert),
                 **converted,
             )
 
 
 _ARRAYS = ["counts", "starts", "sizes", "batches", "batch_offsets"]
-_ARRAYS += ["batches_per_pass", "patch_of_bin", "first_bin", "order", "larger"]
+_ARRAYS += ["batches_per_pass", "patch_of_bin", "first_bin", "order", "larger", "visited"]
 
 
 def _running_total(numbers: Int64) -> Int64:

@@ -215,3 +215,13 @@ def permute(
     if smallest > SMALL:
         return image
     return xp.where(n <= SMALL, _permute_small(xp, x, n, key, SMALL), image)
+
+
+def permute_all(xp: Any, x: Any, n: int, key: tuple[Any, Any]) -> Any:
+    """Permute positions ``x`` of 0 .. n-1; the words of ``key`` may be arrays, for one key each."""
+    if n == 1:
+        return x
+    # Broadcast to x's shape, because the key is an array if the epoch is one.
+    zero = x * 0
+    grid = Grid(*(zero + side for side in grid_of(n)))
+    return permute(xp, x, zero + n, (zero + key[0], zero + key[1]), grid, n, n)

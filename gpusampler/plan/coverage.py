@@ -13,7 +13,10 @@ from gpusampler.batching.cost_bins import reduce_by_patch
 from gpusampler.core.arrays import Int64
 from gpusampler.core.log import warn
 from gpusampler.plan.epoch_plan import EpochPlan
-from gpusampler.plan.mixture_coverage import repeated_and_missed_of_mixture
+from gpusampler.plan.mixture_coverage import (
+    repeated_and_missed_of_mixture,
+    repeated_and_missed_of_visits,
+)
 
 _COUNT_NAMES = ("counts", "seen_once", "repeated", "missed", "batches")
 
@@ -24,7 +27,7 @@ class Coverage:
 
     Attributes
     ----------
-    patch_ids : int64 array, or array of str if patches have names, shape (G,)
+    patch_ids : int64 array, or array of names if patches have names, shape (G,)
         Patches, ascending.
     counts : int64 array, shape (G,)
         Number of samples of each patch.
@@ -85,9 +88,10 @@ class Coverage:
 class OmittedSamples(NamedTuple):
     """Number of samples of each patch in no batch of any epoch, by reason: int64, shape (G,) each.
 
-    ``over_budget``: their batches cost more than ``max_cost``; ``dropped``: their whole
-    patch does not fill a batch under ``partial="drop"``; ``without_step``: the batches of their
-    patch do not fill a step. If a patch is divided into cost bins, this applies to each bin.
+    ``over_budget``: their batches cost more than ``max_cost``; ``dropped``: their whole patch does
+    not fill a batch under ``partial="drop"``, or only batches below ``min_partial``;
+    ``without_step``: the batches of their patch do not fill a step. If a patch is divided into cost
+    bins, this applies to each bin.
     """
 
     over_budget: Int64
@@ -101,7 +105,8 @@ def omitted_samples(plan: EpochPlan) -> OmittedSamples:
     masks = (
         units.sizes == 0,
         (tables.own_batches == 0) & (units.sizes > 0),
-        (tables.batches == 0) & (tables.own_batches > 0),
+        # (Weights of 0 leave out patches on purpose.)
+        (tables.batches == 0) & (tables.own_batches > 0) & (tables.slot_shares is None),
     )
     return OmittedSamples(
         *(
@@ -122,10 +127,13 @@ def warn_of_omitted_samples(plan: EpochPlan) -> None:
             "allowed batch costs more than max_cost. Raise max_cost to include them."
         )
     batch = "a batch" if plan.batch_size is None else f"batch_size={plan.batch_size}"
-    too_small = f"fewer samples than {batch}"
+    dropping = "partial='drop'", f"fewer samples than {batch}", "partial='keep' or 'pad'"
+    if plan.partial != "drop":
+        least = f"min_partial={plan.min_partial}"
+        dropping = least, "no batch as large as that", "a smaller min_partial"
     too_short = f"fewer batches than step_width={plan.step_width}"
     for samples, setting, cause, advice in (
-        (omitted.dropped, "partial='drop'", too_small, "partial='keep' or 'pad'"),
+        (omitted.dropped, *dropping),
         (omitted.without_step, "uneven='drop' under steps='same_patch'", too_short, "uneven='pad'"),
     ):
         if samples.any():
@@ -139,6 +147,23 @@ def warn_of_omitted_samples(plan: EpochPlan) -> None:
             )
 
 
+def warn_of_copies(plan: EpochPlan) -> None:
+    """Warn if ``partial="pad"`` makes more than half of a batch copies of samples in it."""
+    tables = plan.tables
+    is_copied = (2 * tables.counts < tables.sizes) & (tables.batches > 0)
+    if plan.partial != "pad" or not is_copied.any():
+        return
+    group = int(np.argmax(np.where(is_copied, tables.sizes / tables.counts, 0)))
+    patch = plan.labels.tolist()[int(tables.patches_of(np.array([group]))[0])]
+    units = "patches" if tables.patch_of_bin is None else "cost bins"
+    warn(
+        f"partial='pad' makes batches of {int(is_copied.sum())} of {is_copied.size} {units} more "
+        f"than half copies: patch {patch!r} has {int(tables.counts[group])} samples for batches of "
+        f"{int(tables.sizes[group])}. Use partial='keep' or 'even', or a mapping that gives these "
+        "patches smaller batch sizes."
+    )
+
+
 def coverage_of(plan: EpochPlan, epoch: int, slots_handed_out: int) -> Coverage:
     """Return what the first ``slots_handed_out`` slots of an epoch cover, over all ranks.
 
@@ -147,24 +172,26 @@ def coverage_of(plan: EpochPlan, epoch: int, slots_handed_out: int) -> Coverage:
     returns parts of several passes over a patch.
     """
     tables, groups, total = plan.tables, plan.groups, plan.num_batches
-    first_changed, end_changed = sorted((slots_handed_out, total))
-    changed_slots = np.arange(first_changed, end_changed, dtype=np.int64) % total
-    changed = plan.evaluator.locate(epoch, changed_slots)
-    change = 1 if slots_handed_out > total else -1
-    batches = tables.batches.copy()
-    np.add.at(batches, changed.group, change)
-    if tables.slot_shares is not None:
-        repeated, missed = repeated_and_missed_of_mixture(plan, epoch, changed, change)
+    if tables.visited is not None:
+        repeated, missed, batches = repeated_and_missed_of_visits(plan, epoch, slots_handed_out)
     else:
-        repeated, missed = _repeated_and_missed(plan)
-        for group in np.unique(changed.group).tolist():
-            j, times = np.unique(changed.j[changed.group == group], return_counts=True)
-            changes = dict(zip(j.tolist(), (change * times).tolist(), strict=True))
-            segments = _patch_segments(plan, group, changes)
-            num_covered = sum(size for size, _ in segments)
-            repeated[group] = sum(size for size, times in segments if times > 1)
-            missed[group] = int(tables.counts[group]) - num_covered
-            missed[group] += sum(size for size, times in segments if times == 0)
+        first_changed, end_changed = sorted((slots_handed_out, total))
+        changed_slots = np.arange(first_changed, end_changed, dtype=np.int64) % total
+        changed = plan.evaluator.locate(epoch, changed_slots)
+        change = 1 if slots_handed_out > total else -1
+        batches = tables.batches.copy()
+        np.add.at(batches, changed.group, change)
+        if tables.slot_shares is not None:
+            repeated, missed = repeated_and_missed_of_mixture(plan, epoch, changed, change)
+        else:
+            repeated, missed = _repeated_and_missed(plan)
+            for group in np.unique(changed.group).tolist():
+                j, times = np.unique(changed.j[changed.group == group], return_counts=True)
+                changes = dict(zip(j.tolist(), (change * times).tolist(), strict=True))
+                segments = _patch_segments(plan, group, changes)
+                num_covered = sum(size for size, times in segments if times > 0)
+                repeated[group] = sum(size for size, times in segments if times > 1)
+                missed[group] = int(tables.counts[group]) - num_covered
     repeated, missed, batches = (
         reduce_by_patch(values, tables.patch_of_bin, np.add)
         for values in (repeated, missed, batches)
@@ -182,53 +209,50 @@ def coverage_of(plan: EpochPlan, epoch: int, slots_handed_out: int) -> Coverage:
 def _repeated_and_missed(plan: EpochPlan) -> tuple[Int64, Int64]:
     """Return how many samples of each patch a whole epoch repeats, and how many it misses."""
     tables = plan.tables
-    counts, size, own_batches = tables.counts, tables.sizes, tables.own_batches
-    # Under "drop", some samples are in no batch; under "pad", the last batch is filled up.
-    num_dropped = np.maximum(counts - own_batches * size, 0)
-    num_padded = np.maximum(own_batches * size - counts, 0) * (plan.partial == "pad")
+    counts, own_batches = tables.counts, tables.own_batches
     # Every batch of a patch is returned ``rounds`` times, the first ``extra`` once more.
     rounds, extra = np.divmod(tables.batches, np.maximum(own_batches, 1))
-    missed = np.where(rounds == 0, counts - extra * size, num_dropped)
+    groups = np.arange(counts.size, dtype=np.int64)
+    num_positions, num_extra = (
+        tables.first_position_and_size(np, groups, batches)[0] for batches in (own_batches, extra)
+    )
+    # Some samples may be in no batch; under "pad", the last batch is filled up.
+    num_dropped = np.maximum(counts - num_positions, 0)
+    num_padded = np.maximum(num_positions - counts, 0) * (plan.partial == "pad")
+    missed = np.where(rounds == 0, counts - num_extra, num_dropped)
     # Padding and extra batches both repeat samples from the start of the patch.
-    repeated = np.maximum(np.minimum(num_padded, counts), extra * size)
+    repeated = np.maximum(np.minimum(num_padded, counts), num_extra)
     repeated[rounds == 0] = 0
     return np.where(rounds > 1, counts - num_dropped, repeated), missed
 
 
 def _patch_segments(plan: EpochPlan, group: int, changes: dict[int, int]) -> list[tuple[int, int]]:
-    """Return (number of samples, times returned) of segments of a patch.
+    """Return (samples, times) of segments of a patch whose samples are returned equally often.
 
-    Samples of a segment are returned equally often. ``changes`` maps a batch to how many times more
-    (or, if negative, fewer) it is returned than planned.
-    Samples that are in no batch (under "drop") are in no segment.
+    ``changes`` maps batches to how many times more (or fewer) they are returned than planned.
+    Samples that are in no batch are in no segment.
     """
     tables = plan.tables
-    count, size = int(tables.counts[group]), int(tables.sizes[group])
-    own_batches = int(tables.own_batches[group])
+    count, own_batches = int(tables.counts[group]), int(tables.own_batches[group])
     rounds, extra = divmod(int(tables.batches[group]), own_batches)
 
     def times_of(j: int) -> int:
         return rounds + (j < extra) + changes.get(j, 0)
 
-    filled = plan.partial == "pad"
-    last = own_batches - 1
-    if last == 0 and filled:
-        # The only batch wraps around the patch, perhaps several times.
-        full_turns, remainder = divmod(size, count)
-        times = times_of(0)
-        return [(remainder, times * (full_turns + 1)), (count - remainder, times * full_turns)]
-    num_padded = own_batches * size - count if filled else 0
-    # The last batch is filled up with the first samples of batch 0.
-    segments = [
-        (num_padded, times_of(0) + times_of(last)),
-        (min(size, count) - num_padded, times_of(0)),
-    ]
-    if last > 0:
-        segments.append((min(size, count - last * size), times_of(last)))
-    between = [j for j in changes if 0 < j < last]
-    segments += [(size, times_of(j)) for j in between]
-    # Remaining batches; the first ``oftener`` appear one extra time.
-    oftener = max(min(extra, last) - 1, 0)
-    unchanged = oftener - sum(j < extra for j in between)
-    others = max(last - 1, 0) - oftener - sum(j >= extra for j in between)
-    return [*segments, (unchanged * size, rounds + 1), (others * size, rounds)]
+    # Batches from which on the number of times may differ, and their positions.
+    edges = {0, extra, own_batches - 1, own_batches, *changes, *(j + 1 for j in changes)}
+    batches = np.array(sorted(edges))
+    positions = tables.first_position_and_size(np, np.full_like(batches, group), batches)[0]
+    turns, num_padded = 0, 0
+    if plan.partial == "pad":
+        # The last batch starts again at the first position, perhaps several times.
+        turns, num_padded = divmod(int(positions[-1]) - count, count)
+    times_of_last = times_of(own_batches - 1)
+    ends = np.minimum(positions, count).tolist()
+    segments = []
+    for j, first, end in zip(batches.tolist(), ends, ends[1:], strict=False):
+        times = times_of(j) + turns * times_of_last
+        num_filling = min(max(num_padded - first, 0), end - first)
+        segments.append((num_filling, times + times_of_last))
+        segments.append((end - first - num_filling, times))
+    return segments

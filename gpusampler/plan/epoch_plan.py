@@ -18,16 +18,16 @@ from numpy.typing import NDArray
 from gpusampler.batching.batch_units import BatchUnits
 from gpusampler.batching.cost_bins import reduce_by_patch
 from gpusampler.batching.cost_budget import CostBudget
-from gpusampler.batching.costs import check_step_costs
-from gpusampler.batching.mixture import Temperature, slots_by_patch
-from gpusampler.batching.short_batches import PARTIALS, Partial
+from gpusampler.batching.costs import check_batch_costs
+from gpusampler.batching.mixture import Temperature, check_epoch_batches, slots_by_patch
+from gpusampler.batching.short_batches import PARTIALS, Partial, check_min_partial
 from gpusampler.batching.steps import STEPS, UNEVENS, StepsKind, Uneven
 from gpusampler.batching.tables import PatchTables
 from gpusampler.core import devices
 from gpusampler.core.arrays import Int64
 from gpusampler.core.devices import Device
 from gpusampler.core.validation import check_bool, check_choice, check_int, check_seed
-from gpusampler.groups.fingerprint import of_numbers
+from gpusampler.groups.fingerprint import combine, of_numbers
 from gpusampler.groups.patch_groups import PatchGroups
 from gpusampler.permutation.reference import Streams
 from gpusampler.plan.evaluators.base import BatchBlock, EvaluatorSettings
@@ -56,30 +56,39 @@ class EpochPlan:
     interleave : bool
         Mix the batches of different patches. If False, the batches of a patch are consecutive, and
         `shuffle_patches` permutes the patches.
-    partial : {"keep", "drop", "pad"}
+    partial : {"keep", "drop", "pad", "even"}
         What to do with a short last batch of a patch: return it short, leave it out, or fill it up
-        with samples of the same patch.
+        with samples of the same patch. "even" divides the patch evenly into as many batches as
+        "keep": their sizes differ by at most one.
+    min_partial : int
+        Under "keep" and "even", leave out batches of a patch that are shorter than this, unless
+        they have its batch size.
     steps : {"free", "balanced", "same_patch"}
         What the batches of ``step_width`` consecutive slots have in common: nothing, nearly the
         same cost, or the same patch.
     step_width : int
-        Number of slots per step, >= 1; must be 1 under "free".
+        Number of slots per step, >= 1; must be 1 under "free", unless ``costliest_first``.
     uneven : {"pad", "drop"}
         Under "same_patch", what to do if a patch's batches do not fill its last step: repeat the
         patch's first batches, or leave out that step. No effect otherwise.
     patch_costs : array (G,), mapping or callable, optional
-        Under "balanced", the cost of a sample of each patch, in any unit: positive numbers by
-        ascending patch id, a mapping from patch ids, or a function of the patch id. Default: the
-        costs of a `CostBudget`, else 1.
+        Under "balanced" or with ``costliest_first``, the cost of a sample of each patch, in any
+        unit: positive numbers by ascending patch id, a mapping from patch ids, or a function of the
+        patch id. Default: the costs of a `CostBudget`, else 1.
+    costliest_first : bool
+        Swap the most expensive full batches into the first ``step_width`` slots of every epoch.
     weights : mapping, array (G,) or Temperature, optional
-        Each patch's share of an epoch's batches: positive numbers as a mapping from patch ids, or
-        by ascending patch id. Shares are met to within one batch, and every patch has at least one
-        batch. A patch with more batches than its samples fill starts its next pass in the same
-        epoch, under a different permutation. A patch with fewer continues its pass in the next
-        epoch. Each pass contains every sample once. Default: as many batches as the samples fill.
+        Each patch's share of an epoch's batches: numbers >= 0 as a mapping from patch ids, or by
+        ascending patch id. Shares are met to within one batch. A patch has at least one batch, or
+        none if its weight is 0. A patch with more batches than its samples fill starts its next
+        pass in the same epoch, under a different permutation. A patch with fewer continues its pass
+        in the next epoch. Each pass contains every sample once. Default: as many batches as the
+        samples fill.
     epoch_batches : int, optional
-        Number of batches per epoch (all ranks together), at least one per patch, below 2**60.
-        Default: as many as the samples of all patches fill.
+        Number of batches per epoch (all ranks together), below 2**60. With weights, at least one
+        per patch. Without, it may be less than the number of patches G: then every patch has one
+        batch in G consecutive slots, which span several epochs. Default: as many as the samples of
+        all patches fill.
     device : str, torch.device or Device, optional
         Device of `evaluate` and its results. Default: the device of ``groups``. If the device runs
         out of memory, the host evaluates instead; the results are identical.
@@ -125,10 +134,12 @@ class EpochPlan:
         shuffle_patches: bool = True,
         interleave: bool = True,
         partial: Partial = "keep",
+        min_partial: int = 1,
         steps: StepsKind = "free",
         step_width: int = 1,
         uneven: Uneven = "pad",
         patch_costs: Any = None,
+        costliest_first: bool = False,
         weights: Mapping[Any, float] | Temperature | Any = None,
         epoch_batches: int | None = None,
         device: Any = None,
@@ -141,21 +152,40 @@ class EpochPlan:
         self.shuffle_patches = check_bool(shuffle_patches, "shuffle_patches")
         self.interleave = check_bool(interleave, "interleave")
         self.partial = check_choice(partial, "partial", PARTIALS)
+        self.min_partial = check_min_partial(min_partial, self.partial)
         self.steps = check_choice(steps, "steps", STEPS)
         self.uneven = check_choice(uneven, "uneven", UNEVENS)
+        self.costliest_first = check_bool(costliest_first, "costliest_first")
+        if steps == "same_patch" and costliest_first:
+            raise ValueError(
+                "costliest_first must be False under steps='same_patch', got True: it would move "
+                "single batches out of their steps"
+            )
+        if costliest_first and not interleave:
+            raise ValueError(
+                "costliest_first must be False if interleave=False, got True: it would move single "
+                "batches away from those of their patch"
+            )
         if steps == "balanced" and not interleave:
             raise ValueError(
                 "interleave must be True under steps='balanced', got False: balanced steps mix "
                 "batches of several patches"
             )
-        costs = check_step_costs(patch_costs, groups, self.steps)
+        costs = check_batch_costs(patch_costs, groups, self.steps, self.costliest_first)
         self.units = BatchUnits.of(groups, batch_size, self.partial)
         self.batch_size = self.units.common_size
+        self._costs = self._costs_of_units(costs)
+        largest_size = int(self.units.sizes.max())
+        if self.min_partial > largest_size:
+            raise ValueError(
+                f"min_partial must be at most the batch size, {largest_size}, got "
+                f"{self.min_partial}"
+            )
         if device is None:
             self.device = groups.device
         else:
             self.device = device if isinstance(device, Device) else devices.parse_device(device)
-        self._tables = self._build_tables(weights, epoch_batches, costs)
+        self._tables = self._build_tables(weights, epoch_batches)
         self._sizes_fingerprint = self.units.fingerprint if self.batch_size is None else 0
         self._set_step_width(step_width)
         self.max_batch_size = self._tables.max_batch_size
@@ -170,24 +200,35 @@ class EpochPlan:
             self._tables, self.units.groups, self.device, settings, Streams.of(self.seed)
         )
 
-    def _build_tables(
-        self, weights: Any, epoch_batches: int | None, costs: NDArray[np.float64] | None
-    ) -> PatchTables:
+    def _costs_of_units(self, costs: NDArray[np.float64] | None) -> NDArray[np.float64] | None:
+        """Return the cost of a sample of each patch or cost bin; None if no setting uses it."""
+        units = self.units
+        if self.steps != "balanced" and not self.costliest_first:
+            return None
+        if costs is None:
+            return np.ones(units.sizes.shape) if units.costs is None else units.costs
+        return costs if units.patch_of_bin is None else costs[units.patch_of_bin]
+
+    def _build_tables(self, weights: Any, epoch_batches: int | None) -> PatchTables:
         """Return the host tables, with steps of one slot."""
         units = self.units
-        tables = PatchTables.build(units.groups, units.sizes, self.partial, units.patch_of_bin)
-        if weights is not None or epoch_batches is not None:
-            own_batches = tables.batches
+        tables = PatchTables.build(
+            units.groups, units.sizes, self.partial, self.min_partial, units.patch_of_bin
+        )
+        own_batches, num_slots = tables.batches, check_epoch_batches(epoch_batches)
+        is_mixed = weights is not None or num_slots is not None
+        can_visit = self.interleave and self.steps == "free" and not self.costliest_first
+        num_units = int((own_batches > 0).sum())
+        if weights is None and num_slots is not None and num_slots < num_units and can_visit:
+            tables = tables.with_visits(num_slots)
+        elif is_mixed:
             tables = tables.with_slot_shares(
-                slots_by_patch(weights, epoch_batches, self.groups, own_batches, units.patch_of_bin)
+                slots_by_patch(weights, num_slots, self.groups, own_batches, units.patch_of_bin)
             )
         if self.steps != "balanced":
             return tables
-        if costs is None:
-            costs = np.ones(tables.counts.shape) if units.costs is None else units.costs
-        elif units.patch_of_bin is not None:
-            costs = costs[units.patch_of_bin]
-        return tables.with_buckets(self.partial, costs)
+        assert self._costs is not None
+        return tables.with_buckets(self._costs, pad=self.partial == "pad")
 
     @property
     def table_bytes(self) -> dict[str, int]:
@@ -205,6 +246,8 @@ class EpochPlan:
             "partial": self.partial,
             "steps": self.steps,
         }
+        if self.min_partial != 1:
+            settings["min_partial"] = self.min_partial
         if self.batch_size is None:
             settings["batch_sizes"] = self._sizes_fingerprint
         if self.steps == "same_patch":
@@ -213,8 +256,14 @@ class EpochPlan:
         if slot_shares is not None:
             settings["epoch_batches"] = int(slot_shares.sum())
             settings["weights"] = of_numbers(slot_shares)
+        elif self._tables.visited is not None:
+            settings["epoch_batches"] = self.num_batches
         if self._tables.buckets is not None:
             settings["patch_costs"] = self._tables.buckets.fingerprint
+        if self._tables.costliest is not None:
+            settings["costliest_first"] = True
+            hashes = settings.get("patch_costs", 0), self._tables.costliest.fingerprint
+            settings["patch_costs"] = combine(*hashes)
         return settings
 
     @property
@@ -236,7 +285,8 @@ class EpochPlan:
         """Number of batches of each patch per epoch: int64, shape (G,), on the host.
 
         Under ``steps="same_patch"``, repeated batches are included and dropped ones are not. With
-        weights, these are the patches' shares.
+        weights, these are the patches' shares. If an epoch has fewer batches than patches, the
+        numbers differ between epochs, and these are those of `own_batches_by_patch`.
         """
         return np.asarray(self._by_patch(self._tables.batches, np.add))
 
@@ -267,21 +317,27 @@ class EpochPlan:
 
     @property
     def step_width(self) -> int:
-        """Number of slots per step; 1 under ``steps="free"``."""
-        return self._tables.layout.width
+        """Number of slots per step; 1 under ``steps="free"``, unless ``costliest_first``."""
+        return self._step_width
 
     def _set_step_width(self, step_width: Any) -> None:
         """Divide epochs into steps of this width, and update `num_batches`."""
         width = check_int(step_width, "step_width", low=1, high=1 << 31)
-        if self.steps == "free" and width != 1:
+        if self.steps == "free" and width != 1 and not self.costliest_first:
             raise ValueError(
                 f"step_width must be 1 under steps='free', got {width}: use steps='balanced' or "
                 "'same_patch' for wider steps"
             )
+        self._step_width = width
         if self.steps == "same_patch":
             self._tables = self._tables.with_same_patch_steps(width, self.uneven)
-        else:
+        elif self.steps == "balanced":
             self._tables = self._tables.with_step_width(width)
+        if self.costliest_first:
+            assert self._costs is not None
+            self._tables = self._tables.with_costliest_first(
+                width, self._costs, pad=self.partial == "pad"
+            )
         self.num_batches = self._tables.num_batches
 
     def with_step_width(self, step_width: int) -> EpochPlan:

@@ -43,7 +43,7 @@ def repeated_and_missed_of_mixture(
     Where parts of several passes meet, samples are counted one by one.
     """
     tables = plan.tables
-    counts, sizes = tables.counts, tables.sizes
+    counts = tables.counts
     assert tables.batches_per_pass is not None
     assert changed.passes is not None
     own_batches, slots = np.maximum(tables.batches_per_pass, 1), tables.batches
@@ -53,12 +53,13 @@ def repeated_and_missed_of_mixture(
     full = np.maximum(num_ended - (first_batch > 0), 0)
     # At most two incomplete passes: the first of the epoch (head) and the last (tail).
     head_end = np.where(is_within, end, own_batches)
-    head_length = _num_positions(plan, head_end) - first_batch * sizes
+    group = np.arange(counts.size, dtype=np.int64)
+    first_position, _ = tables.first_position_and_size(np, group, first_batch)
+    head_length = _num_positions(plan, head_end) - first_position
     head_length = np.where(is_within | (first_batch > 0), head_length, 0)
     tail_length = np.where(is_within, 0, _num_positions(plan, end))
-    group = np.arange(counts.size, dtype=np.int64)
     zeros, ones = np.zeros_like(group), np.ones_like(group)
-    head = PositionRanges(group, first_pass, first_batch * sizes, head_length, ones)
+    head = PositionRanges(group, first_pass, first_position, head_length, ones)
     tail = PositionRanges(group, first_pass + num_ended, zeros, tail_length, ones)
 
     covered = _num_positions(plan, own_batches)
@@ -76,29 +77,72 @@ def repeated_and_missed_of_mixture(
     counted = np.flatnonzero(~is_closed)
     between = PositionRanges(group, zeros, zeros, covered, ones).select(np.repeat(group, inexact))
     between = between._replace(passes=expand_runs(first_pass + (first_batch > 0), inexact))
-    extra_first = changed.j * sizes[changed.group]
-    extra_times = np.full_like(changed.group, change)
-    extra = PositionRanges(changed.group, changed.passes, extra_first, changed.size, extra_times)
+    extra = _ranges_of(plan, changed, change)
     ranges = PositionRanges(*map(np.concatenate, zip(head, tail, between, extra, strict=True)))
     ranges = ranges.select(np.flatnonzero(~is_closed[ranges.group] & (ranges.length > 0)))
+    repeated[counted], missed[counted] = _count_samples(plan, counted, exact[counted], ranges)
+    return repeated, missed
+
+
+def repeated_and_missed_of_visits(
+    plan: EpochPlan, epoch: int, num_slots: int
+) -> tuple[Int64, Int64, Int64]:
+    """Return how many samples of each group the first slots repeat and miss, and the batches.
+
+    For epochs with fewer batches than groups, where slots from the number of batches on start again
+    at slot 0. The arrays are int64, shape (G,).
+    """
+    slots = np.arange(num_slots, dtype=np.int64) % plan.num_batches
+    located = plan.evaluator.locate(epoch, slots)
+    missed = plan.tables.counts.copy()
+    repeated = np.zeros_like(missed)
+    counted, times = np.unique(located.group, return_counts=True)
+    repeated[counted], missed[counted] = _count_samples(
+        plan, counted, np.zeros_like(counted), _ranges_of(plan, located, 1)
+    )
+    batches = np.zeros_like(missed)
+    batches[counted] = times
+    return repeated, missed, batches
+
+
+def _ranges_of(plan: EpochPlan, located: BatchLocations, times: int) -> PositionRanges:
+    """Return the positions of batches, each returned ``times`` times."""
+    assert located.passes is not None
+    first, _ = plan.tables.first_position_and_size(np, located.group, located.j)
+    return PositionRanges(
+        located.group, located.passes, first, located.size, np.full_like(located.group, times)
+    )
+
+
+def _count_samples(
+    plan: EpochPlan, groups: Int64, exact_passes: Int64, ranges: PositionRanges
+) -> tuple[Int64, Int64]:
+    """Return how many samples of ascending ``groups`` are repeated and missed, counted one by one.
+
+    Each group is returned ``exact_passes`` times as a whole, besides the ``ranges``.
+    """
+    counts = plan.tables.counts[groups]
+    repeated, missed = np.zeros_like(counts), np.zeros_like(counts)
     # Sorted by group, so that a search finds the ranges of a block of groups.
     ranges = ranges.select(np.argsort(ranges.group, kind="stable"))
-    for first, last in _blocks(counts[counted]):
-        block = counted[first:last]
+    for first, last in _blocks(counts):
+        block = groups[first:last]
         start = np.searchsorted(ranges.group, block[0])
         stop = np.searchsorted(ranges.group, block[-1], side="right")
-        times = _times_by_sample(plan, block, exact[block], ranges.select(slice(start, stop)))
-        starts = np.cumsum(counts[block]) - counts[block]
-        repeated[block] = np.add.reduceat(times > 1, starts, dtype=np.int64)
-        missed[block] = np.add.reduceat(times == 0, starts, dtype=np.int64)
+        in_block = ranges.select(slice(start, stop))
+        times = _times_by_sample(plan, block, exact_passes[first:last], in_block)
+        starts = np.cumsum(counts[first:last]) - counts[first:last]
+        repeated[first:last] = np.add.reduceat(times > 1, starts, dtype=np.int64)
+        missed[first:last] = np.add.reduceat(times == 0, starts, dtype=np.int64)
     return repeated, missed
 
 
 def _num_positions(plan: EpochPlan, batches: Int64) -> Int64:
     """Return the number of positions in the first ``batches`` batches of each group."""
     tables = plan.tables
-    num_positions: Int64 = batches * tables.sizes
-    return np.minimum(num_positions, tables.counts) if plan.partial == "keep" else num_positions
+    groups = np.arange(batches.size, dtype=np.int64)
+    num_positions: Int64 = tables.first_position_and_size(np, groups, batches)[0]
+    return num_positions if plan.partial == "pad" else np.minimum(num_positions, tables.counts)
 
 
 def _blocks(counts: Int64) -> Iterator[tuple[int, int]]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
@@ -18,11 +17,20 @@ from gpusampler.batching.short_batches import Partial
 from gpusampler.batching.steps import STEPS, UNEVENS, StepsKind, Uneven
 from gpusampler.core import devices
 from gpusampler.core.tracing import GROUP, Recorder
-from gpusampler.core.validation import check_bool, check_choice, check_seed
+from gpusampler.core.validation import (
+    check_bool,
+    check_choice,
+    check_seed,
+    explain_keywords,
+)
 from gpusampler.groups.from_source import groups_of
-from gpusampler.plan.coverage import Coverage, coverage_of, warn_of_omitted_samples
+from gpusampler.plan.coverage import (
+    Coverage,
+    coverage_of,
+    warn_of_copies,
+    warn_of_omitted_samples,
+)
 from gpusampler.plan.epoch_plan import EpochPlan
-from gpusampler.sampler import profile as profile_module
 from gpusampler.sampler.accelerate_guard import check_sharding
 from gpusampler.sampler.batches import Batch, BatchReader, valid_counts
 from gpusampler.sampler.distributed import (
@@ -32,7 +40,7 @@ from gpusampler.sampler.distributed import (
     resolve_ranks,
 )
 from gpusampler.sampler.iterator import EpochIterator, Reader
-from gpusampler.sampler.profile import Profile
+from gpusampler.sampler.profile import ProfiledSampler
 from gpusampler.sampler.state import (
     EpochSetter,
     EpochTracker,
@@ -46,10 +54,20 @@ if TYPE_CHECKING:
     from gpusampler.sampler.cursor import BatchCursor
 
 OUTPUTS = ("list", "numpy", "tensor")
+TORCH_KEYWORDS = {
+    "drop_last": "partial='drop' drops the short batches of patches, uneven='drop' the batches "
+    "that do not divide among the ranks",
+    "shuffle": "shuffle_patches permutes batches, shuffle_within_batches the samples of a patch",
+    "world_size": "pass num_replicas",
+    "replacement": "a pass over a patch has no repeats; weights repeat whole passes",
+    "num_samples": "pass epoch_batches, a number of batches",
+    "generator": "pass seed, an integer",
+}
+"""Arguments of torch's samplers, and what to use instead."""
 T = TypeVar("T")
 
 
-class PatchBatchSampler:
+class PatchBatchSampler(ProfiledSampler):
     """Batch sampler that takes all samples of a batch from one patch.
 
     Create it once and pass it to ``DataLoader(dataset, batch_sampler=sampler)``: every pass over
@@ -76,9 +94,13 @@ class PatchBatchSampler:
         the drawn seed (through the group's store, without a collective).
     interleave : bool
         False: yield all batches of a patch in a row, the patches in shuffled order.
-    partial : {"keep", "drop", "pad"}
+    partial : {"keep", "drop", "pad", "even"}
         If the last batch of a patch is short: keep it short, drop it, or fill it up with samples of
-        the same patch.
+        the same patch. "even" divides a patch evenly into as many batches as "keep": sizes differ
+        by at most one, so 33 samples in batches of 32 are 17 and 16.
+    min_partial : int
+        For "keep" and "even": leave out batches that have fewer samples than this (and than the
+        batch size). 2 keeps single samples from batch normalisation. `coverage` counts the samples.
     num_replicas, rank : int, optional
         Number of ranks, and this rank. Default: torch.distributed's, if it is initialised, else 1
         and 0.
@@ -90,22 +112,30 @@ class PatchBatchSampler:
         What the batches that all ranks process at the same time have in common: nothing, nearly the
         same cost (so that no rank waits long for another one), or the patch.
     step_width : int, optional
-        Number of batches per step, a multiple of ``num_replicas`` (the default); 1 under "free". On
-        one rank, ``steps="same_patch", step_width=k`` yields k micro-batches of a patch in a row.
+        Number of batches per step, a multiple of ``num_replicas`` (the default); 1 under "free",
+        unless ``costliest_first``. On one rank, ``steps="same_patch", step_width=k`` yields k
+        micro-batches of a patch in a row.
     patch_costs : array (G,), mapping or callable, optional
-        Cost of a sample of each patch for ``steps="balanced"``, in any unit: positive numbers by
-        ascending patch id, a mapping from patch ids, or a function of the patch id. Default: the
-        costs of the budget, else the dataset's ``patch_costs()``, else 1 each. The cost of a batch
-        is the sum over its samples.
+        Cost of a sample of each patch for ``steps="balanced"`` and ``costliest_first``, in any
+        unit: positive numbers by ascending patch id, a mapping from patch ids, or a function of the
+        patch id. Default: the costs of the budget, else the dataset's ``patch_costs()``, else 1
+        each. The cost of a batch is the sum over its samples.
+    costliest_first : bool
+        Begin every epoch with the ``step_width`` most expensive full batches, so that a run that
+        exceeds the memory fails at once; other batches stay in random order. If fewer batches are
+        full, fewer are moved. Not with ``interleave=False`` or ``steps="same_patch"``.
     weights : mapping, array (G,) or Temperature, optional
-        Relative share of each patch in an epoch's batches: positive numbers as a mapping from patch
+        Relative share of each patch in an epoch's batches: numbers >= 0 as a mapping from patch
         ids, or by ascending patch id. Shares are met to within one batch; each patch has at least
-        one. A patch with more batches than its samples fill starts its next pass in the same epoch,
-        under a new permutation. A patch with fewer continues its pass in the next epoch. Each pass
-        contains every sample once. Default: as many batches as the samples fill.
+        one, or none if its weight is 0. A patch with more batches than its samples fill starts its
+        next pass in the same epoch, under a new permutation. A patch with fewer continues its pass
+        in the next epoch. Each pass contains every sample once. Default: as many batches as the
+        samples fill.
     epoch_batches : int, optional
-        Number of batches per epoch (all ranks together), at least one per patch, below 2**60.
-        Default: as many as the samples of all patches fill.
+        Number of batches per epoch (all ranks together), below 2**60. Default: as many as the
+        samples of all patches fill. With weights, at least one per patch. Without, fewer than one
+        per patch are possible: then each of G patches has one batch in G consecutive slots, which
+        span several epochs.
     device : str or torch.device
         Device of the tables and of the evaluation: "numpy", "cpu", "cuda:0", "cupy", ... "auto":
         the device of the ids (the host for an index file); for a dataset or a file of ids, CUDA if
@@ -134,9 +164,10 @@ class PatchBatchSampler:
     Warns
     -----
     UserWarning
-        If ``partial="drop"``, or ``uneven="drop"`` under ``steps="same_patch"``, leaves out whole
-        patches. At the first batch, if the sampler was created before the process group was
-        initialised, so that it is not sharded.
+        If ``partial="drop"``, ``min_partial``, or ``uneven="drop"`` under ``steps="same_patch"``,
+        leaves out whole patches. If ``partial="pad"`` makes more than half of a batch copies. At
+        the first batch, if the sampler was created before the process group was initialised, so
+        that it is not sharded.
 
     Examples
     --------
@@ -147,6 +178,7 @@ class PatchBatchSampler:
     [1, 2, 2]
     """
 
+    @explain_keywords(TORCH_KEYWORDS)
     def __init__(
         self,
         source: Any,
@@ -157,12 +189,14 @@ class PatchBatchSampler:
         *,
         interleave: bool = True,
         partial: Partial = "keep",
+        min_partial: int = 1,
         num_replicas: int | None = None,
         rank: int | None = None,
         uneven: Uneven = "pad",
         steps: StepsKind = "free",
         step_width: int | None = None,
         patch_costs: Any = None,
+        costliest_first: bool = False,
         weights: Mapping[Any, float] | Temperature | Any = None,
         epoch_batches: int | None = None,
         device: Any = "auto",
@@ -178,7 +212,8 @@ class PatchBatchSampler:
         seed = draw_seed(num_replicas) if seed is None else check_seed(seed)
         check_choice(uneven, "uneven", UNEVENS)
         check_choice(steps, "steps", STEPS)
-        step_width = check_step_width(step_width, steps, num_replicas)
+        is_free = steps == "free" and not check_bool(costliest_first, "costliest_first")
+        step_width = check_step_width(step_width, num_replicas, is_free=is_free)
         self.output = check_choice(output, "output", OUTPUTS)
         if output == "tensor" and not devices.has_torch():
             raise RuntimeError(
@@ -194,7 +229,7 @@ class PatchBatchSampler:
         if isinstance(batch_size, CostBudget):
             if batch_size.cost is None and batch_size.sample_costs is None:
                 batch_size = replace(batch_size, cost=dataset_patch_costs(source))
-        elif patch_costs is None and steps == "balanced":
+        elif patch_costs is None and (steps == "balanced" or costliest_first):
             patch_costs = dataset_patch_costs(source)
         with recorder.range(GROUP):
             plan = EpochPlan(
@@ -205,10 +240,12 @@ class PatchBatchSampler:
                 shuffle_patches=shuffle_patches,
                 interleave=interleave,
                 partial=partial,
+                min_partial=min_partial,
                 steps=steps,
                 step_width=step_width,
                 uneven=uneven,
                 patch_costs=patch_costs,
+                costliest_first=costliest_first,
                 weights=weights,
                 epoch_batches=epoch_batches,
                 device=plan_device,
@@ -216,17 +253,21 @@ class PatchBatchSampler:
             self._tracker = EpochTracker(
                 plan, num_replicas, rank, uneven, seed_given, group_warning, recorder=recorder
             )
-        warn_of_omitted_samples(self.plan)
+        warn_of_omitted_samples(plan)
+        if shuffle_patches or shuffle_within_batches:
+            # (Unshuffled samplers are for evaluation, where ``valid`` does not count copies.)
+            warn_of_copies(plan)
         check_num_batches(plan.num_batches, num_replicas, uneven)
         self.sampler = EpochSetter(self._tracker)
 
     @classmethod
+    @explain_keywords(TORCH_KEYWORDS)
     def for_evaluation(
         cls,
         source: Any,
         batch_size: int | Mapping[Any, int] | CostBudget,
         *,
-        partial: Literal["keep", "pad"] = "keep",
+        partial: Literal["keep", "pad", "even"] = "keep",
         num_replicas: int | None = None,
         rank: int | None = None,
         device: Any = "auto",
@@ -243,9 +284,9 @@ class PatchBatchSampler:
         ----------
         source, batch_size, num_replicas, rank, device, output, progress
             As for the constructor.
-        partial : {"keep", "pad"}
-            If the last batch of a patch is short: keep it short, or fill it up with samples that
-            are not valid.
+        partial : {"keep", "pad", "even"}
+            If the last batch of a patch is short: keep it short, fill it up with samples that are
+            not valid, or divide the patch evenly.
 
         Returns
         -------
@@ -266,7 +307,7 @@ class PatchBatchSampler:
         >>> [[(batch.indices.tolist(), batch.valid) for batch in rank.batches()] for rank in ranks]
         [[([0, 1], 2), ([3], 1)], [([2], 1), ([0, 1], 0)]]
         """
-        check_choice(partial, "partial", ("keep", "pad"))
+        check_choice(partial, "partial", ("keep", "pad", "even"))
         sampler = cls(
             source,
             batch_size,
@@ -305,11 +346,11 @@ class PatchBatchSampler:
 
     @property
     def batch_size(self) -> int | None:
-        """Samples per batch; None if batches differ in size (``partial="keep"``).
+        """Samples per batch; None if batches differ in size (``partial="keep"`` or "even").
 
         Frameworks that re-shard batch samplers rely on an integer being exact.
         """
-        return None if self.plan.partial == "keep" else self.plan.batch_size
+        return self.plan.batch_size if self.plan.partial in ("drop", "pad") else None
 
     @property
     def epoch(self) -> int:
@@ -473,67 +514,6 @@ class PatchBatchSampler:
         """
         epoch = check_epoch(self.epoch if epoch is None else epoch)
         return coverage_of(self.plan, epoch, self._tracker.steps_per_epoch * self.num_replicas)
-
-    def stats(self) -> Profile:
-        """Return the sampler's own time since it was created, by kind of work.
-
-        The times are always recorded. The overhead is negligible, because each measurement covers a
-        block of many batches.
-
-        Returns
-        -------
-        Profile
-            ``wall_seconds`` is the total time of the sampler; rows give fractions of it.
-
-        Examples
-        --------
-        >>> sampler = PatchBatchSampler([7, 7, 7, 2, 2], 2, seed=0)
-        >>> batches = list(sampler)
-        >>> stats = sampler.stats()
-        >>> stats.batches, stats.table_bytes["numpy"] > 0
-        (3, True)
-        """
-        return self._add_table_bytes(
-            profile_module.profile_since_creation(self._tracker.recorder, self.plan.device)
-        )
-
-    @contextmanager
-    def profile(self) -> Iterator[Profile]:
-        """Profile a ``with`` block: the time of the sampler and of the loop.
-
-        The profile covers every iterator of this sampler in this process, including those of a
-        DataLoader and a `PatchTensorLoader`. If several threads draw at the same time, the shares
-        sum to more than 1. The block runs slower than the same loop without a profile: every batch
-        is timed, and on a GPU every range synchronizes the device.
-
-        Yields
-        ------
-        Profile
-            Filled when the block ends; `str` returns a table.
-
-        Raises
-        ------
-        RuntimeError
-            If a profile of this sampler is already active.
-
-        Examples
-        --------
-        >>> sampler = PatchBatchSampler([7, 7, 7, 2, 2], 2, seed=0)
-        >>> with sampler.profile() as p:
-        ...     batches = list(sampler)
-        >>> p.batches, p.rows[-1].name
-        (3, 'your_loop')
-        """
-        profile = Profile()
-        try:
-            with profile_module.profile_block(self._tracker.recorder, self.plan.device, profile):
-                yield profile
-        finally:
-            self._add_table_bytes(profile)
-
-    def _add_table_bytes(self, profile: Profile) -> Profile:
-        profile.table_bytes = self.plan.table_bytes
-        return profile
 
     def state_dict(self, step: int | None = None) -> dict[str, Any]:
         """Return the sampler's position as a new dictionary of plain values.

@@ -105,12 +105,12 @@ class ProcessGroupWarning:
         )
 
 
-def check_step_width(step_width: int | None, steps: str, num_replicas: int) -> int:
-    """Return the number of slots per step; the plan checks whether ``steps`` allows it."""
+def check_step_width(step_width: int | None, num_replicas: int, *, is_free: bool) -> int:
+    """Return the number of slots per step; the plan checks whether its steps allow it."""
     if step_width is None:
-        return 1 if steps == "free" else num_replicas
+        return 1 if is_free else num_replicas
     step_width = check_int(step_width, "step_width", low=1, high=1 << 31)
-    if steps != "free" and step_width % num_replicas:
+    if not is_free and step_width % num_replicas:
         raise ValueError(
             f"step_width must be a multiple of num_replicas={num_replicas}, so that all ranks "
             f"start a step together, got {step_width}"

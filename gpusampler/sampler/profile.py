@@ -11,6 +11,7 @@ from gpusampler.core import devices, memory
 from gpusampler.core.devices import Device
 from gpusampler.core.text import format_bytes, format_table
 from gpusampler.core.tracing import HAND_OUT, RANGES, Recorder
+from gpusampler.sampler.state import EpochTracker
 
 YOUR_LOOP = "your_loop"
 """The caller's time between batches."""
@@ -229,3 +230,70 @@ def profile_since_creation(recorder: Recorder, device: Device) -> Profile:
     profile.host_peak_bytes = memory.peak_resident_bytes()
     profile.device_peak_bytes = _peak(0, memory.peak_device_bytes(device), 0)
     return profile
+
+
+class ProfiledSampler:
+    """The part of a sampler that reports where its time and memory go."""
+
+    _tracker: EpochTracker
+
+    def stats(self) -> Profile:
+        """Return the sampler's own time since it was created, by kind of work.
+
+        The times are always recorded. The overhead is negligible, because each measurement covers a
+        block of many batches.
+
+        Returns
+        -------
+        Profile
+            ``wall_seconds`` is the total time of the sampler; rows give fractions of it.
+
+        Examples
+        --------
+        >>> sampler = PatchBatchSampler([7, 7, 7, 2, 2], 2, seed=0)
+        >>> batches = list(sampler)
+        >>> stats = sampler.stats()
+        >>> stats.batches, stats.table_bytes["numpy"] > 0
+        (3, True)
+        """
+        return self._add_table_bytes(
+            profile_since_creation(self._tracker.recorder, self._tracker.plan.device)
+        )
+
+    @contextmanager
+    def profile(self) -> Iterator[Profile]:
+        """Profile a ``with`` block: the time of the sampler and of the loop.
+
+        The profile covers every iterator of this sampler in this process, including those of a
+        DataLoader and a `PatchTensorLoader`. If several threads draw at the same time, the shares
+        sum to more than 1. The block runs slower than the same loop without a profile: every batch
+        is timed, and on a GPU every range synchronizes the device.
+
+        Yields
+        ------
+        Profile
+            Filled when the block ends; `str` returns a table.
+
+        Raises
+        ------
+        RuntimeError
+            If a profile of this sampler is already active.
+
+        Examples
+        --------
+        >>> sampler = PatchBatchSampler([7, 7, 7, 2, 2], 2, seed=0)
+        >>> with sampler.profile() as p:
+        ...     batches = list(sampler)
+        >>> p.batches, p.rows[-1].name
+        (3, 'your_loop')
+        """
+        profile = Profile()
+        try:
+            with profile_block(self._tracker.recorder, self._tracker.plan.device, profile):
+                yield profile
+        finally:
+            self._add_table_bytes(profile)
+
+    def _add_table_bytes(self, profile: Profile) -> Profile:
+        profile.table_bytes = self._tracker.plan.table_bytes
+        return profile

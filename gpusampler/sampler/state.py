@@ -20,6 +20,8 @@ from gpusampler.sampler.distributed import ProcessGroupWarning
 
 STATE_VERSION = 1
 STATE_KEYS = frozenset({"version", "epoch", "slot", "seed", "step_width", "fingerprint"})
+BATCH_SIZES = frozenset({"batch_size", "batch_sizes", "partial", "min_partial"})
+"""Members of a fingerprint that only change how a patch is cut into batches."""
 HASHES = frozenset({"ids", "batch_sizes", "weights", "patch_costs"})
 """Members of a fingerprint that are hashes of values."""
 
@@ -60,7 +62,7 @@ def with_saved_seed(plan: EpochPlan, seed: Any, seed_given: bool) -> EpochPlan:
 def with_saved_step_width(plan: EpochPlan, step_width: Any) -> EpochPlan:
     """Return a plan with the saved step width, in which the saved epoch resumes."""
     width = check_int(step_width, "state_dict step_width", low=1, high=1 << 31)
-    if plan.steps == "free" and width != 1:
+    if plan.steps == "free" and width != 1 and not plan.costliest_first:
         raise ValueError(
             f"state_dict step_width must be 1 under steps='free', got {width}: load the unchanged "
             "result of state_dict()"
@@ -284,7 +286,7 @@ class EpochTracker:
                 f"state_dict must have format version {STATE_VERSION}, got {short_repr(version)}: "
                 "load the state with the gpusampler release that saved it"
             )
-        check_fingerprint(state["fingerprint"], self._fingerprint)
+        check_fingerprint(state["fingerprint"], self._fingerprint, self._skip_advice(state))
         plan = with_saved_seed(self.plan, state["seed"], self.seed_given)
         saved_plan = with_saved_step_width(plan, state["step_width"])
         epoch = check_epoch(state["epoch"], "state_dict epoch")
@@ -293,6 +295,21 @@ class EpochTracker:
         position = EpochPosition(saved_plan, epoch, slot)
         self._warn_of_mixed_steps(position)
         return position
+
+    def _skip_advice(self, state: Mapping[str, Any]) -> str:
+        """Return how to go on with another batch size after the epoch of a state."""
+        saved, current = state["fingerprint"], self._fingerprint
+        if not isinstance(saved, Mapping) or not isinstance(state["epoch"], int):
+            return ""
+        names = {**saved, **current}
+        if {name for name in names if saved.get(name) != current.get(name)} - BATCH_SIZES:
+            return ""
+        seed = "" if state["seed"] == self.plan.seed else f"pass seed={state['seed']} and "
+        return (
+            f" To go on with this sampler's batches instead, {seed}call set_epoch("
+            f"{state['epoch'] + 1}): the batches of epoch {state['epoch']} from slot "
+            f"{state['slot']} on are skipped."
+        )
 
     def _warn_of_mixed_steps(self, position: EpochPosition) -> None:
         """Warn if ranks may process different patches in a step for the rest of the saved epoch."""
@@ -333,7 +350,7 @@ def fingerprint_of(plan: EpochPlan) -> dict[str, Any]:
     }
 
 
-def check_fingerprint(saved: Any, current: Mapping[str, Any]) -> None:
+def check_fingerprint(saved: Any, current: Mapping[str, Any], advice: str = "") -> None:
     """Raise, naming the differences, if a saved fingerprint differs from the current one."""
     if not isinstance(saved, Mapping):
         raise TypeError(f"state_dict fingerprint must be a mapping, got {type(saved).__name__}")
@@ -357,5 +374,5 @@ def check_fingerprint(saved: Any, current: Mapping[str, Any]) -> None:
     if differing:
         raise ValueError(
             f"Cannot load state: {'; '.join(differing)}. Build the sampler with the same ids and "
-            "settings."
+            f"settings.{advice}"
         )

@@ -20,27 +20,10 @@ from gpusampler import EpochPlan, PatchBatchSampler, PatchGroups, Temperature
 from gpusampler.batching.mixture import apportion
 from gpusampler.plan import mixture_coverage
 from support import oracle
+from support.cases import KINDS, PARTIALS, WEIGHTS, Case, cases, whole
 from support.optional_torch import torch
-from support.strategies import (
-    IDS,
-    draw,
-    epochs,
-    patchy_ids,
-    quiet,
-    ragged_of,
-    seeds,
-    through_json,
-    times_seen,
-)
+from support.strategies import IDS, draw, epochs, quiet, through_json, times_seen
 
-PARTIALS = ("keep", "drop", "pad")
-KINDS = [
-    {},
-    {"interleave": False},
-    {"steps": "balanced"},
-    {"steps": "same_patch"},
-    {"steps": "same_patch", "interleave": False},
-]
 TOP = (1 << 31) - 1
 
 MIXED = {
@@ -48,103 +31,6 @@ MIXED = {
     "weights": {5: 7, -2: 1, 9: 1.5, 40: 0.2},
     "epoch_batches": 41,
 }
-
-WEIGHTS = st.one_of(
-    st.integers(1, 5),
-    st.floats(0.1, 10),
-    st.sampled_from([0.1, 1e-9, 1e-200, 1e150, 2.0**51, 2.0**52 - 1, 1 / 3]),
-)
-
-
-class Case(NamedTuple):
-    """A plan with weights, sizes by patch, or both, and what the oracle is told of it."""
-
-    ids: np.ndarray
-    batch_size: Any
-    given: dict[str, Any]
-    oracle: oracle.Settings
-    seed: int
-
-    @property
-    def plan(self) -> EpochPlan:
-        return self.on("numpy")
-
-    def on(self, library: str) -> EpochPlan:
-        ids = self.ids if library == "numpy" else torch.from_numpy(self.ids)
-        return EpochPlan(PatchGroups.from_ids(ids), self.batch_size, self.seed, **self.given)
-
-    @property
-    def counts(self) -> list[int]:
-        return np.unique(self.ids, return_counts=True)[1].tolist()
-
-    @property
-    def own(self) -> list[int]:
-        return list(map(len, oracle.own_batches(self.counts, self.oracle)))
-
-
-@st.composite
-def cases(
-    draw: st.DrawFn,
-    kinds: list[dict[str, Any]] = KINDS,
-    partials: tuple[str, ...] = PARTIALS,
-    always_mixed: bool = False,
-    **fixed: Any,
-) -> Case:
-    ids = draw(patchy_ids())
-    patch_ids, counts = np.unique(ids, return_counts=True)
-    partial = draw(st.sampled_from(partials))
-    size = st.sampled_from([1, 2, 3, 7, 20, 40])
-    sizes = draw(st.one_of(size, st.lists(size, min_size=counts.size, max_size=counts.size)))
-    settings = oracle.Settings(
-        sizes,
-        partial,
-        shuffle_patches=draw(st.sampled_from([True, True, False])),
-        shuffle_within_batches=draw(st.sampled_from([True, True, True, False])),
-    )._replace(**draw(st.sampled_from(kinds)))
-    if settings.steps != "free":
-        settings = settings._replace(
-            step_width=draw(st.sampled_from([1, 2, 3, 5, 8])),
-            uneven=draw(st.sampled_from(["pad", "drop"])),
-        )
-    if settings.steps == "balanced" and draw(st.booleans()):
-        settings = settings._replace(patch_costs=[draw(st.floats(0.1, 10)) for _ in counts])
-    own_batches = list(map(len, oracle.own_batches(counts.tolist(), settings)))
-    num_patches = sum(map(bool, own_batches))
-    assume(num_patches)
-    smallest = num_patches
-    if settings.steps == "same_patch" and settings.uneven == "drop":
-        smallest *= settings.step_width
-    # The oracle takes a while for each sample.
-    length = st.one_of(st.integers(smallest, smallest + 10), st.integers(smallest, smallest + 80))
-    weights = st.lists(WEIGHTS, min_size=counts.size, max_size=counts.size)
-    mixing = draw(st.sampled_from(["both", "weights", "length"] + ["none"] * (not always_mixed)))
-    if mixing in ("both", "weights"):
-        settings = settings._replace(weights=draw(weights))
-    if mixing in ("both", "length") or (mixing == "weights" and smallest > sum(own_batches)):
-        settings = settings._replace(epoch_batches=draw(length))
-    if mixing == "none":
-        # Left to tests of steps.
-        assume(isinstance(sizes, list) and (settings.uneven == "pad" or smallest <= num_patches))
-    settings = settings._replace(**fixed)
-
-    arguments = settings._asdict()
-    # Classes of cost are other tests' matter.
-    del arguments["batch_size"], arguments["patch_of_bin"]
-    if isinstance(sizes, list):
-        sizes = dict(zip(patch_ids.tolist(), sizes, strict=True))
-    if settings.weights is not None and draw(st.booleans()):
-        arguments["weights"] = dict(zip(patch_ids.tolist(), settings.weights, strict=True))
-    return Case(ids, sizes, arguments, settings, draw(seeds))
-
-
-def whole(plan: EpochPlan, epoch: int) -> list[tuple[int, list[int]]]:
-    """All batches of an epoch, each as (patch id, samples), as they are handed out."""
-    result = ragged_of(plan, epoch, np.arange(plan.num_batches))
-    patch_ids = plan.groups.patch_ids.tolist()
-    rows = zip(result.groups.tolist(), result.starts.tolist(), result.sizes.tolist(), strict=True)
-    samples = result.samples.tolist()
-    return [(patch_ids[group], samples[start : start + size]) for group, start, size in rows]
-
 
 # Against the oracle
 
@@ -954,8 +840,8 @@ def test_coverage_looks_at_each_patch_once_however_many_there_are(monkeypatch):
     # A few patches at a time, whose rows are cut, too.
     monkeypatch.setattr(mixture_coverage, "CHUNK", 50)
     monkeypatch.setattr(mixture_coverage, "_times_by_sample", counting)
-    for epoch, whole in enumerate(expected):
-        assert sampler.coverage(epoch) == whole
+    for epoch, coverage in enumerate(expected):
+        assert sampler.coverage(epoch) == coverage
     assert len(looked_at) > 100
     assert sum(looked_at) < 3 * 300 * 20
 

@@ -24,6 +24,7 @@ from support.strategies import expected_by_patch, ragged_of
 GOLDEN = json.loads(make_golden.PATH.read_text())
 STEPS = json.loads(make_golden.STEPS_PATH.read_text())
 MIXING = json.loads(make_golden.MIXING_PATH.read_text())
+SHORT = json.loads(make_golden.SHORT_PATH.read_text())
 
 
 def named(vector: dict[str, Any]) -> str:
@@ -39,7 +40,7 @@ every_permutation = pytest.mark.parametrize("vector", PERMUTATIONS, ids=named)
 
 
 def test_version():
-    versions = {golden["version"] for golden in (GOLDEN, STEPS, MIXING)}
+    versions = {golden["version"] for golden in (GOLDEN, STEPS, MIXING, SHORT)}
     assert versions == {VERSION} == {make_golden.VERSION}
 
 
@@ -47,6 +48,7 @@ def test_files_are_what_the_oracle_says():
     assert json.loads(json.dumps(make_golden.build())) == GOLDEN
     assert json.loads(json.dumps(make_golden.build_steps())) == STEPS
     assert json.loads(json.dumps(make_golden.build_mixing())) == MIXING
+    assert json.loads(json.dumps(make_golden.build_short_batches())) == SHORT
 
 
 def test_file_covers_the_edges():
@@ -94,6 +96,19 @@ def test_file_of_steps_covers_the_edges():
     assert max(costs) > 1e150
     assert min(costs) < 1e-299
     assert any(cost % 1 and cost > 1 for cost in costs)
+
+
+def test_file_of_short_batches_covers_the_edges():
+    result = [oracle.Settings(**epoch["settings"]) for epoch in SHORT["epochs"]]
+    partials = {(s.partial, s.min_partial) for s in result}
+    assert partials >= {*product(["keep", "even"], [1, 2, 3]), ("pad", 1), ("drop", 1)}
+    kinds = Counter((s.costliest_first, s.steps, s.weights is None) for s in result)
+    assert len(kinds) == 2 + 2 * 2 + 1
+    assert min(kinds.values()) >= 10
+    assert {s.step_width for s in result if s.costliest_first} == {1, 2, 3, 5, 8}
+    few = [s.epoch_batches for s in result if s.weights is None and s.epoch_batches]
+    assert len(few) >= 20
+    assert any(0 in s.weights for s in result if s.weights)
 
 
 def test_file_of_mixing_covers_the_edges():
@@ -186,7 +201,9 @@ def named_epoch(epoch: dict[str, Any]) -> str:
 
 
 every_epoch = pytest.mark.parametrize(
-    "epoch", [*GOLDEN["epochs"], *STEPS["epochs"], *MIXING["epochs"]], ids=named_epoch
+    "epoch",
+    [*GOLDEN["epochs"], *STEPS["epochs"], *MIXING["epochs"], *SHORT["epochs"]],
+    ids=named_epoch,
 )
 
 
@@ -194,7 +211,7 @@ def plan_of(epoch: dict[str, Any], ids: Any) -> EpochPlan:
     settings = dict(epoch["settings"])
     groups = PatchGroups.from_ids(ids)
     batch_size = sizes_given(settings.pop("batch_size"), groups.patch_ids.tolist())
-    if settings.get("steps") == "balanced":
+    if settings.get("steps") == "balanced" or settings.get("costliest_first"):
         # Those of a budget are for its sizes only.
         settings.setdefault("patch_costs", [1] * groups.num_patches)
     return EpochPlan(groups, batch_size, epoch["seed"], **settings)
@@ -240,7 +257,9 @@ def test_epochs(xp, epoch):
     ] == epoch["batches"]
 
 
-@pytest.mark.parametrize("epoch", [*STEPS["epochs"], *MIXING["epochs"]], ids=named_epoch)
+@pytest.mark.parametrize(
+    "epoch", [*STEPS["epochs"], *MIXING["epochs"], *SHORT["epochs"]], ids=named_epoch
+)
 def test_epochs_a_batch_at_a_time(epoch):
     plan = plan_of(epoch, torch.tensor(epoch["ids"]))
     batches, number = epoch["batches"], torch.tensor(epoch["epoch"])

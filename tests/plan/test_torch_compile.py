@@ -141,6 +141,25 @@ FORMS = {
     "cost bins, in a row": PlanCase(
         SMALL_ONLY, {"batch_size": of_classes(SMALL_ONLY), "interleave": False}
     ),
+    "even": PlanCase(MIXED, {"partial": "even"}, gathered=True),
+    "costliest first": PlanCase(
+        MIXED, {"costliest_first": True, "step_width": 5, "patch_costs": [1, 3, 2, 1]}
+    ),
+    "costliest first, balanced, weights, kept short": PlanCase(
+        MIXED,
+        {
+            "costliest_first": True,
+            "steps": "balanced",
+            "step_width": 3,
+            "weights": [0, 1, 1, 2],
+            "epoch_batches": 19,
+            "partial": "keep",
+        },
+    ),
+    "few visits": PlanCase(MIXED, {"epoch_batches": 3}),
+    "few visits, patches in order": PlanCase(
+        SMALL_ONLY, {"epoch_batches": 2, "shuffle_patches": False}
+    ),
     "weights, steps of one patch": PlanCase(
         SMALL_ONLY, {"weights": [1, 9, 1, 1], "steps": "same_patch", "step_width": 2}
     ),

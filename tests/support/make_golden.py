@@ -4,8 +4,8 @@ Run ``python -m support.make_golden`` in ``tests``.
 
 They come from `oracle` alone. Run it when the permutation gets another version, into other files;
 never to make a failing test pass, for then the package has changed its users' batches. Epochs in
-steps are in a file of their own, and those of sizes by patch and of weights, so that the older ones
-stay as they were.
+steps are in a file of their own, also those of sizes by patch and of weights, and those of even and
+short batches, so that the older ones stay as they were.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ VERSION = 1
 PATH = GOLDEN / f"permutation_v{VERSION}.json"
 STEPS_PATH = PATH.with_name(f"steps_v{VERSION}.json")
 MIXING_PATH = PATH.with_name(f"mixing_v{VERSION}.json")
+SHORT_PATH = PATH.with_name(f"short_batches_v{VERSION}.json")
 
 WORDS = (0, 1, 2**31, 2**32 - 1, 2**32, 2**63 - 1)
 SEEDS = (*WORDS, 2**63, 2**64 - 1)
@@ -225,6 +226,49 @@ def epochs_mixed() -> list[dict[str, Any]]:
     return [epoch for epoch in out if epoch["batches"]]
 
 
+def epochs_of_short_batches() -> list[dict[str, Any]]:
+    """Return epochs of even and short batches, costliest first, weights of 0, and few visits."""
+    out = []
+    for turn, patches in enumerate(MIXED_PATCHES):
+        num_patches = len(set(patches["ids"]))
+        for column in range(10):
+            number = 11 * turn + column
+            costs = patches["costs"][number // 3 % len(patches["costs"])]
+            width = (1, 2, 3, 5, 8)[number % 5]
+            costliest = {"costliest_first": True, "patch_costs": costs, "step_width": width}
+            weights = [(0, 1, 3, 0.5)[(number + g) % 4] for g in range(num_patches)]
+            fields = {
+                "batch_size": patches["sizes"][number % len(patches["sizes"])],
+                "partial": ("even", "keep", "even", "pad", "drop")[(column + column // 5) % 5],
+                "shuffle_patches": number % 7 != 3,
+                "shuffle_within_batches": number % 9 != 4,
+            }
+            if fields["partial"] in ("even", "keep"):
+                largest = max(sizes) if isinstance(sizes := fields["batch_size"], list) else sizes
+                fields["min_partial"] = min((1, 2, 3)[(column // 5 + column + turn) % 3], largest)
+            mixed = {"weights": weights, "epoch_batches": patches["lengths"][1 - turn % 2]}
+            for kind in (
+                {"steps": "same_patch", "step_width": width},
+                {"interleave": False},
+                costliest,
+                costliest | {"steps": "balanced"},
+                costliest | mixed,
+                costliest | mixed | {"steps": "balanced"},
+                mixed,
+                {"epoch_batches": max(1, num_patches - 1 - column % 3)},
+            ):
+                settings = oracle.Settings(**fields, **kind)
+                seed = (20261122, 2**64 - 1, 0)[number % 3]
+                epoch = MIXED_EPOCHS[(number + len(kind)) % 5]
+                try:
+                    out.append(epoch_of(patches["ids"], seed, epoch, settings))
+                except ValueError as error:
+                    # Fewer batches than patches.
+                    if "less than one for each" not in str(error):
+                        raise
+    return [epoch for epoch in out if epoch["batches"]]
+
+
 def build_steps() -> dict[str, Any]:
     """Return what is pinned of steps."""
     return {"version": VERSION, "epochs": epochs_in_steps()}
@@ -233,6 +277,11 @@ def build_steps() -> dict[str, Any]:
 def build_mixing() -> dict[str, Any]:
     """Return what is pinned of sizes by patch and of weights."""
     return {"version": VERSION, "epochs": epochs_mixed()}
+
+
+def build_short_batches() -> dict[str, Any]:
+    """Return what is pinned of even and short batches, and of the settings that came with them."""
+    return {"version": VERSION, "epochs": epochs_of_short_batches()}
 
 
 def build() -> dict[str, Any]:
@@ -274,3 +323,4 @@ if __name__ == "__main__":
     write(PATH, build())
     write(STEPS_PATH, build_steps())
     write(MIXING_PATH, build_mixing())
+    write(SHORT_PATH, build_short_batches())

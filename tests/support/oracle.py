@@ -111,6 +111,8 @@ class Settings(NamedTuple):
     weights: list[float] | None = None
     """Of each patch, patch ids ascending; its own batches where there is only a length."""
     epoch_batches: int | None = None
+    min_partial: int = 1
+    costliest_first: bool = False
     patch_of_bin: list[int] | None = None
     """The patch of each, where what is called patches here are cost bins of one."""
 
@@ -147,10 +149,23 @@ def passes_of(
     sizes: list[int], seed: int, epoch: int, settings: Settings
 ) -> list[tuple[int, int, int]]:
     """The batches of one epoch in order, each as (patch, pass, number of its own batch)."""
+    batches_per_patch = [len(batches) for batches in own_batches(sizes, settings)]
+    visited = [g for g, nb in enumerate(batches_per_patch) if nb]
+    num_slots = settings.epoch_batches
+    if settings.weights is None and num_slots is not None and num_slots < len(visited):
+        # Fewer batches than patches: every patch once in so many visits.
+        out = []
+        for slot in range(num_slots):
+            round_, place = divmod(epoch * num_slots + slot, len(visited))
+            if settings.shuffle_patches:
+                key = derive(seed, ORDER_OF_PATCHES, round_, 0)
+                place = permuted(place, len(visited), key)
+            g = visited[place]
+            out.append((g, *divmod(round_, batches_per_patch[g])))
+        return out
     order = order_of(sizes, seed, epoch, settings)
     if not settings.mixed:
         return [(g, epoch, number) for g, number in order]
-    batches_per_patch = [len(batches) for batches in own_batches(sizes, settings)]
     slots = slots_of(batches_per_patch, settings)
     out = []
     for g, j in order:
@@ -182,10 +197,11 @@ def order_of(sizes: list[int], seed: int, epoch: int, settings: Settings) -> lis
                 for number, batch in enumerate(patch_batches[g])
             ]
         balanced = Balanced(runs, seed, epoch, settings)
-        return [balanced.at(slot) for slot in range(sum(counts))]
+        order = [balanced.at(slot) for slot in range(sum(counts))]
+        return costliest_first(order, sizes, epoch, settings)
 
     # Steps of one batch each are the free order.
-    width = settings.step_width
+    width = 1 if settings.steps == "free" else settings.step_width
     if settings.steps == "same_patch" and settings.uneven == "drop":
         steps = [nb // width for nb in counts]
     else:
@@ -210,15 +226,49 @@ def order_of(sizes: list[int], seed: int, epoch: int, settings: Settings) -> lis
             g for patch in patches for g, parent in enumerate(patch_of_bin) if parent == patch
         ]
         order = [(g, q) for g in groups for q in range(steps[g])]
-    return [(g, (q * width + p) % counts[g]) for g, q in order for p in range(width)]
+    order = [(g, (q * width + p) % counts[g]) for g, q in order for p in range(width)]
+    return costliest_first(order, sizes, epoch, settings)
+
+
+def costliest_first(
+    order: list[tuple[int, int]], sizes: list[int], epoch: int, settings: Settings
+) -> list[tuple[int, int]]:
+    """The order after the costliest full batches have changed places with the first ones."""
+    if not settings.costliest_first:
+        return order
+    patch_batches = own_batches(sizes, settings)
+    slots = slots_of(list(map(len, patch_batches)), settings)
+    full = []
+    for g, batches in enumerate(patch_batches):
+        if not slots[g]:
+            continue
+        own, lengths = len(batches), [len(batch) for batch in batches]
+        numbers = [(epoch * slots[g] + j) % own for j in range(slots[g])]
+        if settings.mixed and settings.partial == "even":
+            places = list(range(slots[g]))
+        elif settings.mixed:
+            # As many as are full in every epoch, at least one.
+            places = [j for j, number in enumerate(numbers) if lengths[number] == lengths[0]] or [0]
+            if lengths[-1] < lengths[0]:
+                places = places[: max(1, slots[g] - -(-slots[g] // own))]
+        else:
+            places = [j for j in range(own) if lengths[j] == lengths[0]]
+        per_sample = 1.0 if settings.patch_costs is None else float(settings.patch_costs[g])
+        cost = rounded(Fraction(lengths[0]) * Fraction(per_sample))
+        full += [(-cost, g, j) for j in places]
+    order = list(order)
+    for slot, (_, g, j) in enumerate(sorted(full)[: settings.step_width]):
+        place = order.index((g, j))
+        order[slot], order[place] = order[place], order[slot]
+    return order
 
 
 def slots_of(batches_per_patch: list[int], settings: Settings) -> list[int]:
     """How many slots each patch has in an epoch: its own batches, or its share of them all."""
     if not settings.mixed:
         return batches_per_patch
-    patches_with_batches = [g for g, nb in enumerate(batches_per_patch) if nb]
     weights = batches_per_patch if settings.weights is None else settings.weights
+    patches_with_batches = [g for g, nb in enumerate(batches_per_patch) if nb and weights[g]]
     total = sum(batches_per_patch) if settings.epoch_batches is None else settings.epoch_batches
     shares = apportion(whole_weights([weights[g] for g in patches_with_batches]), total)
     if settings.steps == "same_patch":
@@ -378,18 +428,28 @@ def rounded(exact: Fraction) -> float:
     return exact.numerator / exact.denominator
 
 
-def batches_of(n: int, size: int, partial: str) -> list[range]:
+def batches_of(n: int, size: int, partial: str, min_partial: int = 1) -> list[range]:
     """Positions that each batch of a patch of n samples covers; past n they start again."""
     if size == 0:
         return []
+    if partial == "even":
+        smaller, larger = divmod(n, -(-n // size))
+        lengths = [smaller + 1] * larger + [smaller] * (-(-n // size) - larger)
+        ends = [sum(lengths[: i + 1]) for i in range(len(lengths))]
+        whole = [range(end - length, end) for length, end in zip(lengths, ends, strict=True)]
+        return [batch for batch in whole if len(batch) >= min(min_partial, size)]
     edges = list(range(0, n, size))
     if partial == "drop":
         return [range(p, p + size) for p in edges if p + size <= n]
     if partial == "pad":
         return [range(p, p + size) for p in edges]
-    return [range(p, q) for p, q in pairwise([*edges, n])]
+    batches = [range(p, q) for p, q in pairwise([*edges, n])]
+    return [batch for batch in batches if len(batch) >= min(min_partial, size)]
 
 
 def own_batches(sizes: list[int], settings: Settings) -> list[list[range]]:
     """Positions of every batch that each patch is cut into."""
-    return [batches_of(n, settings.size(g), settings.partial) for g, n in enumerate(sizes)]
+    return [
+        batches_of(n, settings.size(g), settings.partial, settings.min_partial)
+        for g, n in enumerate(sizes)
+    ]

@@ -172,10 +172,12 @@ def epoch_of(sampler: PatchBatchSampler, epoch: int) -> list[list[int]]:
 
 
 def quiet(*arguments, **settings) -> PatchBatchSampler:
-    """A sampler without the warnings of patches that are left out: small ones, costly ones."""
-    left_out = "((partial|uneven)='drop'|over_budget='skip').* leaves out"
+    """A sampler without the warnings of patches that are left out, or padded with copies."""
+    expected = (
+        "(((partial|uneven)='drop'|over_budget='skip'|min_partial=).* leaves out|partial='pad')"
+    )
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message=left_out)
+        warnings.filterwarnings("ignore", message=expected)
         return PatchBatchSampler(*arguments, **settings)
 
 

@@ -7,16 +7,17 @@ it.
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import numpy as np
 
-from gpusampler.batching.mixture import pass_and_batch
+from gpusampler.batching.mixture import pass_and_batch, visits
 from gpusampler.batching.steps import search_offsets
 from gpusampler.batching.tables import PatchOrder, PatchTables
 from gpusampler.core import arrays, devices, torch_compile
 from gpusampler.core.devices import Device
-from gpusampler.permutation.reference import Grid, Streams, grid_of, key_of, permute
+from gpusampler.permutation.reference import Grid, Streams, key_of, permute, permute_all
 from gpusampler.plan.evaluators.base import BatchLocations, EvaluatorSettings
 
 
@@ -105,14 +106,21 @@ class ArrayEvaluator:
     ) -> tuple[Any, Any, Any]:
         """Return the group of each slot, its batch in the group, and its pass (None: the epoch)."""
         xp, tables = self._xp, self._tables
+        if tables.visited is not None:
+            state = streams.patches if self._settings.shuffle_batches else None
+            group, rounds = visits(xp, tables.visited, tables.num_batches, epoch, slots, state)
+            own_batches = tables.batches_per_pass[group]
+            return group, rounds % own_batches, rounds // own_batches
         if patch_order is not None:
             groups, offsets = patch_order
             index = search_offsets(xp, offsets, slots)
             group, j = groups[index], slots - offsets[index]
         else:
-            batch_index = slots
-            if self._settings.shuffle_batches:
-                batch_index = self._batch_indices(streams, epoch, slots)
+            permute_slots = functools.partial(self._batch_indices, streams, epoch)
+            if tables.costliest is None:
+                batch_index = permute_slots(slots)
+            else:
+                batch_index = tables.costliest.batch_indices(xp, epoch, slots, permute_slots)
             if tables.buckets is not None:
                 group, j = tables.buckets.locate(xp, batch_index)
             else:
@@ -129,12 +137,17 @@ class ArrayEvaluator:
 
     def _batch_indices(self, streams: Streams, epoch: Any, slots: Any) -> Any:
         """Return each slot's batch, as an index into the batches before shuffling."""
+        if not self._settings.shuffle_batches:
+            return slots
         layout, buckets = self._tables.layout, self._tables.buckets
         index = slots
         if layout.has_step_order:
             key = key_of(streams.batches, epoch, 0)
             index = layout.batch_indices(
-                self._xp, slots, key, lambda steps: self._permute_all(steps, layout.full, key)
+                self._xp,
+                slots,
+                key,
+                lambda steps: permute_all(self._xp, steps, layout.full, key),
             )
         if buckets is None:
             return index
@@ -156,18 +169,10 @@ class ArrayEvaluator:
         num_patches = self._tables.num_patches
         patches = self._arange_cache[num_patches]
         if self._settings.shuffle_batches:
-            patches = self._permute_all(patches, num_patches, key_of(streams.patches, epoch, 0))
+            key = key_of(streams.patches, epoch, 0)
+            patches = permute_all(self._xp, patches, num_patches, key)
         group_numbers = self._arange_cache[int(self._tables.counts.shape[0])]
         return self._tables.patch_order(self._xp, patches, group_numbers)
-
-    def _permute_all(self, x: Any, n: int, key: tuple[Any, Any]) -> Any:
-        """Return the images of ``x`` under one permutation of 0 .. n-1."""
-        if n == 1:
-            return x
-        # Broadcast to x's shape, because the key is an array if the epoch is one.
-        zero = x * 0
-        grid = Grid(*(zero + side for side in grid_of(n)))
-        return permute(self._xp, x, zero + n, (zero + key[0], zero + key[1]), grid, n, n)
 
     def _samples(self, streams: Streams, pass_: Any, group: Any, position: Any) -> Any:
         """Return samples at positions modulo the group's size; the arguments broadcast."""

@@ -42,6 +42,8 @@ class DeviceEvaluator:
             and tables.layout.width == 1
             and tables.buckets is None
             and tables.slot_shares is None
+            and tables.visited is None
+            and tables.costliest is None
         )
         self._patch_of_bin = device_tables.patch_of_bin
         self._uploaded_order: tuple[PatchOrder, PatchOrder, ReadyArrays] | None = None

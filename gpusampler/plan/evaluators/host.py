@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import numpy as np
 
-from gpusampler.batching.mixture import pass_and_batch
+from gpusampler.batching.mixture import pass_and_batch, visits
 from gpusampler.batching.short_batches import returned_sizes
 from gpusampler.batching.tables import PatchOrder, PatchTables
 from gpusampler.core import arrays, devices, memory
@@ -62,22 +63,29 @@ class HostEvaluator(Evaluator):
 
     def locate(self, epoch: int, slots: Int64) -> BatchLocations:
         """Return the batches that slots map to."""
-        tables = self._tables
+        tables, passes = self._tables, None
         patch_order = self.patch_order(epoch)
-        if patch_order is not None:
+        if tables.visited is not None:
+            state = self._streams.patches if self._settings.shuffle_batches else None
+            xp = arrays.namespace(HOST)
+            group, rounds = visits(xp, tables.visited, tables.num_batches, epoch, slots, state)
+            passes, j = np.divmod(rounds, tables.batches_per_pass[group])
+        elif patch_order is not None:
             groups, offsets = patch_order
             index = np.searchsorted(offsets, slots, side="right") - 1
             group, j = groups[index], slots - offsets[index]
         else:
-            shuffle = self._settings.shuffle_batches
-            batch_index = self._batch_indices(epoch, slots) if shuffle else slots
+            permute_slots = functools.partial(self._batch_indices, epoch)
+            if tables.costliest is None:
+                batch_index = permute_slots(slots)
+            else:
+                batch_index = tables.costliest.batch_indices(np, epoch, slots, permute_slots)
             if tables.buckets is None:
                 group = np.searchsorted(tables.batch_offsets, batch_index, side="right") - 1
                 j = batch_index - tables.batch_offsets[group]
             else:
                 group, j = tables.buckets.locate(np, batch_index)
-        passes = None
-        if tables.batches_per_pass is not None:
+        if tables.batches_per_pass is not None and passes is None:
             own_batches = tables.batches_per_pass[group]
             if tables.slot_shares is None:
                 j = j % own_batches
@@ -139,6 +147,8 @@ class HostEvaluator(Evaluator):
 
     def _batch_indices(self, epoch: int, slots: Int64) -> Int64:
         """Return each slot's batch, as an index into the batches before shuffling."""
+        if not self._settings.shuffle_batches:
+            return slots
         layout, buckets = self._tables.layout, self._tables.buckets
         index = slots
         if layout.has_step_order:
