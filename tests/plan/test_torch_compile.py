@@ -408,8 +408,8 @@ def inductor(tmp_path, monkeypatch):
         warnings.simplefilter("ignore")
         import_module("torch._inductor.compile_fx")
     # Or it compiles half a dozen programs first, to see which vectors the compiler knows.
-    monkeypatch.setattr(torch._inductor.config.cpp, "vec_isa_ok", True)
-    return CompileCounterWithBackend("inductor")
+    with torch._inductor.config.patch({"cpp.vec_isa_ok": True}):
+        yield CompileCounterWithBackend("inductor")
 
 
 QUICKER = {"realize_opcount_threshold": 8}
