@@ -250,6 +250,7 @@ class ProfiledSampler:
 
         Examples
         --------
+        >>> from gpusampler import PatchBatchSampler
         >>> sampler = PatchBatchSampler([7, 7, 7, 2, 2], 2, seed=0)
         >>> batches = list(sampler)
         >>> stats = sampler.stats()
@@ -281,6 +282,7 @@ class ProfiledSampler:
 
         Examples
         --------
+        >>> from gpusampler import PatchBatchSampler
         >>> sampler = PatchBatchSampler([7, 7, 7, 2, 2], 2, seed=0)
         >>> with sampler.profile() as p:
         ...     batches = list(sampler)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Set
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -286,7 +286,11 @@ class EpochTracker:
                 f"state_dict must have format version {STATE_VERSION}, got {short_repr(version)}: "
                 "load the state with the gpusampler release that saved it"
             )
-        check_fingerprint(state["fingerprint"], self._fingerprint, self._skip_advice(state))
+        check_fingerprint(
+            state["fingerprint"],
+            self._fingerprint,
+            lambda differing: self._skip_advice(state, differing),
+        )
         plan = with_saved_seed(self.plan, state["seed"], self.seed_given)
         saved_plan = with_saved_step_width(plan, state["step_width"])
         epoch = check_epoch(state["epoch"], "state_dict epoch")
@@ -296,19 +300,16 @@ class EpochTracker:
         self._warn_of_mixed_steps(position)
         return position
 
-    def _skip_advice(self, state: Mapping[str, Any]) -> str:
-        """Return how to go on with another batch size after the epoch of a state."""
-        saved, current = state["fingerprint"], self._fingerprint
-        if not isinstance(saved, Mapping) or not isinstance(state["epoch"], int):
+    def _skip_advice(self, state: Mapping[str, Any], differing: Set[str]) -> str:
+        """Return how to go on with other batch sizes after the epoch of a state."""
+        epoch, seed = state["epoch"], state["seed"]
+        if differing - BATCH_SIZES or type(epoch) is not int or type(seed) is not int:
             return ""
-        names = {**saved, **current}
-        if {name for name in names if saved.get(name) != current.get(name)} - BATCH_SIZES:
-            return ""
-        seed = "" if state["seed"] == self.plan.seed else f"pass seed={state['seed']} and "
+        pass_seed = f"pass seed={short_repr(seed)} and " * (seed != self.plan.seed)
         return (
-            f" To go on with this sampler's batches instead, {seed}call set_epoch("
-            f"{state['epoch'] + 1}): the batches of epoch {state['epoch']} from slot "
-            f"{state['slot']} on are skipped."
+            f" To go on with this sampler's batches instead, {pass_seed}call set_epoch("
+            f"{short_repr(epoch + 1)}): the batches of epoch {short_repr(epoch)} from slot "
+            f"{short_repr(state['slot'])} on are skipped."
         )
 
     def _warn_of_mixed_steps(self, position: EpochPosition) -> None:
@@ -350,8 +351,13 @@ def fingerprint_of(plan: EpochPlan) -> dict[str, Any]:
     }
 
 
-def check_fingerprint(saved: Any, current: Mapping[str, Any], advice: str = "") -> None:
-    """Raise, naming the differences, if a saved fingerprint differs from the current one."""
+def check_fingerprint(
+    saved: Any, current: Mapping[str, Any], advice: Callable[[Set[str]], str] = lambda _: ""
+) -> None:
+    """Raise, naming the differences, if a saved fingerprint differs from the current one.
+
+    ``advice`` returns the end of the message, given the names of the members that differ.
+    """
     if not isinstance(saved, Mapping):
         raise TypeError(f"state_dict fingerprint must be a mapping, got {type(saved).__name__}")
 
@@ -365,14 +371,14 @@ def check_fingerprint(saved: Any, current: Mapping[str, Any], advice: str = "") 
         # compared.
         return type(saved[name]) is not type(current[name]) or bool(saved[name] != current[name])
 
-    differing = [
-        f"{'hash of ' * (name in HASHES)}{name} is {describe(saved, name)} in the checkpoint, "
-        f"{describe(current, name)} in this sampler"
-        for name in {**current, **saved}
-        if differs(name)
-    ]
+    differing = [name for name in {**current, **saved} if differs(name)]
     if differing:
+        listed = "; ".join(
+            f"{'hash of ' * (name in HASHES)}{name} is {describe(saved, name)} in the checkpoint, "
+            f"{describe(current, name)} in this sampler"
+            for name in differing
+        )
         raise ValueError(
-            f"Cannot load state: {'; '.join(differing)}. Build the sampler with the same ids and "
-            f"settings.{advice}"
+            f"Cannot load state: {listed}. Build the sampler with the same ids and settings."
+            f"{advice(set(differing))}"
         )

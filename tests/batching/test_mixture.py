@@ -869,9 +869,9 @@ def test_coverage_looks_at_each_patch_once_however_many_there_are(monkeypatch):
             "weights must have a number for every patch, got n",
         ),
         (
-            {"weights": [1, 0, 1, 1]},
+            {"weights": [1, -0.5, 1, 1]},
             ValueError,
-            "weights must be > 0 and < 2**512, got 0.0 for pat",
+            "weights must be >= 0 and < 2**512, got -0.5 for pat",
         ),
         ({"weights": {5: 1, 9: -1, -2: 1, 40: 1}}, ValueError, "got -1.0 for patch 9"),
         ({"weights": [1, math.inf, 1, 1]}, ValueError, "< 2**512, got inf for patch 5"),
@@ -886,7 +886,7 @@ def test_coverage_looks_at_each_patch_once_however_many_there_are(monkeypatch):
         ),
         ({"weights": lambda patch: 1}, TypeError, "weights must be a mapping from patch ids, numb"),
         (
-            {"epoch_batches": 3},
+            {"epoch_batches": 3, "interleave": False},
             ValueError,
             "epoch_batches must be at least 4, the number of patches",
         ),
@@ -929,7 +929,7 @@ def test_an_epoch_with_a_batch_for_every_patch_that_has_any():
     # Four patches, of which "drop" leaves one out.
     assert len(quiet(IDS, 4, partial="drop", epoch_batches=3)) == 3
     with pytest.raises(ValueError, match="at least 3, the number of patches with a batch, got 2"):
-        quiet(IDS, 4, partial="drop", epoch_batches=2)
-    with pytest.raises(ValueError, match="weights must be > 0"):
+        quiet(IDS, 4, partial="drop", epoch_batches=2, interleave=False)
+    with pytest.raises(ValueError, match="weights must be >= 0"):
         # Left out, but named all the same.
-        quiet(IDS, 4, partial="drop", weights={5: 1, -2: 1, 9: 1, 40: 0})
+        quiet(IDS, 4, partial="drop", weights={5: 1, -2: 1, 9: 1, 40: -1})

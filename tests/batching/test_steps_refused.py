@@ -97,7 +97,7 @@ def test_the_largest_and_smallest_costs_are_fine():
 @pytest.mark.parametrize("steps", ["free", "same_patch"])
 def test_costs_where_nobody_needs_them(steps):
     with pytest.raises(
-        ValueError, match=f"patch_costs must be None if steps='{steps}': only steps='balanced' use"
+        ValueError, match=f"patch_costs must be None if steps='{steps}': only steps='balanced' and"
     ):
         make(steps=steps, patch_costs=COSTS)
 

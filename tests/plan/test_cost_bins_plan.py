@@ -129,7 +129,11 @@ def test_an_epoch_has_a_batch_for_every_class():
     number = plan_of("keep", {}).units.groups.num_patches
     assert plan_of("keep", {"epoch_batches": number}).tables.slot_shares.tolist() == [1] * number
     with pytest.raises(ValueError, match=f"epoch_batches .* {number}, the number of cost bins"):
-        plan_of("keep", {"epoch_batches": number - 1})
+        plan_of("keep", {"epoch_batches": number - 1, "interleave": False})
+    # Interleaved, the bins take turns.
+    turns = plan_of("keep", {"epoch_batches": number - 1})
+    located = [turns.evaluator.locate(e, np.arange(number - 1)).group for e in range(number)]
+    assert np.bincount(np.concatenate(located)).tolist() == [number - 1] * number
 
 
 def test_classes_that_fill_no_batch_are_warned_of():

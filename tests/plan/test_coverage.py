@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
-
 import numpy as np
 import pytest
 from hypothesis import assume, given
@@ -15,18 +13,16 @@ from support.strategies import (
     expected_by_patch,
     patchy_ids,
     plan_settings,
+    quiet,
     seeds,
     times_seen,
 )
 
 
 def samplers(ids, num_replicas, **settings) -> list[PatchBatchSampler]:
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="(partial|uneven)='drop'.* leaves out")
-        return [
-            PatchBatchSampler(ids, **settings, num_replicas=num_replicas, rank=rank)
-            for rank in range(num_replicas)
-        ]
+    return [
+        quiet(ids, **settings, num_replicas=num_replicas, rank=rank) for rank in range(num_replicas)
+    ]
 
 
 @given(data=st.data(), seed=seeds, epoch=epochs)

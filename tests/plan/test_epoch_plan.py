@@ -296,7 +296,7 @@ def test_the_argument_checks():
         (
             {"partial": "kept"},
             ValueError,
-            "partial must be one of 'keep', 'drop', 'pad', got 'kept'",
+            "partial must be one of 'keep', 'drop', 'pad', 'even', got 'kept'",
         ),
         ({"interleave": 1}, TypeError, "interleave must be a bool, got 1"),
         ({"shuffle_patches": None}, TypeError, "shuffle_patches must be a bool, got None"),

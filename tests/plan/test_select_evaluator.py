@@ -208,7 +208,7 @@ class TestThroughAKernel:
     @pytest.mark.parametrize("partial", ["keep", "pad"])
     @pytest.mark.parametrize("interleave", [True, False])
     def test_a_sampler_hands_out_the_batches_of_the_host(self, interleave, partial):
-        ids = np.random.default_rng(0).permutation(np.repeat([4, -1, 9], [3, 40, 20]))
+        ids = np.random.default_rng(0).permutation(np.repeat([4, -1, 9], [4, 40, 20]))
         settings = {"seed": 5, "interleave": interleave, "partial": partial}
         for output in ("list", "numpy", "tensor"):
             actual, desired = (

@@ -137,7 +137,11 @@ def test_valid_counts_of_many_batches():
 @pytest.mark.parametrize(
     ("change", "error", "match"),
     [
-        ({"partial": "drop"}, ValueError, "partial must be one of 'keep', 'pad', got 'drop'"),
+        (
+            {"partial": "drop"},
+            ValueError,
+            "partial must be one of 'keep', 'pad', 'even', got 'drop'",
+        ),
         ({"shuffle_patches": True}, TypeError, "shuffle_patches"),
         ({"num_replicas": 2}, ValueError, "num_replicas and rank must be given together"),
     ],
