@@ -205,11 +205,23 @@ class TestThroughAKernel:
         # The patches' order of an epoch that only the device knows is left to array operations.
         assert self.launches == interleave
 
-    @pytest.mark.parametrize("partial", ["keep", "pad"])
-    @pytest.mark.parametrize("interleave", [True, False])
-    def test_a_sampler_hands_out_the_batches_of_the_host(self, interleave, partial):
+    @pytest.mark.parametrize(
+        "given",
+        [
+            {"partial": "keep"},
+            {"partial": "pad"},
+            {"partial": "keep", "interleave": False},
+            {"partial": "pad", "interleave": False},
+            {"partial": "even"},
+            {"costliest_first": True},
+            {"epoch_batches": 2},
+            {"weights": [1, 0, 2]},
+        ],
+        ids=str,
+    )
+    def test_a_sampler_hands_out_the_batches_of_the_host(self, given):
         ids = np.random.default_rng(0).permutation(np.repeat([4, -1, 9], [4, 40, 20]))
-        settings = {"seed": 5, "interleave": interleave, "partial": partial}
+        settings = {"seed": 5, **given}
         for output in ("list", "numpy", "tensor"):
             actual, desired = (
                 PatchBatchSampler(ids, 8, device=device, output=output, **settings)

@@ -225,6 +225,47 @@ def test_the_costliest_full_batches_come_first(ids, size, width, steps, partial,
     assert [batch for batch in moved[count:] if batch in remaining] == remaining
 
 
+def test_with_weights_full_batches_come_first_wherever_the_short_one_is():
+    # Patch 30 has one sample; of the others, one batch in a pass is short.
+    sampler = make(
+        weights=[3, 2, 1, 2, 2],
+        epoch_batches=37,
+        costliest_first=True,
+        patch_costs=COSTS,
+        step_width=5,
+    )
+    count_of = dict(zip(*np.unique(IDS, return_counts=True), strict=True))
+    slots_of = dict(
+        zip(sampler.plan.labels.tolist(), sampler.plan.batches_by_patch.tolist(), strict=True)
+    )
+    # In every epoch, as many batches of a patch are full at least.
+    full = []
+    for patch, count in count_of.items():
+        own = -(-count // 9)
+        num_full = slots_of[patch]
+        if own > 1 and count % 9:
+            num_full -= -(-num_full // own)
+        full += [min(count, 9) * COSTS[patch]] * max(num_full, 1)
+    expected = sorted(full, reverse=True)[:5]
+    for epoch in range(12):
+        first = whole(sampler.plan, epoch)[:5]
+        assert [cost_of(batch, COSTS) for batch in first] == expected
+
+
+@pytest.mark.parametrize("uneven", ["pad", "drop"])
+def test_coverage_of_few_visits_counts_what_ranks_repeat_and_drop(uneven):
+    arguments = {"epoch_batches": 4, "uneven": uneven, "num_replicas": 3}
+    ranks = [make(**arguments, rank=rank) for rank in range(3)]
+    for epoch in range(10):
+        batches = [batch for sampler in ranks for batch in sampler.batches(epoch)]
+        times = times_seen([batch.indices.tolist() for batch in batches], IDS.size)
+        totals = ranks[0].coverage(epoch).totals()
+        assert len(batches) == totals["batches"] == (6 if uneven == "pad" else 3)
+        assert totals["repeated"] == (times > 1).sum()
+        assert totals["repeated"] > 0 or uneven == "drop"
+        assert totals["missed"] == (times == 0).sum()
+
+
 @given(case=short_batch_cases(), epoch=epochs, data=st.data())
 def test_coverage_is_what_all_ranks_return(case, epoch, data):
     assume(case.oracle.steps == "free")
