@@ -226,13 +226,14 @@ def test_the_costliest_full_batches_come_first(ids, size, width, steps, partial,
 
 
 def test_with_weights_full_batches_come_first_wherever_the_short_one_is():
-    # Patch 30 has one sample; of the others, one batch in a pass is short.
+    # Of patches 4, 8 and 11, one batch in a pass is short, in another slot in each epoch.
+    costs = {4: 10.0, -1: 1.0, 8: 2.0, 30: 1.0, 11: 1.0}
     sampler = make(
         weights=[3, 2, 1, 2, 2],
         epoch_batches=37,
         costliest_first=True,
-        patch_costs=COSTS,
-        step_width=5,
+        patch_costs=costs,
+        step_width=8,
     )
     count_of = dict(zip(*np.unique(IDS, return_counts=True), strict=True))
     slots_of = dict(
@@ -245,11 +246,11 @@ def test_with_weights_full_batches_come_first_wherever_the_short_one_is():
         num_full = slots_of[patch]
         if own > 1 and count % 9:
             num_full -= -(-num_full // own)
-        full += [min(count, 9) * COSTS[patch]] * max(num_full, 1)
-    expected = sorted(full, reverse=True)[:5]
+        full += [min(count, 9) * costs[patch]] * max(num_full, 1)
+    expected = sorted(full, reverse=True)[:8]
     for epoch in range(12):
-        first = whole(sampler.plan, epoch)[:5]
-        assert [cost_of(batch, COSTS) for batch in first] == expected
+        first = whole(sampler.plan, epoch)[:8]
+        assert [cost_of(batch, costs) for batch in first] == expected
 
 
 @pytest.mark.parametrize("uneven", ["pad", "drop"])
