@@ -45,7 +45,7 @@ class CostBudget:
     min_batch_size, max_batch_size : int, optional
         Bounds of the batch size, >= 1. Default: 1, and no upper bound.
     multiple_of : int
-        Batch sizes are multiples of this.
+        Batch sizes are multiples of this; those of ``partial="even"`` are divided further.
     power_of_two : bool
         Batch sizes are powers of two, which limits the number of shapes for compiled loops.
     over_budget : {"error", "skip"}
@@ -213,7 +213,7 @@ class CostBudget:
             for name in ("min_batch_size", "max_batch_size", "multiple_of", "power_of_two")
         }
         if isinstance(cost, Mapping) or hasattr(cost, "keys"):
-            plain["cost"] = [[_plain(key), _plain(cost[key])] for key in list(cost.keys())]
+            plain["cost"] = [[_plain_key(key), _plain(cost[key])] for key in list(cost.keys())]
             plain["cost_by"] = "patch id"
         elif cost is not None:
             plain["cost"] = _to_list(cost)
@@ -296,7 +296,8 @@ def _bit_length(values: Int64) -> Int64:
 
 def _by_patch_id(pairs: Any) -> dict[Any, Any]:
     try:
-        return dict(pairs)
+        # JSON has no tuples.
+        return {tuple(key) if isinstance(key, list) else key: cost for key, cost in pairs}
     except (TypeError, ValueError) as error:
         raise ValueError(
             "saved['cost'] must be pairs of patch id and cost if saved['cost_by']='patch id', got "
@@ -307,6 +308,19 @@ def _by_patch_id(pairs: Any) -> dict[Any, Any]:
 def _plain(value: Any) -> Any:
     # Scalars of any array library.
     return value.item() if hasattr(value, "item") else value
+
+
+def _plain_key(key: Any) -> Any:
+    """Return a patch id as JSON can hold it; raise TypeError for keys that JSON cannot hold."""
+    if isinstance(key, tuple):
+        return [_plain_key(part) for part in key]
+    key = _plain(key)
+    if not isinstance(key, (str, int, float)):
+        raise TypeError(
+            "cost must have integers, strings or tuples of them as keys to be saved, got "
+            f"{short_repr(key)}"
+        )
+    return key
 
 
 def _is_equal(a: Any, b: Any) -> bool:

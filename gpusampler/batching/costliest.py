@@ -1,8 +1,7 @@
 """The most expensive batches first, so that a run that exceeds the memory fails at once.
 
 The k most expensive full batches of an epoch change places with the batches in its first k slots;
-other batches stay in their slots. A full batch is one with as many samples as the first batch of
-its patch.
+other batches stay in their slots. Every batch is full, except the short last batch of a patch.
 
 Let ``p(i)`` be the batch that the permutation puts into slot i, and ``c(i)`` the batch to be moved
 there. Their swap puts ``p(i)`` into the slot that held ``c(i)``. If ``p(i)`` is itself a ``c(j)``,
@@ -35,8 +34,8 @@ class CostliestFirst:
     slots : array
         0 .. k-1.
     batches : array
-        Indices of the batches in the natural order, ascending. If ``nth`` is given, index of the
-        first batch of each batch's patch.
+        Indices of the batches in the natural order, ascending. If ``nth`` is given, they are the
+        indices of their patches' first batches instead.
     slot_of_batch, batch_of_slot : arrays
         Slot of each element of ``batches``, and the inverse.
     nth, patch_slots, own_batches : arrays, or None
@@ -66,7 +65,7 @@ class CostliestFirst:
         patch_slots: Int64,
         short_every: Int64 | None,
     ) -> CostliestFirst:
-        """Choose at most ``count`` batches; the arrays have one element per group.
+        """Choose at most ``count`` batches; the arrays have one element per group (or run of one).
 
         ``costs`` are the costs of a full batch, ``num_full`` how many batches are full in every
         epoch, and ``first_batch`` the indices of the first batches in the natural order.

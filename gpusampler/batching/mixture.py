@@ -112,7 +112,8 @@ def slots_by_patch(
         units = "patches" if patch_of_bin is None else "cost bins"
         raise ValueError(
             f"epoch_batches must be at least {num_taking_part}, the number of {units} with a "
-            f"batch{' and a weight > 0' if weights is not None else ''}, got {total}"
+            f"batch{' and a weight > 0' if weights is not None else ''}, got {total}: fewer need "
+            "interleave=True and steps='free', without weights and costliest_first"
         )
     patch_min_slots = reduce_by_patch(min_slots, patch_of_bin, np.add)
     shares = apportion(integer_weights(patch_weights), total, patch_min_slots)

@@ -29,19 +29,18 @@ class BatchCuts(NamedTuple):
 def cut_into_batches(counts: Int64, sizes: Int64, partial: str, min_partial: int) -> BatchCuts:
     """Cut groups of ``counts`` samples into batches of at most ``sizes >= 1`` samples.
 
-    Batches that are shorter than their group's size and shorter than ``min_partial`` are left out.
+    Batches with fewer than ``min_partial`` samples are left out.
     """
     if partial == "drop":
         return BatchCuts(counts // sizes, sizes, None)
     if partial != "even":
-        short = counts % sizes
-        return BatchCuts(counts // sizes + (short >= min_partial), sizes, None)
+        full = np.where(sizes >= min_partial, counts // sizes, 0)
+        return BatchCuts(full + (counts % sizes >= min_partial), sizes, None)
     batches = -(-counts // sizes)
     smaller, larger = np.divmod(counts, batches)
-    smallest_allowed = np.minimum(sizes, min_partial)
     # If the smaller batches are left out, only the larger ones remain, if those are large enough.
-    is_left_out = smaller < smallest_allowed
-    remaining = np.where(smaller + 1 < smallest_allowed, 0, larger)
+    is_left_out = smaller < min_partial
+    remaining = np.where(smaller + 1 < min_partial, 0, larger)
     larger = np.where(is_left_out, 0, larger)
     return BatchCuts(
         np.where(is_left_out, remaining, batches),

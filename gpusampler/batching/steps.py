@@ -162,11 +162,11 @@ class CostBuckets:
             fingerprint=of_order(bucket_of_run, np.ones_like(order), order),
         )
 
-    def first_batches(self, num_groups: int) -> Int64:
-        """Return the index of each group's first batch in the natural order: shape (G,)."""
+    def first_batches(self, num_groups: int, run: int) -> Int64:
+        """Return the natural index of the first batch in run 0 or 1 of each group: shape (G,)."""
         first_batches = np.zeros(num_groups, np.int64)
-        is_first = self.run_first == 0
-        first_batches[self.run_groups[is_first]] = self.run_offsets[is_first]
+        is_chosen = (self.run_first > 0) == run
+        first_batches[self.run_groups[is_chosen]] = self.run_offsets[is_chosen]
         return first_batches
 
     def members(self) -> list[Any]:

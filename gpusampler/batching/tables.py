@@ -124,11 +124,12 @@ class PatchTables:
         batches[is_left_out] = 0
         offsets = _running_total(batches)
         total = int(offsets[-1])
-        if total == 0 and partial != "drop":
-            raise ValueError(
-                f"min_partial={min_partial} leaves no batches: all are shorter. Reduce min_partial."
-            )
         if total == 0:
+            if partial != "drop":
+                raise ValueError(
+                    f"min_partial={min_partial} leaves no batches, because all have fewer samples. "
+                    "Reduce min_partial."
+                )
             # The group that lacks the fewest samples.
             groups_with_size = np.flatnonzero(~is_left_out)
             nearest = groups_with_size[(requested_sizes - counts)[groups_with_size].argmin()]
@@ -138,7 +139,8 @@ class PatchTables:
             raise ValueError(
                 f"partial='drop' leaves no batches: batch_size={size}, but the "
                 f"{f'largest {unit}' if is_one_size else f'{unit} closest to a full batch'} has "
-                f"{int(counts[nearest])} samples. Reduce batch_size or use partial='keep' or 'pad'."
+                f"{int(counts[nearest])} samples. Reduce batch_size or use partial='keep', 'pad' "
+                "or 'even'."
             )
         first_bin = None
         if patch_of_bin is not None:
@@ -221,19 +223,33 @@ class PatchTables:
 
         ``costs``, shape (G,), are those of one sample of each group.
         """
-        runs, own_batches = self.runs(pad=pad), self.own_batches
+        runs, own_batches, slots = self.runs(pad=pad), self.own_batches, self.batches
         num_full, short_every = runs.num_first, None
         if self.slot_shares is not None:
-            # Batches that differ by one sample count as full.
-            has_short = num_full < (own_batches if self.larger is None else num_full)
-            num_short = -(-self.batches // np.maximum(own_batches, 1))
-            num_full = np.maximum(self.batches - has_short * num_short, self.batches > 0)
+            # Batches that differ by one sample count as equal.
+            has_short = (num_full < own_batches) & (self.larger is None)
+            num_short = -(-slots // np.maximum(own_batches, 1))
+            num_full = np.maximum(slots - has_short * num_short, slots > 0)
             short_every = np.where(has_short, own_batches, 1) if bool(has_short.any()) else None
-        first_batch = self.batch_offsets[:-1]
+        first_batch, run_costs = self.batch_offsets[:-1], runs.first_size * costs
         if self.buckets is not None:
-            first_batch = self.buckets.first_batches(self.batches.size)
+            first_batch = self.buckets.first_batches(slots.size, 0)
+        if self.larger is not None and self.slot_shares is None:
+            # The smaller batches are full, too: a second run of each group.
+            next_batch = first_batch + num_full
+            if self.buckets is not None:
+                next_batch = self.buckets.first_batches(slots.size, 1)
+            first_batch, run_costs, num_full, slots = (
+                np.stack(pair, axis=1).ravel()
+                for pair in (
+                    (first_batch, next_batch),
+                    (run_costs, runs.last_size * costs),
+                    (num_full, own_batches - num_full),
+                    (slots, slots),
+                )
+            )
         costliest = CostliestFirst.build(
-            count, runs.first_size * costs, num_full, first_batch, self.batches, short_every
+            count, run_costs, num_full, first_batch, slots, short_every
         )
         return replace(self, costliest=costliest)
 

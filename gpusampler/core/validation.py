@@ -30,7 +30,7 @@ def explain_keywords(advice: Mapping[str, str]) -> Callable[[F], F]:
         def checked(*args: Any, **kwargs: Any) -> Any:
             for name in kwargs:
                 if name in advice:
-                    owner = function.__qualname__.partition(".")[0]
+                    owner = function.__qualname__.removesuffix(".__init__")
                     raise TypeError(f"{owner} has no argument {name}: {advice[name]}")
             return function(*args, **kwargs)
 

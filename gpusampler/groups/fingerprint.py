@@ -12,6 +12,7 @@ The fingerprint detects accidental differences; it is not a cryptographic hash.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from enum import Enum
 from functools import lru_cache
 from typing import Any
 
@@ -169,11 +170,16 @@ def of_numbers(numbers: Int64) -> int:
 
 
 def _name_text(name: Any) -> str:
-    """Return a string for a name, the same on all machines."""
+    """Return a string for a name, the same in every process and with every release of NumPy."""
     if isinstance(name, tuple):
-        # The repr of a NumPy scalar differs between releases.
-        return repr(tuple(part.item() if isinstance(part, np.generic) else part for part in name))
-    return str(name)
+        return f"({', '.join(map(_part_text, name))})"
+    return str.__str__(name) if isinstance(name, str) else str(name)
+
+
+def _part_text(part: Any) -> str:
+    part = part.value if isinstance(part, Enum) else part
+    part = part.item() if isinstance(part, np.generic) else part
+    return _name_text(part) if isinstance(part, tuple) else repr(part)
 
 
 def of_names(names: Sequence[Any]) -> int:

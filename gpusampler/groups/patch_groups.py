@@ -7,7 +7,6 @@ Only the order of a `PatchGroups` is as large as the dataset: sample indices sor
 from __future__ import annotations
 
 import os
-from bisect import bisect_left
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -26,6 +25,7 @@ from gpusampler.groups.index_build import build
 from gpusampler.groups.index_format import MappedFile
 from gpusampler.sources.checks import is_key
 from gpusampler.sources.dispatch import read_patch_ids
+from gpusampler.sources.strings import find_name
 
 
 class PatchGroups:
@@ -450,7 +450,7 @@ class PatchGroups:
         KeyError
             If the patch does not exist.
         TypeError, ValueError
-            If ``patch_id`` is not an int64 integer, or of the type of the names.
+            If ``patch_id`` is not an int64 integer, or not a str if names are strings.
         """
         group = self._find_group(patch_id)
         if group is None:
@@ -465,12 +465,9 @@ class PatchGroups:
     def _find_group(self, patch_id: Any) -> int | None:
         """Return the index of a patch in `patch_ids`, or None."""
         if self.names is not None:
-            if not isinstance(patch_id, name_type := type(self.names[0])):
-                raise TypeError(f"patch_id must be a {name_type.__name__}, got {patch_id!r}")
-            position = bisect_left(self.names, patch_id)
-            if position == len(self.names) or self.names[position] != patch_id:
+            patch_id = find_name(self.names, patch_id)
+            if patch_id is None:
                 return None
-            patch_id = position
         number = validation.check_int(patch_id, "patch_id", low=-(1 << 63), high=1 << 63)
         group = int(np.searchsorted(self.patch_ids, number))
         is_present = group < self.num_patches and int(self.patch_ids[group]) == number

@@ -127,10 +127,10 @@ def warn_of_omitted_samples(plan: EpochPlan) -> None:
             "allowed batch costs more than max_cost. Raise max_cost to include them."
         )
     batch = "a batch" if plan.batch_size is None else f"batch_size={plan.batch_size}"
-    dropping = "partial='drop'", f"fewer samples than {batch}", "partial='keep' or 'pad'"
+    dropping = "partial='drop'", f"fewer samples than {batch}", "partial='keep', 'pad' or 'even'"
     if plan.partial != "drop":
         least = f"min_partial={plan.min_partial}"
-        dropping = least, "no batch as large as that", "a smaller min_partial"
+        dropping = least, "only smaller batches", "a smaller min_partial"
     too_short = f"fewer batches than step_width={plan.step_width}"
     for samples, setting, cause, advice in (
         (omitted.dropped, *dropping),
@@ -158,9 +158,9 @@ def warn_of_copies(plan: EpochPlan) -> None:
     units = "patches" if tables.patch_of_bin is None else "cost bins"
     warn(
         f"partial='pad' makes batches of {int(is_copied.sum())} of {is_copied.size} {units} more "
-        f"than half copies: patch {patch!r} has {int(tables.counts[group])} samples for batches of "
-        f"{int(tables.sizes[group])}. Use partial='keep' or 'even', or a mapping that gives these "
-        "patches smaller batch sizes."
+        f"than half copies, such as those of patch {patch!r}: {int(tables.counts[group])} of "
+        f"{int(tables.sizes[group])} samples differ. Use partial='keep' or 'even', or smaller "
+        "batch sizes for them."
     )
 
 

@@ -61,8 +61,7 @@ class EpochPlan:
         with samples of the same patch. "even" divides the patch evenly into as many batches as
         "keep": their sizes differ by at most one.
     min_partial : int
-        Under "keep" and "even", leave out batches of a patch that are shorter than this, unless
-        they have its batch size.
+        Under "keep" and "even", leave out batches with fewer samples than this.
     steps : {"free", "balanced", "same_patch"}
         What the batches of ``step_width`` consecutive slots have in common: nothing, nearly the
         same cost, or the same patch.
@@ -86,9 +85,9 @@ class EpochPlan:
         samples fill.
     epoch_batches : int, optional
         Number of batches per epoch (all ranks together), below 2**60. With weights, at least one
-        per patch. Without, it may be less than the number of patches G: then every patch has one
-        batch in G consecutive slots, which span several epochs. Default: as many as the samples of
-        all patches fill.
+        per patch. Without, it may be less than the number G of patches (or cost bins): then each
+        has one batch in G consecutive slots, which span several epochs. Default: as many as the
+        samples of all patches fill.
     device : str, torch.device or Device, optional
         Device of `evaluate` and its results. Default: the device of ``groups``. If the device runs
         out of memory, the host evaluates instead; the results are identical.
@@ -175,12 +174,6 @@ class EpochPlan:
         self.units = BatchUnits.of(groups, batch_size, self.partial)
         self.batch_size = self.units.common_size
         self._costs = self._costs_of_units(costs)
-        largest_size = int(self.units.sizes.max())
-        if self.min_partial > largest_size:
-            raise ValueError(
-                f"min_partial must be at most the batch size, {largest_size}, got "
-                f"{self.min_partial}"
-            )
         if device is None:
             self.device = groups.device
         else:
@@ -326,7 +319,7 @@ class EpochPlan:
         if self.steps == "free" and width != 1 and not self.costliest_first:
             raise ValueError(
                 f"step_width must be 1 under steps='free', got {width}: use steps='balanced' or "
-                "'same_patch' for wider steps"
+                "'same_patch' for wider steps, or costliest_first=True"
             )
         self._step_width = width
         if self.steps == "same_patch":

@@ -64,6 +64,12 @@ TORCH_KEYWORDS = {
     "generator": "pass seed, an integer",
 }
 """Arguments of torch's samplers, and what to use instead."""
+EVALUATION_KEYWORDS = {
+    "drop_last": "every sample counts once; partial='pad' makes batches of one size",
+    "shuffle": "it is unshuffled; PatchBatchSampler shuffles",
+    "generator": "it is unshuffled, without a seed",
+    "world_size": "pass num_replicas",
+}
 T = TypeVar("T")
 
 
@@ -99,8 +105,8 @@ class PatchBatchSampler(ProfiledSampler):
         the same patch. "even" divides a patch evenly into as many batches as "keep": sizes differ
         by at most one, so 33 samples in batches of 32 are 17 and 16.
     min_partial : int
-        For "keep" and "even": leave out batches that have fewer samples than this (and than the
-        batch size). 2 keeps single samples from batch normalisation. `coverage` counts the samples.
+        For "keep" and "even": leave out batches with fewer samples than this. `coverage` counts the
+        samples. With 2, no batch has a single sample, which batch normalisation rejects.
     num_replicas, rank : int, optional
         Number of ranks, and this rank. Default: torch.distributed's, if it is initialised, else 1
         and 0.
@@ -133,9 +139,9 @@ class PatchBatchSampler(ProfiledSampler):
         samples fill.
     epoch_batches : int, optional
         Number of batches per epoch (all ranks together), below 2**60. Default: as many as the
-        samples of all patches fill. With weights, at least one per patch. Without, fewer than one
-        per patch are possible: then each of G patches has one batch in G consecutive slots, which
-        span several epochs.
+        samples of all patches fill. With weights, at least one per patch. Without, it may be less
+        than the number G of patches (or cost bins): then each has one batch in G consecutive slots,
+        which span several epochs.
     device : str or torch.device
         Device of the tables and of the evaluation: "numpy", "cpu", "cuda:0", "cupy", ... "auto":
         the device of the ids (the host for an index file); for a dataset or a file of ids, CUDA if
@@ -261,7 +267,7 @@ class PatchBatchSampler(ProfiledSampler):
         self.sampler = EpochSetter(self._tracker)
 
     @classmethod
-    @explain_keywords(TORCH_KEYWORDS)
+    @explain_keywords(EVALUATION_KEYWORDS)
     def for_evaluation(
         cls,
         source: Any,

@@ -20,8 +20,8 @@ from gpusampler.sampler.distributed import ProcessGroupWarning
 
 STATE_VERSION = 1
 STATE_KEYS = frozenset({"version", "epoch", "slot", "seed", "step_width", "fingerprint"})
-BATCH_SIZES = frozenset({"batch_size", "batch_sizes", "partial", "min_partial"})
-"""Members of a fingerprint that only change how a patch is cut into batches."""
+SAMPLES = frozenset({"ids", "num_samples", "num_patches", "permutation"})
+"""Members of a fingerprint that are not settings."""
 HASHES = frozenset({"ids", "batch_sizes", "weights", "patch_costs"})
 """Members of a fingerprint that are hashes of values."""
 
@@ -301,15 +301,17 @@ class EpochTracker:
         return position
 
     def _skip_advice(self, state: Mapping[str, Any], differing: Set[str]) -> str:
-        """Return how to go on with other batch sizes after the epoch of a state."""
-        epoch, seed = state["epoch"], state["seed"]
-        if differing - BATCH_SIZES or type(epoch) is not int or type(seed) is not int:
+        """Return how to go on with this sampler's settings after the epoch of a state."""
+        epoch, slot, seed = (state[name] for name in ("epoch", "slot", "seed"))
+        if differing & SAMPLES or not all(type(number) is int for number in (epoch, slot, seed)):
             return ""
         pass_seed = f"pass seed={short_repr(seed)} and " * (seed != self.plan.seed)
+        advice = f" To go on with this sampler's batches instead, {pass_seed}call set_epoch("
+        if slot == 0:
+            return f"{advice}{short_repr(epoch)})."
         return (
-            f" To go on with this sampler's batches instead, {pass_seed}call set_epoch("
-            f"{short_repr(epoch + 1)}): the batches of epoch {short_repr(epoch)} from slot "
-            f"{short_repr(state['slot'])} on are skipped."
+            f"{advice}{short_repr(epoch + 1)}): the batches of epoch {short_repr(epoch)} from slot "
+            f"{short_repr(slot)} on are skipped."
         )
 
     def _warn_of_mixed_steps(self, position: EpochPosition) -> None:

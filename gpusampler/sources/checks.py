@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import enum
 from collections.abc import Sequence, Set
 from importlib import import_module
 from numbers import Number
@@ -51,7 +52,7 @@ def choose_column(columns: Sequence[Any], column: Any, label: str) -> Any:
             raise ValueError(f"source must have a column of patch ids, got {label} without columns")
         if PATCH_ID not in columns and len(columns) > 1:
             advice = ""
-            if label == "a DataFrame":
+            if label == "a pandas DataFrame":
                 pair = ", ".join(map(repr, columns[:2]))
                 advice = f". For one patch per combination, pass frame.groupby([{pair}]).ngroup()"
             raise ValueError(
@@ -97,14 +98,41 @@ def is_missing(value: Any) -> bool:
 
 
 def is_key(value: Any) -> bool:
-    """Whether a value can be a name: a string, or another key that hashes and sorts."""
+    """Whether a value can be a name: a string, or another key that hashes, sorts and prints."""
     if isinstance(value, (str, bytes)):
         return True
+    if isinstance(value, tuple):
+        return all(
+            isinstance(part, (Number, np.generic)) or is_missing(part) or is_key(part)
+            for part in value
+        )
     # Sets are only partially ordered, and floats are rarely meant as ids.
     if isinstance(value, (Number, np.generic, Set)) or arrays.library_of(value) is not None:
         return False
     kind: Any = type(value)
-    return kind.__hash__ is not None and any("__lt__" in vars(base) for base in kind.__mro__[:-1])
+    if kind.__hash__ is None or hasattr(value, "__getitem__"):
+        return False
+    own = {name for base in kind.__mro__[:-1] for name in vars(base)}
+    return "__lt__" in own and not own.isdisjoint({"__repr__", "__str__"})
+
+
+def check_key(key: Any, sample: int) -> Any:
+    """Return a key; raise ValueError if it, or a part of a tuple, is missing."""
+    if is_missing(key):
+        raise_missing(sample)
+    if isinstance(key, tuple):
+        for part in key:
+            check_key(part, sample)
+    return key
+
+
+def check_no_plain_enum(value: Any, name: str) -> None:
+    """Raise TypeError for a member of an Enum that is neither an int nor sorts."""
+    if isinstance(value, enum.Enum) and not isinstance(value, int) and not is_key(value):
+        raise TypeError(
+            f"{name} must be integers, strings or keys that sort, got {value!r}: pass "
+            "[key.name for key in ids]"
+        )
 
 
 def check_fits_int64(ids: NDArray[Any], first: int) -> NDArray[Any]:

@@ -16,6 +16,7 @@ from gpusampler.sources.base import IntegerIds, PatchIds
 from gpusampler.sources.checks import (
     check_no_column,
     check_no_missing,
+    check_no_plain_enum,
     choose_column,
     is_instance,
     is_key,
@@ -51,7 +52,7 @@ def _pandas_ids(source: Any, column: Any, progress: bool) -> PatchIds | None:
             "to have tuples as ids"
         )
     if is_instance(source, "pandas", "DataFrame"):
-        series = source[choose_column(list(source.columns), column, "a DataFrame")]
+        series = source[choose_column(list(source.columns), column, "a pandas DataFrame")]
     elif is_instance(source, "pandas", "Series", "Index"):
         check_no_column(column, f"a {type(source).__name__}")
         series = source
@@ -110,10 +111,11 @@ def _category_ids(series: Any, categories: Any, size: int, progress: bool) -> Pa
         return IntegerIds(lambda a, b: values[codes(a, b)], size, values.dtype.name)
     labels = categories.tolist()
     for label in labels:
+        check_no_plain_enum(label, "ids")
         if not is_key(label):
             raise wrong_dtype_error(
                 f"category of {categories.dtype}",
-                f", such as {short_repr(label)}: pass the column's .cat.codes",
+                f", such as {short_repr(label)}: pass the column's .cat.codes (-1 if missing)",
             )
     return NamedIds(lambda a, b: (codes(a, b), labels), size, progress=progress)
 

@@ -13,6 +13,7 @@ from numpy.lib.array_utils import byte_bounds
 from numpy.typing import NDArray
 
 from gpusampler.core import arrays
+from gpusampler.core.log import warn
 from gpusampler.core.text import short_repr
 from gpusampler.core.validation import as_array, check_id_array, check_id_shape
 from gpusampler.sources.base import IntegerIds, PatchIds
@@ -20,12 +21,16 @@ from gpusampler.sources.checks import (
     check_fits_int64,
     check_no_column,
     check_no_missing,
+    check_no_plain_enum,
     choose_column,
     integers_from_list,
     is_key,
     is_missing,
 )
 from gpusampler.sources.strings import NamedIds, factorize_list
+
+MANY_TUPLES = 100
+"""Number of tuples, all different, that are probably samples rather than ids."""
 
 
 class ArrayIds(PatchIds):
@@ -134,18 +139,20 @@ def object_ids(
 ) -> PatchIds:
     """Return ids from ``values(start, stop)``, a list of str, bytes or other keys, or of int."""
     first = _first_value(values, size)
-    if isinstance(first, enum.Enum) and not isinstance(first, (str, int)):
-        raise TypeError(
-            f"{name} must be integers, strings or keys that sort, got {first!r}: pass "
-            "[key.name for key in ids]"
-        )
+    check_no_plain_enum(first, name)
     if is_key(first):
-        return NamedIds(
+        ids = NamedIds(
             lambda start, stop: factorize_list(values(start, stop), start),
             size,
             modified=modified,
             progress=progress,
         )
+        if isinstance(first, tuple) and len(ids.names or ()) == size >= MANY_TUPLES:
+            warn(
+                f"each of {size} tuples names a patch of its own: if they are samples, pass the "
+                "patch ids of the samples instead"
+            )
+        return ids
     # Check the first values now, so that a column of a wrong type fails at once.
     integers_from_list(values(0, min(size, 1000)), 0, name)
     return IntegerIds(
@@ -175,7 +182,7 @@ def is_list_of_ids(source: Any) -> bool:
     if first is not None and arrays.library_of(first) is not None:
         # A 0-d array is an id, any other array a sample.
         return np.ndim(first) == 0
-    plain = (int, float, np.generic, list, enum.Enum)
+    plain = (int, float, np.generic, list, tuple, enum.Enum)
     return not source or isinstance(first, plain) or is_key(first)
 
 

@@ -13,7 +13,7 @@ import numpy as np
 from gpusampler.core import arrays
 from gpusampler.core.progress_bar import ProgressBar
 from gpusampler.sources.base import PatchIds
-from gpusampler.sources.checks import is_key
+from gpusampler.sources.checks import check_key, check_no_plain_enum, is_key
 from gpusampler.sources.in_memory import ArrayIds
 from gpusampler.sources.strings import CategoricalIds
 
@@ -34,7 +34,7 @@ def sample_by_sample_ids(dataset: Any, size: int, progress: bool) -> PatchIds:
         """Return the id or label index of a sample; sample 0 decides between integers and names."""
         nonlocal has_names
         value = _value_of_sample(dataset, i)
-        name = _name_or_none(value)
+        name = _name_or_none(value, i)
         if i == 0:
             has_names = name is not None
             first_read.set()
@@ -108,13 +108,14 @@ def _value_of_sample(dataset: Any, i: int) -> Any:
         ) from error
 
 
-def _name_or_none(value: Any) -> Any:
+def _name_or_none(value: Any, i: int) -> Any:
     """Return a str, a one-element string array as a str, or another key; None for anything else."""
     if isinstance(value, np.ndarray) and value.dtype.kind in "UT" and value.size == 1:
         value = value.item()
     if isinstance(value, str):
         return str.__str__(value)
-    return value if is_key(value) and not isinstance(value, bytes) else None
+    check_no_plain_enum(value, "patch_id")
+    return check_key(value, i) if is_key(value) and not isinstance(value, bytes) else None
 
 
 def _check_id(value: Any, i: int) -> int:

@@ -5,6 +5,7 @@ A name is a string, or any other key that hashes and sorts, such as a tuple of i
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -15,7 +16,7 @@ from gpusampler.core import arrays
 from gpusampler.core.progress_bar import ProgressBar
 from gpusampler.core.text import short_repr
 from gpusampler.sources.base import BLOCK, PatchIds
-from gpusampler.sources.checks import is_key, is_missing, raise_missing
+from gpusampler.sources.checks import check_key, is_key, is_missing, raise_missing
 
 Factorized = tuple[NDArray[Any], Sequence[Any]]
 """(codes, labels): an index per sample into labels, which may be unsorted or unused."""
@@ -117,6 +118,18 @@ def sort_names(names: Iterable[Any]) -> tuple[Any, ...]:
         ) from error
 
 
+def find_name(names: tuple[Any, ...], name: Any) -> int | None:
+    """Return the index of a name, or None; raise TypeError for another key among strings."""
+    if isinstance(names[0], str) and not isinstance(name, str):
+        raise TypeError(f"patch_id must be a str, got {name!r}")
+    try:
+        index = bisect_left(names, name)
+    except TypeError:
+        # The name cannot be compared with the others, so it is none of them.
+        return None
+    return index if index < len(names) and names[index] == name else None
+
+
 def factorize_list(values: list[Any], first: int) -> Factorized:
     """Factorize a list of names: str, UTF-8 bytes, or other keys."""
     if not all(issubclass(t, (str, bytes)) for t in set(map(type, values))):
@@ -150,17 +163,11 @@ def _factorize_keys(keys: list[Any], first: int) -> Factorized:
     code_of_key: dict[Any, int] = {}
     codes = np.empty(len(keys), np.int64)
     for i, key in enumerate(keys):
-        if is_missing(key) or (isinstance(key, tuple) and any(map(is_missing, key))):
-            raise_missing(first + i)
+        check_key(key, first + i)
         if isinstance(key, (str, bytes)) or not is_key(key):
             raise TypeError(
                 f"ids must be all keys of one type, got {short_repr(key)} in sample {first + i}; "
                 "convert them to one type"
             )
-        try:
-            codes[i] = code_of_key.setdefault(key, len(code_of_key))
-        except TypeError as error:
-            raise TypeError(
-                f"ids must hash, got {short_repr(key)} in sample {first + i}: {error}"
-            ) from error
+        codes[i] = code_of_key.setdefault(key, len(code_of_key))
     return codes, list(code_of_key)

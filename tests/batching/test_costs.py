@@ -131,7 +131,7 @@ def test_costs_that_change_numbers_inside_a_class_only_load_each_other_s_states(
         with pytest.raises(
             ValueError,
             match=r"Cannot load state: hash of patch_costs is \d+ in the checkpoint, "
-            r"\d+ in this sampler\. Build the sampler with the same ids and settings\.$",
+            r"\d+ in this sampler\. Build the sampler with the same ids and settings\.",
         ):
             refused.load_state_dict(state)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import enum
+import json
 import sys
 import types
 from array import array
@@ -12,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from gpusampler import PatchBatchSampler, PatchGroups, read_patch_ids
+from gpusampler import CostBudget, PatchBatchSampler, PatchGroups, read_patch_ids
 
 pd = pytest.importorskip("pandas")
 
@@ -169,7 +170,9 @@ def test_array_and_memoryview_of_integers():
         ([(1, 2), 3], TypeError, "all keys of one type, got 3 in sample 1"),
         ([(1, 2), "a"], TypeError, "all keys of one type, got 'a' in sample 1"),
         (["a", (1, 2)], TypeError, r"all strings or all integers, got \(1, 2\) in sample 1"),
-        ([(1, [2]), (1, [3])], TypeError, r"must hash, got \(1, \[2\]\) in sample 0"),
+        ([(1, (2, float("nan")))], ValueError, "every sample, got none in sample 0"),
+        ([(1, [2]), (1, [3])], ValueError, "must be"),
+        ([(np.zeros(3), 0), (np.ones(3), 1)], ValueError, "must be"),
         ([(1, 2), None], ValueError, "every sample, got none in sample 1"),
         ([(1, 2), (1, float("nan"))], ValueError, "every sample, got none in sample 1"),
         (pd.Series([0.5, 1.5]).astype("category"), TypeError, r"pass the column's \.cat\.codes"),
@@ -206,3 +209,64 @@ def test_codes_of_pandas_with_missing_values_are_warned_of():
     labels_of(column.cat.codes.astype(np.int64))
     labels_of(pd.Series([-2, -1, 0], dtype=np.int8))
     labels_of(column.dropna().cat.codes)
+
+
+def test_a_list_of_samples_is_probably_no_list_of_ids():
+    files = [(f"{i}.png", i % 3) for i in range(200)]
+    with pytest.warns(UserWarning, match="each of 200 tuples names a patch of its own: if they"):
+        read_patch_ids(files)
+    read_patch_ids([(i % 3, i % 2) for i in range(200)])
+
+
+@pytest.mark.parametrize(
+    ("value", "error", "message"),
+    [
+        ((1, None), ValueError, "every sample, got none in sample 1"),
+        ((float("nan"), 2), ValueError, "every sample, got none in sample 1"),
+        (
+            (1, [2]),
+            TypeError,
+            r"patch_id must be a name, as in sample 0, got \(1, \[2\]\) in sample 1",
+        ),
+        (Level.LOW, TypeError, r"got <Level.LOW: 1>: pass \[key.name"),
+    ],
+)
+def test_bad_keys_of_samples(value, error, message):
+    samples = [{"patch_id": (1, 2)}, {"patch_id": value}]
+    with pytest.raises(error, match=message):
+        PatchBatchSampler(samples, 1, seed=0)
+
+
+def test_fingerprints_of_tuples_are_of_plain_values(tmp_path):
+    plain = PatchGroups.from_ids([(1, ("low", 2)), (2, ("high", 1))])
+    fancy = PatchGroups.from_ids(
+        [(Number.LOW, (Text.LOW, np.int16(2))), (np.int64(2), (Text.HIGH, Number.LOW))]
+    )
+    assert plain.fingerprint == fancy.fingerprint
+
+    class Bare:
+        def __init__(self, value):
+            self.value = value
+
+        def __lt__(self, other):
+            return self.value < other.value
+
+    # Its text would be another one in another process.
+    with pytest.raises(TypeError, match="patch_ids or samples"):
+        read_patch_ids([Bare(1), Bare(2)])
+
+
+def test_a_budget_by_tuples_comes_back_from_json():
+    budget = CostBudget(100, cost={(64, 64): 1, (512, 768): 3, (1024, 64): 2})
+    again = CostBudget.from_dict(json.loads(json.dumps(budget.to_dict())))
+    assert again == budget
+    by_date = CostBudget(100, cost={datetime.date(2026, 1, 1): 1})
+    with pytest.raises(TypeError, match="tuples of them as keys to be saved, got datetime"):
+        by_date.to_dict()
+
+
+def test_samples_of_a_key_that_is_none_of_them():
+    groups = PatchGroups.from_ids(SHAPES)
+    for key in ((1, 1), ("a", 2), "a", 3):
+        with pytest.raises(KeyError, match="must be one of the 3 patches"):
+            groups.samples_of(key)

@@ -244,7 +244,7 @@ def costliest_first(
             continue
         own, lengths = len(batches), [len(batch) for batch in batches]
         numbers = [(epoch * slots[g] + j) % own for j in range(slots[g])]
-        if settings.mixed and settings.partial == "even":
+        if settings.partial == "even":
             places = list(range(slots[g]))
         elif settings.mixed:
             # As many as are full in every epoch, at least one.
@@ -254,8 +254,10 @@ def costliest_first(
         else:
             places = [j for j in range(own) if lengths[j] == lengths[0]]
         per_sample = 1.0 if settings.patch_costs is None else float(settings.patch_costs[g])
-        cost = rounded(Fraction(lengths[0]) * Fraction(per_sample))
-        full += [(-cost, g, j) for j in places]
+        for j in places:
+            length = lengths[0] if settings.mixed else lengths[j]
+            cost = rounded(Fraction(length) * Fraction(per_sample))
+            full.append((-cost, g, j))
     order = list(order)
     for slot, (_, g, j) in enumerate(sorted(full)[: settings.step_width]):
         place = order.index((g, j))
@@ -437,14 +439,14 @@ def batches_of(n: int, size: int, partial: str, min_partial: int = 1) -> list[ra
         lengths = [smaller + 1] * larger + [smaller] * (-(-n // size) - larger)
         ends = [sum(lengths[: i + 1]) for i in range(len(lengths))]
         whole = [range(end - length, end) for length, end in zip(lengths, ends, strict=True)]
-        return [batch for batch in whole if len(batch) >= min(min_partial, size)]
+        return [batch for batch in whole if len(batch) >= min_partial]
     edges = list(range(0, n, size))
     if partial == "drop":
         return [range(p, p + size) for p in edges if p + size <= n]
     if partial == "pad":
         return [range(p, p + size) for p in edges]
     batches = [range(p, q) for p, q in pairwise([*edges, n])]
-    return [batch for batch in batches if len(batch) >= min(min_partial, size)]
+    return [batch for batch in batches if len(batch) >= min_partial]
 
 
 def own_batches(sizes: list[int], settings: Settings) -> list[list[range]]:
