@@ -20,7 +20,6 @@ from gpusampler.permutation.numba import jit
 from gpusampler.permutation.reference import (
     COIN_ROUND,
     MIX_1,
-    MIX_2,
     SPREAD,
     Grid,
     keyed_hash,
@@ -39,22 +38,17 @@ MAX_N = 1 << 32
 U32 = np.uint32
 NDU32 = NDArray[np.uint32]
 _HALF = U32(0xFFFF)
-_S15, _S16 = U32(15), U32(16)
-_MIX_1, _MIX_2, _SPREAD = U32(MIX_1), U32(MIX_2), U32(SPREAD)
+_S16 = U32(16)
+_MIX_1, _SPREAD = U32(MIX_1), U32(SPREAD)
 
 
 def _hash_into(out: NDU32, value: NDU32, round_key: NDU32, scratch: NDU32) -> None:
-    """``out = mix(value * SPREAD ^ round_key)``."""
+    """`reference.keyed_hash`, from ``k0 + r * (k1 | 1)``."""
     np.multiply(value, _SPREAD, out=out)
     np.bitwise_xor(out, round_key, out=out)
     np.right_shift(out, _S16, out=scratch)
     np.bitwise_xor(out, scratch, out=out)
     np.multiply(out, _MIX_1, out=out)
-    np.right_shift(out, _S15, out=scratch)
-    np.bitwise_xor(out, scratch, out=out)
-    np.multiply(out, _MIX_2, out=out)
-    np.right_shift(out, _S15, out=scratch)
-    np.bitwise_xor(out, scratch, out=out)
 
 
 def _rotate(line: NDU32, amount: NDU32, side: NDU32, scratch: NDU32) -> None:

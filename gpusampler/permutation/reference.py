@@ -41,7 +41,7 @@ KEY_START = (0x243F6A88, 0x85A308D3)
 COIN_ROUND = 63
 
 MAX_ROUNDS = 12
-ROUNDS_FROM = ((1024, 8), (65536, 6))
+ROUNDS_FROM = ((128, 10), (1024, 8), (65536, 6))
 """Pairs (smallest n, number of rounds from this n on): the bias falls as n**(1 - rounds / 2)."""
 
 
@@ -117,9 +117,14 @@ class Streams(NamedTuple):
 
 
 def keyed_hash(key: tuple[Any, Any], r: int, v: Any) -> Any:
-    """Return the 32-bit hash of round ``r`` and value ``v < 2**31`` under ``key``."""
+    """Return the 32-bit hash of round ``r`` and value ``v < 2**31`` under ``key``.
+
+    Callers use the high bits, which depend on all bits of the product. Several rounds follow one
+    another, so one multiplication fewer than in `mix` is enough.
+    """
     k0, k1 = key
-    return mix(((v * SPREAD) ^ (k0 + r * (k1 | 1))) & MASK)
+    h = ((v * SPREAD) ^ (k0 + r * (k1 | 1))) & MASK
+    return ((h ^ (h >> 16)) * MIX_1) & MASK
 
 
 def rounds_for(n: int) -> int:
@@ -179,8 +184,9 @@ def _permute_grid(
             moved = col + ((keyed_hash(key, r, row) * side) >> 32)
         moved = xp.where(moved >= side, moved - side, moved)
         if r >= min_rounds:
-            needs_round = n < ROUNDS_FROM[0][0] if r >= ROUNDS_FROM[0][1] else n < ROUNDS_FROM[1][0]
-            moved = xp.where(needs_round, moved, row if r % 2 == 0 else col)
+            # (A list, because torch.compile of torch 2.6 cannot trace generators.)
+            enough_from = min([start for start, rounds in ROUNDS_FROM if rounds <= r])
+            moved = xp.where(n < enough_from, moved, row if r % 2 == 0 else col)
         if r % 2 == 0:
             row = moved
         else:

@@ -1,6 +1,6 @@
 """The list of tests with their sample sizes.
 
-Power, as `tests.battery.power` measured it on 2026-11-22: stopped after too few rounds, the grid is
+Power, as `tests.battery.power` measured it on 2026-11-29: stopped after too few rounds, the grid is
 caught by
 
 =======  ======  ============  ===========
@@ -8,6 +8,7 @@ n        chosen  quick, up to  long, up to
 =======  ======  ============  ===========
 33       12      7 rounds      11 rounds
 64       12      7 rounds      9 rounds
+128      10      7 rounds      9 rounds
 1024     8       5 rounds      7 rounds
 65536    6       3 rounds      5 rounds
 =======  ======  ============  ===========
@@ -74,7 +75,11 @@ CASES: tuple[Case, ...] = (
             (34, 400_000, 20),
             (64, 400_000, 20),
             (100, 400_000, 20),
+            (128, 400_000, 20),
+            (129, 400_000, 10),
             (257, 400_000, 10),
+            (512, 400_000, 10),
+            (1000, 400_000, 10),
             (1024, 400_000, 20),
             (65536, 400_000, 20),
         )
@@ -83,7 +88,10 @@ CASES: tuple[Case, ...] = (
         Case(("sign",), n, min(20_000, 2**19 // n), min(MILLION, 2**24 // n), single.sign)
         for n in _sign_sizes()
     ),
-    *(Case(WHOLE, n, 2**21 // n, 2**28 // n, single.whole) for n in (20, 33, 64, 100, 256, 1024)),
+    *(
+        Case(WHOLE, n, 2**21 // n, 2**28 // n, single.whole)
+        for n in (20, 33, 64, 100, 128, 129, 256, 257, 512, 1000, 1024)
+    ),
     Case(WHOLE, 65536, 0, 2**27 // 65536, single.whole),
     *(
         Case((f"joint whole: {name}",), n, 50_000, MILLION, partial(joint.whole, name=name))

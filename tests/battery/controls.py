@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 from . import subjects
-from .cases import CASES, PLAN, Case
+from .cases import CASES, PLAN, Case, Form
 from .statistics import Result
 from .subjects import Subject
 
@@ -21,21 +21,29 @@ class Control(NamedTuple):
         Whether the subject is defined, and differs from the real one, at an n.
     caught_by : mapping
         Beginning of a test's name to the sizes at each of which such a test must catch it.
+    form : {"quick", "long"}
+        Sample sizes at which it must be caught.
     """
 
     subject: Subject
     runs_at: Callable[[int], bool]
     caught_by: Mapping[str, Sequence[int]]
+    form: Form = "quick"
 
     def cases(self) -> list[Case]:
-        """All cases that the subject can be put through."""
+        """All cases that the subject can be put through; in the long form, only the decisive."""
+        if self.form == "long":
+            return self.decisive_cases()
+        return self._all_cases()
+
+    def _all_cases(self) -> list[Case]:
         return [case for case in CASES if self.runs_at(case.n) and PLAN not in case.yields]
 
     def decisive_cases(self) -> list[Case]:
         """Those among them that must catch it."""
         return [
             case
-            for case in self.cases()
+            for case in self._all_cases()
             if any(
                 case.n in sizes and any(kind.startswith(name) for kind in case.yields)
                 for name, sizes in self.caught_by.items()
@@ -101,6 +109,7 @@ CONTROLS: tuple[Control, ...] = (
         _grid,
         {"pair lines": (33, 34, 64, 100), "successions": (33, 64, 100)},
     ),
+    Control(subjects.NoXorshift(), _grid, {"pair places": (33, 34, 64, 100)}, "long"),
     Control(subjects.NoCoin(), _grid, {"sign": ODD_SQUARES}),
     Control(
         subjects.Feistel(),

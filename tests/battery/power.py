@@ -20,7 +20,7 @@ from .cases import CASES, PAIRS, WHOLE, Form, run
 from .single import pairs
 from .subjects import FewRounds, Subject
 
-SIZES = (33, 64, 257, 1024, 65536)
+SIZES = (33, 64, 128, 257, 1024, 65536)
 CURVE_ONLY = (257,)
 SAMPLES = 4_000_000
 BOUND = 2.3e-6

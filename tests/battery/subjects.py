@@ -7,6 +7,8 @@ import numpy as np
 from gpusampler.permutation import numpy_impl
 from gpusampler.permutation.reference import (
     COIN_ROUND,
+    MIX_1,
+    SPREAD,
     Grid,
     derive_key,
     grid_of,
@@ -75,6 +77,26 @@ class FewRounds(Subject):
 
     def rounds(self, n: int) -> int:
         return self.count
+
+
+class NoXorshift(Subject):
+    """Control: a hash of two multiplications without the xorshift between them."""
+
+    name = "no xorshift"
+
+    def tile(self, n: int, words: Words, x: np.ndarray) -> np.ndarray:
+        original = numpy_impl._hash_into
+        numpy_impl._hash_into = self.hash_into
+        try:
+            return super().tile(n, words, x)
+        finally:
+            numpy_impl._hash_into = original
+
+    @staticmethod
+    def hash_into(out: np.ndarray, value: np.ndarray, key: np.ndarray, scratch: np.ndarray) -> None:
+        np.multiply(value, np.uint32(SPREAD), out=out)
+        np.bitwise_xor(out, key, out=out)
+        np.multiply(out, np.uint32(MIX_1), out=out)
 
 
 class SeedPlusEpoch(Subject):

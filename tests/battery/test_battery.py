@@ -41,10 +41,21 @@ def test_every_test_ran(quick):
             assert any(r.n == case.n and r.test.startswith(name) for r in quick), (name, case.n)
 
 
-@pytest.mark.parametrize("control", CONTROLS, ids=lambda control: control.subject.name)
-@pytest.mark.slow("the statistics of sixteen permutations that are wrong")
+@pytest.mark.parametrize(
+    "control",
+    [
+        pytest.param(
+            control,
+            id=control.subject.name,
+            marks=pytest.mark.slow("the statistics of sixteen permutations that are wrong")
+            if control.form == "quick"
+            else pytest.mark.battery("a hash that fails only with many samples"),
+        )
+        for control in CONTROLS
+    ],
+)
 def test_control_is_caught(control: Control, quick):
-    results = flat(run(control.subject, "quick", control.decisive_cases()))
+    results = flat(run(control.subject, control.form, control.decisive_cases()))
     failed = statistics.failures(results, statistics.bound(quick))
     assert control.missed(failed) == []
 

@@ -33,7 +33,7 @@ uint64 = int63 | st.integers(2**63, 2**64 - 1)
 edges = st.integers(1, 2**30).flatmap(
     lambda k: st.sampled_from([k * k - 1, k * k, k * k + 1, k * (k + 1), k * (k + 1) + 1])
 )
-forms = st.sampled_from([1, 2, 31, 32, 33, 34, 1023, 1024, 1025, 65535, 65536, 65537])
+forms = st.sampled_from([1, 2, 31, 32, 33, 34, 127, 128, 1023, 1024, 1025, 65535, 65536, 65537])
 scales = st.integers(1, 61).flatmap(lambda bits: st.integers(1, 2**bits))
 
 
@@ -245,6 +245,6 @@ def test_no_positions_at_all():
         assert numpy_impl.permute_one(none, n, (1, 2), grid_of(n)).size == 0
 
 
-@pytest.mark.parametrize("n", [2, SMALL, SMALL + 1, 1023, 1024, 65535, 65536])
+@pytest.mark.parametrize("n", [2, SMALL, SMALL + 1, 127, 128, 1023, 1024, 65535, 65536])
 def test_rounds_are_the_designs(n):
     assert rounds_for(n) == (0 if n <= SMALL else oracle.rounds(n))

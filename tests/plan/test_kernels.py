@@ -183,7 +183,7 @@ def state_of_samples(key: tuple[int, int]) -> tuple[int, int]:
     return s0, s1
 
 
-EDGES = [1, 2, 3, 31, 32, 33, 64, 100, 1023, 1024, 65535, 65536, 70_001]
+EDGES = [1, 2, 3, 31, 32, 33, 64, 127, 128, 1023, 1024, 65535, 65536, 70_001]
 SIZES = [1, 2, 3, 7, 31, 32, 33, 64, 100, 300]
 
 
@@ -314,7 +314,7 @@ def test_keys_beyond_a_signed_word(kind, counts):
     assert form_of(plan).slots > 0
 
 
-@pytest.mark.parametrize("number", [1, 2, 16, 32, 33, 1023, 1024, 65536])
+@pytest.mark.parametrize("number", [1, 2, 16, 32, 33, 127, 128, 1023, 1024, 65536])
 @every_kernel
 def test_any_number_of_batches(kind, number):
     counts = [part for part in (number - number // 3, number // 3) if part]
@@ -562,7 +562,10 @@ NONE = KernelSpec(*[0] * len(KernelSpec._fields))
         ([1, 1], 1, {}, {}, {"slots": 1, "samples": 1, "small": 2}),
         ([32], 1, {}, {}, {"slots": 1, "samples": 1, "small": 32}),
         ([33], 1, {}, {}, {"slots": 2, "samples": 1, "fewest": 6, "most": 6}),
-        ([33, 1023], 1, {}, {}, {"slots": 2, "samples": 1, "fewest": 6, "most": 6}),
+        ([33, 127], 1, {}, {}, {"slots": 2, "samples": 1, "fewest": 6, "most": 6}),
+        ([33, 1023], 1, {}, {}, {"slots": 2, "samples": 1, "fewest": 5, "most": 6}),
+        ([128, 1023], 1, {}, {}, {"slots": 2, "samples": 1, "fewest": 5, "most": 5}),
+        ([128, 1024], 1, {}, {}, {"slots": 2, "samples": 1, "fewest": 4, "most": 5}),
         ([33, 1024], 1, {}, {}, {"slots": 2, "samples": 1, "fewest": 4, "most": 6}),
         ([1024, 65535], 1, {}, {}, {"slots": 2, "samples": 1, "fewest": 4, "most": 4}),
         ([1024, 65536], 1, {}, {}, {"slots": 2, "samples": 1, "fewest": 3, "most": 4}),

@@ -20,7 +20,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 from gpusampler import PatchBatchSampler
 
 IDS = np.repeat([3, 1, 2, 9], [9, 14, 7, 5])
-SEED, EPOCHS = 1, 3
+SEED, EPOCHS = 4, 3
 
 
 class Rows(Dataset):

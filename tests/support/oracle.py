@@ -30,7 +30,8 @@ def mix(h: int) -> int:
 
 def keyed(r: int, v: int, key: Key) -> int:
     k0, k1 = key
-    return mix((v * 0x2C1B3C6D & WORD) ^ ((k0 + r * (k1 | 1)) & WORD))
+    h = (v * 0x2C1B3C6D & WORD) ^ ((k0 + r * (k1 | 1)) & WORD)
+    return (h ^ h >> 16) * 0x21F0AAAD & WORD
 
 
 def absorb(state: Key, w: int) -> Key:
@@ -56,8 +57,10 @@ def derive(seed: int, purpose: int, pass_: int, group: int) -> Key:
 
 
 def rounds(n: int) -> int:
-    if n < 1024:
+    if n < 128:
         return 12
+    if n < 1024:
+        return 10
     return 8 if n < 65536 else 6
 
 

@@ -25,7 +25,7 @@ VARIABLE = "GPUSAMPLER_COMPILED"
 WORTH = 1 << 25
 """Number of samples before a switch to Numba: NumPy takes a few seconds for them."""
 
-SIZES = (1, 2, 31, SMALL, SMALL + 1, 37, 500, 1023, 1024, 2000, 65535, 65536, 3_000_000)
+SIZES = (1, 2, 31, SMALL, SMALL + 1, 37, 127, 128, 500, 1023, 1024, 65535, 65536, 3_000_000)
 """Patch sizes for which compiled functions must equal the reference before they are used."""
 
 

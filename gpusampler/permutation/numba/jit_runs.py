@@ -20,7 +20,6 @@ from gpusampler.permutation.reference import (
     COIN_ROUND,
     MAX_ROUNDS,
     MIX_1,
-    MIX_2,
     ROUNDS_FROM,
     SMALL,
     SPREAD,
@@ -29,8 +28,8 @@ from gpusampler.permutation.reference import (
 _TILE = 512
 """Number of lanes permuted at once; a tile of them takes 22 KiB."""
 
-(_FROM_1, _ROUNDS_1), (_FROM_2, _ROUNDS_2) = ROUNDS_FROM
-_ROUNDS = (MAX_ROUNDS, _ROUNDS_1, _ROUNDS_2)
+_FROM_1, _FROM_2, _FROM_3 = (start for start, _ in ROUNDS_FROM)
+_ROUNDS = (MAX_ROUNDS, *(rounds for _, rounds in ROUNDS_FROM))
 _KINDS = len(_ROUNDS)
 """Number of tiles in use: one for each number of rounds."""
 
@@ -38,8 +37,8 @@ _LONG = 16
 """Smallest number of lanes of one patch that are permuted in a tile of their own."""
 
 _U32, _U64 = np.uint32, np.uint64
-_MIX_1, _MIX_2, _SPREAD = _U32(MIX_1), _U32(MIX_2), _U32(SPREAD)
-_S15, _S16, _S31, _S32 = _U32(15), _U32(16), _U32(31), _U64(32)
+_MIX_1, _SPREAD = _U32(MIX_1), _U32(SPREAD)
+_S16, _S31, _S32 = _U32(16), _U32(31), _U64(32)
 _ZERO, _ONE, _TWO = _U32(0), _U32(1), _U32(2)
 _COIN_ROUND = _U32(COIN_ROUND)
 
@@ -65,17 +64,9 @@ def _compiled(signature: str) -> Callable[[Callable[..., Any]], Any]:
 
 
 @njit(inline="always")
-def _mix(h):
-    h = _U32(h ^ (h >> _S16))
-    h = _U32(h * _MIX_1)
-    h = _U32(h ^ (h >> _S15))
-    h = _U32(h * _MIX_2)
-    return _U32(h ^ (h >> _S15))
-
-
-@njit(inline="always")
 def _hash(value, round_key):
-    return _mix(_U32(_U32(value * _SPREAD) ^ round_key))
+    h = _U32(_U32(value * _SPREAD) ^ round_key)
+    return _U32(_U32(h ^ (h >> _S16)) * _MIX_1)
 
 
 @njit(inline="always")
@@ -195,6 +186,7 @@ def runs(out, table, permuted):
             row = x // b[k]
             col = x - row * b[k]
             kind = np.int64(size >= _FROM_1) + np.int64(size >= _FROM_2)
+            kind += np.int64(size >= _FROM_3)
             tile = tiles[kind]
             done = 0
             while length - done >= _LONG:

@@ -59,6 +59,9 @@ DEVICE u32 mix(u32 h) {
     return h ^ (h >> 15);
 }
 
+// The hash of a value and a round, from their xor.
+DEVICE u32 hash(u32 h) { return (h ^ (h >> 16)) * 0x21F0AAADu; }
+
 DEVICE void absorb(u32 &s0, u32 &s1, u32 word) {
     s0 = mix(s0 ^ word);
     s1 = mix((s1 + s0) ^ (word * SPREAD));
@@ -68,21 +71,21 @@ DEVICE void absorb(u32 &s0, u32 &s1, u32 word) {
 DEVICE void shuffle_grid(u32 &line, u32 &col, u32 a, u32 b, u32 rem, u32 key, u32 step, int pairs) {
     for (int pair = 0; pair < pairs; ++pair) {
         u32 side = a - (col >= rem);
-        u32 moved = line + MULHI(mix((col * SPREAD) ^ key), side);
+        u32 moved = line + MULHI(hash((col * SPREAD) ^ key), side);
         // If moved < side, the difference wraps to a huge number, so the minimum is still right.
         line = MIN(moved, moved - side);
         key += step;
         side = line == a - 1 ? rem : b;
-        moved = col + MULHI(mix((line * SPREAD) ^ key), side);
+        moved = col + MULHI(hash((line * SPREAD) ^ key), side);
         col = MIN(moved, moved - side);
         key += step;
     }
 }
 
-DEVICE u32 coin_of(u32 k0, u32 step) { return mix(k0 + 63u * step) >> 31; }
+DEVICE u32 coin_of(u32 k0, u32 step) { return hash(k0 + 63u * step) >> 31; }
 
 DEVICE u32 swap_of(u32 k0, u32 step, u32 i) {
-    return MULHI(mix((i * SPREAD) ^ (k0 + i * step)), i + 1);
+    return MULHI(hash((i * SPREAD) ^ (k0 + i * step)), i + 1);
 }
 
 KERNEL void gpusampler_batches(
@@ -171,7 +174,7 @@ KERNEL void gpusampler_batches(
             row.b = (u32)side_b[group];
             row.rem = (u32)side_rem[group];
             row.inverse = 0xFFFFFFFFu / row.b;
-            row.pairs = n >= 65536 ? 3 : n >= 1024 ? 4 : n > 32 ? 6 : 0;
+            row.pairs = n >= 65536 ? 3 : n >= 1024 ? 4 : n >= 128 ? 5 : n > 32 ? 6 : 0;
 #endif
         }
     END_THREADS

@@ -39,7 +39,8 @@ def _absorb(s0, s1, word):
 
 @triton.jit
 def _hash(value, round_key):
-    return _mix((value * 0x2C1B3C6D) ^ round_key)
+    h = (value * 0x2C1B3C6D) ^ round_key
+    return (h ^ (h >> 16)) * 0x21F0AAAD
 
 
 @triton.jit
@@ -51,7 +52,7 @@ def _rotate(line, amount, side):
 
 @triton.jit
 def _coin(key, step):
-    return _mix(key + 63 * step) >> 31
+    return _hash(key * 0, key + 63 * step) >> 31
 
 
 @triton.jit
@@ -240,7 +241,8 @@ def batches_kernel(
         rem = tl.load(side_rem + group, mask=inside, other=1).to(tl.uint32)[:, None]
         # One division per row; per lane, a multiplication that is at most 1 too small.
         inverse = 0xFFFFFFFF // b
-        own = tl.where(n >= 65536, 3, tl.where(n >= 1024, 4, tl.where(n > 32, 6, 0)))
+        own = tl.where(n >= 128, 5, tl.where(n > 32, 6, 0))
+        own = tl.where(n >= 65536, 3, tl.where(n >= 1024, 4, own))
         own = tl.where(inside, own, 0)
         pairs = tl.max(own, axis=0)
         own = own[:, None]
