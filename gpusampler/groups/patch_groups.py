@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Sequence
+from enum import Enum
 from pathlib import Path
 from typing import Any, Literal
 
@@ -584,7 +585,8 @@ def _ids_and_names(patch_ids: Any, size: int) -> tuple[Int64, tuple[Any, ...] | 
     """Return int64 ids and their names (None without names); default ids are 0 .. size-1."""
     if patch_ids is None:
         return np.arange(size, dtype=np.int64), None
-    if isinstance(patch_ids, (list, tuple)) and any(map(is_key, patch_ids)):
+    is_list = isinstance(patch_ids, (list, tuple))
+    if is_list and any(isinstance(p, Enum) or is_key(p) for p in patch_ids):
         ids = read_patch_ids(patch_ids)
         return ids.read(0, ids.size).astype(np.int64), ids.names
     return validation.as_int64(patch_ids, "patch_ids"), None

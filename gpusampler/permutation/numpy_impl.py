@@ -29,6 +29,9 @@ from gpusampler.permutation.reference import (
 TILE = 1 << 15
 """Number of positions per tile: 128 KiB in uint32."""
 
+FEW_ROWS = 10
+"""Number of rows of up to 32 samples that Python permutes faster than NumPy: 10 take 0.2 ms."""
+
 _COMPILED_BATCH = 1 << 12
 """Number of ranges per call of the compiled function: nine int64 each, 288 KiB in total."""
 
@@ -155,6 +158,14 @@ def permute_small(
     ``x`` has shape (T,) and is overwritten; ``lengths`` (number of positions per row, sum T),
     ``n`` and the arrays of ``key`` have shape (K,). Returns ``x``.
     """
+    if n.size <= FEW_ROWS:
+        start = 0
+        columns = (column.tolist() for column in (lengths, n, *key))
+        for length, size, k0, k1 in zip(*columns, strict=True):
+            row = x[start : start + length]
+            row[:] = _small_images(size, (k0, k1))[row]
+            start += length
+        return x
     largest = int(n.max(initial=1))
     first, second = np.empty(x.shape, np.bool_), np.empty(x.shape, np.bool_)
     swap = np.empty_like(x)
@@ -170,6 +181,17 @@ def permute_small(
         np.multiply(swap, first.view(np.uint8), out=swap)
         np.bitwise_xor(x, swap, out=x)
     return x
+
+
+def _small_images(n: int, key: tuple[int, int]) -> NDArray[np.uint8]:
+    """Return the images of 0 .. n-1, computed with Python integers."""
+    positions = list(range(n))
+    for i in range(n - 1, 0, -1):
+        j = keyed_hash(key, i, i) * (i + 1) >> 32
+        positions[i], positions[j] = positions[j], positions[i]
+    images = np.empty(n, np.uint8)
+    images[positions] = np.arange(n)
+    return images
 
 
 def permute_one(x: Int64, n: int, key: tuple[int, int], grid: Grid) -> Int64:

@@ -6,6 +6,7 @@ import enum
 import mmap
 import os
 from array import array as stdlib_array
+from numbers import Number
 from typing import Any
 
 import numpy as np
@@ -182,7 +183,7 @@ def is_list_of_ids(source: Any) -> bool:
     if first is not None and arrays.library_of(first) is not None:
         # A 0-d array is an id, any other array a sample.
         return np.ndim(first) == 0
-    plain = (int, float, np.generic, list, tuple, enum.Enum)
+    plain = (Number, np.generic, list, tuple, enum.Enum)
     return not source or isinstance(first, plain) or is_key(first)
 
 

@@ -8,6 +8,7 @@ import json
 import sys
 import types
 from array import array
+from fractions import Fraction
 from pathlib import Path
 
 import numpy as np
@@ -144,8 +145,10 @@ def test_members_of_an_enum():
     assert labels_of(np.array(["low", "high"])) == ["high", "low"]
     sampler = PatchBatchSampler([Text.LOW, Text.HIGH], {Text.LOW: 1, Text.HIGH: 2}, seed=0)
     assert sampler.plan.sizes_by_patch.tolist() == [2, 1]
-    with pytest.raises(TypeError, match=r"keys that sort, got <Level.LOW: 1>: pass \[key.name"):
-        read_patch_ids([Level.LOW, Level.HIGH])
+    for use in (read_patch_ids, lambda keys: PatchGroups.from_counts([3, 4], keys)):
+        with pytest.raises(TypeError, match=r"keys that sort, got <Level.LOW: 1>: pass \[key.na"):
+            use([Level.LOW, Level.HIGH])
+    assert PatchGroups.from_counts([3, 4], [Number.HIGH, Number.LOW]).labels.tolist() == [1, 2]
 
 
 def test_array_and_memoryview_of_integers():
@@ -178,6 +181,7 @@ def test_array_and_memoryview_of_integers():
         (pd.Series([0.5, 1.5]).astype("category"), TypeError, r"pass the column's \.cat\.codes"),
         ([frozenset({1})], TypeError, "patch_ids or samples"),
         ([0.5, 1.5], TypeError, "got dtype float64"),
+        ([Fraction(1, 2)], TypeError, r"must be integers, got Fraction\(1, 2\) in sample 0"),
     ],
 )
 def test_what_cannot_name_a_patch(source, error, message):
