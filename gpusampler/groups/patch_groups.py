@@ -586,7 +586,8 @@ def _ids_and_names(patch_ids: Any, size: int) -> tuple[Int64, tuple[Any, ...] | 
     if patch_ids is None:
         return np.arange(size, dtype=np.int64), None
     is_list = isinstance(patch_ids, (list, tuple))
-    if is_list and any(isinstance(p, Enum) or is_key(p) for p in patch_ids):
+    one_of_each_type = {type(p): p for p in patch_ids}.values() if is_list else ()
+    if any(isinstance(p, Enum) or is_key(p) for p in one_of_each_type):
         ids = read_patch_ids(patch_ids)
         return ids.read(0, ids.size).astype(np.int64), ids.names
     return validation.as_int64(patch_ids, "patch_ids"), None

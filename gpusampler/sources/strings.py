@@ -163,11 +163,16 @@ def _factorize_keys(keys: list[Any], first: int) -> Factorized:
     code_of_key: dict[Any, int] = {}
     codes = np.empty(len(keys), np.int64)
     for i, key in enumerate(keys):
-        check_key(key, first + i)
+        try:
+            codes[i] = code_of_key[key]
+            continue
+        except (KeyError, TypeError):
+            # New, or without a hash: checked once per distinct key, not once per sample.
+            check_key(key, first + i)
         if isinstance(key, (str, bytes)) or not is_key(key):
             raise TypeError(
                 f"ids must be all keys of one type, got {short_repr(key)} in sample {first + i}; "
                 "convert them to one type"
             )
-        codes[i] = code_of_key.setdefault(key, len(code_of_key))
+        codes[i] = code_of_key[key] = len(code_of_key)
     return codes, list(code_of_key)
