@@ -190,6 +190,22 @@ def epochs_in_steps() -> list[dict[str, Any]]:
     return [epoch for epoch in out if epoch["batches"]]
 
 
+def possible_epochs(
+    ids: list[int], number: int, fields: dict[str, Any], kind: dict[str, Any]
+) -> list[dict[str, Any]]:
+    """Return an epoch of some settings, or nothing if they leave no batch or are refused."""
+    settings = oracle.Settings(**fields, **kind)
+    seed = (20261122, 2**64 - 1, 0)[number % 3]
+    try:
+        epoch = epoch_of(ids, seed, MIXED_EPOCHS[(number + len(kind)) % 5], settings)
+    except ValueError as error:
+        # Fewer batches, or steps, than patches.
+        if "less than one for each" not in str(error):
+            raise
+        return []
+    return [epoch] if epoch["batches"] else []
+
+
 def epochs_mixed() -> list[dict[str, Any]]:
     """Return epochs of sizes by patch, of weights, and of both, in steps of every kind."""
     out = []
@@ -214,16 +230,8 @@ def epochs_mixed() -> list[dict[str, Any]]:
                 same,
                 same | {"interleave": False},
             ):
-                settings = oracle.Settings(**fields, **kind)
-                seed = (20261122, 2**64 - 1, 0)[number % 3]
-                epoch = MIXED_EPOCHS[(number + len(kind)) % 5]
-                try:
-                    out.append(epoch_of(patches["ids"], seed, epoch, settings))
-                except ValueError as error:
-                    # Fewer batches, or steps, than patches.
-                    if "less than one for each" not in str(error):
-                        raise
-    return [epoch for epoch in out if epoch["batches"]]
+                out += possible_epochs(patches["ids"], number, fields, kind)
+    return out
 
 
 def epochs_of_short_batches() -> list[dict[str, Any]]:
@@ -257,16 +265,8 @@ def epochs_of_short_batches() -> list[dict[str, Any]]:
                 mixed,
                 {"epoch_batches": max(1, num_patches - 1 - column % 3)},
             ):
-                settings = oracle.Settings(**fields, **kind)
-                seed = (20261122, 2**64 - 1, 0)[number % 3]
-                epoch = MIXED_EPOCHS[(number + len(kind)) % 5]
-                try:
-                    out.append(epoch_of(patches["ids"], seed, epoch, settings))
-                except ValueError as error:
-                    # Fewer batches than patches.
-                    if "less than one for each" not in str(error):
-                        raise
-    return [epoch for epoch in out if epoch["batches"]]
+                out += possible_epochs(patches["ids"], number, fields, kind)
+    return out
 
 
 def build_steps() -> dict[str, Any]:
