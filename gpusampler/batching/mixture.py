@@ -106,8 +106,7 @@ def slots_by_patch(
     num_taking_part = int(min_slots.sum())
     if num_taking_part == 0:
         raise ValueError("weights must be > 0 for at least one patch with a batch, got 0 for all")
-    total = check_epoch_batches(epoch_batches)
-    total = int(own_batches.sum()) if total is None else total
+    total = int(own_batches.sum()) if epoch_batches is None else epoch_batches
     if total < num_taking_part:
         units = "patches" if patch_of_bin is None else "cost bins"
         raise ValueError(
@@ -154,18 +153,27 @@ def pass_and_batch(epoch: Any, j: Any, slots: Any, own_batches: Any) -> tuple[An
 
 
 def visits(
-    xp: Any, visited: Any, num_slots: int, epoch: Any, slots: Any, state: Any
-) -> tuple[Any, Any]:
-    """Return the group that each slot visits, and the round, if a round spans several epochs.
+    xp: Any,
+    visited: Any,
+    own_batches: Any,
+    num_slots: int,
+    epoch: Any,
+    slots: Any,
+    state: Any,
+) -> tuple[Any, Any, Any]:
+    """Return the group that each slot visits, the pass over it, and the batch in the pass.
 
     A round visits each of ``visited`` once, in an order permuted with a key from ``state``, or in
     the given order if that is None. An epoch has ``num_slots`` visits, fewer than a round.
+    ``own_batches``, shape (G,), is the number of batches that each group is cut into.
     """
     num_groups = int(visited.shape[0])
     rounds, place = pass_and_batch(epoch, slots, num_slots, num_groups)
     if state is not None:
         place = permute_all(xp, place, num_groups, key_of(state, rounds, 0))
-    return visited[place], rounds
+    group = visited[place]
+    own = own_batches[group]
+    return group, rounds // own, rounds % own
 
 
 def integer_weights(weights: NDArray[np.float64]) -> Int64:

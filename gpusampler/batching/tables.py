@@ -107,8 +107,8 @@ class PatchTables:
         groups: PatchGroups,
         sizes: Int64,
         partial: str,
-        min_partial: int = 1,
-        patch_of_bin: Int64 | None = None,
+        min_partial: int,
+        patch_of_bin: Int64 | None,
     ) -> PatchTables:
         """Return tables on the host, with one slot per step and without ``order``, which `on` adds.
 
@@ -192,7 +192,8 @@ class PatchTables:
     def with_slot_shares(self, slot_shares: Int64) -> PatchTables:
         """Return the tables with the number of slots that weights assign to each group.
 
-        ``slot_shares``, shape (G,), is >= 1 for groups with a batch and 0 for others.
+        ``slot_shares``, shape (G,), is 0 for groups without a batch or of a patch with weight 0,
+        and >= 1 for others.
         """
         slot_shares.flags.writeable = False
         tables = replace(self, batches_per_pass=self.batches, slot_shares=slot_shares)

@@ -12,8 +12,10 @@ from numpy.typing import NDArray
 from gpusampler.batching.cost_bins import reduce_by_patch
 from gpusampler.core.arrays import Int64
 from gpusampler.core.log import warn
+from gpusampler.groups.census import label_of
 from gpusampler.plan.epoch_plan import EpochPlan
 from gpusampler.plan.mixture_coverage import (
+    num_positions,
     repeated_and_missed_of_mixture,
     repeated_and_missed_of_visits,
 )
@@ -154,7 +156,8 @@ def warn_of_copies(plan: EpochPlan) -> None:
     if plan.partial != "pad" or not is_copied.any():
         return
     group = int(np.argmax(np.where(is_copied, tables.sizes / tables.counts, 0)))
-    patch = plan.labels.tolist()[int(tables.patches_of(np.array([group]))[0])]
+    patch_id = plan.groups.patch_ids[tables.patches_of(np.array([group]))[0]]
+    patch = label_of(patch_id, plan.groups.names)
     units = "patches" if tables.patch_of_bin is None else "cost bins"
     warn(
         f"partial='pad' makes batches of {int(is_copied.sum())} of {is_copied.size} {units} more "
@@ -212,13 +215,9 @@ def _repeated_and_missed(plan: EpochPlan) -> tuple[Int64, Int64]:
     counts, own_batches = tables.counts, tables.own_batches
     # Every batch of a patch is returned ``rounds`` times, the first ``extra`` once more.
     rounds, extra = np.divmod(tables.batches, np.maximum(own_batches, 1))
-    groups = np.arange(counts.size, dtype=np.int64)
-    num_positions, num_extra = (
-        tables.first_position_and_size(np, groups, batches)[0] for batches in (own_batches, extra)
-    )
+    covered, num_extra = num_positions(plan, own_batches), num_positions(plan, extra)
     # Some samples may be in no batch; under "pad", the last batch is filled up.
-    num_dropped = np.maximum(counts - num_positions, 0)
-    num_padded = np.maximum(num_positions - counts, 0) * (plan.partial == "pad")
+    num_dropped, num_padded = np.maximum(counts - covered, 0), np.maximum(covered - counts, 0)
     missed = np.where(rounds == 0, counts - num_extra, num_dropped)
     # Padding and extra batches both repeat samples from the start of the patch.
     repeated = np.maximum(np.minimum(num_padded, counts), num_extra)

@@ -209,12 +209,11 @@ class EpochPlan:
             units.groups, units.sizes, self.partial, self.min_partial, units.patch_of_bin
         )
         own_batches, num_slots = tables.batches, check_epoch_batches(epoch_batches)
-        is_mixed = weights is not None or num_slots is not None
-        can_visit = self.interleave and self.steps == "free" and not self.costliest_first
-        num_units = int((own_batches > 0).sum())
-        if weights is None and num_slots is not None and num_slots < num_units and can_visit:
+        is_free = self.interleave and self.steps == "free" and not self.costliest_first
+        can_visit = is_free and weights is None
+        if num_slots is not None and can_visit and num_slots < np.count_nonzero(own_batches):
             tables = tables.with_visits(num_slots)
-        elif is_mixed:
+        elif weights is not None or num_slots is not None:
             tables = tables.with_slot_shares(
                 slots_by_patch(weights, num_slots, self.groups, own_batches, units.patch_of_bin)
             )

@@ -55,14 +55,14 @@ def repeated_and_missed_of_mixture(
     head_end = np.where(is_within, end, own_batches)
     group = np.arange(counts.size, dtype=np.int64)
     first_position, _ = tables.first_position_and_size(np, group, first_batch)
-    head_length = _num_positions(plan, head_end) - first_position
+    head_length = num_positions(plan, head_end) - first_position
     head_length = np.where(is_within | (first_batch > 0), head_length, 0)
-    tail_length = np.where(is_within, 0, _num_positions(plan, end))
+    tail_length = np.where(is_within, 0, num_positions(plan, end))
     zeros, ones = np.zeros_like(group), np.ones_like(group)
     head = PositionRanges(group, first_pass, first_position, head_length, ones)
     tail = PositionRanges(group, first_pass + num_ended, zeros, tail_length, ones)
 
-    covered = _num_positions(plan, own_batches)
+    covered = num_positions(plan, own_batches)
     is_exact = covered == counts
     partial = head_length + tail_length
     exact, inexact = np.where(is_exact, full, 0), np.where(is_exact, 0, full)
@@ -137,12 +137,15 @@ def _count_samples(
     return repeated, missed
 
 
-def _num_positions(plan: EpochPlan, batches: Int64) -> Int64:
-    """Return the number of positions in the first ``batches`` batches of each group."""
+def num_positions(plan: EpochPlan, batches: Int64) -> Int64:
+    """Return the number of positions in the first ``batches`` batches of each group.
+
+    With padding, the last batch may have positions beyond the group's samples.
+    """
     tables = plan.tables
     groups = np.arange(batches.size, dtype=np.int64)
-    num_positions: Int64 = tables.first_position_and_size(np, groups, batches)[0]
-    return num_positions if plan.partial == "pad" else np.minimum(num_positions, tables.counts)
+    positions: Int64 = tables.first_position_and_size(np, groups, batches)[0]
+    return positions if plan.partial == "pad" else np.minimum(positions, tables.counts)
 
 
 def _blocks(counts: Int64) -> Iterator[tuple[int, int]]:

@@ -108,9 +108,9 @@ class ArrayEvaluator:
         xp, tables = self._xp, self._tables
         if tables.visited is not None:
             state = streams.patches if self._settings.shuffle_batches else None
-            group, rounds = visits(xp, tables.visited, tables.num_batches, epoch, slots, state)
-            own_batches = tables.batches_per_pass[group]
-            return group, rounds % own_batches, rounds // own_batches
+            settings = tables.visited, tables.own_batches, tables.num_batches
+            group, passes, j = visits(xp, *settings, epoch, slots, state)
+            return group, j, passes
         if patch_order is not None:
             groups, offsets = patch_order
             index = search_offsets(xp, offsets, slots)

@@ -67,9 +67,9 @@ class HostEvaluator(Evaluator):
         patch_order = self.patch_order(epoch)
         if tables.visited is not None:
             state = self._streams.patches if self._settings.shuffle_batches else None
+            settings = tables.visited, tables.own_batches, tables.num_batches
             xp = arrays.namespace(HOST)
-            group, rounds = visits(xp, tables.visited, tables.num_batches, epoch, slots, state)
-            passes, j = np.divmod(rounds, tables.batches_per_pass[group])
+            group, passes, j = visits(xp, *settings, epoch, slots, state)
         elif patch_order is not None:
             groups, offsets = patch_order
             index = np.searchsorted(offsets, slots, side="right") - 1
