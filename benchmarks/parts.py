@@ -103,9 +103,7 @@ def measured(groups: PatchGroups, costs: np.ndarray, mean_batch: int, partial: s
     locations = plan.evaluator.locate(0, np.arange(plan.num_batches))
     block = plan.evaluator.ragged(0, locations)
     cost = costs[block.samples]
-    # Batches do not lie in the order of slots.
-    by_start = np.argsort(block.starts)
-    starts, length = block.starts[by_start], block.lengths[by_start]
+    starts, length = block.ends - block.sizes, block.lengths
     total = np.add.reduceat(cost, starts)
     padded = np.maximum.reduceat(cost, starts) * length
     assert max(total.max(), padded.max()) <= most

@@ -14,6 +14,7 @@ from typing import Any
 import click
 
 from gpusampler import __version__
+from gpusampler.permutation import _native
 
 INTERRUPTED = 130
 
@@ -115,7 +116,11 @@ _DIRECTORY = click.Path(path_type=Path)
 @click.group(
     "gpusampler", cls=OneLineErrors, context_settings={"help_option_names": ["-h", "--help"]}
 )
-@click.version_option(__version__, prog_name="gpusampler")
+@click.version_option(
+    __version__,
+    prog_name="gpusampler",
+    message=f"%(prog)s, version %(version)s, host evaluates in {_native.describe()}",
+)
 def cli() -> None:
     """Run the demo, or show how a batch size divides patches into batches."""
 

@@ -17,6 +17,8 @@ from numpy.typing import NDArray
 from gpusampler.core.devices import HOST, Device, Library, device_context, loaded_module
 
 Int64 = NDArray[np.int64]
+MAX_SHORT_ROW = 512
+"""Rows of up to this many bytes are gathered by NumPy, also those of torch's tensors."""
 MAX_PINNED_BYTES = 1 << 25
 """Largest array that `upload` copies through pinned memory."""
 
@@ -244,6 +246,9 @@ def take_rows(array: Any, index: Any) -> Any:
         import torch
 
         if library_of(index) == "numpy":
+            rows = _numpy_view_of_short_rows(array)
+            if rows is not None:
+                return torch.from_numpy(np.take(rows, index, axis=0, mode="clip"))
             index = _from_numpy(index)
         return torch.index_select(_selectable(array), 0, index).view(array.dtype)
     if library == "cupy":
@@ -254,6 +259,21 @@ def take_rows(array: Any, index: Any) -> Any:
         return array[index]
     # The indices are valid, and mode "raise" would copy through a buffer.
     return np.take(array, index, axis=0, mode="clip")
+
+
+def _numpy_view_of_short_rows(tensor: Any) -> Any:
+    """Return a view of a host tensor in NumPy, which gathers short rows faster; None if not short.
+
+    torch gathers long rows with several threads.
+    """
+    is_lazy = tensor.is_conj() or tensor.is_neg()
+    if is_lazy or not tensor.is_contiguous() or tensor.stride(0) * tensor.itemsize > MAX_SHORT_ROW:
+        return None
+    try:
+        return tensor.numpy()
+    except TypeError:
+        # NumPy has no bfloat16, for example.
+        return None
 
 
 def _selectable(tensor: Any) -> Any:

@@ -6,9 +6,11 @@ need Linux); the warnings are then skipped.
 
 from __future__ import annotations
 
+import math
 import os
 from contextlib import suppress
 from pathlib import Path
+from time import monotonic
 
 from gpusampler.core import devices, log
 from gpusampler.core.devices import Device
@@ -26,6 +28,9 @@ MIN_GROWTH_TOTAL = 128 << 20
 """Memory is growing if it grew by these bytes in each of `GROWTH_EPOCHS` epochs and in total.
 
 Allocators and caches settle within two epochs, and a list of losses as floats grows more slowly.
+"""
+MIN_SECONDS_BETWEEN_CHECKS = 0.01
+"""Shorter epochs count as one: reading the memory takes 10 microseconds, as long as a short epoch.
 """
 _growth_warned: list[bool] = []
 
@@ -183,9 +188,14 @@ class GrowthWatch:
 
     def __init__(self) -> None:
         self._sizes: list[int] = []
+        self._last_check = -math.inf
 
     def check(self) -> None:
         """Compare the memory at the start of an epoch with that of earlier epochs."""
+        now = monotonic()
+        if now - self._last_check < MIN_SECONDS_BETWEEN_CHECKS:
+            return
+        self._last_check = now
         size = anonymous_bytes()
         if size is None or _growth_warned:
             return

@@ -14,13 +14,11 @@ from gpusampler.core.arrays import Int64
 from gpusampler.core.devices import HOST
 from gpusampler.core.validation import as_array, as_int64, check_real
 from gpusampler.groups.counting_sort import group_on_host
-from gpusampler.permutation import numpy_impl
-from gpusampler.permutation.position_ranges import permute_ranges
+from gpusampler.permutation.host import permute_one, permute_ranges
 from gpusampler.permutation.reference import (
     PURPOSE_SPLIT_PATCHES,
     PURPOSE_SPLIT_SAMPLES,
     derive_key,
-    grid_of,
     grids_of,
 )
 from gpusampler.sources.base import HostIds
@@ -122,7 +120,7 @@ def split_patches(num_patches: int, fractions: NDArray[np.float64], seed: int) -
     """Return the ascending patch indices of each part."""
     key = derive_key(seed, PURPOSE_SPLIT_PATCHES, 0, 0)
     patches = np.arange(num_patches, dtype=np.int64)
-    shuffled = numpy_impl.permute_one(patches, num_patches, key, grid_of(num_patches))
+    shuffled = permute_one(patches, num_patches, key)
     bounds = np.rint(np.cumsum(fractions)[:-1] * num_patches).astype(np.int64)
     return [np.sort(part) for part in np.split(shuffled, bounds)]
 
@@ -136,7 +134,7 @@ def split_samples(
     key = derive_key(seed, PURPOSE_SPLIT_SAMPLES, 0, group)
     grid = grids_of(arrays.namespace(HOST), counts)
     return [
-        permute_ranges(low, high - low, counts, key, grid, starts, order)[0]
+        permute_ranges(low, high - low, counts, key, grid, starts, order)
         for low, high in pairwise(bounds)
     ]
 

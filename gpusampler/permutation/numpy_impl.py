@@ -16,7 +16,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gpusampler.core.arrays import Int64
-from gpusampler.permutation.numba import jit
 from gpusampler.permutation.reference import (
     COIN_ROUND,
     MIX_1,
@@ -31,9 +30,6 @@ TILE = 1 << 15
 
 FEW_ROWS = 10
 """Number of rows of up to 32 samples that Python permutes faster than NumPy: 10 take 0.2 ms."""
-
-_COMPILED_BATCH = 1 << 12
-"""Number of ranges per call of the compiled function: nine int64 each, 288 KiB in total."""
 
 MAX_N = 1 << 32
 """Largest supported n; the sides of its grid are 2**16."""
@@ -198,16 +194,6 @@ def permute_one(x: Int64, n: int, key: tuple[int, int], grid: Grid) -> Int64:
     """Apply one permutation of 0 .. n-1 to positions ``x``; int64, shape (T,). n <= `MAX_N`."""
     out = np.empty(x.size, np.int64)
     rounds = rounds_for(n)
-    compiled = jit.compiled_form(x.size)
-    if compiled is not None:
-        for first in range(0, x.size, _COMPILED_BATCH):
-            # One range per position.
-            tile = x[first : first + _COMPILED_BATCH]
-            table = np.empty((9, tile.size), np.int64)
-            table[0] = tile
-            table[1:] = np.array([1, n, 0, *key, *grid], np.int64)[:, None]
-            compiled.runs(out[first : first + _COMPILED_BATCH], table, True)
-        return out
     for first in range(0, x.size, TILE):
         tile = x[first : first + TILE]
         keys = (np.array([key[0]]), np.array([key[1]]))

@@ -1,20 +1,18 @@
-"""Host evaluation of batches: permute ranges of positions and look up their samples.
+"""Permute ranges of positions in NumPy, and look up their samples: `permutation.host` without C.
 
 A row is one range of one patch. Rows with the same number of rounds are processed together, in
-tiles. With Numba and a large enough input, compiled code processes row by row instead.
+tiles.
 """
 
 from __future__ import annotations
 
 from itertools import pairwise
-from types import ModuleType
 from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from gpusampler.core.arrays import Int64
-from gpusampler.permutation.numba import jit
 from gpusampler.permutation.numpy_impl import TILE, WORK, permute_grid, permute_small
 from gpusampler.permutation.reference import MAX_ROUNDS, ROUNDS_FROM, SMALL, Grid
 
@@ -51,70 +49,30 @@ def permute_ranges(
     grid: Grid,
     base: Int64,
     order: NDArray[Any] | None,
-) -> tuple[Int64, Int64]:
-    """Permute ranges of consecutive positions, one range per row, and look up their samples.
-
-    Parameters
-    ----------
-    first, lengths : int64 arrays, shape (K,)
-        First position and number of positions of each row; lengths are >= 0, and T is their sum.
-        Positions wrap around at n.
-    n : int64 array, shape (K,)
-        Size of each row's patch, 1 .. 2**31 - 1.
-    key : pair of int64 arrays, shape (K,), or None
-        None for no permutation.
-    grid : Grid of int64 arrays, shape (K,)
-        `gpusampler.permutation.reference.grids_of` of ``n``.
-    base : int64 array, shape (K,)
-        Start of each row's patch in ``order``, or its first sample if ``order`` is None.
-    order : integer array or None
-        Samples sorted by patch; None if the samples of each patch are contiguous.
-
-    Returns
-    -------
-    samples : int64 array, shape (T,)
-        Ranges concatenated in unspecified order; find row k at ``starts[k]``.
-    starts : int64 array, shape (K,)
-        Start of each row's range in ``samples``.
-    """
+) -> Int64:
+    """`permutation.host.permute_ranges` in NumPy."""
     k0, k1 = (first, first) if key is None else key
     ranges = PositionRanges(first, lengths, n, base, k0, k1, *grid)
-    compiled = jit.compiled_form(int(lengths.sum()))
-    if compiled is not None:
-        return _permute_compiled(compiled, ranges, key is not None, order)
     rounds = np.full(n.shape, -1) if key is None else _rounds_of(n)
     in_order = bool((rounds[1:] >= rounds[:-1]).all()) and bool((lengths > 0).all())
+    starts = np.cumsum(lengths) - lengths
     rows: Any = slice(None)
     if not in_order:
         rows = np.argsort(rounds, kind="stable")
         rows = rows[lengths[rows] > 0]
         ranges, rounds = ranges.rows(rows), rounds[rows]
     ends = np.cumsum(ranges.lengths)
-    starts = np.zeros(n.shape, np.int64)
-    starts[rows] = ends - ranges.lengths
     samples = np.empty(int(ends[-1]) if ends.size else 0, np.int64)
     bounds = [0, *(np.flatnonzero(np.diff(rounds)) + 1).tolist(), rounds.size]
     for low, high in pairwise(bounds if rounds.size else []):
         out = samples[int(ends[low - 1]) if low else 0 : int(ends[high - 1])]
         _permute_rows(out, ranges.rows(slice(low, high)), int(rounds[low]), order)
-    return samples, starts
-
-
-def _permute_compiled(
-    compiled: ModuleType, ranges: PositionRanges, permuted: bool, order: NDArray[Any] | None
-) -> tuple[Int64, Int64]:
-    """Do what `permute_ranges` does in compiled code; ranges are returned in the order of rows."""
-    ends = np.cumsum(ranges.lengths)
-    starts = ends - ranges.lengths
-    samples = np.empty(int(ends[-1]) if ends.size else 0, np.int64)
-    compiled.runs(samples, np.stack(ranges), permuted)
-    if order is not None:
-        for first in range(0, samples.size, TILE):
-            tile = samples[first : first + TILE]
-            positions = WORK.i64[0, : tile.size]
-            np.copyto(positions, tile)
-            _look_up(order, positions, tile)
-    return samples, starts
+    if in_order:
+        return samples
+    in_row_order = np.empty_like(samples)
+    offsets = starts[rows] - (ends - ranges.lengths)
+    in_row_order[np.repeat(offsets, ranges.lengths) + np.arange(samples.size)] = samples
+    return in_row_order
 
 
 def _rounds_of(n: Int64) -> Int64:

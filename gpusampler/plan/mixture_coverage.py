@@ -176,9 +176,8 @@ def _times_by_sample(
     for first, last in _blocks(ranges.length):
         block = ranges.select(slice(first, last))
         base = starts[np.searchsorted(groups, block.group)]
-        samples, block_starts = plan.evaluator.host.permute_positions(
+        samples = plan.evaluator.host.permute_positions(
             block.group, block.passes, block.first, block.length, base
         )
-        block = block.select(np.argsort(block_starts, kind="stable"))
         np.add.at(times, samples, np.repeat(block.times, block.length).astype(np.int32))
     return times

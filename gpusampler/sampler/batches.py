@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from itertools import pairwise
+from itertools import accumulate, pairwise
 from typing import Any, Generic, NamedTuple
 
 import numpy as np
@@ -14,6 +14,7 @@ from gpusampler.core.tracing import EVALUATE, TRANSFER, Range
 from gpusampler.core.transfer import HostTransfer, Prefetcher, side_stream
 from gpusampler.plan.epoch_plan import EpochPlan
 from gpusampler.plan.evaluators.base import BatchLocations, RaggedBlock
+from gpusampler.plan.evaluators.host import HostEvaluator
 from gpusampler.sampler.iterator import T
 from gpusampler.sampler.state import RankShard
 
@@ -21,9 +22,11 @@ FIRST_BLOCK_SAMPLES = 1 << 11
 """Number of indices in the first block: few, so that the first batch is ready immediately."""
 MAX_BLOCK_GROWTH = 7
 """Largest ratio of a block to all blocks before it, so that there are few small, slow blocks."""
-MAX_BATCHES_AT_ONCE = 512
-"""Maximum number of batches created at once. 700 new lists trigger Python's garbage collector,
-which visits them and sometimes all objects of the program."""
+FEW_BATCHES = 16
+"""Up to this many batches are cut out of one list, whatever their sizes."""
+MAX_OBJECTS_AT_ONCE = 680
+"""Maximum number of lists, dictionaries and tensors created at once. 700 of them trigger Python's
+garbage collector, which visits them and sometimes all objects of the program."""
 FIRST_LOCATED_SLOTS = 1 << 8
 MAX_LOCATED_SLOTS = 1 << 13
 """Maximum number of slots located at once. Slots are located further ahead than samples are
@@ -78,6 +81,9 @@ class BlockReader:
             return self._evaluate()
 
     def _evaluate(self) -> RaggedBlock | None:
+        evaluator = self.plan.evaluator
+        if evaluator.works_on_host and evaluator.host.evaluates_slots and self._locations is None:
+            return self._evaluate_slots(evaluator.host)
         locations = self._locations
         if locations is None or self._row == locations.group.size:
             locations = self._locate_next()
@@ -92,6 +98,26 @@ class BlockReader:
         block = self.plan.evaluator.ragged(self._shard.epoch, rows)
         self._row = stop
         self._num_samples += int(self._sample_ends[stop - 1]) - start
+        return block
+
+    def _evaluate_slots(self, evaluator: HostEvaluator) -> RaggedBlock | None:
+        """Locate and evaluate the batches of this rank's next slots in one call."""
+        shard, plan = self._shard, self.plan
+        start = self._num_located
+        count = min(shard.steps - start, MAX_LOCATED_SLOTS)
+        if count <= 0:
+            return None
+        max_samples = max(FIRST_BLOCK_SAMPLES, MAX_BLOCK_GROWTH * self._num_samples)
+        max_samples = min(max_samples, evaluator.block_samples, count * plan.max_batch_size)
+        first, step = shard.slot + start * shard.num_replicas + shard.rank, shard.num_replicas
+        slots = range(first, first + count * step, step)
+        block = evaluator.slot_range(shard.epoch, slots, max(max_samples, plan.max_batch_size))
+        num_batches = block.sizes.size
+        self._num_located += num_batches
+        self._num_samples += block.samples.size
+        if not shard.repeats_count and slots[num_batches - 1] >= plan.num_batches:
+            # Only the rank's last slot can be a repeat.
+            block.lengths[-1] = 0
         return block
 
     def _locate_next(self) -> BatchLocations | None:
@@ -201,7 +227,7 @@ class BatchReader(Generic[T]):
             self._remaining_block = self._read_block()
             if self._remaining_block is None:
                 return None
-        block, self._remaining_block = self._remaining_block.split(MAX_BATCHES_AT_ONCE)
+        block, self._remaining_block = self._remaining_block.split(MAX_OBJECTS_AT_ONCE)
         batches: list[T] = _SPLITTERS[self._output](self._plan, block)
         return batches
 
@@ -229,26 +255,22 @@ def _split(samples: Any, block: RaggedBlock, split_rows: Callable[[Any], list[An
     ``split_rows`` turns the rows of a matrix into batches, in half the time of one call per batch.
     It is called once per sequence of equally large batches, if there are few such sequences.
     """
-    starts, sizes = block.starts, block.sizes
-    order = None
-    if bool((starts[1:] < starts[:-1]).any()):
-        order = np.argsort(starts)
-        sizes = sizes[order]
-    ends = np.cumsum(sizes)
-    size_changes = [0, *(np.flatnonzero(sizes[1:] != sizes[:-1]) + 1).tolist(), sizes.size]
-    batches: list[Any] = []
-    if 4 * len(size_changes) > sizes.size + 8:
-        flat = split_rows(samples[None, :])[0]
-        batches = list(map(flat.__getitem__, map(slice, (ends - sizes).tolist(), ends.tolist())))
-    else:
-        for low, high in pairwise(size_changes):
-            size, end = int(sizes[low]), int(ends[high - 1])
-            batches += split_rows(samples[end - (high - low) * size : end].reshape(-1, size))
-    if order is None:
-        return batches
-    inverse = np.empty_like(order)
-    inverse[order] = np.arange(order.size)
-    return list(map(batches.__getitem__, inverse.tolist()))
+    sizes = block.sizes
+    if sizes.size > FEW_BATCHES:
+        changes = np.flatnonzero(sizes[1:] != sizes[:-1]) + 1
+        if 4 * changes.size <= sizes.size:
+            batches: list[Any] = []
+            start = 0
+            bounds = [0, *changes.tolist(), sizes.size]
+            for low, high in pairwise(bounds):
+                size = int(sizes[low])
+                end = start + (high - low) * size
+                batches += split_rows(samples[start:end].reshape(-1, size))
+                start = end
+            return batches
+    flat = split_rows(samples[None, :])[0]
+    bounds = [0, *accumulate(sizes.tolist())]
+    return [flat[start:end] for start, end in pairwise(bounds)]
 
 
 def _rows_to_lists(matrix: Any) -> list[list[int]]:
@@ -263,11 +285,7 @@ def _to_lists(plan: EpochPlan, block: RaggedBlock) -> list[list[int]]:
 def _split_views(samples: Any, block: RaggedBlock) -> list[Any]:
     if arrays.is_numpy(samples):
         return _split(samples, block, list)
-    ends = block.starts + block.sizes
-    if bool((block.starts[1:] == ends[:-1]).all()):
-        return arrays.split_rows(samples, block.sizes.tolist())
-    pairs = zip(block.starts.tolist(), ends.tolist(), strict=True)
-    return [samples[start:end] for start, end in pairs]
+    return arrays.split_rows(samples, block.sizes.tolist())
 
 
 def _to_arrays(plan: EpochPlan, block: RaggedBlock) -> list[Any]:

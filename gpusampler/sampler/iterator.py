@@ -97,6 +97,8 @@ class EpochIterator(Iterator[T], Generic[T]):
 
     def _refill(self) -> T:
         """Return the next batch; read more batches if none is ready."""
+        if self._shard is not None and self._num_returned == self._shard.steps:
+            raise StopIteration
         with self._hand_out_range:
             if self._shard is None:
                 self._shard = self._tracker.bind(self)

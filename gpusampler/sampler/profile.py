@@ -11,6 +11,7 @@ from gpusampler.core import devices, memory
 from gpusampler.core.devices import Device
 from gpusampler.core.text import format_bytes, format_table
 from gpusampler.core.tracing import HAND_OUT, RANGES, Recorder
+from gpusampler.permutation import _native
 from gpusampler.sampler.state import EpochTracker
 
 YOUR_LOOP = "your_loop"
@@ -62,6 +63,9 @@ class Profile:
         a GPU.
     table_bytes : dict of str to int
         Size of the sampler's tables, by device.
+    host_form : str
+        What evaluates batches on the host: "C (avx512)", "C (avx2)" or "C (plain)", by the
+        instructions it uses, or "NumPy" and why the compiled module is not used.
 
     Examples
     --------
@@ -83,6 +87,7 @@ class Profile:
         self.host_peak_bytes: int | None = None
         self.device_peak_bytes: int | None = None
         self.table_bytes: dict[str, int] = {}
+        self.host_form = _native.describe()
 
     def _fill(
         self, spent: Mapping[str, tuple[int, float]], batches: int, wall_seconds: float
@@ -114,6 +119,7 @@ class Profile:
                 facts.append(f"{name} peak {format_bytes(size)}")
         for name, size in self.table_bytes.items():
             facts.append(f"tables {format_bytes(size)} on {name}")
+        facts.append(f"host evaluates in {self.host_form}")
         return f"{table}\n{', '.join(facts)}"
 
     __repr__ = __str__

@@ -20,7 +20,7 @@ from gpusampler.core.transfer import Event, Prefetcher, SideStream, finish_copie
 from gpusampler.plan.epoch_plan import EpochPlan
 from gpusampler.plan.evaluators.base import RaggedBlock
 from gpusampler.sampler.batch_sampler import PatchBatchSampler
-from gpusampler.sampler.batches import BlockReader
+from gpusampler.sampler.batches import MAX_OBJECTS_AT_ONCE, BlockReader
 from gpusampler.sampler.iterator import EpochIterator
 from gpusampler.sampler.state import RankShard
 
@@ -193,7 +193,9 @@ class TensorReader:
         row_bytes = sum(_row_bytes(tensor) for tensor in tensors.values())
         gather_bytes = HOST_GATHER_BYTES if device.on_host else DEVICE_GATHER_BYTES
         max_rows = max(1, gather_bytes // max(row_bytes, 1))
-        self._chunk_reader = ChunkReader(BlockReader(shard), max_rows)
+        # A batch is a dictionary and a view of each tensor.
+        max_batches = max(1, MAX_OBJECTS_AT_ONCE // (1 + len(tensors)))
+        self._chunk_reader = ChunkReader(BlockReader(shard), max_rows, max_batches)
         self._staging: StagingBuffers | None = None
         if host_tensors:
             stream = side_stream(device) if stream is None else stream
@@ -228,65 +230,54 @@ class TensorReader:
 
     def _make_batches(self, chunk: RaggedBlock, rows: Mapping[str, Any]) -> list[TensorBatch]:
         sizes = chunk.sizes.tolist()
-        columns = [arrays.split_rows(rows[name], sizes) for name in self._names]
-        patch_ids = self._plan.labels[chunk.groups].tolist()
-        names = [*self._names, *RESERVED_NAMES]
-        return [
-            dict(zip(names, values, strict=True))
-            for values in zip(*columns, patch_ids, chunk.lengths.tolist(), strict=True)
-        ]
+        columns = {name: arrays.split_rows(rows[name], sizes) for name in self._names}
+        columns["patch_id"] = self._plan.labels[chunk.groups].tolist()
+        columns["valid"] = chunk.lengths.tolist()
+        # Column by column takes a quarter of the time of `dict` for each batch.
+        batches: list[TensorBatch] = [{} for _ in sizes]
+        for name, column in columns.items():
+            for batch, value in zip(batches, column, strict=True):
+                batch[name] = value
+        return batches
 
 
 class ChunkReader:
-    """Splits blocks into chunks of at most ``max_rows`` rows, at least one batch.
+    """Splits blocks into chunks of at most ``max_rows`` rows and ``max_batches`` batches.
 
-    A block has many indices, whatever the size of a row, so its rows may not fit in memory.
+    A chunk has at least one batch. A block has many indices, whatever the size of a row, so its
+    rows may not fit in memory.
     """
 
-    def __init__(self, block_reader: BlockReader, max_rows: int) -> None:
+    def __init__(self, block_reader: BlockReader, max_rows: int, max_batches: int) -> None:
         self._block_reader = block_reader
         self._max_rows = max_rows
+        self._max_batches = max_batches
         self._chunks: Iterator[RaggedBlock] = iter(())
 
     def read(self) -> RaggedBlock | None:
-        """Return the next chunk, its samples in the order of its batches; None after the last."""
+        """Return the next chunk, None after the last."""
         for chunk in self._chunks:
             return chunk
         block = self._block_reader.read()
         if block is None:
             return None
-        self._chunks = iter(self._split(_in_batch_order(block)))
+        self._chunks = iter(self._split(block))
         return next(self._chunks)
 
     def _split(self, block: RaggedBlock) -> list[RaggedBlock]:
-        ends = block.starts + block.sizes
+        ends = block.ends
         chunks = []
-        start = 0
+        start = first = 0
         while start < ends.size:
-            first = int(block.starts[start])
             stop = int(np.searchsorted(ends, first + self._max_rows, side="right"))
-            stop = max(stop, start + 1)
-            batches = slice(start, stop)
+            stop = min(max(stop, start + 1), start + self._max_batches)
+            batches, end = slice(start, stop), int(ends[stop - 1])
             chunk = RaggedBlock(
-                block.samples[first : int(ends[stop - 1])],
-                block.starts[batches] - first,
-                block.sizes[batches],
-                block.lengths[batches],
-                block.groups[batches],
+                block.samples[first:end], *(column[batches] for column in block[1:])
             )
             chunks.append(chunk)
-            start = stop
+            start, first = stop, end
         return chunks
-
-
-def _in_batch_order(block: RaggedBlock) -> RaggedBlock:
-    """Return the block with samples in the order of its batches; the host may reorder them."""
-    starts = np.cumsum(block.sizes) - block.sizes
-    if np.array_equal(starts, block.starts):
-        return block
-    locations = np.repeat(block.starts - starts, block.sizes)
-    locations += np.arange(locations.size)
-    return block._replace(samples=block.samples[locations], starts=starts)
 
 
 class StagingBuffers:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from gpusampler.permutation import position_ranges
+from gpusampler.permutation.host import permute_ranges
 from gpusampler.permutation.reference import derive_key, grids_of
 
 from .subjects import Subject
@@ -27,12 +27,9 @@ def exhaustive(seed: int, sizes: range = SMALL_SIZES) -> list[int]:
         size, base = n[part], np.cumsum(n[part]) - n[part]
         key = derive_key(seed, 3, 0, part)
         zero = np.zeros_like(size)
-        samples, starts = position_ranges.permute_ranges(
-            zero, size, size, key, grids_of(xp, size), zero, None
-        )
+        samples = permute_ranges(zero, size, size, key, grids_of(xp, size), zero, None)
         # Each row's places are put where that row's n begin: a bijection fills every one once.
-        by_start = np.argsort(starts, kind="stable")
-        lane_row = np.repeat(by_start, size[by_start])
+        lane_row = np.repeat(np.arange(size.size), size)
         inside = samples < size[lane_row]
         filled = np.bincount((samples + base[lane_row])[inside], minlength=int(size.sum()))
         holes = np.add.reduceat(filled != 1, base)

@@ -133,6 +133,7 @@ class TestGrowth:
         """The process's memory, as the test says."""
         size = [GB]
         monkeypatch.setattr(memory, "anonymous_bytes", lambda: size[0])
+        monkeypatch.setattr(memory, "MIN_SECONDS_BETWEEN_CHECKS", 0)
         return size
 
     def epochs(self, sampler, size, grown: list[int]) -> list[int]:
@@ -182,6 +183,18 @@ class TestGrowth:
         for _ in range(12):
             list(sampler.batches(epoch=0))
             size[0] += 100 * MB
+
+    def test_very_short_epochs_do_not_read_it(self, size, monkeypatch):
+        reads = []
+        monkeypatch.setattr(memory, "anonymous_bytes", lambda: reads.append(GB) or GB)
+        clock = [0.0]
+        monkeypatch.setattr(memory, "monotonic", lambda: clock[0])
+        monkeypatch.setattr(memory, "MIN_SECONDS_BETWEEN_CHECKS", 0.01)
+        sampler = PatchBatchSampler([1, 1, 2], 2, seed=0)
+        for elapsed in (0.0, 0.009, 0.011, 0.012, 0.03):
+            clock[0] = elapsed
+            list(sampler)
+        assert len(reads) == 3
 
     def test_a_copy_begins_anew(self, size):
         sampler = PatchBatchSampler([1, 1, 2], 2, seed=0)

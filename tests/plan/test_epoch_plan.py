@@ -18,6 +18,7 @@ from support.strategies import (
     patchy_ids,
     plan_settings,
     ragged_of,
+    rows_of,
     seeds,
     times_seen,
 )
@@ -97,12 +98,11 @@ def test_any_slots_are_those_of_the_whole_epoch(library, data, seed, epoch):
         np.testing.assert_array_equal(library.host(part), all_of_it[slots])
     if slot_list:
         ragged = ragged_of(plan, epoch, slots)
-        samples = np.asarray(ragged.samples.tolist())
+        rows = rows_of(ragged)
         for k, slot in enumerate(slot_list):
             handed_out = plan.batch_size if plan.partial == "pad" else epoch_blocks[1][slot]
             assert ragged.sizes[k] == handed_out
-            run = samples[ragged.starts[k] : ragged.starts[k] + ragged.sizes[k]]
-            np.testing.assert_array_equal(run, epoch_blocks[0][slot, :handed_out])
+            np.testing.assert_array_equal(rows[k], epoch_blocks[0][slot, :handed_out])
         np.testing.assert_array_equal(ragged.lengths, epoch_blocks[1][slots])
         np.testing.assert_array_equal(ragged.groups, epoch_blocks[2][slots])
 

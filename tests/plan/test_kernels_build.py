@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from gpusampler.plan.evaluators.kernels.kernel_spec import KernelSpec
-from support.kernels import SOURCE, cuda_batches_on_host
+from support.kernels import cuda_batches_on_host
 from support.paths import SUPPORT
 from support.processes import run_python
 
@@ -91,10 +91,12 @@ def test_cuda_c_compiles_for_a_gpu(case, tmp_path):
     if nvcc is None:
         pytest.skip("no nvcc")
     cubin = tmp_path / "batches.cubin"
+    source = tmp_path / "batches.cu"
+    source.write_text(cuda_batches_on_host().source())
     options = ["-std=c++17", *cuda_batches_on_host().defines(*case)]
     quiet = ["-Werror", "all-warnings", "-Xcudafe", "--diag_suppress=declared_but_not_referenced"]
     subprocess.run(
-        [nvcc, "-cubin", "-arch=sm_90", *options, *quiet, "-o", str(cubin), str(SOURCE)],
+        [nvcc, "-cubin", "-arch=sm_90", *options, *quiet, "-o", str(cubin), str(source)],
         check=True,
         capture_output=True,
         text=True,

@@ -303,7 +303,7 @@ def test_blocks_are_cut_a_few_batches_at_a_time(monkeypatch, max_batches, output
     sizes = np.full(block.lengths.shape, 3) if partial == "pad" else block.lengths
     rows = zip(block.indices.tolist(), sizes.tolist(), strict=True)
     expected = [row[:size] for row, size in rows]
-    monkeypatch.setattr(batches_module, "MAX_BATCHES_AT_ONCE", max_batches)
+    monkeypatch.setattr(batches_module, "MAX_OBJECTS_AT_ONCE", max_batches)
     sampler = begin()
     iterator = iter(sampler)
     begun = plain(next(iterator) for _ in range(2 * max_batches + 1))

@@ -26,6 +26,7 @@ from gpusampler.sampler.tensor_loader import ChunkReader, TensorReader, working_
 from support.fake_streams import LateSideStream, entries_named, late_side_streams
 from support.libraries import make_library
 from support.strategies import IDS, draw, make, quiet, through_json
+from support.strategies import rows_of as rows_of_block
 
 N = IDS.size
 # A device that torch works on and that no tensor says it is on: "cpu" without an index.
@@ -311,13 +312,12 @@ class TestParts:
     @pytest.mark.parametrize("max_rows", [1, 7, 50, 1000])
     def test_parts_are_blocks_of_their_own(self, max_rows):
         shard = make()._tracker.pending_shard()
-        parts = ChunkReader(BlockReader(shard), max_rows)
+        parts = ChunkReader(BlockReader(shard), max_rows, 1000)
         actual = []
         while (part := parts.read()) is not None:
             assert part.samples.size == part.sizes.sum()
             assert part.samples.size <= max_rows or part.sizes.size == 1
-            for start, size in zip(part.starts.tolist(), part.sizes.tolist(), strict=True):
-                actual.append(part.samples[start : start + size].tolist())
+            actual += rows_of_block(part)
         assert actual == epoch_of(make(), 0)
         assert parts.read() is None
 

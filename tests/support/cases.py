@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from gpusampler import EpochPlan, PatchGroups
 from support import oracle
 from support.optional_torch import torch
-from support.strategies import patchy_ids, ragged_of, seeds
+from support.strategies import patchy_ids, ragged_of, rows_of, seeds
 
 PARTIALS = ("keep", "drop", "pad")
 KINDS = [
@@ -175,6 +175,5 @@ def whole(plan: EpochPlan, epoch: int) -> list[tuple[int, list[int]]]:
     """All batches of an epoch, each as (patch id, samples), as they are handed out."""
     result = ragged_of(plan, epoch, np.arange(plan.num_batches))
     patch_ids = plan.groups.patch_ids.tolist()
-    rows = zip(result.groups.tolist(), result.starts.tolist(), result.sizes.tolist(), strict=True)
-    samples = result.samples.tolist()
-    return [(patch_ids[group], samples[start : start + size]) for group, start, size in rows]
+    rows = zip(result.groups.tolist(), rows_of(result), strict=True)
+    return [(patch_ids[group], samples) for group, samples in rows]

@@ -6,8 +6,6 @@ import os
 
 # Read by BLAS, OpenMP and torch when they are loaded, so it comes before them.
 os.environ["OMP_NUM_THREADS"] = "1"
-# NumPy evaluates on the host, unless a run of the tests asks for the compiled form.
-os.environ.setdefault("GPUSAMPLER_COMPILED", "0")
 
 import gc
 import re
@@ -21,6 +19,7 @@ import pytest
 from hypothesis import HealthCheck, settings
 
 from gpusampler.core.devices import Device
+from gpusampler.permutation import _native
 from support.libraries import Library, has_cupy_cuda, has_torch_cuda, make_library
 from support.paths import ROOT
 
@@ -110,6 +109,17 @@ def pytest_terminal_summary(terminalreporter: Any) -> None:
         )
         for test, took in slow_tests:
             terminalreporter.write_line(f"{took:6.1f} s  {test}")
+
+
+@pytest.fixture(scope="module", params=["C", "NumPy"])
+def host_form(request: pytest.FixtureRequest) -> Iterator[str]:
+    """The host evaluates in C, where it was compiled, and in NumPy."""
+    if request.param == "C" and _native.module is None:
+        pytest.skip(_native.describe())
+    with pytest.MonkeyPatch.context() as patch:
+        if request.param == "NumPy":
+            patch.setattr(_native, "module", None)
+        yield request.param
 
 
 @pytest.fixture(name="torch")

@@ -45,6 +45,12 @@ def is_contiguous(ids: Any) -> bool:
     return int((ids[1:] != ids[:-1]).sum()) + 1 == np.unique(ids).size
 
 
+def rows_of(block: RaggedBlock) -> list[list[int]]:
+    """The samples of each batch."""
+    samples, ends = block.samples.tolist(), block.ends.tolist()
+    return [samples[end - size : end] for end, size in zip(ends, block.sizes.tolist(), strict=True)]
+
+
 def ragged_of(plan: EpochPlan, epoch: int, slots: np.ndarray) -> RaggedBlock:
     """The batches at some slots, as iteration evaluates them."""
     return plan.evaluator.ragged(epoch, plan.evaluator.locate(epoch, slots))

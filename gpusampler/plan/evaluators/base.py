@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple, Protocol
 
+import numpy as np
+
 from gpusampler.core.arrays import Int64
 
 
@@ -71,40 +73,36 @@ class BatchBlock(NamedTuple):
 
 
 class RaggedBlock(NamedTuple):
-    """Batches of a plan, each of its own size, in one array.
+    """Batches of a plan, each of its own size, end to end in one array.
 
-    Batch k is ``samples[starts[k] : starts[k] + sizes[k]]``, of which the first ``lengths[k]``
-    samples count; its patch is ``groups[k]``. ``samples`` is int64, of shape (T,), and on the
-    evaluator's device; the other fields are int64 NumPy arrays of shape (K,).
+    Batch k has the next ``sizes[k]`` samples, of which the first ``lengths[k]`` count; its patch is
+    ``groups[k]``. ``samples`` is int64, of shape (T,), and on the evaluator's device; the other
+    fields are int64 NumPy arrays of shape (K,).
     """
 
     samples: Any
-    starts: Int64
     sizes: Int64
     lengths: Int64
     groups: Int64
 
-    def split(self, count: int) -> tuple[RaggedBlock, RaggedBlock | None]:
-        """Return the first ``count`` batches, and the remaining ones or None.
+    @property
+    def ends(self) -> Int64:
+        """Index after the last sample of each batch: int64, shape (K,)."""
+        return np.cumsum(self.sizes)
 
-        Batches that are not stored in order are not split: the result is (self, None).
-        """
-        starts = self.starts
-        if count >= starts.size or bool((starts[1:] < starts[:-1]).any()):
+    def split(self, count: int) -> tuple[RaggedBlock, RaggedBlock | None]:
+        """Return the first ``count`` batches, and the remaining ones or None."""
+        if count >= self.sizes.size:
             return self, None
-        rows = self[1:]
-        end = int(starts[count])
-        head = RaggedBlock(self.samples[:end], *(column[:count] for column in rows))
-        tail = RaggedBlock(self.samples[end:], *(column[count:] for column in rows))
-        return head, tail._replace(starts=tail.starts - end)
+        num_samples = int(self.sizes[:count].sum())
+        return (
+            RaggedBlock(self.samples[:num_samples], *(column[:count] for column in self[1:])),
+            RaggedBlock(self.samples[num_samples:], *(column[count:] for column in self[1:])),
+        )
 
 
 class Evaluator(Protocol):
-    """Evaluates a plan's batches; all evaluators return the same integers.
-
-    A `RaggedBlock` stores batches in any order, given by ``starts``: the host may store batches of
-    patches of similar sizes next to each other, whereas a kernel keeps the order of the slots.
-    """
+    """Evaluates a plan's batches; all evaluators return the same integers."""
 
     def locate(self, epoch: int, slots: Int64) -> BatchLocations:
         """Return the batches that slots (int64, shape (K,), in 0 .. M-1) map to."""

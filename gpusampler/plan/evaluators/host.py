@@ -1,4 +1,4 @@
-"""Evaluation on the host, by NumPy or by code that Numba compiles."""
+"""Evaluation on the host: slots are located by NumPy, positions permuted by `permutation.host`."""
 
 from __future__ import annotations
 
@@ -14,10 +14,9 @@ from gpusampler.core import arrays, devices, memory
 from gpusampler.core.arrays import Int64
 from gpusampler.core.devices import HOST
 from gpusampler.groups.patch_groups import PatchGroups
-from gpusampler.permutation import numpy_impl
-from gpusampler.permutation.numba import jit
-from gpusampler.permutation.position_ranges import permute_ranges
-from gpusampler.permutation.reference import Grid, Streams, grid_of, key_of, permute
+from gpusampler.permutation import _native
+from gpusampler.permutation.host import keys_of, permute_one, permute_ranges
+from gpusampler.permutation.reference import Grid, Streams, key_of, permute
 from gpusampler.plan.evaluators.base import (
     BatchBlock,
     BatchLocations,
@@ -26,6 +25,7 @@ from gpusampler.plan.evaluators.base import (
     RaggedBlock,
 )
 from gpusampler.plan.evaluators.memory_fallback import SORT_HINT
+from gpusampler.plan.evaluators.native import GROUP, LENGTH, SlotEvaluator
 
 
 class HostEvaluator(Evaluator):
@@ -48,23 +48,29 @@ class HostEvaluator(Evaluator):
         self._streams = streams
         self._patch_orders: dict[int, PatchOrder] = {}
         self._order_copy: Any = None
+        self._can_evaluate_slots = SlotEvaluator.can_evaluate(tables)
+        self._slot_evaluator: SlotEvaluator | None = None
 
     def with_changes(self, tables: PatchTables, streams: Streams) -> HostEvaluator:
         """Return a copy with different tables or random-number states."""
-        changed = HostEvaluator(tables, self._groups, self._settings, streams)
+        changed = type(self)(tables, self._groups, self._settings, streams)
         changed._order_copy = self._order_copy
         return changed
 
     @property
     def block_samples(self) -> int:
         """Number of samples to evaluate per call: few enough that they stay in cache."""
-        # A call of compiled code has more overhead.
-        return 1 << 15 if jit.compiled_form(0) is None else 1 << 16
+        return 1 << 15
 
     def locate(self, epoch: int, slots: Int64) -> BatchLocations:
         """Return the batches that slots map to."""
         tables, passes = self._tables, None
         patch_order = self.patch_order(epoch)
+        evaluator = self._compiled()
+        if evaluator is not None:
+            rows, _ = evaluator.evaluate(epoch, slots, patch_order, None, 0)
+            group, j, length, size = rows
+            return BatchLocations(slots, group, j, length, size, None)
         if tables.visited is not None:
             state = self._streams.patches if self._settings.shuffle_batches else None
             settings = tables.visited, tables.own_batches, tables.num_batches
@@ -98,25 +104,59 @@ class HostEvaluator(Evaluator):
 
     def block(self, epoch: int, slots: Int64, dtype: str = "int64") -> BatchBlock:
         """Return the batches at slots, each padded to the largest batch size."""
-        locations = self.locate(epoch, slots)
         width = self._tables.max_batch_size
-        samples, starts = self._samples(epoch, locations, np.full(slots.size, width, np.int64))
+        evaluator = self._compiled()
+        if evaluator is not None:
+            num_samples = slots.size * width
+            patch_order = self.patch_order(epoch)
+            rows, samples = evaluator.evaluate(
+                epoch, slots, patch_order, self._order(), num_samples, pad_rows=True
+            )
+            patches = self._tables.patches_of(rows[GROUP])
+            indices = samples.reshape(slots.size, width).astype(dtype, copy=False)
+            return BatchBlock(indices, rows[LENGTH], patches)
+        locations = self.locate(epoch, slots)
+        samples = self._samples(epoch, locations, np.full(slots.size, width, np.int64))
         rows = samples.reshape(slots.size, width)
-        if bool((starts[1:] < starts[:-1]).any()):
-            rows = rows[starts // width]
         patches = self._tables.patches_of(locations.group)
         return BatchBlock(rows.astype(dtype, copy=False), locations.length, patches)
 
     def ragged(self, epoch: int, locations: BatchLocations) -> RaggedBlock:
-        """Return the batches at ``locations``; those of similar patches are stored together."""
-        samples, starts = self._samples(epoch, locations, locations.size)
+        """Return the batches at ``locations``."""
+        samples = self._samples(epoch, locations, locations.size)
         patches = self._tables.patches_of(locations.group)
-        return RaggedBlock(samples, starts, locations.size, locations.length, patches)
+        return RaggedBlock(samples, locations.size, locations.length, patches)
+
+    @property
+    def evaluates_slots(self) -> bool:
+        """Whether `slot_range` can be called."""
+        return self._can_evaluate_slots and _native.module is not None
+
+    def slot_range(self, epoch: int, slots: range, max_samples: int) -> RaggedBlock:
+        """Return the batches at the first of ``slots``, as many as have ``max_samples`` samples.
+
+        Slots beyond the epoch's last repeat its first. ``max_samples`` is at least the size of the
+        largest batch.
+        """
+        evaluator = self._compiled()
+        assert evaluator is not None
+        patch_order = self.patch_order(epoch)
+        rows, samples = evaluator.evaluate(epoch, slots, patch_order, self._order(), max_samples)
+        group, _, length, size = rows
+        return RaggedBlock(samples, size, length, self._tables.patches_of(group))
+
+    def _compiled(self) -> SlotEvaluator | None:
+        """Return the evaluator in C, if there is one and it can locate this plan's slots."""
+        if not self.evaluates_slots:
+            return None
+        if self._slot_evaluator is None:
+            self._slot_evaluator = SlotEvaluator(self._tables, self._settings, self._streams)
+        return self._slot_evaluator
 
     def permute_positions(
         self, group: Int64, passes: Any, first: Int64, length: Int64, base: Int64, order: Any = None
-    ) -> tuple[Int64, Int64]:
-        """Return permuted positions, int64 of shape (T,), and the start of each range in them.
+    ) -> Int64:
+        """Return permuted positions, int64 of shape (T,), range after range.
 
         Each range is ``length`` positions from ``first`` on, in a pass over a group; ``passes`` may
         be an int. ``base`` is added to every permuted position. If ``order`` is given, each sum is
@@ -124,7 +164,7 @@ class HostEvaluator(Evaluator):
         """
         key = None
         if self._settings.shuffle_samples:
-            key = key_of(self._streams.samples, passes, group)
+            key = keys_of(self._streams.samples, passes, group)
         grid = Grid(*(side[group] for side in self._tables.grid))
         return permute_ranges(first, length, self._tables.counts[group], key, grid, base, order)
 
@@ -138,7 +178,7 @@ class HostEvaluator(Evaluator):
             patches = np.arange(tables.num_patches, dtype=np.int64)
             if self._settings.shuffle_batches:
                 key = key_of(self._streams.patches, epoch, 0)
-                patches = numpy_impl.permute_one(patches, patches.size, key, grid_of(patches.size))
+                patches = permute_one(patches, patches.size, key)
             group_numbers = np.arange(tables.counts.size, dtype=np.int64)
             patch_order = tables.patch_order(arrays.namespace(HOST), patches, group_numbers)
             # Replaced rather than updated: a different thread may be reading it.
@@ -154,7 +194,7 @@ class HostEvaluator(Evaluator):
         if layout.has_step_order:
             key = key_of(self._streams.batches, epoch, 0)
             index = layout.batch_indices(
-                np, slots, key, lambda steps: _permute(steps, layout.full, key)
+                np, slots, key, lambda steps: permute_one(steps, layout.full, key)
             )
         if buckets is None or slots.size == 0:
             return index
@@ -167,11 +207,10 @@ class HostEvaluator(Evaluator):
             xp, bounds = arrays.namespace(HOST), (buckets.smallest, buckets.largest)
             return np.asarray(offset + permute(xp, within, n, key, grid, *bounds))
         ones = np.ones_like(within)
-        image, starts = permute_ranges(within, ones, n, key, grid, offset, None)
-        return image[starts]
+        return permute_ranges(within, ones, n, key, grid, offset, None)
 
-    def _samples(self, epoch: int, locations: BatchLocations, sizes: Int64) -> tuple[Int64, Int64]:
-        """Return the samples of all batches, ``sizes[k]`` of batch k, and each batch's start."""
+    def _samples(self, epoch: int, locations: BatchLocations, sizes: Int64) -> Int64:
+        """Return the samples of all batches, ``sizes[k]`` of batch k."""
         group, tables = locations.group, self._tables
         passes = epoch if locations.passes is None else locations.passes
         first, _ = tables.first_position_and_size(np, group, locations.j)
@@ -198,14 +237,4 @@ class HostEvaluator(Evaluator):
 
     def __getstate__(self) -> dict[str, Any]:
         """Drop caches; they are filled again at first use."""
-        return {**self.__dict__, "_patch_orders": {}, "_order_copy": None}
-
-
-def _permute(x: Int64, n: int, key: tuple[int, int]) -> Int64:
-    """Return the images of ``x`` under one permutation of 0 .. n-1."""
-    if n == 1:
-        return x
-    grid = grid_of(n)
-    if n <= numpy_impl.MAX_N:
-        return numpy_impl.permute_one(x, n, key, grid)
-    return np.asarray(permute(arrays.namespace(HOST), x, n, key, grid, n, n))
+        return {**self.__dict__, "_patch_orders": {}, "_order_copy": None, "_slot_evaluator": None}

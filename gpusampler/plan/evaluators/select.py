@@ -153,9 +153,8 @@ class PlanEvaluator(Evaluator):
             )
         if samples is None:
             return self.host.ragged(epoch, locations)
-        starts = np.cumsum(locations.size) - locations.size
         patches = self._tables.patches_of(locations.group)
-        return RaggedBlock(samples, starts, locations.size, locations.length, patches)
+        return RaggedBlock(samples, locations.size, locations.length, patches)
 
     def batch(self, epoch: Any, slot: Any) -> BatchBlock:
         """Return one batch; ``epoch`` and ``slot`` are 0-d tensors, as in `EpochPlan.batch`."""

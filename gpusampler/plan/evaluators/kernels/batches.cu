@@ -25,7 +25,6 @@
 #define FOR_EACH_THREAD(t) { const int t = threadIdx.x;
 #define END_THREADS } __syncthreads();
 #define MULHI(x, y) __umulhi((x), (y))
-#define MIN(x, y) min((x), (y))
 #else
 #define KERNEL extern "C"
 #define DEVICE static inline
@@ -34,16 +33,13 @@ struct Index { int x, y; };
 static thread_local Index blockIdx;
 #define FOR_EACH_THREAD(t) for (int t = 0; t < THREADS; ++t) {
 #define END_THREADS }
-#define MIN(x, y) ((x) < (y) ? (x) : (y))
 #define MULHI(x, y) ((u32)(((unsigned long long)(x) * (y)) >> 32))
 #endif
 
-typedef unsigned int u32;
-typedef long long i64;
+#include "permutation.h"
 
 #define THREADS 256
 #define MOST_ROWS 64
-#define SPREAD 0x2C1B3C6Du
 
 struct Row {
     i64 base, out;
@@ -51,41 +47,12 @@ struct Row {
     int pairs;
 };
 
-DEVICE u32 mix(u32 h) {
-    h ^= h >> 16;
-    h *= 0x21F0AAADu;
-    h ^= h >> 15;
-    h *= 0x735A2D97u;
-    return h ^ (h >> 15);
-}
-
-// The hash of a value and a round, from their xor.
-DEVICE u32 hash(u32 h) { return (h ^ (h >> 16)) * 0x21F0AAADu; }
-
-DEVICE void absorb(u32 &s0, u32 &s1, u32 word) {
-    s0 = mix(s0 ^ word);
-    s1 = mix((s1 + s0) ^ (word * SPREAD));
-}
-
 // The image of (line, col) after `pairs` pairs of rounds; both stay in the ragged grid.
 DEVICE void shuffle_grid(u32 &line, u32 &col, u32 a, u32 b, u32 rem, u32 key, u32 step, int pairs) {
     for (int pair = 0; pair < pairs; ++pair) {
-        u32 side = a - (col >= rem);
-        u32 moved = line + MULHI(hash((col * SPREAD) ^ key), side);
-        // If moved < side, the difference wraps to a huge number, so the minimum is still right.
-        line = MIN(moved, moved - side);
-        key += step;
-        side = line == a - 1 ? rem : b;
-        moved = col + MULHI(hash((line * SPREAD) ^ key), side);
-        col = MIN(moved, moved - side);
-        key += step;
+        rotate_pair(&line, &col, a, b, rem, key, step);
+        key += 2 * step;
     }
-}
-
-DEVICE u32 coin_of(u32 k0, u32 step) { return hash(k0 + 63u * step) >> 31; }
-
-DEVICE u32 swap_of(u32 k0, u32 step, u32 i) {
-    return MULHI(hash((i * SPREAD) ^ (k0 + i * step)), i + 1);
 }
 
 KERNEL void gpusampler_batches(
@@ -162,11 +129,9 @@ KERNEL void gpusampler_batches(
             u32 s0 = state0, s1 = state1;
 #if PASSES
             const i64 pass = row_passes[row_0 + t];
-            absorb(s0, s1, (u32)pass);
-            absorb(s0, s1, (u32)(pass >> 32));
+            absorb_pair(&s0, &s1, pass);
 #endif
-            absorb(s0, s1, (u32)group);
-            absorb(s0, s1, 0);
+            absorb_pair(&s0, &s1, group);
             row.k0 = s0;
             row.step = s1 | 1u;
             row.coin = coin_of(row.k0, row.step);
@@ -174,7 +139,7 @@ KERNEL void gpusampler_batches(
             row.b = (u32)side_b[group];
             row.rem = (u32)side_rem[group];
             row.inverse = 0xFFFFFFFFu / row.b;
-            row.pairs = n >= 65536 ? 3 : n >= 1024 ? 4 : n >= 128 ? 5 : n > 32 ? 6 : 0;
+            row.pairs = pairs_of(n);
 #endif
         }
     END_THREADS

@@ -9,6 +9,7 @@ from typing import Any
 import cupy
 import numpy as np
 
+from gpusampler.permutation._native import HEADER
 from gpusampler.plan.evaluators.kernels.kernel_spec import THREADS, Geometry, KernelSpec
 
 SOURCE = Path(__file__).with_name("batches.cu")
@@ -22,10 +23,16 @@ def defines(spec: KernelSpec, order: str, out: str) -> tuple[str, ...]:
     return tuple(f"-D{name}={value}" for name, value in flags.items())
 
 
+def source() -> str:
+    """Return the kernel's text, with the arithmetic in place of its ``#include``."""
+    # NVRTC has no search path for the package's folders.
+    return SOURCE.read_text().replace(f'#include "{HEADER.name}"', HEADER.read_text())
+
+
 @cache
 def _kernel(spec: KernelSpec, order: str, out: str) -> Any:
     return cupy.RawKernel(
-        SOURCE.read_text(),
+        source(),
         "gpusampler_batches",
         options=("-std=c++17", *defines(spec, order, out)),
     )

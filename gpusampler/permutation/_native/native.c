@@ -1,0 +1,581 @@
+/* Evaluation of batches on the host: the permutation of `permutation.h` for rows of positions.
+ *
+ * Functions take addresses and sizes of int64 arrays, and know nothing about plans or NumPy. A row
+ * is a range of consecutive positions of one patch. Tiles of 64 rows are located and get their keys
+ * together; then each row's positions are permuted, up to 64 at a time, with the row's values in
+ * registers. The compiler vectorizes these loops, once for each form in `FORMS`; the processor
+ * decides which form runs.
+ *
+ * No content of a table leads to an access outside the arrays: every index that is read from a
+ * table or computed from one is compared with the size of the array that it indexes, before use,
+ * and every row with the room that is left in the output (see `check_row` and `locate`). Grids are
+ * not read but computed. Whatever fails a check raises ValueError. Sums that could overflow wrap.
+ */
+
+#define PY_SSIZE_T_CLEAN
+#define Py_LIMITED_API 0x030A0000
+#include <Python.h>
+
+#include <math.h>
+#include <stdint.h>
+
+#include "permutation.h"
+
+#ifndef SOURCE_HASH
+#define SOURCE_HASH ""
+#endif
+
+#define TILE 64
+#define STEP 16 /* lanes are permuted in multiples of this many, whatever the form */
+#define MAX_SIDE 0x7FFFFFFF
+#define GIL_SAMPLES 4096 /* shorter calls keep the GIL: it may take 5 ms to get it back */
+
+typedef unsigned long long u64;
+
+/* ---- one tile of lanes ---- */
+
+typedef struct {
+    u32 a, b, rem;
+} Grid;
+
+/* The grid of 1 <= n < 2**62 cells, as `reference.grid_of`. */
+DEVICE Grid grid_of(i64 n) {
+    const i64 m = n - 1;
+    i64 root = (i64)sqrt((double)m), b;
+    Grid grid;
+    /* From 2**52 on, the root of the rounded number may be off by one. */
+    root -= root * root > m;
+    root += (root + 1) * (root + 1) <= m;
+    grid.a = (u32)(root + 1);
+    b = (n + root) / (root + 1);
+    grid.b = (u32)b;
+    grid.rem = (u32)(n - root * b);
+    return grid;
+}
+
+DEVICE void permute_lanes(u32 *line, u32 *col, u32 lanes, Grid grid, u32 k0, u32 step, int pairs) {
+    for (int pair = 0; pair < pairs; ++pair) {
+        for (u32 i = 0; i < lanes; ++i)
+            rotate_pair(line + i, col + i, grid.a, grid.b, grid.rem, k0, step);
+        k0 += 2 * step;
+    }
+}
+
+/* Permute positions 0 .. n-1 for n <= 32. */
+DEVICE void permute_small(unsigned char *images, u32 n, u32 k0, u32 step) {
+    unsigned char positions[SMALL_N];
+    u32 swaps[SMALL_N];
+    for (u32 i = 0; i < SMALL_N; ++i) {
+        swaps[i] = swap_of(k0, step, i);
+        positions[i] = (unsigned char)i;
+    }
+    for (u32 i = n - 1; i > 0; --i) {
+        const unsigned char swapped = positions[i];
+        positions[i] = positions[swaps[i]];
+        positions[swaps[i]] = swapped;
+    }
+    for (u32 i = 0; i < n; ++i) images[positions[i]] = (unsigned char)i;
+}
+
+DEVICE u32 round_up(u32 lanes) { return (lanes + STEP - 1) & ~(u32)(STEP - 1); }
+
+/* ---- rows ---- */
+
+typedef struct {
+    i64 first[TILE], size[TILE], n[TILE], base[TILE];
+    u32 k0[TILE], k1[TILE];
+} Rows;
+
+DEVICE void write_grid_row(i64 *out, u32 first, i64 size, u32 n, i64 base, u32 k0, u32 k1) {
+    const Grid grid = grid_of(n);
+    const u32 step = k1 | 1, coin = coin_of(k0, step), inverse = 0xFFFFFFFFu / grid.b;
+    const int pairs = pairs_of(n);
+    u32 line[TILE], col[TILE];
+    while (size > 0) {
+        const u32 lanes = size < TILE ? (u32)size : TILE, width = round_up(lanes);
+        /* 32 < n: beyond a patch's end, at most two rounds through it. */
+        for (u32 i = 0; i < width; ++i) {
+            u32 x = first + i;
+            x = x >= n ? x - n : x;
+            line[i] = x >= n ? x - n : x;
+        }
+        for (u32 i = 0; i < width; ++i) {
+            /* Division by a multiplication that is at most 1 too small. */
+            const u32 x = line[i], quotient = MULHI(x, inverse), rest = x - quotient * grid.b;
+            const u32 is_short = rest >= grid.b;
+            line[i] = quotient + is_short;
+            col[i] = rest - (is_short ? grid.b : 0);
+        }
+        permute_lanes(line, col, width, grid, k0, step, pairs);
+        for (u32 i = 0; i < lanes; ++i) {
+            u32 x = line[i] * grid.b + col[i];
+            x ^= x < 2 ? coin : 0;
+            out[i] = (i64)((u64)base + x);
+        }
+        out += lanes;
+        size -= lanes;
+        if (size > 0) first = (u32)(((u64)first + lanes) % n);
+    }
+}
+
+/* Write base plus the permuted positions of checked rows, end to end. */
+DEVICE void write_rows(const Rows *rows, int count, int permuted, i64 *out) {
+    for (int k = 0; k < count; ++k) {
+        const u32 n = (u32)rows->n[k];
+        const i64 size = rows->size[k], base = rows->base[k];
+        u32 x = (u32)(rows->first[k] % n);
+        if (permuted && n > SMALL_N) {
+            write_grid_row(out, x, size, n, base, rows->k0[k], rows->k1[k]);
+        } else {
+            unsigned char images[SMALL_N];
+            if (permuted) permute_small(images, n, rows->k0[k], rows->k1[k] | 1);
+            for (i64 i = 0; i < size; ++i) {
+                out[i] = (i64)((u64)base + (permuted ? images[x] : x));
+                x = x + 1 == n ? 0 : x + 1;
+            }
+        }
+        out += size;
+    }
+}
+
+/* Keys of rows: `reference.key_of`. `passes` may be NULL: then `pass` is the pass of all. */
+DEVICE void derive_keys(u32 s0, u32 s1, const i64 *passes, i64 pass, const i64 *groups, int count,
+                        u32 *k0, u32 *k1) {
+    if (passes == NULL) absorb_pair(&s0, &s1, pass);
+    for (int k = 0; k < count; ++k) {
+        u32 t0 = s0, t1 = s1;
+        if (passes != NULL) absorb_pair(&t0, &t1, passes[k]);
+        absorb_pair(&t0, &t1, groups[k]);
+        k0[k] = t0;
+        k1[k] = t1;
+    }
+}
+
+/* Permute up to 64 positions, 0 <= x < n < 2**62, by one permutation. */
+DEVICE void permute_tile(i64 *x, int count, i64 n, Grid grid, u32 k0, u32 k1) {
+    const u32 step = k1 | 1, width = round_up((u32)count);
+    if (n <= SMALL_N) {
+        unsigned char images[SMALL_N];
+        permute_small(images, (u32)n, k0, step);
+        for (int i = 0; i < count; ++i) x[i] = images[x[i]];
+    } else {
+        const u32 coin = coin_of(k0, step);
+        u32 line[TILE], col[TILE];
+        for (u32 i = (u32)count; i < width; ++i) line[i] = col[i] = 0;
+        if (n <= 0xFFFFFFFFLL) {
+            for (int i = 0; i < count; ++i) {
+                line[i] = (u32)x[i] / grid.b;
+                col[i] = (u32)x[i] - line[i] * grid.b;
+            }
+        } else {
+            for (int i = 0; i < count; ++i) {
+                line[i] = (u32)(x[i] / grid.b);
+                col[i] = (u32)(x[i] - (i64)line[i] * grid.b);
+            }
+        }
+        permute_lanes(line, col, width, grid, k0, step, pairs_of(n));
+        for (int i = 0; i < count; ++i) {
+            const i64 image = (i64)line[i] * grid.b + col[i];
+            x[i] = image < 2 ? image ^ coin : image;
+        }
+    }
+}
+
+/* ---- the same code, compiled for several processors ---- */
+
+typedef struct {
+    const char *name;
+    void (*rows)(const Rows *, int, int, i64 *);
+    void (*keys)(u32, u32, const i64 *, i64, const i64 *, int, u32 *, u32 *);
+    void (*tile)(i64 *, int, i64, Grid, u32, u32);
+} Form;
+
+#define DEFINE_FORM(name, target)                                                               \
+    target static void rows_##name(const Rows *rows, int count, int permuted, i64 *out) {       \
+        write_rows(rows, count, permuted, out);                                                 \
+    }                                                                                           \
+    target static void keys_##name(u32 s0, u32 s1, const i64 *passes, i64 pass,                 \
+                                   const i64 *groups, int count, u32 *k0, u32 *k1) {            \
+        derive_keys(s0, s1, passes, pass, groups, count, k0, k1);                               \
+    }                                                                                           \
+    target static void tile_##name(i64 *x, int count, i64 n, Grid grid, u32 k0, u32 k1) {       \
+        permute_tile(x, count, n, grid, k0, k1);                                                \
+    }
+
+#if (defined(__GNUC__) || defined(__clang__)) && defined(__x86_64__)
+#define HAS_X86_FORMS 1
+#ifdef __clang__
+#define WIDE __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl"), min_vector_width(512)))
+#else
+#define WIDE \
+    __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,prefer-vector-width=512")))
+#endif
+DEFINE_FORM(avx512, WIDE)
+DEFINE_FORM(avx2, __attribute__((target("avx2"))))
+#endif
+DEFINE_FORM(plain, )
+
+/* Best first. The compiler vectorizes `plain` for what every processor of the platform has. */
+static const Form FORMS[] = {
+#ifdef HAS_X86_FORMS
+    {"avx512", rows_avx512, keys_avx512, tile_avx512},
+    {"avx2", rows_avx2, keys_avx2, tile_avx2},
+#endif
+    {"plain", rows_plain, keys_plain, tile_plain},
+};
+#define NUM_FORMS ((int)(sizeof FORMS / sizeof FORMS[0]))
+
+static const Form *form = NULL;
+
+static int is_supported(int index) {
+#ifdef HAS_X86_FORMS
+    __builtin_cpu_init();
+    if (index == 0)
+        return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+               __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+    if (index == 1) return __builtin_cpu_supports("avx2") != 0;
+#endif
+    return index < NUM_FORMS;
+}
+
+/* ---- batches: what a launch of the kernel does ---- */
+
+/* Description of a set of batches. Python fills an array of int64 in this order. */
+typedef struct {
+    i64 num_groups, num_slots;
+    const i64 *counts, *starts; /* samples of each group, and the first position of each */
+    const i64 *sizes, *larger;  /* batch size; number of first batches with one more, or NULL */
+    const i64 *offsets;         /* num_groups: number of slots before each group */
+    const i64 *group_of;        /* num_groups: group that each offset belongs to; NULL: the same */
+    i64 permute_slots, permute_samples, pad, width; /* width > 0: of every row */
+    i64 slot_state[2], sample_state[2];
+} Job;
+
+typedef struct {
+    i64 *group, *batch, *length, *size; /* shape (count,) each */
+} Columns;
+
+typedef struct {
+    i64 rows, samples, wrong; /* wrong: 1 + the slot with a wrong table, or 0 */
+} Done;
+
+/* Find the batch of a slot, and write its row. Return 0 if a table is wrong. */
+static int locate(const Job *job, i64 slot, Rows *rows, int k, i64 *group, i64 *batch,
+                  i64 *length) {
+    i64 low = 0, more = job->num_groups, j, g, n, size, larger, first;
+    /* The last offset that is not above the slot: low is in 0 .. num_groups - 1. */
+    while (more > 1) {
+        const i64 half = more / 2;
+        low = job->offsets[low + half] <= slot ? low + half : low;
+        more -= half;
+    }
+    j = (i64)((u64)slot - (u64)job->offsets[low]);
+    g = job->group_of == NULL ? low : job->group_of[low];
+    if (g < 0 || g >= job->num_groups) return 0;
+    n = job->counts[g];
+    size = job->sizes[g];
+    larger = job->larger == NULL ? 0 : job->larger[g];
+    /* With j < n, no product overflows. */
+    if (n < 1 || n > MAX_SIDE || j < 0 || j >= n || size < 1 || size > MAX_SIDE || larger < 0)
+        return 0;
+    first = j * size + (j < larger ? j : larger);
+    size += j < larger;
+    if (first >= n) return 0;
+    rows->first[k] = first;
+    rows->n[k] = n;
+    rows->base[k] = job->starts[g];
+    *group = g;
+    *batch = j;
+    *length = n - first < size ? n - first : size;
+    rows->size[k] = job->width > 0 ? job->width : job->pad ? size : *length;
+    return 1;
+}
+
+/* Evaluate slots, as many as fit: with `slots` those, else first, first + stride, ... */
+static Done evaluate(const Job *job, i64 epoch, const i64 *slots, i64 first, i64 stride, i64 count,
+                     Columns columns, i64 *out, i64 capacity) {
+    Done done = {0, 0, 0};
+    Rows rows;
+    i64 tile[TILE];
+    u32 s0 = (u32)job->slot_state[0], s1 = (u32)job->slot_state[1];
+    const int permute_slots = job->permute_slots && job->num_slots > 1;
+    const Grid grid = grid_of(job->num_slots);
+    absorb_pair(&s0, &s1, epoch);
+    absorb_pair(&s0, &s1, 0);
+    while (done.rows < count) {
+        const int in_tile = count - done.rows < TILE ? (int)(count - done.rows) : TILE;
+        i64 samples = 0;
+        int k;
+        for (k = 0; k < in_tile; ++k) {
+            const i64 row = done.rows + k;
+            i64 slot = slots != NULL ? slots[row] : (i64)((u64)first + (u64)row * (u64)stride);
+            if (slot < 0) {
+                done.wrong = 1 + row;
+                return done;
+            }
+            tile[k] = slot < job->num_slots ? slot : slot % job->num_slots;
+        }
+        if (permute_slots) form->tile(tile, in_tile, job->num_slots, grid, s0, s1);
+        for (k = 0; k < in_tile; ++k) {
+            const i64 row = done.rows + k;
+            if (!locate(job, tile[k], &rows, k, columns.group + row, columns.batch + row,
+                        columns.length + row)) {
+                done.wrong = 1 + row;
+                return done;
+            }
+            columns.size[row] = rows.size[k];
+            if (out != NULL) {
+                if (rows.size[k] > capacity - done.samples - samples) break;
+                samples += rows.size[k];
+            }
+        }
+        if (out != NULL) {
+            if (job->permute_samples)
+                form->keys((u32)job->sample_state[0], (u32)job->sample_state[1], NULL, epoch,
+                           columns.group + done.rows, k, rows.k0, rows.k1);
+            form->rows(&rows, k, job->permute_samples != 0, out + done.samples);
+        }
+        done.rows += k;
+        done.samples += samples;
+        if (k < in_tile) break;
+    }
+    return done;
+}
+
+/* Permute given rows, end to end; keys may be NULL. Return 1 + the number of a wrong row, or 0. */
+static i64 write_ranges(const i64 *first, const i64 *size, const i64 *n, const i64 *base,
+                        const i64 *k0, const i64 *k1, i64 count, i64 *out, i64 capacity) {
+    Rows rows;
+    for (i64 row = 0; row < count; row += TILE) {
+        const int in_tile = count - row < TILE ? (int)(count - row) : TILE;
+        i64 samples = 0;
+        for (int k = 0; k < in_tile; ++k) {
+            const i64 at = row + k;
+            if (first[at] < 0 || n[at] < 1 || n[at] > MAX_SIDE || size[at] < 0 ||
+                size[at] > capacity - samples)
+                return 1 + at;
+            rows.first[k] = first[at];
+            rows.n[k] = n[at];
+            rows.size[k] = size[at];
+            rows.base[k] = base[at];
+            rows.k0[k] = k0 == NULL ? 0 : (u32)k0[at];
+            rows.k1[k] = k1 == NULL ? 0 : (u32)k1[at];
+            samples += size[at];
+        }
+        form->rows(&rows, in_tile, k0 != NULL, out);
+        out += samples;
+        capacity -= samples;
+    }
+    return capacity == 0 ? 0 : 1 + count;
+}
+
+/* Replace positions by `order[position]`. Return whether all are in range. */
+static int look_up(const void *order, int is_32_bit, i64 order_size, const i64 *positions, i64 *out,
+                   i64 count) {
+    u64 beyond = 0;
+    for (i64 i = 0; i < count; ++i) {
+        const u64 position = (u64)positions[i];
+        const int is_beyond = position >= (u64)order_size;
+        const u64 at = is_beyond ? 0 : position;
+        beyond |= (u64)is_beyond;
+        out[i] = is_32_bit ? ((const int32_t *)order)[at] : ((const i64 *)order)[at];
+    }
+    return !beyond;
+}
+
+/* ---- Python ---- */
+
+static int read_numbers(PyObject *const *args, Py_ssize_t given, Py_ssize_t expected, i64 *values) {
+    if (given != expected) {
+        PyErr_Format(PyExc_TypeError, "expected %zd integers, got %zd", expected, given);
+        return 0;
+    }
+    for (Py_ssize_t i = 0; i < expected; ++i) {
+        values[i] = PyLong_AsLongLong(args[i]);
+        if (values[i] == -1 && PyErr_Occurred()) return 0;
+    }
+    return 1;
+}
+
+#define ADDRESS(type, value) ((type *)(uintptr_t)(value))
+
+static PyObject *py_evaluate(PyObject *self, PyObject *const *args, Py_ssize_t given) {
+    i64 v[9];
+    (void)self;
+    if (!read_numbers(args, given, 9, v)) return NULL;
+    const Job *job = ADDRESS(const Job, v[0]);
+    const i64 count = v[5], capacity = v[8];
+    i64 *rows = ADDRESS(i64, v[6]), *out = ADDRESS(i64, v[7]);
+    const Columns columns = {rows, rows + count, rows + 2 * count, rows + 3 * count};
+    if (job->num_groups < 1 || job->num_slots < 1 || job->num_slots >= 1LL << 62 || count < 0 ||
+        capacity < 0) {
+        PyErr_SetString(PyExc_ValueError, "a table of batches is empty or too large");
+        return NULL;
+    }
+    PyThreadState *state = capacity > GIL_SAMPLES ? PyEval_SaveThread() : NULL;
+    const Done done = evaluate(job, v[1], ADDRESS(const i64, v[2]), v[3], v[4], count, columns, out,
+                               capacity);
+    if (state != NULL) PyEval_RestoreThread(state);
+    if (done.wrong) {
+        PyErr_Format(PyExc_ValueError, "the tables have no batch for slot number %lld of %lld",
+                     done.wrong - 1, count);
+        return NULL;
+    }
+    return Py_BuildValue("LL", done.rows, done.samples);
+}
+
+static PyObject *py_ranges(PyObject *self, PyObject *const *args, Py_ssize_t given) {
+    i64 v[9];
+    (void)self;
+    if (!read_numbers(args, given, 9, v)) return NULL;
+    PyThreadState *state = v[8] > GIL_SAMPLES ? PyEval_SaveThread() : NULL;
+    const i64 wrong = write_ranges(
+        ADDRESS(const i64, v[0]), ADDRESS(const i64, v[1]), ADDRESS(const i64, v[2]),
+        ADDRESS(const i64, v[3]), ADDRESS(const i64, v[4]), ADDRESS(const i64, v[5]), v[6],
+        ADDRESS(i64, v[7]), v[8]);
+    if (state != NULL) PyEval_RestoreThread(state);
+    if (wrong) {
+        PyErr_Format(PyExc_ValueError, "row %lld of %lld is out of range", wrong - 1, v[6]);
+        return NULL;
+    }
+    Py_RETURN_NONE;
+}
+
+static PyObject *py_keys(PyObject *self, PyObject *const *args, Py_ssize_t given) {
+    i64 v[8];
+    u32 k0[TILE], k1[TILE];
+    (void)self;
+    if (!read_numbers(args, given, 8, v)) return NULL;
+    const i64 *passes = ADDRESS(const i64, v[2]), *groups = ADDRESS(const i64, v[4]);
+    i64 *out0 = ADDRESS(i64, v[6]), *out1 = ADDRESS(i64, v[7]);
+    for (i64 row = 0; row < v[5]; row += TILE) {
+        const int in_tile = v[5] - row < TILE ? (int)(v[5] - row) : TILE;
+        form->keys((u32)v[0], (u32)v[1], passes == NULL ? NULL : passes + row, v[3], groups + row,
+                   in_tile, k0, k1);
+        for (int k = 0; k < in_tile; ++k) {
+            out0[row + k] = k0[k];
+            out1[row + k] = k1[k];
+        }
+    }
+    Py_RETURN_NONE;
+}
+
+static PyObject *py_permute(PyObject *self, PyObject *const *args, Py_ssize_t given) {
+    i64 v[6];
+    (void)self;
+    if (!read_numbers(args, given, 6, v)) return NULL;
+    const i64 *x = ADDRESS(const i64, v[0]), count = v[2], n = v[3];
+    i64 *out = ADDRESS(i64, v[1]), row = 0;
+    if (n < 1 || n >= 1LL << 62) {
+        PyErr_Format(PyExc_ValueError, "n must be in 1 .. 2**62 - 1, got %lld", n);
+        return NULL;
+    }
+    const Grid grid = grid_of(n);
+    PyThreadState *state = count > GIL_SAMPLES ? PyEval_SaveThread() : NULL;
+    int wrong = 0;
+    for (; row < count && !wrong; row += TILE) {
+        const int in_tile = count - row < TILE ? (int)(count - row) : TILE;
+        i64 tile[TILE];
+        for (int k = 0; k < in_tile; ++k) {
+            tile[k] = x[row + k];
+            wrong |= tile[k] < 0 || tile[k] >= n;
+        }
+        if (wrong) break;
+        form->tile(tile, in_tile, n, grid, (u32)v[4], (u32)v[5]);
+        for (int k = 0; k < in_tile; ++k) out[row + k] = tile[k];
+    }
+    if (state != NULL) PyEval_RestoreThread(state);
+    if (wrong) {
+        PyErr_Format(PyExc_ValueError, "positions must be in 0 .. %lld", n - 1);
+        return NULL;
+    }
+    Py_RETURN_NONE;
+}
+
+static PyObject *py_look_up(PyObject *self, PyObject *const *args, Py_ssize_t given) {
+    i64 v[6];
+    (void)self;
+    if (!read_numbers(args, given, 6, v)) return NULL;
+    if (v[2] < 1 || (v[1] != 4 && v[1] != 8)) {
+        PyErr_SetString(PyExc_ValueError, "order must not be empty, and its items have 4 or 8 bytes");
+        return NULL;
+    }
+    PyThreadState *state = v[5] > GIL_SAMPLES ? PyEval_SaveThread() : NULL;
+    const int in_range = v[1] == 4
+        ? look_up(ADDRESS(const void, v[0]), 1, v[2], ADDRESS(const i64, v[3]), ADDRESS(i64, v[4]), v[5])
+        : look_up(ADDRESS(const void, v[0]), 0, v[2], ADDRESS(const i64, v[3]), ADDRESS(i64, v[4]), v[5]);
+    if (state != NULL) PyEval_RestoreThread(state);
+    if (!in_range) {
+        PyErr_Format(PyExc_ValueError, "a position is not in 0 .. %lld, the order's last", v[2] - 1);
+        return NULL;
+    }
+    Py_RETURN_NONE;
+}
+
+static PyObject *py_use(PyObject *self, PyObject *name) {
+    (void)self;
+    for (int i = 0; i < NUM_FORMS; ++i) {
+        if (PyUnicode_CompareWithASCIIString(name, FORMS[i].name) == 0 && is_supported(i)) {
+            form = &FORMS[i];
+            Py_RETURN_NONE;
+        }
+    }
+    PyErr_Format(PyExc_ValueError, "form must be one of forms(), got %R", name);
+    return NULL;
+}
+
+static PyObject *py_forms(PyObject *self, PyObject *unused) {
+    PyObject *names = PyList_New(0);
+    (void)self;
+    (void)unused;
+    for (int i = 0; names != NULL && i < NUM_FORMS; ++i) {
+        if (!is_supported(i)) continue;
+        PyObject *name = PyUnicode_FromString(FORMS[i].name);
+        if (name == NULL || PyList_Append(names, name) < 0) Py_CLEAR(names);
+        Py_XDECREF(name);
+    }
+    return names;
+}
+
+static PyObject *py_form(PyObject *self, PyObject *unused) {
+    (void)self;
+    (void)unused;
+    return PyUnicode_FromString(form->name);
+}
+
+#define METHOD(name, flags, text) {#name, (PyCFunction)(void (*)(void))py_##name, flags, text}
+
+static PyMethodDef METHODS[] = {
+    METHOD(evaluate, METH_FASTCALL,
+           "evaluate(job, epoch, slots, first, stride, count, rows, out, capacity)\n--\n\n"
+           "Return how many rows and samples were evaluated; see `gpusampler.permutation._native`."),
+    METHOD(ranges, METH_FASTCALL,
+           "ranges(first, size, n, base, k0, k1, count, out, capacity)\n--\n\n"
+           "Permute rows of consecutive positions, end to end."),
+    METHOD(keys, METH_FASTCALL,
+           "keys(s0, s1, passes, pass, groups, count, k0, k1)\n--\n\nDerive the keys of rows."),
+    METHOD(permute, METH_FASTCALL,
+           "permute(x, out, count, n, k0, k1)\n--\n\nPermute positions by one permutation."),
+    METHOD(look_up, METH_FASTCALL,
+           "look_up(order, itemsize, order_size, positions, out, count)\n--\n\n"
+           "Replace positions by the order's items."),
+    METHOD(use, METH_O, "use(name)\n--\n\nUse a form of `forms` from now on."),
+    METHOD(forms, METH_NOARGS, "forms()\n--\n\nReturn the forms this processor can run, best first."),
+    METHOD(form, METH_NOARGS, "form()\n--\n\nReturn the name of the form in use."),
+    {NULL, NULL, 0, NULL},
+};
+
+static int execute(PyObject *module) {
+    for (int i = 0; form == NULL; ++i)
+        if (is_supported(i)) form = &FORMS[i];
+    return PyModule_AddStringConstant(module, "SOURCE_HASH", SOURCE_HASH);
+}
+
+static PyModuleDef_Slot SLOTS[] = {{Py_mod_exec, (void *)execute}, {0, NULL}};
+
+static PyModuleDef DEFINITION = {
+    PyModuleDef_HEAD_INIT, "native", "Compiled evaluation of batches; addresses are integers.", 0,
+    METHODS, SLOTS, NULL, NULL, NULL,
+};
+
+PyMODINIT_FUNC PyInit_native(void) { return PyModuleDef_Init(&DEFINITION); }

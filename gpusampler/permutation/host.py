@@ -1,0 +1,109 @@
+"""The permutation on the host: in C where the package was compiled, else in NumPy."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from gpusampler.core import arrays
+from gpusampler.core.arrays import Int64
+from gpusampler.core.devices import HOST
+from gpusampler.permutation import _native, numpy_impl, position_ranges
+from gpusampler.permutation._native import address
+from gpusampler.permutation.reference import Grid, grid_of, key_of, permute
+
+
+def permute_one(x: Int64, n: int, key: tuple[int, int]) -> Int64:
+    """Return the images of positions ``x``, int64 of shape (T,), under a permutation of 0 .. n-1.
+
+    ``n`` is below 2**62, and ``x`` below n.
+    """
+    native = _native.module
+    if native is not None:
+        x = np.ascontiguousarray(x, np.int64)
+        images = np.empty_like(x)
+        native.permute(address(x), address(images), x.size, n, *key)
+        return images
+    grid = grid_of(n)
+    if n <= numpy_impl.MAX_N:
+        return numpy_impl.permute_one(x, n, key, grid)
+    return np.asarray(permute(arrays.namespace(HOST), x, n, key, grid, n, n))
+
+
+def keys_of(state: tuple[int, int], passes: Any, groups: Int64) -> tuple[Int64, Int64]:
+    """Return `key_of` for groups, int64 of shape (K,); ``passes`` is an int or of this shape."""
+    native = _native.module
+    if native is None:
+        return key_of(state, passes, groups)
+    groups = np.ascontiguousarray(groups, np.int64)
+    k0, k1 = np.empty_like(groups), np.empty_like(groups)
+    one_pass, pass_array = (passes, None) if isinstance(passes, int) else (0, passes)
+    if pass_array is not None:
+        pass_array = np.ascontiguousarray(pass_array, np.int64)
+    arguments = address(pass_array), one_pass, address(groups), groups.size
+    native.keys(*state, *arguments, address(k0), address(k1))
+    return k0, k1
+
+
+def permute_ranges(
+    first: Int64,
+    lengths: Int64,
+    n: Int64,
+    key: tuple[Int64, Int64] | None,
+    grid: Grid,
+    base: Int64,
+    order: NDArray[Any] | None,
+) -> Int64:
+    """Permute ranges of consecutive positions, one range per row, and look up their samples.
+
+    Parameters
+    ----------
+    first, lengths : int64 arrays, shape (K,)
+        First position and number of positions of each row; lengths are >= 0, and T is their sum.
+        Positions wrap around at n.
+    n : int64 array, shape (K,)
+        Size of each row's patch, 1 .. 2**31 - 1.
+    key : pair of int64 arrays, shape (K,), or None
+        None for no permutation.
+    grid : Grid of int64 arrays, shape (K,)
+        `gpusampler.permutation.reference.grids_of` of ``n``.
+    base : int64 array, shape (K,)
+        Start of each row's patch in ``order``, or its first sample if ``order`` is None.
+    order : integer array or None
+        Samples sorted by patch; None if the samples of each patch are contiguous.
+
+    Returns
+    -------
+    int64 array, shape (T,)
+        Samples of all rows, end to end.
+    """
+    native = _native.module
+    if native is None:
+        return position_ranges.permute_ranges(first, lengths, n, key, grid, base, order)
+    columns = [np.ascontiguousarray(column, np.int64) for column in (first, lengths, n, base)]
+    keys = [None, None] if key is None else [np.ascontiguousarray(k, np.int64) for k in key]
+    samples = np.empty(int(lengths.sum()), np.int64)
+    addresses = [address(array) for array in (*columns, *keys)]
+    native.ranges(*addresses, lengths.size, address(samples), samples.size)
+    if order is not None:
+        look_up(order, samples)
+    return samples
+
+
+def look_up(order: NDArray[Any], positions: Int64) -> None:
+    """Replace positions, int64 of shape (T,), by the elements of ``order`` at them."""
+    native, first_item = _native.module, order_address(order)
+    if native is None or not first_item:
+        np.copyto(positions, order[positions])
+        return
+    first = address(positions)
+    native.look_up(first_item, order.itemsize, order.size, first, first, positions.size)
+
+
+def order_address(order: NDArray[Any]) -> int:
+    """Return the address of an order; 0 if the compiled code cannot read it."""
+    # Not the package's own, which are contiguous: big-endian, unaligned or strided ones.
+    is_plain = order.dtype in (np.int32, np.int64) and order.flags.aligned
+    return address(order) if is_plain and order.flags.c_contiguous else 0

@@ -1,1 +1,0 @@
-"""The permutation compiled by Numba."""

@@ -1,0 +1,145 @@
+"""Slots evaluated in C: what a launch of a kernel does on a GPU."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from gpusampler.batching.tables import PatchOrder, PatchTables
+from gpusampler.core.arrays import Int64
+from gpusampler.permutation import _native
+from gpusampler.permutation._native import address
+from gpusampler.permutation.host import order_address
+from gpusampler.permutation.reference import Streams
+from gpusampler.plan.evaluators.base import EvaluatorSettings
+
+GROUP, BATCH, LENGTH, SIZE = range(4)
+NUM_COLUMNS = 4
+"""Columns of the rows that `SlotEvaluator.evaluate` returns."""
+
+
+class SlotEvaluator:
+    """Locates and evaluates slots by the compiled module; the arguments are `HostEvaluator`'s.
+
+    This is possible if one permutation and one search locate a slot: see `can_evaluate`.
+    """
+
+    def __init__(self, tables: PatchTables, settings: EvaluatorSettings, streams: Streams) -> None:
+        # The compiled code reads these arrays by their addresses, so they are kept.
+        by_group = (tables.counts, tables.starts, tables.sizes, tables.larger)
+        self._by_group = [
+            None if column is None else np.ascontiguousarray(column, np.int64)
+            for column in by_group
+        ]
+        self._offsets = np.ascontiguousarray(tables.batch_offsets, np.int64)
+        self._num_batches = tables.num_batches
+        self._max_batch_size = tables.max_batch_size
+        self._settings, self._streams = settings, streams
+        self._order: tuple[Any, int] = None, 0
+        self._jobs: dict[bool, tuple[PatchOrder | None, NDArray[np.int64], int]] = {}
+
+    @staticmethod
+    def can_evaluate(tables: PatchTables) -> bool:
+        """Whether the compiled module can evaluate slots of a plan."""
+        return (
+            tables.layout.width == 1
+            and tables.buckets is None
+            and tables.costliest is None
+            and tables.batches_per_pass is None
+        )
+
+    def evaluate(
+        self,
+        epoch: int,
+        slots: Int64 | range,
+        patch_order: PatchOrder | None,
+        order: NDArray[Any] | None,
+        max_samples: int,
+        *,
+        pad_rows: bool = False,
+    ) -> tuple[Int64, Int64]:
+        """Return rows and their samples, for as many slots as fit in ``max_samples``.
+
+        Parameters
+        ----------
+        epoch : int
+        slots : int64 array of shape (K,), or range
+            Slots >= 0; those beyond the epoch's last repeat its first.
+        patch_order : PatchOrder, or None
+            The order of the patches in this epoch, if batches are not interleaved.
+        order : integer array, or None
+            As `PatchGroups.order`.
+        max_samples : int
+            Number of samples that fit. 0 to locate all slots without evaluating them.
+        pad_rows : bool
+            Evaluate as many samples in every row as the largest batch has.
+
+        Returns
+        -------
+        rows : int64 array, shape (4, R)
+            Group, batch in the group, number of samples that count, and number of samples returned
+            (see `BatchLocations`), for the first R slots.
+        samples : int64 array, shape (T,)
+            Samples, row after row.
+        """
+        count = len(slots)
+        # One allocation, and one address, for both.
+        buffer = np.empty(NUM_COLUMNS * count + max_samples, np.int64)
+        rows_address = address(buffer)
+        samples_address = rows_address + 8 * NUM_COLUMNS * count if max_samples else 0
+        if isinstance(slots, range):
+            where = 0, slots.start, slots.step
+        else:
+            slots = np.ascontiguousarray(slots, np.int64)
+            where = address(slots), 0, 0
+        job = self._job(patch_order, pad_rows)
+        num_rows, num_samples = _native.module.evaluate(
+            job, epoch, *where, count, rows_address, samples_address, max_samples
+        )
+        first = NUM_COLUMNS * count
+        rows = buffer[:first].reshape(NUM_COLUMNS, count)
+        samples = buffer[first : first + num_samples]
+        if order is not None and num_samples:
+            self._look_up(order, samples, samples_address)
+        return rows[:, :num_rows], samples
+
+    def _look_up(self, order: NDArray[Any], samples: Int64, samples_address: int) -> None:
+        """Replace positions by samples, as `permutation.host.look_up` does."""
+        if order is not self._order[0]:
+            self._order = order, order_address(order)
+        order, first_item = self._order
+        if not first_item:
+            np.copyto(samples, order[samples])
+            return
+        _native.module.look_up(
+            first_item, order.itemsize, order.size, samples_address, samples_address, samples.size
+        )
+
+    def _job(self, patch_order: PatchOrder | None, pad_rows: bool) -> int:
+        """Return the address of the description that the compiled code reads."""
+        cached = self._jobs.get(pad_rows)
+        if cached is not None and cached[0] is patch_order:
+            return cached[2]
+        settings = self._settings
+        offsets, group_of = self._offsets, None
+        if patch_order is not None:
+            group_of, offsets = patch_order
+        job = np.array(
+            [
+                self._by_group[0].size,
+                self._num_batches,
+                *map(address, (*self._by_group, offsets, group_of)),
+                settings.shuffle_batches and patch_order is None,
+                settings.shuffle_samples,
+                settings.pad,
+                self._max_batch_size if pad_rows else 0,
+                *self._streams.batches,
+                *self._streams.samples,
+            ],
+            np.int64,
+        )
+        # Replaced rather than updated: a different thread may be reading it.
+        self._jobs = {**self._jobs, pad_rows: (patch_order, job, address(job))}
+        return address(job)
