@@ -3,8 +3,8 @@
 Whatever draws batches, the indices must be gathered from the samples sorted by patch into memory,
 and be handed out: as a view of an array, or as a list of Python integers. Each of that is timed on
 indices that were drawn beforehand, so a floor holds no arithmetic of a shuffle and no bookkeeping.
-Ours is timed in turn with it, over the same batches; GPUSAMPLER_COMPILED=1 before the
-command has it evaluated by the form that Numba compiles, else NumPy evaluates it.
+Ours is timed in turn with it, over the same batches, evaluated in C where the package was compiled;
+GPUSAMPLER_NATIVE=0 before the command has NumPy evaluate it.
 """
 
 from __future__ import annotations
@@ -18,15 +18,12 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-# One form from beginning to end.
-os.environ.setdefault("GPUSAMPLER_COMPILED", "0")
-
 import numpy as np
 
 from benchmarks.markdown import table as markdown_table
 from gpusampler import PatchBatchSampler
 from gpusampler.core.text import format_table
-from gpusampler.permutation.numba import jit
+from gpusampler.permutation import _native
 
 SAMPLES = 2_000_000
 PATCHES = 1000
@@ -255,8 +252,8 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--picture", type=Path, help="draw the table there (PNG or SVG)")
     asked = parser.parse_args(arguments)
     print(f"{machine()}; {asked.samples} samples, {asked.patches} patches")
-    form = "NumPy" if jit.compiled_form(0) is None else "the form that Numba compiles"
-    print(f"ours by {form}; processor time, best of {asked.rounds} rounds in turn\n")
+    rounds = f"processor time, best of {asked.rounds} rounds in turn"
+    print(f"ours by {_native.describe()}; {rounds}\n")
     found = [
         measured(asked.samples, asked.patches, batch_size, asked.rounds)
         for batch_size in BATCH_SIZES

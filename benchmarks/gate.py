@@ -16,7 +16,6 @@ import gc
 import os
 import platform
 import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -45,6 +44,7 @@ class Pair:
         from benchmarks.yardsticks import together
 
         self._calls = case.ours(), together(case.baseline)
+        self._form = case.form
         self._once()
 
     def measured(self, pairs: int = PAIRS) -> Measured:
@@ -61,8 +61,11 @@ class Pair:
         return Measured(ours * 1e3, baseline * 1e3, ratio)
 
     def _once(self) -> tuple[float, float]:
+        from benchmarks.forms import evaluated_by
+
         ours, baseline = self._calls
-        return seconds(ours), seconds(baseline)
+        with evaluated_by(self._form):
+            return seconds(ours), seconds(baseline)
 
 
 def seconds(call: Callable[[], Any]) -> float:
@@ -91,9 +94,15 @@ def limits(cases: Sequence[Case]) -> str:
     return "\n".join(lines)
 
 
-def missing(case: Case) -> list[str]:
-    """Return the modules that a case needs and that are not installed."""
-    return [name for name in case.needs if find_spec(name) is None]
+def missing(case: Case) -> str:
+    """Return why a case cannot be timed here; empty if it can."""
+    from benchmarks.forms import FORMS
+    from gpusampler.permutation import _native
+
+    absent = [name for name in case.needs if find_spec(name) is None]
+    if absent:
+        return f"no {', '.join(absent)}"
+    return "" if case.form in FORMS else _native.describe()
 
 
 def hold(cases: Sequence[Case]) -> bool:
@@ -103,8 +112,8 @@ def hold(cases: Sequence[Case]) -> bool:
     missed = []
     for case in cases:
         declared = f"{case.reference:.2f} | {case.slack:g} | {case.limit:.2f}"
-        if missing(case):
-            print(f"| {case.name} | | | | {declared} | no {', '.join(missing(case))} |")
+        if why := missing(case):
+            print(f"| {case.name} | | | | {declared} | {why} |")
             continue
         one = lowest(case)
         held = one.ratio <= case.limit
@@ -150,38 +159,26 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--case", action="append", metavar="WORDS", help="cases so named only")
     parser.add_argument("--measure", type=int, metavar="TIMES", help="hold nothing: print ratios")
     parser.add_argument("--limits", action="store_true", help="measure nothing: print the limits")
-    parser.add_argument("--compiled", action="store_true", help=argparse.SUPPRESS)
     asked = parser.parse_args(arguments)
-    # Read when the package is imported, and OpenMP's when NumPy and torch are.
-    os.environ["GPUSAMPLER_COMPILED"] = "1" if asked.compiled else "0"
+    # Read when NumPy and torch are imported.
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     import numpy as np
 
     from benchmarks.gate_cases import CASES
 
     wanted = [case for case in CASES if any(words in case.name for words in asked.case or [""])]
-    here = [case for case in wanted if case.compiled == asked.compiled]
-    compiled = [case for case in wanted if case.compiled and not asked.compiled]
     if not wanted:
         print(f"no case is named so: {', '.join(asked.case)}")
         return 2
     if asked.limits:
         print(limits(wanted))
         return 0
-    held = True
-    if here:
-        print(f"{platform.machine()}, Python {platform.python_version()}, numpy {np.__version__}")
-        prepare(here)
-        if asked.measure:
-            measure(here, asked.measure)
-        else:
-            held = hold(here)
-    if compiled:
-        again = sys.argv[1:] if arguments is None else arguments
-        command = [sys.executable, "-m", "benchmarks.gate", "--compiled", *again]
-        sys.stdout.flush()
-        held = subprocess.run(command, check=False).returncode == 0 and held
-    return 0 if held else 1
+    print(f"{platform.machine()}, Python {platform.python_version()}, numpy {np.__version__}")
+    prepare(wanted)
+    if asked.measure:
+        measure(wanted, asked.measure)
+        return 0
+    return 0 if hold(wanted) else 1
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from benchmarks.forms import evaluated_by
 from benchmarks.yardsticks import (
     TILE,
     Arithmetic,
@@ -34,7 +35,6 @@ from benchmarks.yardsticks import (
 from gpusampler import PatchBatchSampler, PatchGroups, PatchTensorLoader, Temperature
 from gpusampler.groups.census import Census
 from gpusampler.groups.counting_sort import OrderWriter
-from gpusampler.permutation.numba import jit
 from gpusampler.sampler import batches as batches_module
 
 SLACK = 1.4
@@ -64,8 +64,9 @@ class Case:
         The limit is the reference times this.
     needs : tuple of str
         Modules without which the case is left out, visibly.
-    compiled : bool
-        Run with the compiled evaluation (``GPUSAMPLER_COMPILED=1``), in a process of its own.
+    form : str
+        What evaluates batches, "C" or "NumPy"; without the compiled module, cases of "C" are left
+        out, visibly.
     """
 
     name: str
@@ -74,7 +75,7 @@ class Case:
     reference: float
     slack: float = SLACK
     needs: tuple[str, ...] = ()
-    compiled: bool = False
+    form: str = "NumPy"
 
     @property
     def limit(self) -> float:
@@ -152,20 +153,10 @@ def evaluated_there() -> Callable[[], Any]:
 
 
 class ByNumPy(NamedTuple):
-    """What `evaluated_there` does, by NumPy's form, where the other one is in use."""
+    """What `evaluated_there` does, by NumPy."""
 
     def prepare(self) -> Callable[[], Any]:
-        work = evaluated_there()
-
-        def by_numpy() -> None:
-            before = jit.compiled_form
-            jit.compiled_form = jit.Compiled("0").form
-            try:
-                work()
-            finally:
-                jit.compiled_form = before
-
-        return by_numpy
+        return evaluated_by("NumPy")(evaluated_there())
 
 
 class Ungrouped(NamedTuple):

@@ -1,9 +1,8 @@
 """What the host pays for a batch: ``python -m benchmarks.host [--picture PATH] [--rounds N]``.
 
-An epoch of each output, by NumPy's form and by the one that Numba compiles, against torch's
-ungrouped batch sampler; what handing out a batch costs beyond a plain list iterator; which part of
-the way a batch's time goes to; and what the compiled form takes to begin with. All in one process
-and in turn, processor time of one thread, the best of several rounds.
+An epoch of each output, by NumPy and in C, against torch's ungrouped batch sampler; what handing out
+a batch costs beyond a plain list iterator; and which part of the way a batch's time goes to. All in
+one process and in turn, processor time of one thread, the best of several rounds.
 """
 
 from __future__ import annotations
@@ -11,14 +10,9 @@ from __future__ import annotations
 import argparse
 import os
 import platform
-import subprocess
-import sys
-import tempfile
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
-from importlib.util import find_spec
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -27,9 +21,9 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import numpy as np
 
 from benchmarks import markdown
+from benchmarks.forms import FORMS, evaluated_by
 from gpusampler import PatchBatchSampler
-from gpusampler.permutation.numba import jit
-from gpusampler.permutation.reference import key_of
+from gpusampler.permutation import _native
 from gpusampler.sampler import batches as batches_module
 from gpusampler.sampler import iterator
 
@@ -38,7 +32,7 @@ PATCHES = 1000
 SIZES = (8, 64)
 OUTPUTS = ("list", "numpy", "tensor")
 ROUNDS = 9
-FORMS = {"NumPy": "0", "compiled": "1"}
+EVALUATED = "located, permuted, looked up"
 UNGROUPED = "BatchSampler(RandomSampler(range(N)), {size}, False)"
 
 
@@ -53,26 +47,6 @@ class Best:
         call()
         took = time.thread_time() - start
         self.seconds[what] = min(took, self.seconds.get(what, took))
-
-
-_FORMS = {name: jit.Compiled(setting) for name, setting in FORMS.items()}
-
-
-@contextmanager
-def form(name: str) -> Iterator[None]:
-    """Evaluate by one of the two forms."""
-    before = jit.compiled_form
-    jit.compiled_form = _FORMS[name].form
-    jit.compiled_form(0)
-    try:
-        yield
-    finally:
-        jit.compiled_form = before
-
-
-def forms() -> list[str]:
-    """Return the forms that are there."""
-    return [name for name in FORMS if name == "NumPy" or find_spec("numba")]
 
 
 def drain(batches: Iterable[Any]) -> None:
@@ -96,8 +70,8 @@ def epochs(ids: np.ndarray, rounds: int) -> dict[Any, float]:
             held = list(samplers["list", size])
             best.time(("plain", size), lambda held=held: drain(iter(held)))
             del held
-        for name in forms():
-            with form(name):
+        for name in FORMS:
+            with evaluated_by(name):
                 for key, sampler in samplers.items():
                     best.time((name, *key), lambda drawn=sampler: drain(drawn))
     return best.seconds
@@ -106,32 +80,25 @@ def epochs(ids: np.ndarray, rounds: int) -> dict[Any, float]:
 def stages(ids: np.ndarray, size: int, rounds: int) -> dict[Any, float]:
     """Return seconds a batch of (form, stage), measured on whole blocks of batches."""
     sampler = PatchBatchSampler(ids, size, seed=0)
-    plan = sampler.plan
-    count = plan.evaluator.block_samples // size
-    slots = np.arange(count, 2 * count)
-    at = plan.evaluator.locate(3, slots)
+    plan, host = sampler.plan, sampler.plan.evaluator.host
+    count = host.block_samples // size
+    slots = range(count, 2 * count)
+
+    def evaluate() -> Any:
+        if host.evaluates_slots:
+            return host.slot_range(3, slots, count * size)
+        return host.ragged(3, host.locate(3, np.arange(slots.start, slots.stop)))
+
+    block = evaluate()
     lists = list(map(list, np.zeros((count, size), np.int64).tolist()))
     best = Best()
     for _ in range(20 * rounds):
-        for name in forms():
-            with form(name):
-                block = plan.evaluator.ragged(3, at)
-                best.time(
-                    (name, "which patch, which batch of it"),
-                    lambda: plan.evaluator.locate(3, slots),
-                )
-                best.time(
-                    (name, "keys"), lambda: key_of(plan.evaluator.streams.samples, 3, at.group)
-                )
-                best.time(
-                    (name, "keys, permutations, look-up"), lambda: plan.evaluator.ragged(3, at)
-                )
-                for output in ("list", "numpy"):
+        for name in FORMS:
+            with evaluated_by(name):
+                best.time((name, EVALUATED), evaluate)
+                for what, output in (("cut into lists", "list"), ("cut into arrays", "numpy")):
                     cut: Any = batches_module._SPLITTERS[output]
-                    what = "cut into lists" if output == "list" else "cut into arrays"
-                    best.time(
-                        (name, what), lambda cut=cut, block=block: deque(cut(plan, block), maxlen=0)
-                    )
+                    best.time((name, what), lambda cut=cut: drain(cut(plan, block)))
                 handed = iterator.EpochIterator(
                     sampler._tracker, lambda share: _Once(lists), epoch=3
                 )
@@ -150,42 +117,6 @@ class _Once:
         return batches
 
 
-BEGINNING = """
-import time, sys
-import numpy
-from gpusampler.permutation.numba import jit
-times = [time.process_time()]
-import numba
-times.append(time.process_time())
-assert jit.Compiled("1").form(1) is not None
-times.append(time.process_time())
-print(*(b - a for a, b in zip(times, times[1:])))
-"""
-
-
-def beginning() -> dict[str, float]:
-    """Return processor seconds of importing Numba, of compiling, and of reading its cache."""
-    with tempfile.TemporaryDirectory() as folder:
-        environment = {**os.environ, "NUMBA_CACHE_DIR": folder}
-        said = [
-            subprocess.run(
-                [sys.executable, "-c", BEGINNING],
-                capture_output=True,
-                text=True,
-                check=True,
-                env=environment,
-            ).stdout.split()
-            for _ in range(4)
-        ]
-    imports = min(float(line[0]) for line in said)
-    later = min(float(line[1]) for line in said[1:])
-    return {
-        "import numba": imports,
-        "compile, the first time": float(said[0][1]),
-        "read from Numba's cache and compared with the reference": later,
-    }
-
-
 def print_epochs(took: dict[Any, float], batches: dict[int, int]) -> None:
     """Print the table of epochs."""
     names = "an epoch as", "by", "seconds", "against ungrouped", "µs a batch"
@@ -195,7 +126,7 @@ def print_epochs(took: dict[Any, float], batches: dict[int, int]) -> None:
         rows = [("lists", "torch, ungrouped", ungrouped)]
         rows += [
             (f"{output}s" if output != "numpy" else "NumPy arrays", name, took[name, output, size])
-            for name in forms()
+            for name in FORMS
             for output in OUTPUTS
         ]
         for output, name, seconds in rows:
@@ -212,14 +143,12 @@ def draw(found: dict[int, dict[Any, float]], path: Path) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    parts = ("which patch, which batch of it", "keys, permutations, look-up", "cut into lists")
-    parts = (*parts, "handed out")
-    colours = ("#4c72b0", "#c44e52", "#dd9a3c", "#2a7f62")
+    parts = {EVALUATED: "#c44e52", "cut into lists": "#dd9a3c", "handed out": "#2a7f62"}
     figure, panels = plt.subplots(1, len(found), figsize=(8.5, 2.8), layout="constrained")
     for axes, (size, times) in zip(panels, found.items(), strict=True):
-        for row, name in enumerate(forms()):
+        for row, name in enumerate(FORMS):
             left = 0.0
-            for part, colour in zip(parts, colours, strict=True):
+            for part, colour in parts.items():
                 width = times[name, part] * 1e6
                 axes.barh(row, width, left=left, color=colour, label=part if row == 0 else None)
                 left += width
@@ -227,7 +156,7 @@ def draw(found: dict[int, dict[Any, float]], path: Path) -> None:
         axes.set(
             title=f"a list of {size}", xlabel="µs a batch", xlim=(0, axes.get_xlim()[1] * 1.15)
         )
-        axes.set_yticks(range(len(forms())), forms())
+        axes.set_yticks(range(len(FORMS)), FORMS)
         axes.spines[["top", "right"]].set_visible(False)
     handles, labels = panels[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=2, frameon=False)
@@ -244,10 +173,9 @@ def main(arguments: list[str] | None = None) -> None:
     import torch
 
     torch.set_num_threads(1)
-    numba = __import__("numba").__version__ if find_spec("numba") else "not installed"
     print(
         f"{platform.machine()}, Python {platform.python_version()}, numpy {np.__version__}, "
-        f"torch {torch.__version__}, numba {numba}"
+        f"torch {torch.__version__}, {_native.describe()}"
     )
     print(f"{asked.samples:,} samples in {PATCHES:,} patches, shuffled; ungrouped is")
     print(f"{UNGROUPED.format(size='size')}; processor time, best of {asked.rounds}\n")
@@ -255,14 +183,11 @@ def main(arguments: list[str] | None = None) -> None:
     batches = {size: len(PatchBatchSampler(ids, size, seed=0)) for size in SIZES}
     print_epochs(epochs(ids, asked.rounds), batches)
     found = {size: stages(ids, size, asked.rounds) for size in SIZES}
-    heads = [f"{size}, {name}" for size in SIZES for name in forms()]
+    heads = [f"{size}, {name}" for size in SIZES for name in FORMS]
     print(f"\nµs a batch\n\n{markdown.head(['part', *heads])}")
     for part in dict.fromkeys(part for _, part in found[SIZES[0]]):
-        took = [found[size][name, part] * 1e6 for size in SIZES for name in forms()]
+        took = [found[size][name, part] * 1e6 for size in SIZES for name in FORMS]
         print(markdown.row([part, *(f"{one:.3f}" for one in took)]))
-    if find_spec("numba"):
-        rows = [(what, f"{seconds:.2f}") for what, seconds in beginning().items()]
-        print(f"\n{markdown.table(('to begin with', 'seconds'), rows)}")
     if asked.picture:
         draw(found, asked.picture)
 

@@ -9,16 +9,15 @@ import numpy as np
 import torch
 from torch.utils.data import BatchSampler, RandomSampler
 
-from benchmarks.peers.peer import Peer, Work, as_array, as_counts, importer
+from benchmarks.forms import MODULE
+from benchmarks.peers.peer import Peer, Work, as_array, as_counts
 from gpusampler import PatchBatchSampler, PatchGroups
-from gpusampler.permutation.numba import jit
-
-_FORMS = {setting: jit.Compiled(setting) for setting in ("0", "1")}
+from gpusampler.permutation import _native
 
 
-def _ours(work: Work, seed: int, output: str = "list", compiled: str = "0") -> PatchBatchSampler:
-    # One form from beginning to end; each case has a process of its own.
-    jit.compiled_form = _FORMS[compiled].form
+def _ours(work: Work, seed: int, output: str = "list", native: Any = MODULE) -> PatchBatchSampler:
+    # For good: each case has a process of its own.
+    _native.module = native
     return PatchBatchSampler(work.given, work.batch_size, seed=seed, output=output)
 
 
@@ -26,12 +25,8 @@ def _as_numpy(work: Work, seed: int) -> PatchBatchSampler:
     return _ours(work, seed, output="numpy")
 
 
-def _compiled(work: Work, seed: int) -> PatchBatchSampler:
-    return _ours(work, seed, compiled="1")
-
-
-def _compiled_numpy(work: Work, seed: int) -> PatchBatchSampler:
-    return _ours(work, seed, output="numpy", compiled="1")
+def _by_numpy(work: Work, seed: int) -> PatchBatchSampler:
+    return _ours(work, seed, native=None)
 
 
 def _from_counts(work: Work, seed: int) -> PatchBatchSampler:
@@ -86,26 +81,10 @@ UNGROUPED = Peer(
     note="groups nothing: the baseline",
 )
 OURS: tuple[Peer, ...] = (
-    Peer("gpusampler", as_array, _ours),
+    Peer("gpusampler", as_array, _ours, note=f"by {_native.describe()}"),
+    Peer("gpusampler, by NumPy", as_array, _by_numpy, note="GPUSAMPLER_NATIVE=0"),
     Peer('gpusampler, output="numpy"', as_array, _as_numpy, note="batches are NumPy arrays"),
     Peer("gpusampler, from counts", as_counts, _from_counts, given="counts"),
-    Peer(
-        "gpusampler, compiled",
-        as_array,
-        _compiled,
-        package="numba",
-        load=importer("gpusampler.permutation.numba.jit_runs"),
-        note="GPUSAMPLER_COMPILED=1",
-    ),
-    Peer(
-        'gpusampler, compiled, output="numpy"',
-        as_array,
-        _compiled_numpy,
-        package="numba",
-        load=importer("gpusampler.permutation.numba.jit_runs"),
-        note="GPUSAMPLER_COMPILED=1; batches are NumPy arrays",
-        drawn=False,
-    ),
 )
 PLAIN: tuple[Peer, ...] = (
     UNGROUPED,

@@ -30,7 +30,14 @@ from gpusampler.plan.evaluators.kernels.kernel_spec import (
     triton_geometry,
 )
 from support import make_golden
-from support.kernels import SOURCE, TRITON, evaluator_settings_of, every_kernel, host, kernel_of
+from support.kernels import (
+    TRITON,
+    cuda_batches_on_host,
+    evaluator_settings_of,
+    every_kernel,
+    host,
+    kernel_of,
+)
 from support.strategies import epochs, seeds
 
 GOLDEN = json.loads(make_golden.PATH.read_text())

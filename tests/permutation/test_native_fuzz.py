@@ -1,0 +1,79 @@
+"""Random tables under the address and the undefined-behaviour sanitizer."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sysconfig
+from pathlib import Path
+
+import pytest
+
+from gpusampler.permutation._native.sources import FOLDER
+from support.processes import run_python
+
+FLAGS = ["-O1", "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
+
+SPOILT = {
+    "order": ("const int is_beyond = position >= (u64)order_size;", "const int is_beyond = 0;"),
+    "group": ("if (g < 0 || g >= job->num_groups) return 0;", ""),
+    "room for a batch": ("if (rows.size[k] > capacity - done.samples - samples) break;", ""),
+    "room for a row": ("size[at] < 0 ||\n                size[at] > capacity - samples", "0"),
+    "position": ("wrong |= tile[k] < 0 || tile[k] >= n;", ""),
+    "product": ("j < 0 || j >= n || ", ""),
+}
+"""Checks without which a wrong table leads outside an array, or to undefined behaviour."""
+
+
+@pytest.fixture(scope="module")
+def gcc() -> tuple[str, str]:
+    """The compiler, and the libraries that a process with sanitizers loads first."""
+    gcc = shutil.which("gcc")
+    if gcc is None:
+        pytest.skip("no gcc")
+    libraries = []
+    for name in ("libasan.so", "libubsan.so"):
+        command = [gcc, f"-print-file-name={name}"]
+        found = subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+        if not Path(found).is_absolute():
+            pytest.skip(f"no {name}")
+        libraries.append(found)
+    return gcc, " ".join(libraries)
+
+
+def fuzz(gcc: tuple[str, str], folder: Path, source: str, seconds: int):
+    """Compile a source with sanitizers, and call it with random tables."""
+    path = folder / "native.c"
+    path.write_text(source)
+    include = [f"-I{FOLDER}", f"-I{sysconfig.get_paths()['include']}"]
+    module = folder / "native.so"
+    command = [gcc[0], *FLAGS, "-shared", "-fPIC", *include, str(path), "-o", str(module), "-lm"]
+    subprocess.run(command, check=True)
+    return run_python(
+        *("-m", "support.fuzz_native", folder, seconds, 1),
+        check=False,
+        LD_PRELOAD=gcc[1],
+        ASAN_OPTIONS="detect_leaks=0",
+        PYTHONMALLOC="malloc",
+    )
+
+
+@pytest.mark.slow("half a minute of random calls")
+def test_no_table_leads_outside_an_array(gcc, tmp_path):
+    process = fuzz(gcc, tmp_path, (FOLDER / "native.c").read_text(), 25)
+    assert process.returncode == 0, process.stderr
+    calls = {name: tuple(map(int, numbers)) for name, *numbers in
+             map(str.split, process.stdout.splitlines())}  # fmt: skip
+    assert set(calls) == {"evaluate", "ranges", "permute", "keys", "look_up"}
+    assert min(done for done, _ in calls.values()) > 200
+    assert all(refused > 200 for name, (_, refused) in calls.items() if name != "keys")
+
+
+@pytest.mark.slow("each spoilt source is compiled")
+@pytest.mark.parametrize("check", SPOILT)
+def test_without_a_check_one_does(gcc, tmp_path, check):
+    source = (FOLDER / "native.c").read_text()
+    assert source.count(SPOILT[check][0]) == 1
+    process = fuzz(gcc, tmp_path, source.replace(*SPOILT[check]), 20)
+    assert process.returncode != 0
+    assert "Sanitizer" in process.stderr or "runtime error" in process.stderr
