@@ -20,10 +20,17 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from importlib.util import find_spec
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
-if TYPE_CHECKING:
-    from benchmarks.gate_cases import Case
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import numpy as np
+
+from benchmarks.forms import FORMS, evaluated_by
+from benchmarks.gate_cases import CASES, Case
+from benchmarks.yardsticks import together
+from gpusampler import PatchGroups
+from gpusampler.permutation import _native
 
 PAIRS = 9
 ATTEMPTS = 5
@@ -41,8 +48,6 @@ class Pair:
     """A case and its baseline, ready to be timed."""
 
     def __init__(self, case: Case) -> None:
-        from benchmarks.yardsticks import together
-
         self._calls = case.ours(), together(case.baseline)
         self._form = case.form
         self._once()
@@ -61,8 +66,6 @@ class Pair:
         return Measured(ours * 1e3, baseline * 1e3, ratio)
 
     def _once(self) -> tuple[float, float]:
-        from benchmarks.forms import evaluated_by
-
         ours, baseline = self._calls
         with evaluated_by(self._form):
             return seconds(ours), seconds(baseline)
@@ -96,9 +99,6 @@ def limits(cases: Sequence[Case]) -> str:
 
 def missing(case: Case) -> str:
     """Return why a case cannot be timed here; empty if it can."""
-    from benchmarks.forms import FORMS
-    from gpusampler.permutation import _native
-
     absent = [name for name in case.needs if find_spec(name) is None]
     if absent:
         return f"no {', '.join(absent)}"
@@ -141,10 +141,6 @@ def measure(cases: Sequence[Case], times: int) -> None:
 
 def prepare(cases: Sequence[Case]) -> None:
     """Make all cases find the same process, whichever of them ran before."""
-    import numpy as np
-
-    from gpusampler import PatchGroups
-
     # Grouping tells the allocator to keep the memory of temporaries.
     PatchGroups.from_ids(np.arange(1000) % 7)
     if any("torch" in case.needs for case in cases) and find_spec("torch"):
@@ -160,12 +156,6 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--measure", type=int, metavar="TIMES", help="hold nothing: print ratios")
     parser.add_argument("--limits", action="store_true", help="measure nothing: print the limits")
     asked = parser.parse_args(arguments)
-    # Read when NumPy and torch are imported.
-    os.environ.setdefault("OMP_NUM_THREADS", "1")
-    import numpy as np
-
-    from benchmarks.gate_cases import CASES
-
     wanted = [case for case in CASES if any(words in case.name for words in asked.case or [""])]
     if not wanted:
         print(f"no case is named so: {', '.join(asked.case)}")
@@ -173,7 +163,8 @@ def main(arguments: list[str] | None = None) -> int:
     if asked.limits:
         print(limits(wanted))
         return 0
-    print(f"{platform.machine()}, Python {platform.python_version()}, numpy {np.__version__}")
+    versions = f"Python {platform.python_version()}, numpy {np.__version__}"
+    print(f"{platform.machine()}, {versions}, {_native.describe()}")
     prepare(wanted)
     if asked.measure:
         measure(wanted, asked.measure)

@@ -196,7 +196,7 @@ def resumed() -> Callable[[], Any]:
     state = sampler.state_dict(step=len(sampler) // 2)
 
     def work() -> None:
-        for _ in range(5):
+        for _ in range(20):
             sampler.load_state_dict(state)
             next(iter(sampler))
 
@@ -256,10 +256,18 @@ def evaluated(lanes: int, rounds: int, rows: int, table: int = N) -> tuple[Part,
     return (Arithmetic(lanes, rounds), Lookups(lanes, 10), keys, *gather)
 
 
-RAMP = Calls(5000, 32)
-"""What an epoch's first blocks cost, which are small so that the first batch comes at once."""
+def against_ungrouped(name: str, reference: float, batch_size: int = 64, **options: Any) -> Case:
+    """Return the case of an epoch in C, of shuffled ids, against torch's own batches."""
+    return Case(
+        f"{name}, against ungrouped",
+        epoch(shuffled_ids, batch_size, **options),
+        (Ungrouped(N, batch_size),),
+        reference,
+        slack=1.5,
+        needs=("torch",),
+        form="C",
+    )
 
-SHUFFLED = (*evaluated(N, 8, N // 64), RAMP)
 
 CASES: tuple[Case, ...] = (
     Case(
@@ -281,10 +289,16 @@ CASES: tuple[Case, ...] = (
         (Reads(4 * N, 9),),
         1.75,
     ),
-    Case("first batch, N = 1e9", FirstBatches(10**9, 5).prepare, (FirstBatches(10**4, 5),), 0.78),
-    Case("first batch, N = 1e6", FirstBatches(10**6, 5).prepare, (Calls(3000, 8),), 1.9),
+    Case(
+        "first batch, N = 1e9",
+        FirstBatches(10**9, 20).prepare,
+        (FirstBatches(10**4, 20),),
+        0.78,
+        form="C",
+    ),
+    Case("first batch, N = 1e6", FirstBatches(10**6, 20).prepare, (Calls(3000, 8),), 1.9, form="C"),
     Case("save a state and load it", saved_and_loaded, (PlainCalls(30_000),), 0.72),
-    Case("load a state of mid-epoch, draw a batch", resumed, (Calls(3000, 8),), 1.8),
+    Case("load a state of mid-epoch, draw a batch", resumed, (Calls(3000, 8),), 1.8, form="C"),
     Case(
         "look slots up",
         located(),
@@ -318,9 +332,19 @@ CASES: tuple[Case, ...] = (
         slack=1.25,
     ),
     Case("cut into views of 8", cut_up(8, "numpy"), (Views(N // 8, 8),), 1.15, slack=1.3),
-    Case("hand out lists of 8", handed_out(N, 8, "list"), (Lists(N // 8, 8), Lookups(N, 4)), 2.6),
     Case(
-        "hand out views of 8", handed_out(N, 8, "numpy"), (Slices(N // 8, 8), Lookups(N, 4)), 1.75
+        "hand out lists of 8",
+        handed_out(N, 8, "list"),
+        (Lists(N // 8, 8), Lookups(N, 4)),
+        2.6,
+        form="C",
+    ),
+    Case(
+        "hand out views of 8",
+        handed_out(N, 8, "numpy"),
+        (Slices(N // 8, 8), Lookups(N, 4)),
+        1.75,
+        form="C",
     ),
     Case(
         "hand out tensors of 8",
@@ -328,100 +352,44 @@ CASES: tuple[Case, ...] = (
         (Tensors(N // 8, 8), Lookups(N, 4)),
         1.35,
         needs=("torch",),
+        form="C",
     ),
-    Case("evaluate 2,048 batches of 64", evaluated_there, evaluated(N, 8, N // 64), 1.3),
+    Case("evaluate 2,048 batches of 64, NumPy", evaluated_there, evaluated(N, 8, N // 64), 1.3),
     Case(
-        "epoch as NumPy arrays of 64",
-        epoch(shuffled_ids, 64, output="numpy"),
-        (*SHUFFLED, Views(N // 64, 64)),
-        1.12,
-    ),
-    Case("epoch as lists of 64", epoch(shuffled_ids, 64), (*SHUFFLED, Lists(N // 64, 64)), 1.08),
-    Case(
-        "epoch as tensors of 64",
-        epoch(shuffled_ids, 64, output="tensor"),
-        (*SHUFFLED, Tensors(N // 64, 64)),
-        1.25,
-        needs=("torch",),
-    ),
-    Case(
-        "epoch as lists of 8",
-        epoch(shuffled_ids, 8),
-        (*evaluated(N, 8, N // 8), RAMP, Lists(N // 8, 8)),
-        1.3,
-    ),
-    Case(
-        "arrays of 20, patches of 20",
+        "arrays of 20, patches of 20, NumPy",
         epoch(lambda: PatchGroups.from_counts([20] * (N // 40)), 20, output="numpy"),
-        (Repeats(N // 2, TILE // 20, 19), Calls(1500, TILE // 20), RAMP, Views(N // 40, 20)),
+        # An epoch's first blocks are small, so that the first batch comes at once.
+        (
+            Repeats(N // 2, TILE // 20, 19),
+            Calls(1500, TILE // 20),
+            Calls(5000, 32),
+            Views(N // 40, 20),
+        ),
         0.95,
     ),
-    Case(
-        "arrays of 64, contiguous",
-        epoch(lambda: PatchGroups.from_counts([N // 100] * 100), 64, output="numpy"),
-        (*evaluated(N, 8, N // 64, 0), RAMP, Views(N // 64, 64)),
-        1.05,
-    ),
-    Case(
-        "arrays of 64, interleave=False",
-        epoch(shuffled_ids, 64, output="numpy", interleave=False),
-        (*SHUFFLED, Views(N // 64, 64)),
-        1.02,
-    ),
-    Case(
-        'arrays of 64, partial="pad"',
-        epoch(shuffled_ids, 64, output="numpy", partial="pad"),
-        (*SHUFFLED, Views(N // 64, 64)),
-        1.08,
-    ),
-    Case(
-        'arrays of 64, steps="balanced"',
-        epoch(shuffled_ids, 64, output="numpy", steps="balanced", step_width=8),
-        (*SHUFFLED, Calls(300, N // 64), Slices(N // 64, 64)),
-        1.18,
-    ),
-    Case(
-        "arrays of 64, weights",
-        epoch(shuffled_ids, 64, output="numpy", weights=Temperature(2), epoch_batches=N // 64),
-        (*SHUFFLED, Views(N // 64, 64)),
-        1.02,
-    ),
-    Case("PatchTensorLoader, 64 of 8", loaded, (*SHUFFLED, Rows(N, 8, 64)), 1.3),
     # Kept as long as it gains a factor of two.
     Case(
-        "evaluate 2,048 batches of 64, compiled",
+        "evaluate 2,048 batches of 64, C against NumPy",
         evaluated_there,
         (ByNumPy(),),
         0.22,
         slack=1.5,
-        needs=("numba",),
-        compiled=True,
+        form="C",
     ),
-    Case(
-        "epoch as lists of 64, compiled, against ungrouped",
-        epoch(shuffled_ids, 64),
-        (Ungrouped(N, 64),),
-        0.44,
-        slack=1.5,
-        needs=("numba", "torch"),
-        compiled=True,
+    against_ungrouped("epoch as lists of 64", 0.44, 64),
+    against_ungrouped("epoch as lists of 8", 0.62, 8),
+    against_ungrouped("epoch as arrays of 64", 0.26, output="numpy"),
+    against_ungrouped("arrays of 64, interleave=False", 0.26, output="numpy", interleave=False),
+    against_ungrouped('arrays of 64, partial="pad"', 0.26, output="numpy", partial="pad"),
+    against_ungrouped(
+        'arrays of 64, steps="balanced"', 0.26, output="numpy", steps="balanced", step_width=8
     ),
-    Case(
-        "epoch as NumPy arrays of 64, compiled, against ungrouped",
-        epoch(shuffled_ids, 64, output="numpy"),
-        (Ungrouped(N, 64),),
+    against_ungrouped(
+        "arrays of 64, weights",
         0.26,
-        slack=1.5,
-        needs=("numba", "torch"),
-        compiled=True,
+        output="numpy",
+        weights=Temperature(2),
+        epoch_batches=N // 64,
     ),
-    Case(
-        "epoch as lists of 8, compiled, against ungrouped",
-        epoch(shuffled_ids, 8),
-        (Ungrouped(N, 8),),
-        0.62,
-        slack=1.5,
-        needs=("numba", "torch"),
-        compiled=True,
-    ),
+    Case("PatchTensorLoader, 64 of 8", loaded, (Rows(N, 8, 64), Gather(N, N), Lookups(N, 10)), 1.3, form="C"),
 )

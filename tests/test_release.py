@@ -8,6 +8,8 @@ import hashlib
 import importlib.util
 import json
 import re
+import shutil
+import sysconfig
 import tarfile
 import zipfile
 from email import message_from_string
@@ -17,6 +19,7 @@ from pathlib import Path
 import pytest
 
 import gpusampler
+from gpusampler.permutation import _native
 from support.paths import ROOT
 from support.processes import run_python
 
@@ -25,6 +28,7 @@ PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 # Of https://www.apache.org/licenses/LICENSE-2.0.txt.
 APACHE = "cfc7749b96f63bd31c3c42b5c471bf756814053e847c10f3eb003417bc523d30"
 INSIDE = "dist-info/licenses/docs/LICENSE"
+BINARY = (".so", ".pyd")
 
 
 def sha256(content: bytes) -> str:
@@ -51,7 +55,9 @@ def test_the_version_is_the_same_everywhere():
 def test_the_command_says_the_version():
     pytest.importorskip("click")
     process = run_python("-m", "gpusampler", "--version")
-    assert process.stdout == f"gpusampler, version {gpusampler.__version__}\n"
+    assert process.stdout == (
+        f"gpusampler, version {gpusampler.__version__}, host evaluates in {_native.describe()}\n"
+    )
 
 
 def test_the_licence_is_apaches_to_the_letter():
@@ -94,9 +100,9 @@ def test_the_core_that_versions_run_is_there():
 # The built forms
 
 
-def built(folder: Path, out: Path, kind: str) -> Path:
+def built(folder: Path, out: Path, kind: str, **variables: str | None) -> Path:
     """Build the sdist or the wheel of a tree, with the hatchling that is installed."""
-    run_python("-m", "hatchling", "build", "-t", kind, "-d", out, cwd=folder)
+    run_python("-m", "hatchling", "build", "-t", kind, "-d", out, cwd=folder, **variables)
     (path,) = out.iterdir()
     return path
 
@@ -133,21 +139,26 @@ def source_files(*folders: str) -> set[str]:
         path.relative_to(ROOT).as_posix()
         for folder in folders
         for path in (ROOT / folder).rglob("*")
-        if path.is_file() and not {"__pycache__", "results"} & {*path.parts}
+        if path.is_file()
+        and not {"__pycache__", "results"} & {*path.parts}
+        and path.suffix not in BINARY
     }
 
 
 def test_the_wheel_holds_the_package_and_nothing_else(forms):
     wheel, _, _ = forms
-    inside = {name for name in wheel if "dist-info/" not in name}
+    inside = {
+        name for name in wheel if "dist-info/" not in name and Path(name).suffix not in BINARY
+    }
     assert inside == source_files("gpusampler")
     for name in (
         "py.typed",
         "plan/evaluators/kernels/batches.cu",
+        "permutation/_native/permutation.h",
         "demo/data/small/provenance.json",
     ):
         assert f"gpusampler/{name}" in inside
-    info = {name.split("dist-info/")[1] for name in wheel.keys() - inside}
+    info = {name.split("dist-info/")[1] for name in wheel if "dist-info/" in name}
     assert info == {"METADATA", "WHEEL", "RECORD", "entry_points.txt", "licenses/docs/LICENSE"}
     assert sum(map(len, wheel.values())) < 4e6
 
@@ -174,3 +185,80 @@ def test_the_sdist_holds_what_tests_and_pages_need(forms):
 def test_a_wheel_made_of_the_sdist_is_the_same(forms):
     wheel, _, again = forms
     assert again == wheel
+
+
+# The compiled module
+
+
+@pytest.fixture(scope="module")
+def tree(tmp_path_factory) -> Path:
+    """A copy of what a wheel is built from."""
+    pytest.importorskip("hatchling")
+    pytest.importorskip("setuptools")
+    if not PACKAGE.is_dir():
+        pytest.skip("the package's source is not beside the tests")
+    copy = tmp_path_factory.mktemp("tree")
+    for name in ("gpusampler", ".ci"):
+        ignored = shutil.ignore_patterns("__pycache__", "*.so")
+        shutil.copytree(ROOT / name, copy / name, ignore=ignored)
+    (copy / "docs").mkdir()
+    for name in ("pyproject.toml", "README.md", "docs/LICENSE"):
+        shutil.copy(ROOT / name, copy / name)
+    return copy
+
+
+def binaries(names) -> list[str]:
+    return [name for name in names if Path(name).suffix in BINARY]
+
+
+def wheel_info(wheel: Path) -> str:
+    (info,) = (text for name, text in files_of(wheel).items() if name.endswith("dist-info/WHEEL"))
+    return info.decode()
+
+
+def test_the_tag_is_that_of_a_platform_where_it_was_compiled(tree, tmp_path):
+    if sysconfig.get_config_var("Py_GIL_DISABLED") or shutil.which("cc") is None:
+        pytest.skip("no C compiler, or no stable ABI")
+    wheel = built(tree, tmp_path, "wheel", GPUSAMPLER_NATIVE="1")
+    assert wheel.name.startswith(f"gpusampler-{gpusampler.__version__}-cp310-abi3-")
+    assert "none-any" not in wheel.name
+    assert len(binaries(files_of(wheel))) == 1
+    assert "Root-Is-Purelib: false" in wheel_info(wheel)
+    # It was not left in the source tree.
+    assert binaries(path.name for path in (tree / "gpusampler").rglob("*")) == []
+
+
+@pytest.mark.parametrize(
+    "variables",
+    [{"CC": "false"}, {"CC": "/no/such/compiler"}, {"GPUSAMPLER_NATIVE": "0"}],
+    ids=["broken", "missing", "switched off"],
+)
+def test_without_a_compiler_the_wheel_is_pure(tree, tmp_path, variables):
+    wheel = built(tree, tmp_path, "wheel", **{"GPUSAMPLER_NATIVE": None, **variables})
+    assert wheel.name == f"gpusampler-{gpusampler.__version__}-py3-none-any.whl"
+    assert binaries(files_of(wheel)) == []
+    assert "Root-Is-Purelib: true" in wheel_info(wheel)
+
+
+def test_an_installation_that_insists_needs_a_compiler(tree, tmp_path):
+    arguments = "-m", "hatchling", "build", "-t", "wheel", "-d", tmp_path
+    process = run_python(*arguments, cwd=tree, check=False, CC="false", GPUSAMPLER_NATIVE="1")
+    assert process.returncode != 0
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_editable_installation_leaves_no_stale_module(tree, tmp_path):
+    """What an earlier one compiled goes, also where this one cannot compile."""
+    pytest.importorskip("editables")
+    folder = tree / "gpusampler" / "permutation" / "_native"
+    stale = folder / "native.abi3.so"
+    stale.write_bytes(b"stale")
+    arguments = "-m", "hatchling", "build", "-t", "wheel:editable", "-d", tmp_path
+    try:
+        run_python(*arguments, cwd=tree, CC="false", GPUSAMPLER_NATIVE=None)
+        assert not stale.exists()
+        if shutil.which("cc") is not None:
+            run_python(*arguments, cwd=tree, GPUSAMPLER_NATIVE="1")
+            assert stale.read_bytes() != b"stale"
+    finally:
+        stale.unlink(missing_ok=True)

@@ -1,6 +1,6 @@
 """The gate, with functions of the package made to take twice as long; `test_gate.py` runs it.
 
-python -m benchmarks.tests.slow_down gpusampler.plan.epoch_plan:permute_ranges [...] -- [OPTIONS]
+python -m benchmarks.tests.slow_down gpusampler.permutation.host:permute_ranges [...] -- [OPTIONS]
 
 OPTIONS are those of the gate.
 """
@@ -8,12 +8,13 @@ OPTIONS are those of the gate.
 from __future__ import annotations
 
 import importlib
-import os
 import sys
 import time
 from collections.abc import Callable
 from functools import wraps
 from typing import Any
+
+from benchmarks import gate
 
 
 def slowed(call: Callable[..., Any]) -> Callable[..., Any]:
@@ -52,11 +53,6 @@ def plant(place: str) -> None:
 def main() -> int:
     """Plant, then run the gate."""
     until = sys.argv.index("--")
-    from benchmarks import gate
-
-    # As the gate does, before anything of the package is there.
-    os.environ["GPUSAMPLER_COMPILED"] = "0"
-    importlib.import_module("gpusampler")
     for place in sys.argv[1:until]:
         plant(place)
     return gate.main(sys.argv[until + 1 :])

@@ -34,7 +34,7 @@ class SlotEvaluator:
             for column in by_group
         ]
         self._offsets = np.ascontiguousarray(tables.batch_offsets, np.int64)
-        self._num_batches = tables.num_batches
+        self._num_groups, self._num_batches = tables.counts.size, tables.num_batches
         self._max_batch_size = tables.max_batch_size
         self._settings, self._streams = settings, streams
         self._order: tuple[Any, int] = None, 0
@@ -128,7 +128,7 @@ class SlotEvaluator:
             group_of, offsets = patch_order
         job = np.array(
             [
-                self._by_group[0].size,
+                self._num_groups,
                 self._num_batches,
                 *map(address, (*self._by_group, offsets, group_of)),
                 settings.shuffle_batches and patch_order is None,
