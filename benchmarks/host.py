@@ -1,8 +1,8 @@
 """What the host pays for a batch: ``python -m benchmarks.host [--picture PATH] [--rounds N]``.
 
-An epoch of each output, by NumPy and in C, against torch's ungrouped batch sampler; what handing out
-a batch costs beyond a plain list iterator; and which part of the way a batch's time goes to. All in
-one process and in turn, processor time of one thread, the best of several rounds.
+An epoch of each output, by NumPy and in C, against torch's ungrouped batch sampler; what handing
+out a batch costs beyond a plain list iterator; and which part of the way a batch's time goes to.
+All in one process and in turn, processor time of one thread, the best of several rounds.
 """
 
 from __future__ import annotations

@@ -11,8 +11,6 @@ import pytest
 from benchmarks.ratios import Ratio, compare
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
-# One form from beginning to end.
-os.environ.setdefault("GPUSAMPLER_COMPILED", "0")
 
 _TABLE: list[Ratio] = []
 

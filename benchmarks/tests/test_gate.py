@@ -13,6 +13,7 @@ import pytest
 
 from benchmarks import gate
 from benchmarks.gate_cases import CASES
+from gpusampler.permutation import _native
 from support.paths import ROOT
 from support.processes import environment, run_python
 
@@ -21,11 +22,25 @@ PAGE = ROOT / "docs" / "explanation" / "gate.md"
 ORDER = "find that ids are in order"
 VIEWS = "cut into views of 8"
 
+IN_C = pytest.mark.skipif(_native.module is None, reason=_native.describe())
+
 PLANTED = [
     (
         "gpusampler.permutation.position_ranges:permute_ranges",
-        "evaluate 2,048 batches of 64",
+        "evaluate 2,048 batches of 64, NumPy",
         ORDER,
+    ),
+    pytest.param(
+        "gpusampler.plan.evaluators.host:HostEvaluator.slot_range",
+        "evaluate 2,048 batches of 64, C against NumPy",
+        ORDER,
+        marks=IN_C,
+    ),
+    pytest.param(
+        "gpusampler.permutation.host:permute_ranges",
+        'arrays of 64, steps="balanced", against the default',
+        ORDER,
+        marks=IN_C,
     ),
     (
         "gpusampler.plan.evaluators.host:HostEvaluator.locate",
@@ -35,7 +50,12 @@ PLANTED = [
     ("gpusampler.plan.evaluators.host:HostEvaluator.locate", "look slots up, weights", ORDER),
     ("gpusampler.sampler.batches:_to_lists", "cut into lists of 64", ORDER),
     ("gpusampler.sampler.batches:_to_arrays", VIEWS, ORDER),
-    ("gpusampler.sampler.batches:BlockReader.read", "first batch, N = 1e6", ORDER),
+    pytest.param(
+        "gpusampler.sampler.iterator:EpochIterator._refill",
+        "first batch, N = 1e6",
+        ORDER,
+        marks=IN_C,
+    ),
     ("gpusampler.groups.counting_sort:OrderWriter.add", "sort samples by patch", VIEWS),
     ("gpusampler.groups.census:Census.add", ORDER, VIEWS),
     (
@@ -43,7 +63,12 @@ PLANTED = [
         "save a state and load it",
         ORDER,
     ),
-    ("gpusampler.sampler.tensor_loader:TensorReader.read", "PatchTensorLoader, 64 of 8", ORDER),
+    pytest.param(
+        "gpusampler.sampler.tensor_loader:TensorReader.read",
+        "PatchTensorLoader, 64 of 8",
+        ORDER,
+        marks=IN_C,
+    ),
 ]
 """Where the time doubles, a case that must miss its limit, and one that must hold it."""
 
@@ -104,6 +129,14 @@ def test_a_case_that_is_not_there():
 def test_a_case_without_its_module_is_left_out_visibly(capsys):
     assert gate.hold([replace(CASES[0], needs=("no_such_module",))])
     assert "| no no_such_module |" in capsys.readouterr().out
+
+
+def test_a_case_in_c_is_left_out_visibly_without_it(capsys, monkeypatch):
+    monkeypatch.setattr(gate, "FORMS", ("NumPy",))
+    monkeypatch.setattr(_native, "module", None)
+    monkeypatch.setattr(_native, "_reason", "no compiled module")
+    assert gate.hold([replace(CASES[0], form="C")])
+    assert "| NumPy (no compiled module) |" in capsys.readouterr().out
 
 
 def test_a_limit_is_below_twice_its_reference():

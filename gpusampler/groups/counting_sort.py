@@ -1,9 +1,10 @@
 """Sort samples by patch, for `PatchGroups`.
 
 The host uses a stable counting sort in two passes over the ids, which are read in order, block by
-block. The first pass (`census`) counts; the second sorts each chunk in cache and writes its samples
-to their final places. Only the result is as large as the dataset, and it may be a memory-mapped
-file (see `index_format`). A device uses one stable argsort in the narrowest dtype.
+block. The first pass (`census`) counts; the second writes samples to their final places: in C where
+it was compiled, else after sorting each chunk in cache. Only the result is as large as the dataset,
+and it may be a memory-mapped file (see `index_format`). A device uses one stable argsort in the
+narrowest dtype.
 """
 
 from __future__ import annotations
@@ -31,6 +32,9 @@ from gpusampler.groups.census import (
     check_patch_sizes,
     first_occurrences,
 )
+from gpusampler.permutation import _native
+from gpusampler.permutation._native import address
+from gpusampler.permutation.host import order_address
 from gpusampler.sources.base import BLOCK, PatchIds
 
 INT32_SAMPLES = 1 << 31
@@ -163,6 +167,7 @@ class OrderWriter:
         # Counts alone would not reveal samples that swapped their ids.
         self._id_sum = fingerprint.IdSum()
         self._verify = verify
+        self._order_address = 0 if _native.module is None else order_address(order)
         if state is not None and "written" in state:
             self.num_written = int(state["written"])
             self._next_locations = state["cursor"].copy()
@@ -171,23 +176,50 @@ class OrderWriter:
     def add(self, ids: NDArray[Any]) -> None:
         """Write the next block of samples."""
         num_groups = self._next_locations.size
-        sort = self._sort_few if num_groups <= RADIX else self._sort_many
-        # The cost per chunk (a pass over all patches, or two sorts) grows with the number of
+        # A sort's cost per chunk (a pass over all patches, or two sorts) grows with the number of
         # patches, so chunks grow too.
         chunk_size = max(CHUNK, 2 * num_groups) if num_groups <= RADIX else BLOCK
+        if self._order_address:
+            chunk_size, place = CHUNK, self._place_compiled
+        elif num_groups <= RADIX:
+            place = partial(self._place_sorted, self._sort_few)
+        else:
+            place = partial(self._place_sorted, self._sort_many)
         for first in range(0, ids.size, chunk_size):
             chunk = ids[first : first + chunk_size]
             if self._verify:
                 self._id_sum.add(self.num_written, chunk.astype(np.int64, copy=False))
             try:
-                group = self._group_lookup(chunk)
-                locations, samples = sort(group)
-                samples += self.num_written
-                self.order[locations] = samples
+                place(self._group_lookup(chunk))
             except (IndexError, ValueError) as error:
                 # The census has no group or no free place for an id.
                 raise IdsChanged from error
-            self.num_written += group.size
+            self.num_written += chunk.size
+
+    def _place_compiled(self, group: NDArray[Any]) -> None:
+        """Write the samples of a chunk in compiled code."""
+        num_placed = _native.module.place(
+            address(group),
+            group.itemsize,
+            group.size,
+            self.num_written,
+            address(self._next_locations),
+            address(self._ends),
+            self._ends.size,
+            self._order_address,
+            self.order.itemsize,
+            self.order.size,
+        )
+        if num_placed < group.size:
+            raise IdsChanged
+
+    def _place_sorted(
+        self, sort: Callable[[NDArray[Any]], tuple[Int64, Int64]], group: NDArray[Any]
+    ) -> None:
+        """Write the samples of a chunk after sorting them by patch in cache."""
+        locations, samples = sort(group)
+        samples += self.num_written
+        self.order[locations] = samples
 
     def state(self) -> StateArrays:
         """Return the state after the last `add` as arrays."""

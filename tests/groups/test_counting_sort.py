@@ -146,7 +146,7 @@ def order_of(
 @pytest.mark.parametrize("sizes", SMALL, ids=str)
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
 @given(data=st.data())
-def test_counts_and_order_are_numpys_wherever_blocks_are_cut(monkeypatch, sizes, data):
+def test_counts_and_order_are_numpys_wherever_blocks_are_cut(host_form, monkeypatch, sizes, data):
     shrink(monkeypatch, sizes)
     ids = data.draw(ids_of_every_kind())
     borders = data.draw(cuts(ids.size))
@@ -184,7 +184,7 @@ def test_a_fingerprint_across_the_borders_of_its_own_blocks(cut):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("wide", [False, True])
 @pytest.mark.parametrize("sizes", SMALL[:3], ids=str)
-def test_every_integer_type(monkeypatch, dtype, wide, sizes):
+def test_every_integer_type(host_form, monkeypatch, dtype, wide, sizes):
     shrink(monkeypatch, sizes)
     info = np.iinfo(dtype)
     low, high = int(info.min), min(int(info.max), INT64.max)
@@ -198,7 +198,7 @@ def test_every_integer_type(monkeypatch, dtype, wide, sizes):
 
 @pytest.mark.parametrize("spread", [1, 3, 1 << 30, (1 << 48) + 1])
 @pytest.mark.parametrize("blocks", [1, 3])
-def test_more_patches_than_one_digit(spread, blocks):
+def test_more_patches_than_one_digit(host_form, spread, blocks):
     rng = np.random.default_rng(blocks)
     ids = rng.permutation(np.repeat(np.arange(-35_000, 35_000), 2)) * spread
     borders = np.linspace(0, ids.size, blocks + 1).astype(int).tolist()
@@ -277,7 +277,7 @@ class Changing(PatchIds):
 @pytest.mark.parametrize("spread", [1, 7, 1 << 45], ids=["dense", "window", "table"])
 @pytest.mark.parametrize("patches", [5, 300, 70_000])
 @pytest.mark.parametrize("change", ["more", "unknown", "below", "between", "swapped"])
-def test_ids_that_change_between_the_passes(spread, patches, change):
+def test_ids_that_change_between_the_passes(host_form, spread, patches, change):
     ids = np.random.default_rng(2).permutation(np.arange(2 * patches) % patches) * spread
     other = ids.copy()
     at = np.flatnonzero(ids != ids[0])[0]
@@ -310,7 +310,7 @@ def test_grouping_takes_little_more_than_its_result():
 
 
 @pytest.mark.parametrize("patches", [3, 100_000])
-def test_samples_beyond_two_to_the_thirty_first(patches):
+def test_samples_beyond_two_to_the_thirty_first(host_form, patches):
     ids = np.random.default_rng(0).permutation(np.arange(300_000) % patches)
     counted = census_of(ids, [0, ids.size], stopping=False)
     order = np.zeros(ids.size, np.int64)
@@ -321,7 +321,7 @@ def test_samples_beyond_two_to_the_thirty_first(patches):
     np.testing.assert_array_equal(order, np.argsort(ids, kind="stable") + first)
 
 
-def test_orders_of_more_samples_are_wider(monkeypatch, tmp_path):
+def test_orders_of_more_samples_are_wider(host_form, monkeypatch, tmp_path):
     monkeypatch.setattr(counting_sort, "INT32_SAMPLES", 1000)
     for size, dtype in ((999, np.int32), (1000, np.int64)):
         ids = np.random.default_rng(0).integers(0, 9, size)

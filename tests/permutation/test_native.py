@@ -269,8 +269,40 @@ def test_one_permutation_checks_its_positions(x):
         host.permute_one(np.array([3, x]), 10, (1, 2))
 
 
+@pytest.mark.parametrize("group_dtype", [np.uint8, np.uint16, np.int32, np.int64])
+@pytest.mark.parametrize("order_dtype", [np.int32, np.int64])
+class TestPlace:
+    def place(self, groups, ends, group_dtype, order_dtype, *, num_groups=None, order_size=None):
+        groups = np.array(groups).astype(group_dtype)
+        ends = np.array(ends, np.int64)
+        cursor = np.r_[0, ends[:-1]]
+        order = np.full(8, -1, order_dtype)
+        arguments = address(groups), groups.itemsize, groups.size, 100, address(cursor)
+        placed = native.place(
+            *(*arguments, address(ends), num_groups or ends.size),
+            *(address(order), order.itemsize, order_size or order.size),
+        )
+        return placed, order.tolist(), cursor.tolist()
+
+    def test_samples_go_to_their_groups_in_order(self, group_dtype, order_dtype):
+        placed, order, cursor = self.place([1, 0, 1, 2, 1, 0], [2, 5, 6], group_dtype, order_dtype)
+        assert placed == 6
+        assert order == [101, 105, 100, 102, 104, 103, -1, -1]
+        assert cursor == [2, 5, 6]
+
+    def test_it_stops_where_a_group_is_full_or_unknown(self, group_dtype, order_dtype):
+        dtypes = group_dtype, order_dtype
+        assert self.place([1, 0, 0, 0, 1], [2, 5], *dtypes)[0] == 3
+        assert self.place([1, 0, 2, 0], [2, 5], *dtypes)[0] == 2
+        assert self.place([1, 0, -1, 0], [2, 5], *dtypes)[0] == 2
+        # A table of ends that exceed the order.
+        assert self.place([1, 1, 1], [2, 2**40], *dtypes, order_size=4)[0] == 2
+        assert self.place([1, 0], [-5, 3], *dtypes)[0] == 0
+
+
 def test_arguments_are_counted_and_integers():
-    for function in (native.evaluate, native.ranges, native.keys, native.permute, native.look_up):
+    functions = native.evaluate, native.ranges, native.keys, native.permute, native.look_up
+    for function in (*functions, native.place):
         with pytest.raises(TypeError, match="integers, got 1"):
             function(1)
     with pytest.raises(TypeError):
@@ -281,6 +313,10 @@ def test_arguments_are_counted_and_integers():
         native.use("mmx")
     with pytest.raises(ValueError, match="4 or 8 bytes"):
         native.look_up(0, 2, 10, 0, 0, 0)
+    with pytest.raises(ValueError, match="4 or 8 bytes"):
+        native.place(0, 4, 0, 0, 0, 0, 0, 0, 2, 0)
+    with pytest.raises(ValueError, match="groups have 1, 2, 4 or 8 bytes, got 3"):
+        native.place(0, 3, 0, 0, 0, 0, 0, 0, 4, 0)
 
 
 def test_other_threads_run_meanwhile():

@@ -20,6 +20,8 @@ SPOILT = {
     "room for a batch": ("if (rows.size[k] > capacity - done.samples - samples) break;", ""),
     "room for a row": ("size[at] < 0 ||\n                size[at] > capacity - samples", "0"),
     "position": ("wrong |= tile[k] < 0 || tile[k] >= n;", ""),
+    "place": ("if (at < 0 || at >= ends[g] || at >= order_size) return i;", ""),
+    "group of a sample": ("if (g >= (u64)num_groups) return i;", ""),
     "product": ("j < 0 || j >= n || ", ""),
 }
 """Checks without which a wrong table leads outside an array, or to undefined behaviour."""
@@ -64,7 +66,7 @@ def test_no_table_leads_outside_an_array(gcc, tmp_path):
     assert process.returncode == 0, process.stderr
     calls = {name: tuple(map(int, numbers)) for name, *numbers in
              map(str.split, process.stdout.splitlines())}  # fmt: skip
-    assert set(calls) == {"evaluate", "ranges", "permute", "keys", "look_up"}
+    assert set(calls) == {"evaluate", "ranges", "permute", "keys", "look_up", "place"}
     assert min(done for done, _ in calls.values()) > 200
     assert all(refused > 200 for name, (_, refused) in calls.items() if name != "keys")
 

@@ -127,12 +127,25 @@ def look_up(native: Any, arrays: Arrays) -> None:
     native.look_up(order, item_bytes, size, positions, positions, count)
 
 
+def place(native: Any, arrays: Arrays) -> None:
+    count, groups, size = random.randint(0, 200), random.randint(1, 9), random.randint(1, 300)
+    order_bytes = random.choice([4, 8])
+    order = arrays.new([0] * size, order_bytes)
+    tables = [arrays.new(column(groups, size)) for _ in range(2)]
+    group_bytes = random.choice([4, 8])
+    numbers = [number % 2**31 if group_bytes == 4 else number for number in column(count, groups)]
+    group = arrays.new(numbers, group_bytes)
+    arguments = group, group_bytes, count, some(9), *tables, groups, order, order_bytes, size
+    if native.place(*arguments) < count:
+        raise ValueError
+
+
 def main(folder: str, seconds: str, seed: str) -> None:
     sys.path.insert(0, folder)
     import native
 
     random.seed(int(seed))
-    calls = dict.fromkeys((evaluate, ranges, permute, keys, look_up), (0, 0))
+    calls = dict.fromkeys((evaluate, ranges, permute, keys, look_up, place), (0, 0))
     forms = native.forms()
     end = time.monotonic() + float(seconds)
     while time.monotonic() < end:

@@ -1,14 +1,14 @@
 /* Evaluation of batches on the host: the permutation of `permutation.h` for rows of positions.
  *
- * Functions take addresses and sizes of int64 arrays, and know nothing about plans or NumPy. A row
- * is a range of consecutive positions of one patch. Tiles of 64 rows are located and get their keys
+ * Functions take addresses and sizes of arrays, and know nothing about plans or NumPy. A row is a
+ * range of consecutive positions of one patch. Tiles of 64 rows are located and get their keys
  * together; then each row's positions are permuted, up to 64 at a time, with the row's values in
  * registers. The compiler vectorizes these loops, once for each form in `FORMS`; the processor
  * decides which form runs.
  *
  * No content of a table leads to an access outside the arrays: every index that is read from a
  * table or computed from one is compared with the size of the array that it indexes, before use,
- * and every row with the room that is left in the output (see `check_row` and `locate`). Grids are
+ * and every row with the room that is left in the output. Grids are
  * not read but computed. Whatever fails a check raises ValueError. Sums that could overflow wrap.
  */
 
@@ -383,6 +383,27 @@ static int look_up(const void *order, int is_32_bit, i64 order_size, const i64 *
     return !beyond;
 }
 
+/* Write sample numbers, counting from `sample`, to the next place of each one's group. Return how
+ * many were written: fewer than `count` if a group is unknown or full. */
+DEVICE i64 place(const void *groups, int group_bytes, i64 count, i64 sample, i64 *next,
+                 const i64 *ends, i64 num_groups, void *order, int order_bytes, i64 order_size) {
+    for (i64 i = 0; i < count; ++i) {
+        const u64 g = group_bytes == 1   ? ((const uint8_t *)groups)[i]
+                      : group_bytes == 2 ? ((const uint16_t *)groups)[i]
+                      : group_bytes == 4 ? (u64)((const int32_t *)groups)[i]
+                                         : (u64)((const i64 *)groups)[i];
+        if (g >= (u64)num_groups) return i;
+        const i64 at = next[g];
+        if (at < 0 || at >= ends[g] || at >= order_size) return i;
+        next[g] = at + 1;
+        if (order_bytes == 4)
+            ((int32_t *)order)[at] = (int32_t)((u64)sample + (u64)i);
+        else
+            ((i64 *)order)[at] = (i64)((u64)sample + (u64)i);
+    }
+    return count;
+}
+
 /* ---- Python ---- */
 
 static int read_numbers(PyObject *const *args, Py_ssize_t given, Py_ssize_t expected, i64 *values) {
@@ -512,6 +533,39 @@ static PyObject *py_look_up(PyObject *self, PyObject *const *args, Py_ssize_t gi
     Py_RETURN_NONE;
 }
 
+static PyObject *py_place(PyObject *self, PyObject *const *args, Py_ssize_t given) {
+    i64 v[10], placed = 0;
+    (void)self;
+    if (!read_numbers(args, given, 10, v)) return NULL;
+    const void *groups = ADDRESS(const void, v[0]);
+    i64 *next = ADDRESS(i64, v[4]);
+    const i64 *ends = ADDRESS(const i64, v[5]);
+    void *order = ADDRESS(void, v[7]);
+    if (v[8] != 4 && v[8] != 8) {
+        PyErr_SetString(PyExc_ValueError, "the items of an order have 4 or 8 bytes");
+        return NULL;
+    }
+    PyThreadState *state = v[2] > GIL_SAMPLES ? PyEval_SaveThread() : NULL;
+/* The sizes are constants of each copy, so that its loop has no branch for them. */
+#define PLACE(group_bytes, order_bytes)                                                         \
+    placed = place(groups, group_bytes, v[2], v[3], next, ends, v[6], order, order_bytes, v[9])
+#define PLACE_GROUPS(order_bytes)                                                               \
+    switch (v[1]) {                                                                             \
+    case 1: PLACE(1, order_bytes); break;                                                       \
+    case 2: PLACE(2, order_bytes); break;                                                       \
+    case 4: PLACE(4, order_bytes); break;                                                       \
+    case 8: PLACE(8, order_bytes); break;                                                       \
+    default: placed = -1;                                                                       \
+    }
+    if (v[8] == 4) PLACE_GROUPS(4) else PLACE_GROUPS(8)
+    if (state != NULL) PyEval_RestoreThread(state);
+    if (placed < 0) {
+        PyErr_Format(PyExc_ValueError, "groups have 1, 2, 4 or 8 bytes, got %lld", v[1]);
+        return NULL;
+    }
+    return PyLong_FromLongLong(placed);
+}
+
 static PyObject *py_use(PyObject *self, PyObject *name) {
     (void)self;
     for (int i = 0; i < NUM_FORMS; ++i) {
@@ -559,6 +613,9 @@ static PyMethodDef METHODS[] = {
     METHOD(look_up, METH_FASTCALL,
            "look_up(order, itemsize, order_size, positions, out, count)\n--\n\n"
            "Replace positions by the order's items."),
+    METHOD(place, METH_FASTCALL,
+           "place(groups, group_bytes, count, sample, next, ends, num_groups, order, order_bytes, "
+           "order_size)\n--\n\nWrite samples to the next places of their groups; return how many."),
     METHOD(use, METH_O, "use(name)\n--\n\nUse a form of `forms` from now on."),
     METHOD(forms, METH_NOARGS, "forms()\n--\n\nReturn the forms this processor can run, best first."),
     METHOD(form, METH_NOARGS, "form()\n--\n\nReturn the name of the form in use."),
