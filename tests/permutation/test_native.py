@@ -94,13 +94,21 @@ def test_keys_are_those_of_the_reference(form, state, rows, one_pass):
             np.testing.assert_array_equal(word, desired)
 
 
+def test_keys_of_more_rows_than_a_tile(form):
+    passes, groups = np.arange(1000) * 2**33, np.arange(1000, 0, -1)
+    for word, desired in zip(
+        host.keys_of((1, 2), passes, groups), key_of((1, 2), passes, groups), strict=True
+    ):
+        np.testing.assert_array_equal(word, desired)
+
+
 # Looking samples up
 
 
 @pytest.mark.parametrize(
     "order",
     [
-        np.arange(100, 0, -1, dtype=np.int32),
+        np.arange(2**31 - 1, 2**31 - 101, -1).astype(np.int32),
         np.arange(100, 0, -1, dtype=np.int64) + 2**40,
         np.arange(100, 0, -1).astype(">i8"),
         np.arange(200, 0, -1)[::2],
@@ -184,7 +192,7 @@ def test_all_batches_of_right_tables():
         ("counts", [0, *INT64]),
         ("sizes", [0, *INT64]),
         ("larger", [-1, -(2**63)]),
-        ("offsets", [2**62, 2**63 - 1]),
+        ("offsets", [5, 2**62, 2**63 - 1]),
         ("group_of", [2, *INT64]),
     ],
 )

@@ -43,9 +43,8 @@ DEVICE Grid grid_of(i64 n) {
     const i64 m = n - 1;
     i64 root = (i64)sqrt((double)m), b;
     Grid grid;
-    /* From 2**52 on, the root of the rounded number may be off by one. */
+    /* From 2**52 on, the root of the rounded number may be one too large, never too small. */
     root -= root * root > m;
-    root += (root + 1) * (root + 1) <= m;
     grid.a = (u32)(root + 1);
     b = (n + root) / (root + 1);
     grid.b = (u32)b;
