@@ -30,6 +30,7 @@ from benchmarks.peers.measure import ROUNDS
 from benchmarks.peers.ours import OURS, UNGROUPED
 from benchmarks.peers.registry import PEERS
 from benchmarks.peers.running import LIMIT, described, run
+from gpusampler.permutation import _native
 
 QUICK_ROUNDS = 1
 
@@ -52,6 +53,8 @@ def machine() -> dict[str, Any]:
         "system": f"{platform.system()} {platform.release()}",
         "python": platform.python_version(),
         **{name: metadata.version(name) for name in ("numpy", "torch", "gpusampler")},
+        # No reason follows where a benchmark itself chose NumPy.
+        "evaluated by": _native.describe().removesuffix(" ()"),
         "commit": commit(),
         "date": time.strftime("%Y-%m-%d"),
     }

@@ -1,4 +1,4 @@
-"""What evaluates batches on the host: C or NumPy, chosen for a while."""
+"""What ours runs on, on the host: C or NumPy, chosen for a while."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ FORMS = ("NumPy",) if MODULE is None else ("NumPy", "C")
 
 
 def names() -> list[str]:
-    """Return what `evaluated_by` takes: the forms that there are, and those of C for processors."""
+    """Return what `evaluated_by` takes: the forms that there are, and those that C itself has."""
     return [*FORMS, *(() if MODULE is None else MODULE.forms())]
 
 
 @contextmanager
 def evaluated_by(name: str) -> Iterator[None]:
-    """Evaluate batches by one of `names`; "C" is C's form in use, the fastest one at first."""
+    """Group ids and evaluate batches by one of `names`; "C" is the form of C that is in use."""
     before = _native.module
     c_form = None if MODULE is None else MODULE.form()
     _native.module = None if name == "NumPy" else MODULE

@@ -1,17 +1,51 @@
-"""Ours beside a named baseline: in turn, the best of several, one thread. A report without limits.
+"""Ours beside what users would otherwise run: a report without limits.
 
-What must not get slower is held by `benchmarks.gate`, against baselines that are chosen for that;
-those here are what users would otherwise run.
+What must not get slower is held by `benchmarks.gate`, against baselines that are chosen for that.
+
+``python -m benchmarks.ratios`` prints what an epoch of ours takes against two of torch, from 100
+samples on: lists of 64 against ``BatchSampler(RandomSampler(range(N)), 64, False)``, which groups
+nothing, and against a permutation and a stable sort by patch in plain torch, which groups as ours
+does; from a million samples on, NumPy arrays of 64, too. Ids are random; it is one process with one
+thread, and garbage is collected as always.
 """
 
 from __future__ import annotations
 
+import argparse
+import json
+import os
+import statistics
 import time
-from collections.abc import Callable
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
+from typing import Any, NamedTuple
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import torch
+
+from benchmarks import markdown
+from benchmarks.forms import FORMS, evaluated_by, names
+from benchmarks.peers.cases import Case
+from benchmarks.peers.ours import PLAIN, UNGROUPED
+from benchmarks.peers.peer import Work
+from gpusampler import PatchBatchSampler
 
 ROUNDS = 5
+
+SIDE_SECONDS = 0.2
+"""What each side of a pair takes, about: short epochs are repeated."""
+PAIRS = 9
+LONG = 2.0
+FEW_PAIRS = 3
+"""Pairs where the two sides take longer than `LONG` seconds."""
+
+PATCHES = {10**2: 5, 10**3: 10, 10**4: 100, 10**5: 100, 10**6: 1000, 10**7: 1000, 10**8: 1000}
+"""Patches by number of samples; the last one is only measured if asked for: it takes minutes."""
+ARRAYS_FROM = 10**6
+HEAD = ("samples", "patches", "output", "baseline", "ours, ms", "baseline, ms", "ratio")
 
 
 @dataclass(frozen=True)
@@ -74,3 +108,81 @@ def compare(
     result = Ratio(what, baseline_name, best, min(base) * scale)
     benchmark.extra_info["ratio"] = result.ratio
     return result
+
+
+class Paired(NamedTuple):
+    """Seconds of ours and of the baseline, and their ratio: medians over pairs, and extremes."""
+
+    ours_s: float
+    baseline_s: float
+    ratio: float
+    lowest: float
+    highest: float
+
+
+def in_pairs(ours: Iterable[Any], baseline: Iterable[Any]) -> Paired:
+    """Draw all batches of both in turn: what slows the machine for a while slows both of a pair."""
+    sides = ours, baseline
+    for batches in sides:
+        deque(batches, maxlen=0)
+    repeats = [max(1, round(SIDE_SECONDS / epoch_seconds(batches, 1))) for batches in sides]
+    pairs: list[tuple[float, ...]] = []
+    while len(pairs) < (PAIRS if not pairs or sum(pairs[0]) < LONG else FEW_PAIRS):
+        pairs.append(tuple(map(epoch_seconds, sides, repeats)))
+    ratios = [one / other for one, other in pairs]
+    medians = map(statistics.median, (*zip(*pairs, strict=True), ratios))
+    return Paired(*medians, min(ratios), max(ratios))
+
+
+def epoch_seconds(batches: Iterable[Any], repeats: int) -> float:
+    """Return the processor time of an epoch, the mean of some: what others take does not count."""
+    start = time.process_time()
+    for _ in range(repeats):
+        deque(batches, maxlen=0)
+    return (time.process_time() - start) / repeats
+
+
+def epochs(case: Case) -> Iterator[dict[str, Any]]:
+    """Measure an epoch of ours: a row for each output and baseline, as it comes."""
+    ids = case.ids()
+    outputs = {"list": PLAIN}
+    if case.samples >= ARRAYS_FROM:
+        outputs["numpy"] = (UNGROUPED,)
+    for output, baselines in outputs.items():
+        ours = PatchBatchSampler(ids, case.batch_size, seed=0, output=output)
+        for peer in baselines:
+            theirs = peer.make(Work(ids, ids, case.batch_size), 0)
+            found = in_pairs(ours, theirs)._asdict()
+            yield case._asdict() | {"output": output, "baseline": peer.name} | found
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Print a line for each row as it comes; write all of them if asked to."""
+    from benchmarks.__main__ import machine
+
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.ratios", description=__doc__)
+    parser.add_argument(
+        "--samples", type=float, nargs="+", choices=PATCHES, default=[*PATCHES][:-1], metavar="N"
+    )
+    parser.add_argument("--form", choices=names(), default=FORMS[-1], help="what evaluates ours")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="all figures")
+    asked = parser.parse_args(arguments)
+    torch.set_num_threads(1)
+    found: list[dict[str, Any]] = []
+    with evaluated_by(asked.form):
+        on = machine()
+        print(", ".join(f"{name} {value}" for name, value in on.items()))
+        print(f"\n{markdown.head((*HEAD, 'lowest', 'highest'))}")
+        for samples in map(int, asked.samples):
+            for row in epochs(Case(samples, PATCHES[samples], 64)):
+                found.append(row)
+                took = f"{row['ours_s'] * 1e3:.4g}", f"{row['baseline_s'] * 1e3:.4g}"
+                ratios = (f"{row[name]:.3f}" for name in ("ratio", "lowest", "highest"))
+                what = f"{samples:,}", f"{row['patches']:,}", row["output"], row["baseline"]
+                print(markdown.row((*what, *took, *ratios)), flush=True)
+    if asked.json:
+        asked.json.write_text(json.dumps({"machine": on, "rows": found}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -56,7 +56,13 @@ PLANTED = [
         ORDER,
         marks=IN_C,
     ),
-    ("gpusampler.groups.counting_sort:OrderWriter.add", "sort samples by patch", VIEWS),
+    ("gpusampler.groups.counting_sort:OrderWriter.add", "sort samples by patch, NumPy", VIEWS),
+    pytest.param(
+        "gpusampler.groups.counting_sort:OrderWriter._place_compiled",
+        "sort samples by patch, C against NumPy",
+        VIEWS,
+        marks=IN_C,
+    ),
     ("gpusampler.groups.census:Census.add", ORDER, VIEWS),
     (
         "gpusampler.sampler.batch_sampler:PatchBatchSampler.load_state_dict",
