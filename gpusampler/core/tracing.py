@@ -78,7 +78,10 @@ class Range:
         frames = recorder._open_ranges.frames
         watcher = recorder.watcher
         start = perf_counter() if watcher is None or frames else watcher.enter()
-        frames.append([start, 0.0, _begin_profiler_range(self._label)])
+        end = None
+        if _is_torch_profiling() or _nvtx_functions() is not None:
+            end = _begin_profiler_range(self._label)
+        frames.append([start, 0.0, end])
 
     def __exit__(self, *error: object) -> None:
         recorder = self._recorder
@@ -136,11 +139,8 @@ class Recorder:
         return Recorder, ()
 
 
-def _begin_profiler_range(label: str) -> Callable[[], object] | None:
-    """Begin a range in all active profilers, and return a function that ends the range.
-
-    Return None if no profiler is active.
-    """
+def _begin_profiler_range(label: str) -> Callable[[], object]:
+    """Begin a range in all active profilers, and return a function that ends the range."""
     ends: list[Callable[[], object]] = []
     if _is_torch_profiling():
         from torch.autograd.profiler import record_function
@@ -153,8 +153,6 @@ def _begin_profiler_range(label: str) -> Callable[[], object] | None:
         push, pop = nvtx_functions
         push(label)
         ends.append(pop)
-    if not ends:
-        return None
     return lambda: [end() for end in reversed(ends)]
 
 

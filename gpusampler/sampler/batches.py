@@ -23,7 +23,9 @@ FIRST_BLOCK_SAMPLES = 1 << 11
 MAX_BLOCK_GROWTH = 7
 """Largest ratio of a block to all blocks before it, so that there are few small, slow blocks."""
 FEW_BATCHES = 16
-"""Up to this many batches are cut out of one list, whatever their sizes."""
+MIN_RUN = 16
+"""Batches are cut one by one if there are at most `FEW_BATCHES`, or if runs of equally large
+batches are shorter than `MIN_RUN` on average: cutting a run takes as long as ten single batches."""
 MAX_OBJECTS_AT_ONCE = 680
 """Maximum number of lists, dictionaries and tensors created at once. 700 of them trigger Python's
 garbage collector, which visits them and sometimes all objects of the program."""
@@ -66,24 +68,27 @@ class BlockReader:
         self.plan = shard.plan
         self._shard = shard
         self._evaluate_range = shard.recorder.range(EVALUATE)
+        evaluator = shard.plan.evaluator
+        self._slot_evaluator: HostEvaluator | None = None
+        if evaluator.works_on_host and evaluator.host.evaluates_slots:
+            self._slot_evaluator = evaluator.host
         self._locations: BatchLocations | None = None
-        self._sample_ends = np.zeros(0, np.int64)
+        self._sample_ends: Any = None
         self._row = 0
         self._num_located = 0
         self._num_samples = 0
 
     def read(self) -> RaggedBlock | None:
         """Return the next block of batches; None after the last."""
-        if self.plan.evaluator.needs_upload:
+        if self._slot_evaluator is None and self.plan.evaluator.needs_upload:
             with self._shard.recorder.range(TRANSFER):
                 self.plan.evaluator.upload_tables()
         with self._evaluate_range:
             return self._evaluate()
 
     def _evaluate(self) -> RaggedBlock | None:
-        evaluator = self.plan.evaluator
-        if evaluator.works_on_host and evaluator.host.evaluates_slots and self._locations is None:
-            return self._evaluate_slots(evaluator.host)
+        if self._slot_evaluator is not None:
+            return self._evaluate_slots(self._slot_evaluator)
         locations = self._locations
         if locations is None or self._row == locations.group.size:
             locations = self._locate_next()
@@ -249,28 +254,32 @@ class BatchReader(Generic[T]):
         return block
 
 
-def _split(samples: Any, block: RaggedBlock, split_rows: Callable[[Any], list[Any]]) -> list[Any]:
-    """Split the samples (NumPy, shape (T,)) of a block into its batches.
+def _cut_rows(
+    samples: Any, sizes: Int64, split_rows: Callable[[Any], list[Any]]
+) -> list[Any] | None:
+    """Cut samples (NumPy, shape (T,)) into batches, run of equally large batches by run.
 
     ``split_rows`` turns the rows of a matrix into batches, in half the time of one call per batch.
-    It is called once per sequence of equally large batches, if there are few such sequences.
+    Return None if there are few batches, or runs are short.
     """
-    sizes = block.sizes
-    if sizes.size > FEW_BATCHES:
-        changes = np.flatnonzero(sizes[1:] != sizes[:-1]) + 1
-        if 4 * changes.size <= sizes.size:
-            batches: list[Any] = []
-            start = 0
-            bounds = [0, *changes.tolist(), sizes.size]
-            for low, high in pairwise(bounds):
-                size = int(sizes[low])
-                end = start + (high - low) * size
-                batches += split_rows(samples[start:end].reshape(-1, size))
-                start = end
-            return batches
-    flat = split_rows(samples[None, :])[0]
-    bounds = [0, *accumulate(sizes.tolist())]
-    return [flat[start:end] for start, end in pairwise(bounds)]
+    if sizes.size <= FEW_BATCHES:
+        return None
+    changes = np.flatnonzero(sizes[1:] != sizes[:-1]) + 1
+    if MIN_RUN * changes.size > sizes.size:
+        return None
+    batches: list[Any] = []
+    start = 0
+    for low, high in pairwise([0, *changes.tolist(), sizes.size]):
+        size = int(sizes[low])
+        end = start + (high - low) * size
+        batches += split_rows(samples[start:end].reshape(-1, size))
+        start = end
+    return batches
+
+
+def _cut(flat: Any, sizes: Int64) -> list[Any]:
+    """Cut a sequence into consecutive slices of the given sizes."""
+    return [flat[start:end] for start, end in pairwise(accumulate(sizes.tolist(), initial=0))]
 
 
 def _rows_to_lists(matrix: Any) -> list[list[int]]:
@@ -279,22 +288,24 @@ def _rows_to_lists(matrix: Any) -> list[list[int]]:
 
 
 def _to_lists(plan: EpochPlan, block: RaggedBlock) -> list[list[int]]:
-    return _split(arrays.to_numpy(block.samples), block, _rows_to_lists)
+    batches = _cut_rows(block.samples, block.sizes, _rows_to_lists)
+    return _cut(block.samples.tolist(), block.sizes) if batches is None else batches
 
 
 def _split_views(samples: Any, block: RaggedBlock) -> list[Any]:
-    if arrays.is_numpy(samples):
-        return _split(samples, block, list)
-    return arrays.split_rows(samples, block.sizes.tolist())
+    if not arrays.is_numpy(samples):
+        return arrays.split_rows(samples, block.sizes.tolist())
+    batches = _cut_rows(samples, block.sizes, list)
+    return _cut(samples, block.sizes) if batches is None else batches
 
 
 def _to_arrays(plan: EpochPlan, block: RaggedBlock) -> list[Any]:
-    return _split_views(arrays.to_numpy(block.samples), block)
+    return _split_views(block.samples, block)
 
 
 def _to_tensors(plan: EpochPlan, block: RaggedBlock) -> list[Any]:
     # Copies: pickling a view of a tensor for another process would send its whole storage.
-    views = _split_views(arrays.to_numpy(block.samples), block)
+    views = _split_views(block.samples, block)
     return [arrays.tensor_from_numpy(view.copy()) for view in views]
 
 

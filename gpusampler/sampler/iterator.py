@@ -97,7 +97,8 @@ class EpochIterator(Iterator[T], Generic[T]):
 
     def _refill(self) -> T:
         """Return the next batch; read more batches if none is ready."""
-        if self._shard is not None and self._num_returned == self._shard.steps:
+        shard = self._shard
+        if shard is not None and self._num_read == shard.steps and not length_hint(self._watched):
             raise StopIteration
         with self._hand_out_range:
             if self._shard is None:

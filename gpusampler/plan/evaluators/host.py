@@ -25,7 +25,7 @@ from gpusampler.plan.evaluators.base import (
     RaggedBlock,
 )
 from gpusampler.plan.evaluators.memory_fallback import SORT_HINT
-from gpusampler.plan.evaluators.native import GROUP, LENGTH, SlotEvaluator
+from gpusampler.plan.evaluators.native import SlotEvaluator
 
 
 class HostEvaluator(Evaluator):
@@ -68,8 +68,7 @@ class HostEvaluator(Evaluator):
         patch_order = self.patch_order(epoch)
         evaluator = self._compiled()
         if evaluator is not None:
-            rows, _ = evaluator.evaluate(epoch, slots, patch_order, None, 0)
-            group, j, length, size = rows
+            group, j, length, size, _ = evaluator.evaluate(epoch, slots, patch_order, None, 0)
             return BatchLocations(slots, group, j, length, size, None)
         if tables.visited is not None:
             state = self._streams.patches if self._settings.shuffle_batches else None
@@ -109,12 +108,11 @@ class HostEvaluator(Evaluator):
         if evaluator is not None:
             num_samples = slots.size * width
             patch_order = self.patch_order(epoch)
-            rows, samples = evaluator.evaluate(
+            group, _, length, _, samples = evaluator.evaluate(
                 epoch, slots, patch_order, self._order(), num_samples, pad_rows=True
             )
-            patches = self._tables.patches_of(rows[GROUP])
             indices = samples.reshape(slots.size, width).astype(dtype, copy=False)
-            return BatchBlock(indices, rows[LENGTH], patches)
+            return BatchBlock(indices, length, self._tables.patches_of(group))
         locations = self.locate(epoch, slots)
         samples = self._samples(epoch, locations, np.full(slots.size, width, np.int64))
         rows = samples.reshape(slots.size, width)
@@ -141,8 +139,9 @@ class HostEvaluator(Evaluator):
         evaluator = self._compiled()
         assert evaluator is not None
         patch_order = self.patch_order(epoch)
-        rows, samples = evaluator.evaluate(epoch, slots, patch_order, self._order(), max_samples)
-        group, _, length, size = rows
+        group, _, length, size, samples = evaluator.evaluate(
+            epoch, slots, patch_order, self._order(), max_samples
+        )
         return RaggedBlock(samples, size, length, self._tables.patches_of(group))
 
     def _compiled(self) -> SlotEvaluator | None:

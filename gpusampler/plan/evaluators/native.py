@@ -15,9 +15,8 @@ from gpusampler.permutation.host import order_address
 from gpusampler.permutation.reference import Streams
 from gpusampler.plan.evaluators.base import EvaluatorSettings
 
-GROUP, BATCH, LENGTH, SIZE = range(4)
 NUM_COLUMNS = 4
-"""Columns of the rows that `SlotEvaluator.evaluate` returns."""
+"""What the compiled module returns for each slot: group, batch, length and size."""
 
 
 class SlotEvaluator:
@@ -59,8 +58,8 @@ class SlotEvaluator:
         max_samples: int,
         *,
         pad_rows: bool = False,
-    ) -> tuple[Int64, Int64]:
-        """Return rows and their samples, for as many slots as fit in ``max_samples``.
+    ) -> tuple[Int64, Int64, Int64, Int64, Int64]:
+        """Return the batches at slots and their samples, for as many slots as fit.
 
         Parameters
         ----------
@@ -78,17 +77,17 @@ class SlotEvaluator:
 
         Returns
         -------
-        rows : int64 array, shape (4, R)
-            Group, batch in the group, number of samples that count, and number of samples returned
-            (see `BatchLocations`), for the first R slots.
+        group, j, length, size : int64 arrays, shape (R,)
+            As in `BatchLocations`, for the first R slots.
         samples : int64 array, shape (T,)
-            Samples, row after row.
+            Their samples, batch after batch.
         """
         count = len(slots)
         # One allocation, and one address, for both.
-        buffer = np.empty(NUM_COLUMNS * count + max_samples, np.int64)
+        end = NUM_COLUMNS * count
+        buffer = np.empty(end + max_samples, np.int64)
         rows_address = address(buffer)
-        samples_address = rows_address + 8 * NUM_COLUMNS * count if max_samples else 0
+        samples_address = rows_address + 8 * end if max_samples else 0
         if isinstance(slots, range):
             where = 0, slots.start, slots.step
         else:
@@ -98,12 +97,16 @@ class SlotEvaluator:
         num_rows, num_samples = _native.module.evaluate(
             job, epoch, *where, count, rows_address, samples_address, max_samples
         )
-        first = NUM_COLUMNS * count
-        rows = buffer[:first].reshape(NUM_COLUMNS, count)
-        samples = buffer[first : first + num_samples]
+        samples = buffer[end : end + num_samples]
         if order is not None and num_samples:
             self._look_up(order, samples, samples_address)
-        return rows[:, :num_rows], samples
+        return (
+            buffer[:num_rows],
+            buffer[count : count + num_rows],
+            buffer[2 * count : 2 * count + num_rows],
+            buffer[3 * count : 3 * count + num_rows],
+            samples,
+        )
 
     def _look_up(self, order: NDArray[Any], samples: Int64, samples_address: int) -> None:
         """Replace positions by samples, as `permutation.host.look_up` does."""
