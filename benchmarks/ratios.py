@@ -166,6 +166,7 @@ def main(arguments: list[str] | None = None) -> None:
     )
     parser.add_argument("--form", choices=names(), default=FORMS[-1], help="what evaluates ours")
     parser.add_argument("--json", type=Path, metavar="FILE", help="all figures")
+    parser.add_argument("--picture", type=Path, metavar="FILE", help="draw the ratios")
     asked = parser.parse_args(arguments)
     torch.set_num_threads(1)
     found: list[dict[str, Any]] = []
@@ -182,6 +183,32 @@ def main(arguments: list[str] | None = None) -> None:
                 print(markdown.row((*what, *took, *ratios)), flush=True)
     if asked.json:
         asked.json.write_text(json.dumps({"machine": on, "rows": found}, indent=1) + "\n")
+    if asked.picture:
+        draw(found, asked.picture)
+
+
+def draw(rows: list[dict[str, Any]], path: Path) -> None:
+    """Draw the ratios against the number of samples, a line for each output and baseline."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(7, 4), layout="constrained")
+    outputs = {"list": "lists", "numpy": "NumPy arrays"}
+    for output, baseline in dict.fromkeys((row["output"], row["baseline"]) for row in rows):
+        line = [row for row in rows if (row["output"], row["baseline"]) == (output, baseline)]
+        axes.plot(
+            [row["samples"] for row in line],
+            [row["ratio"] for row in line],
+            marker="o",
+            label=f"{outputs[output]}, against {baseline}",
+        )
+    axes.axhline(1, color="0.7", linewidth=1)
+    axes.set(xscale="log", xlabel="samples", ylabel="time of an epoch / baseline", ylim=(0, None))
+    axes.legend()
+    figure.savefig(path, dpi=110)
+    pyplot.close(figure)
 
 
 if __name__ == "__main__":

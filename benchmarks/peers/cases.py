@@ -34,7 +34,11 @@ class Case(NamedTuple):
 MIDDLE = Case(10**6, 100, 64)
 """Where the series meet."""
 SERIES: dict[str, tuple[Case, ...]] = {
-    "samples": tuple(MIDDLE._replace(samples=size) for size in (10**3, 10**4, 10**5, 10**6, 10**7)),
+    # A thousand samples are few for 100 patches.
+    "samples": (
+        MIDDLE._replace(samples=10**3, patches=10),
+        *(MIDDLE._replace(samples=size) for size in (10**4, 10**5, 10**6, 10**7)),
+    ),
     "patches": tuple(MIDDLE._replace(patches=n) for n in (10, 100, 1_000, 10_000, 50_000)),
     "batch": tuple(MIDDLE._replace(batch_size=size) for size in (8, 64, 1_024)),
 }
