@@ -10,8 +10,10 @@ from __future__ import annotations
 
 import os
 import platform
+import re
 import runpy
 import shutil
+import sys
 import sysconfig
 import tempfile
 from pathlib import Path
@@ -28,31 +30,31 @@ class NativeBuildHook(BuildHookInterface):  # type: ignore[type-arg]
     def initialize(self, version: str, build_data: dict[str, Any]) -> None:
         """Compile the module, and add it to what the wheel holds."""
         folder = Path(self.root, PACKAGE)
-        if version == "editable":
-            for old in find_binaries(folder):
-                old.unlink()
         setting = os.environ.get("GPUSAMPLER_NATIVE", "")
         self._temporary = tempfile.mkdtemp()
         try:
+            if version == "editable":
+                for old in find_binaries(folder):
+                    old.unlink()
             if setting == "0":
                 raise RuntimeError("GPUSAMPLER_NATIVE=0")
             check_python()
             binary = compile_module(folder, Path(self._temporary))
+            if version == "editable":
+                shutil.copy(binary, folder)
         except (Exception, SystemExit) as error:
             # Compilers fail in many ways; a wheel without the module works everywhere.
             if setting == "1":
+                self.finalize(version, build_data, "")
                 raise
             self.app.display_warning(
                 "gpusampler is installed without its compiled module, and evaluates batches on the "
                 f"host with NumPy, identically but slower. The reason: {error}"
             )
             return
-        if version == "editable":
-            shutil.copy(binary, folder)
-        else:
+        if version != "editable":
             build_data["force_include"][str(binary)] = f"{PACKAGE}/{binary.name}"
-        tag = sysconfig.get_platform().replace("-", "_").replace(".", "_")
-        build_data |= {"pure_python": False, "tag": f"cp310-abi3-{tag}"}
+            build_data |= {"pure_python": False, "tag": f"cp310-abi3-{platform_tag()}"}
 
     def finalize(self, version: str, build_data: dict[str, Any], artifact_path: str) -> None:
         """Remove temporary files."""
@@ -67,9 +69,22 @@ def check_python() -> None:
         raise RuntimeError("free-threaded Python has no stable ABI")
 
 
+def platform_tag() -> str:
+    """Return the platform of a wheel that this machine's compiler makes."""
+    tag = sysconfig.get_platform().replace("-", "_").replace(".", "_")
+    if sys.platform != "darwin":
+        return tag
+    from hatchling.builders.macos import process_macos_plat_tag
+
+    # "macosx_14_arm64" lacks the minor version, where the deployment target does.
+    return process_macos_plat_tag(
+        re.sub(r"^macosx_(\d+)_(?!\d)", r"macosx_\1_0_", tag), compat=False
+    )
+
+
 def find_binaries(folder: Path) -> list[Path]:
     """Return the compiled modules in a folder."""
-    return [path for path in folder.glob("native.*") if path.suffix in (".so", ".pyd", ".dylib")]
+    return [path for path in folder.glob("native.*") if path.suffix in (".so", ".pyd")]
 
 
 def compile_module(folder: Path, build: Path) -> Path:

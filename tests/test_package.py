@@ -35,7 +35,7 @@ NAME_LIBRARIES = [
     "calibration/memory_meter.py",
     "calibration/snapshot.py",
 ]
-HEAVY = {"numba", "torch", "cupy", "click", "matplotlib", "flopy", "gstools", "neuralop", "scipy"}
+HEAVY = {"torch", "cupy", "click", "matplotlib", "flopy", "gstools", "neuralop", "scipy"}
 HEAVY |= {"pyarrow", "pandas", "polars", "zarr", "h5py", "datasets", "nvtx"}
 
 

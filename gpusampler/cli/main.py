@@ -119,7 +119,9 @@ _DIRECTORY = click.Path(path_type=Path)
 @click.version_option(
     __version__,
     prog_name="gpusampler",
-    message=f"%(prog)s, version %(version)s, host evaluates in {_native.describe()}",
+    message="%(prog)s, version %(version)s, host evaluates in "
+    # click formats the message.
+    + _native.describe().replace("%", "%%"),
 )
 def cli() -> None:
     """Run the demo, or show how a batch size divides patches into batches."""

@@ -170,7 +170,9 @@ class OrderWriter:
         self._order_address = 0 if _native.module is None else order_address(order)
         if state is not None and "written" in state:
             self.num_written = int(state["written"])
-            self._next_locations = state["cursor"].copy()
+            if state["cursor"].shape != self._ends.shape:
+                raise IdsChanged
+            self._next_locations = state["cursor"].astype(np.int64)
             self._id_sum.total = int(state["written_sum"])
 
     def add(self, ids: NDArray[Any]) -> None:
@@ -178,13 +180,13 @@ class OrderWriter:
         num_groups = self._next_locations.size
         # A sort's cost per chunk (a pass over all patches, or two sorts) grows with the number of
         # patches, so chunks grow too.
-        chunk_size = max(CHUNK, 2 * num_groups) if num_groups <= RADIX else BLOCK
         if self._order_address:
             chunk_size, place = CHUNK, self._place_compiled
         elif num_groups <= RADIX:
+            chunk_size = max(CHUNK, 2 * num_groups)
             place = partial(self._place_sorted, self._sort_few)
         else:
-            place = partial(self._place_sorted, self._sort_many)
+            chunk_size, place = BLOCK, partial(self._place_sorted, self._sort_many)
         for first in range(0, ids.size, chunk_size):
             chunk = ids[first : first + chunk_size]
             if self._verify:

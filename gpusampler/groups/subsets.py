@@ -11,7 +11,6 @@ from numpy.typing import NDArray
 
 from gpusampler.core import arrays
 from gpusampler.core.arrays import Int64
-from gpusampler.core.devices import HOST
 from gpusampler.core.validation import as_array, as_int64, check_real
 from gpusampler.groups.counting_sort import group_on_host
 from gpusampler.permutation.host import permute_one, permute_ranges
@@ -19,7 +18,6 @@ from gpusampler.permutation.reference import (
     PURPOSE_SPLIT_PATCHES,
     PURPOSE_SPLIT_SAMPLES,
     derive_key,
-    grids_of,
 )
 from gpusampler.sources.base import HostIds
 
@@ -132,9 +130,8 @@ def split_samples(
     bounds = _part_bounds(counts, fractions)
     group = np.arange(counts.size, dtype=np.int64)
     key = derive_key(seed, PURPOSE_SPLIT_SAMPLES, 0, group)
-    grid = grids_of(arrays.namespace(HOST), counts)
     return [
-        permute_ranges(low, high - low, counts, key, grid, starts, order)
+        permute_ranges(low, high - low, counts, key, starts, order)
         for low, high in pairwise(bounds)
     ]
 

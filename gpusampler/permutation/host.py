@@ -11,8 +11,8 @@ from gpusampler.core import arrays
 from gpusampler.core.arrays import Int64
 from gpusampler.core.devices import HOST
 from gpusampler.permutation import _native, numpy_impl, position_ranges
-from gpusampler.permutation._native import address
-from gpusampler.permutation.reference import Grid, grid_of, key_of, permute
+from gpusampler.permutation._native import address, contiguous_int64
+from gpusampler.permutation.reference import grid_of, key_of, permute
 
 
 def permute_one(x: Int64, n: int, key: tuple[int, int]) -> Int64:
@@ -22,7 +22,7 @@ def permute_one(x: Int64, n: int, key: tuple[int, int]) -> Int64:
     """
     native = _native.module
     if native is not None:
-        x = np.ascontiguousarray(x, np.int64)
+        x = contiguous_int64(x)
         images = np.empty_like(x)
         native.permute(address(x), address(images), x.size, n, *key)
         return images
@@ -37,11 +37,11 @@ def keys_of(state: tuple[int, int], passes: Any, groups: Int64) -> tuple[Int64, 
     native = _native.module
     if native is None:
         return key_of(state, passes, groups)
-    groups = np.ascontiguousarray(groups, np.int64)
+    groups = contiguous_int64(groups)
     k0, k1 = np.empty_like(groups), np.empty_like(groups)
-    one_pass, pass_array = (passes, None) if isinstance(passes, int) else (0, passes)
-    if pass_array is not None:
-        pass_array = np.ascontiguousarray(pass_array, np.int64)
+    one_pass, pass_array = passes, None
+    if not isinstance(passes, int):
+        one_pass, pass_array = 0, contiguous_int64(np.broadcast_to(passes, groups.shape))
     arguments = address(pass_array), one_pass, address(groups), groups.size
     native.keys(*state, *arguments, address(k0), address(k1))
     return k0, k1
@@ -52,7 +52,6 @@ def permute_ranges(
     lengths: Int64,
     n: Int64,
     key: tuple[Int64, Int64] | None,
-    grid: Grid,
     base: Int64,
     order: NDArray[Any] | None,
 ) -> Int64:
@@ -67,8 +66,6 @@ def permute_ranges(
         Size of each row's patch, 1 .. 2**31 - 1.
     key : pair of int64 arrays, shape (K,), or None
         None for no permutation.
-    grid : Grid of int64 arrays, shape (K,)
-        `gpusampler.permutation.reference.grids_of` of ``n``.
     base : int64 array, shape (K,)
         Start of each row's patch in ``order``, or its first sample if ``order`` is None.
     order : integer array or None
@@ -81,12 +78,16 @@ def permute_ranges(
     """
     native = _native.module
     if native is None:
-        return position_ranges.permute_ranges(first, lengths, n, key, grid, base, order)
-    columns = [np.ascontiguousarray(column, np.int64) for column in (first, lengths, n, base)]
-    keys = [None, None] if key is None else [np.ascontiguousarray(k, np.int64) for k in key]
-    samples = np.empty(int(lengths.sum()), np.int64)
+        return position_ranges.permute_ranges(first, lengths, n, key, base, order)
+    columns = [
+        contiguous_int64(np.broadcast_to(column, n.shape)) for column in (first, lengths, n, base)
+    ]
+    keys = [None, None]
+    if key is not None:
+        keys = [contiguous_int64(np.broadcast_to(word, n.shape)) for word in key]
+    samples = np.empty(int(columns[1].sum()), np.int64)
     addresses = [address(array) for array in (*columns, *keys)]
-    native.ranges(*addresses, lengths.size, address(samples), samples.size)
+    native.ranges(*addresses, n.size, address(samples), samples.size)
     if order is not None:
         look_up(order, samples)
     return samples
@@ -94,16 +95,23 @@ def permute_ranges(
 
 def look_up(order: NDArray[Any], positions: Int64) -> None:
     """Replace positions, int64 of shape (T,), by the elements of ``order`` at them."""
-    native, first_item = _native.module, order_address(order)
-    if native is None or not first_item:
+    look_up_at(order, order_address(order), positions, address(positions))
+
+
+def look_up_at(order: NDArray[Any], first_item: int, positions: Int64, first_position: int) -> None:
+    """`look_up`, with the addresses `order_address` of the order and that of the positions."""
+    if not first_item:
         np.copyto(positions, order[positions])
         return
-    first = address(positions)
-    native.look_up(first_item, order.itemsize, order.size, first, first, positions.size)
+    _native.module.look_up(
+        first_item, order.itemsize, order.size, first_position, first_position, positions.size
+    )
 
 
 def order_address(order: NDArray[Any]) -> int:
-    """Return the address of an order; 0 if the compiled code cannot read it."""
+    """Return the address of an order; 0 if there is no compiled code that can read it."""
+    if _native.module is None:
+        return 0
     # Not the package's own, which are contiguous: big-endian, unaligned or strided ones.
     is_plain = order.dtype in (np.int32, np.int64) and order.flags.aligned
     return address(order) if is_plain and order.flags.c_contiguous else 0

@@ -12,9 +12,11 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from gpusampler.core import arrays
 from gpusampler.core.arrays import Int64
+from gpusampler.core.devices import HOST
 from gpusampler.permutation.numpy_impl import TILE, WORK, permute_grid, permute_small
-from gpusampler.permutation.reference import MAX_ROUNDS, ROUNDS_FROM, SMALL, Grid
+from gpusampler.permutation.reference import MAX_ROUNDS, ROUNDS_FROM, SMALL, Grid, grids_of
 
 _LANES = np.arange(TILE, dtype=np.int64)
 
@@ -46,12 +48,12 @@ def permute_ranges(
     lengths: Int64,
     n: Int64,
     key: tuple[Int64, Int64] | None,
-    grid: Grid,
     base: Int64,
     order: NDArray[Any] | None,
 ) -> Int64:
     """`permutation.host.permute_ranges` in NumPy."""
     k0, k1 = (first, first) if key is None else key
+    grid = grids_of(arrays.namespace(HOST), n)
     ranges = PositionRanges(first, lengths, n, base, k0, k1, *grid)
     rounds = np.full(n.shape, -1) if key is None else _rounds_of(n)
     in_order = bool((rounds[1:] >= rounds[:-1]).all()) and bool((lengths > 0).all())

@@ -264,7 +264,6 @@ class PatchBatchSampler(ProfiledSampler):
             # (Unshuffled samplers are for evaluation, where ``valid`` does not count copies.)
             warn_of_copies(plan)
         check_num_batches(plan.num_batches, num_replicas, uneven)
-        self._make_reader = functools.partial(BatchReader, output=self.output)
         self.sampler = EpochSetter(self._tracker)
 
     @classmethod
@@ -382,7 +381,7 @@ class PatchBatchSampler(ProfiledSampler):
             because they are arrays.
         """
         check_sharding(self.num_replicas, self.output)
-        return EpochIterator(self._tracker, self._make_reader)
+        return EpochIterator(self._tracker, functools.partial(BatchReader, output=self.output))
 
     def batches(self, epoch: int | None = None) -> Iterator[Batch]:
         """Iterate over this rank's batches with their indices on the device.

@@ -34,6 +34,8 @@ MAX_LOCATED_SLOTS = 1 << 13
 """Maximum number of slots located at once. Slots are located further ahead than samples are
 evaluated, because this is far cheaper."""
 
+_NO_ENDS = np.zeros(0, np.int64)
+
 
 class Batch(NamedTuple):
     """One batch: its patch id, the indices of its samples, and how many of them count.
@@ -73,7 +75,7 @@ class BlockReader:
         if evaluator.works_on_host and evaluator.host.evaluates_slots:
             self._slot_evaluator = evaluator.host
         self._locations: BatchLocations | None = None
-        self._sample_ends: Any = None
+        self._sample_ends = _NO_ENDS
         self._row = 0
         self._num_located = 0
         self._num_samples = 0
@@ -116,7 +118,10 @@ class BlockReader:
         max_samples = min(max_samples, evaluator.block_samples, count * plan.max_batch_size)
         first, step = shard.slot + start * shard.num_replicas + shard.rank, shard.num_replicas
         slots = range(first, first + count * step, step)
-        block = evaluator.slot_range(shard.epoch, slots, max(max_samples, plan.max_batch_size))
+        block = evaluator.slot_range(shard.epoch, slots, max_samples)
+        if block.sizes.size == 0:
+            # The first batch is larger than a block.
+            block = evaluator.slot_range(shard.epoch, slots[:1], plan.max_batch_size)
         num_batches = block.sizes.size
         self._num_located += num_batches
         self._num_samples += block.samples.size

@@ -203,6 +203,7 @@ class EpochTracker:
         return shard
 
     def _start_pass(self, epoch_pass: StatefulPass, shard: RankShard) -> RankShard:
+        check_epoch(shard.epoch)
         self._next_position = EpochPosition(self.plan, shard.epoch + 1, 0)
         self._loaded_position, self._current_pass = None, epoch_pass
         self._num_passes += 1

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from gpusampler.permutation.host import permute_ranges
-from gpusampler.permutation.reference import derive_key, grids_of
+from gpusampler.permutation.reference import derive_key
 
 from .subjects import Subject
 from .walks import Keys
@@ -15,7 +15,6 @@ SMALL_SIZES = range(1, 4097)
 
 def exhaustive(seed: int, sizes: range = SMALL_SIZES) -> list[int]:
     """Sizes at which the permutation is no bijection; one group a size, as a plan calls it."""
-    import array_api_compat.numpy as xp
 
     n = np.array(sizes, np.int64)
     ends = np.cumsum(n)
@@ -27,7 +26,7 @@ def exhaustive(seed: int, sizes: range = SMALL_SIZES) -> list[int]:
         size, base = n[part], np.cumsum(n[part]) - n[part]
         key = derive_key(seed, 3, 0, part)
         zero = np.zeros_like(size)
-        samples = permute_ranges(zero, size, size, key, grids_of(xp, size), zero, None)
+        samples = permute_ranges(zero, size, size, key, zero, None)
         # Each row's places are put where that row's n begin: a bijection fills every one once.
         lane_row = np.repeat(np.arange(size.size), size)
         inside = samples < size[lane_row]

@@ -16,7 +16,7 @@ import pytest
 
 from gpusampler import CostBudget, EpochPlan, PatchGroups
 from gpusampler.permutation import host
-from gpusampler.permutation.reference import VERSION, Grid, derive_key, grid_of, grids_of, permute
+from gpusampler.permutation.reference import VERSION, derive_key, grids_of, permute
 from support import make_golden, oracle
 from support.optional_torch import every_namespace, torch
 from support.strategies import expected_by_patch, ragged_of, rows_of
@@ -181,8 +181,7 @@ def test_lanes_runs(host_form, vectors):
         for x, image in zip(positions(vector), vector["images"], strict=True)
     ]
     x, n, k0, k1, images = np.array(expected, np.int64).T
-    grid = Grid(*(np.array(side) for side in zip(*(grid_of(int(m)) for m in n), strict=True)))
-    samples = host.permute_ranges(x, np.ones_like(x), n, (k0, k1), grid, np.zeros_like(x), None)
+    samples = host.permute_ranges(x, np.ones_like(x), n, (k0, k1), np.zeros_like(x), None)
     assert samples.tolist() == images.tolist()
 
 

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from gpusampler import PatchBatchSampler, PatchGroups
 from gpusampler.permutation import _native, host, position_ranges
 from gpusampler.permutation._native import address, sources
-from gpusampler.permutation.reference import grids_of, key_of
+from gpusampler.permutation.reference import key_of
 from support import oracle
 from support.processes import run_python
 
@@ -53,7 +53,7 @@ def position_rows(draw):
 @given(position_rows())
 def test_rows_are_those_of_numpy(form, rows):
     first, lengths, n, key, base = rows
-    arguments = first, lengths, n, key, grids_of(np, n), base, None
+    arguments = first, lengths, n, key, base, None
     samples = host.permute_ranges(*arguments)
     assert samples.dtype == np.int64
     np.testing.assert_array_equal(samples, position_ranges.permute_ranges(*arguments))
@@ -66,7 +66,7 @@ def test_every_number_of_lanes_wraps_where_the_patch_ends(form, size):
     for n in [*EDGES, 1000, *range(4, 70)]:
         for first in {0, n // 2, n - 1}:
             row = [np.array([value], np.int64) for value in (first, size, n)]
-            samples = host.permute_ranges(*row, words, grids_of(np, row[2]), np.array([10]), None)
+            samples = host.permute_ranges(*row, words, np.array([10]), None)
             expected = [10 + oracle.permuted((first + i) % n, n, key) for i in range(size)]
             assert samples.tolist() == expected, (n, first)
 
@@ -87,7 +87,7 @@ def test_positions_of_one_permutation_are_the_oracles(form, n):
 )
 def test_keys_are_those_of_the_reference(form, state, rows, one_pass):
     passes, groups = np.array(rows, np.int64).reshape(-1, 2).T
-    for given_passes in (passes, one_pass):
+    for given_passes in (passes, one_pass, np.int64(one_pass)):
         expected = key_of(state, given_passes, groups)
         actual = host.keys_of(state, given_passes, groups)
         for word, desired in zip(actual, expected, strict=True):
@@ -317,8 +317,9 @@ def test_arguments_are_counted_and_integers():
         native.permute("x", 0, 0, 1, 0, 0)
     with pytest.raises(OverflowError):
         native.permute(2**64, 0, 0, 1, 0, 0)
-    with pytest.raises(ValueError, match="form must be one of"):
-        native.use("mmx")
+    for name in ("mmx", 3, None):
+        with pytest.raises(ValueError, match="form must be one of"):
+            native.use(name)
     with pytest.raises(ValueError, match="4 or 8 bytes"):
         native.look_up(0, 2, 10, 0, 0, 0)
     with pytest.raises(ValueError, match="4 or 8 bytes"):

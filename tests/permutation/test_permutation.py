@@ -14,7 +14,6 @@ from gpusampler.permutation import numpy_impl
 from gpusampler.permutation.host import permute_one, permute_ranges
 from gpusampler.permutation.reference import (
     SMALL,
-    Grid,
     derive_key,
     grid_of,
     grids_of,
@@ -126,8 +125,7 @@ def runs(rows: list[tuple[int, int, int, int, int]], base: list[int], order: Any
     """`permute_ranges` of rows (first, length, n, k0, k1): one list of samples a row."""
     columns = np.array(rows, np.int64).reshape(-1, 5).T
     first, lengths, n, k0, k1 = (np.ascontiguousarray(column) for column in columns)
-    grid = grids_of(array_api_compat.numpy, n)
-    samples = permute_ranges(first, lengths, n, (k0, k1), grid, np.array(base, np.int64), order)
+    samples = permute_ranges(first, lengths, n, (k0, k1), np.array(base, np.int64), order)
     assert samples.size == lengths.sum()
     return [part.tolist() for part in np.split(samples, np.cumsum(lengths)[:-1])]
 
@@ -209,14 +207,12 @@ def test_runs_longer_than_a_tile(host_form, n):
 
 
 def test_runs_without_a_key_stay_where_they_are(host_form):
-    zero = np.zeros(2, np.int64)
     n = np.array([5, 100])
     samples = permute_ranges(
         np.array([3, 98]),
         np.array([4, 3]),
         n,
         None,
-        Grid(zero, zero, zero),
         np.array([1000, 2000]),
         None,
     )
@@ -227,7 +223,7 @@ def test_runs_without_a_key_stay_where_they_are(host_form):
 def test_no_runs_at_all(host_form, keyed):
     none = np.zeros(0, np.int64)
     key = (none, none) if keyed else None
-    assert permute_ranges(none, none, none, key, Grid(none, none, none), none, None).size == 0
+    assert permute_ranges(none, none, none, key, none, None).size == 0
 
 
 def test_no_positions_at_all(host_form):

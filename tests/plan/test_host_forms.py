@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -138,3 +139,49 @@ def test_patch_orders_of_several_epochs(host_form):
             row[:length] for row, length in zip(block.indices.tolist(), block.lengths, strict=True)
         ]
         assert samples == [samples for _, samples in expected[epoch]]
+
+
+def test_threads_that_read_different_epochs(host_form):
+    """A thread keeps the tables that its call reads, whatever another thread asks for meanwhile."""
+    plan = EpochPlan(PatchGroups.from_counts([3000] * 40), 4, seed=1, interleave=False)
+    slots = np.arange(plan.num_batches)
+    expected = {epoch: plan.evaluate(epoch, slots).indices.copy() for epoch in range(4)}
+    copied = pickle.loads(pickle.dumps(plan))
+
+    def read(epoch: int) -> bool:
+        return all(
+            np.array_equal(copied.evaluate(epoch, slots).indices, expected[epoch]) for _ in range(5)
+        )
+
+    with ThreadPoolExecutor(4) as pool:
+        assert all(pool.map(read, range(4)))
+
+
+def test_one_patch_of_huge_batches_does_not_enlarge_the_blocks_of_others(host_form):
+    groups = PatchGroups.from_counts([300_000, 4000])
+    plan = EpochPlan(groups, {0: 150_000, 1: 4}, seed=0, shuffle_patches=False)
+    shard = RankShard(plan, 0, 0, plan.num_batches, 1, 0, True, Recorder())
+    reader = BlockReader(shard)
+    sizes = []
+    while (block := reader.read()) is not None:
+        sizes.append((block.sizes.max(), block.samples.size))
+    assert sum(size for _, size in sizes) == 304_000
+    assert all(total <= 1 << 15 for largest, total in sizes if largest == 4)
+
+
+def test_slots_and_columns_of_any_layout(host_form):
+    ids = np.random.default_rng(0).integers(0, 5, 500)
+    plan = EpochPlan(PatchGroups.from_ids(ids), 8, seed=3)
+    expected = plan.evaluate(0, [3, 1, 0]).indices
+    unaligned = np.frombuffer(b"\0" + np.array([3, 1, 0]).tobytes(), np.int64, 3, 1)
+    strided = np.array([3, 9, 1, 9, 0, 9])[::2]
+    for slots in (unaligned, strided, np.array([3, 1, 0], ">i8"), np.array([3, 1, 0], np.int16)):
+        np.testing.assert_array_equal(plan.evaluate(0, slots).indices, expected)
+
+
+def test_the_last_epoch_of_all_is_followed_by_an_error(host_form):
+    sampler = PatchBatchSampler([1, 1, 2], 2, seed=0)
+    sampler.set_epoch(2**63 - 1)
+    assert len(list(sampler)) == 2
+    with pytest.raises(ValueError, match="epoch must be"):
+        list(sampler)

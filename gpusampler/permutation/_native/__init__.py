@@ -11,6 +11,9 @@ from ctypes import addressof, c_char
 from importlib import import_module
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 from gpusampler.core import log
 from gpusampler.permutation._native.sources import FOLDER, MODULE, source_hash
 
@@ -74,6 +77,11 @@ def describe() -> str:
 
 
 log.logger.debug("what evaluates batches on the host: %s", describe())
+
+
+def contiguous_int64(array: Any) -> NDArray[np.int64]:
+    """Return an array as the compiled module reads it: int64, aligned and contiguous."""
+    return np.require(array, np.int64, ("C", "A"))
 
 
 def address(array: Any) -> int:

@@ -25,6 +25,11 @@
 #define SOURCE_HASH ""
 #endif
 
+/* A job's members are addresses and numbers of 64 bits. */
+#if UINTPTR_MAX != UINT64_MAX
+#error "pointers must have 64 bits"
+#endif
+
 #define TILE 64
 #define STEP 16 /* lanes are permuted in multiples of this many, whatever the form */
 #define MAX_SIDE 0x7FFFFFFF
@@ -432,7 +437,8 @@ static PyObject *py_evaluate(PyObject *self, PyObject *const *args, Py_ssize_t g
         PyErr_SetString(PyExc_ValueError, "a table of batches is empty or too large");
         return NULL;
     }
-    PyThreadState *state = capacity > GIL_SAMPLES ? PyEval_SaveThread() : NULL;
+    const int is_long = capacity > GIL_SAMPLES || count > GIL_SAMPLES;
+    PyThreadState *state = is_long ? PyEval_SaveThread() : NULL;
     const Done done = evaluate(job, v[1], ADDRESS(const i64, v[2]), v[3], v[4], count, columns, out,
                                capacity);
     if (state != NULL) PyEval_RestoreThread(state);
@@ -468,6 +474,7 @@ static PyObject *py_keys(PyObject *self, PyObject *const *args, Py_ssize_t given
     if (!read_numbers(args, given, 8, v)) return NULL;
     const i64 *passes = ADDRESS(const i64, v[2]), *groups = ADDRESS(const i64, v[4]);
     i64 *out0 = ADDRESS(i64, v[6]), *out1 = ADDRESS(i64, v[7]);
+    PyThreadState *state = v[5] > GIL_SAMPLES ? PyEval_SaveThread() : NULL;
     for (i64 row = 0; row < v[5]; row += TILE) {
         const int in_tile = v[5] - row < TILE ? (int)(v[5] - row) : TILE;
         form->keys((u32)v[0], (u32)v[1], passes == NULL ? NULL : passes + row, v[3], groups + row,
@@ -477,6 +484,7 @@ static PyObject *py_keys(PyObject *self, PyObject *const *args, Py_ssize_t given
             out1[row + k] = k1[k];
         }
     }
+    if (state != NULL) PyEval_RestoreThread(state);
     Py_RETURN_NONE;
 }
 
@@ -521,6 +529,7 @@ static PyObject *py_look_up(PyObject *self, PyObject *const *args, Py_ssize_t gi
         return NULL;
     }
     PyThreadState *state = v[5] > GIL_SAMPLES ? PyEval_SaveThread() : NULL;
+    /* The size is a constant of each copy, so that its loop has no branch for it. */
     const int in_range = v[1] == 4
         ? look_up(ADDRESS(const void, v[0]), 1, v[2], ADDRESS(const i64, v[3]), ADDRESS(i64, v[4]), v[5])
         : look_up(ADDRESS(const void, v[0]), 0, v[2], ADDRESS(const i64, v[3]), ADDRESS(i64, v[4]), v[5]);
@@ -567,7 +576,7 @@ static PyObject *py_place(PyObject *self, PyObject *const *args, Py_ssize_t give
 
 static PyObject *py_use(PyObject *self, PyObject *name) {
     (void)self;
-    for (int i = 0; i < NUM_FORMS; ++i) {
+    for (int i = 0; i < NUM_FORMS && PyUnicode_Check(name); ++i) {
         if (PyUnicode_CompareWithASCIIString(name, FORMS[i].name) == 0 && is_supported(i)) {
             form = &FORMS[i];
             Py_RETURN_NONE;

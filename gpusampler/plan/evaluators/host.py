@@ -1,4 +1,4 @@
-"""Evaluation on the host: slots are located by NumPy, positions permuted by `permutation.host`."""
+"""Evaluation on the host, in C if possible: see `native`, and `permutation.host`."""
 
 from __future__ import annotations
 
@@ -131,10 +131,9 @@ class HostEvaluator(Evaluator):
         return self._can_evaluate_slots and _native.module is not None
 
     def slot_range(self, epoch: int, slots: range, max_samples: int) -> RaggedBlock:
-        """Return the batches at the first of ``slots``, as many as have ``max_samples`` samples.
+        """Return the batches at the first of ``slots``, as many as fit in ``max_samples`` samples.
 
-        Slots beyond the epoch's last repeat its first. ``max_samples`` is at least the size of the
-        largest batch.
+        Slots beyond the epoch's last repeat its first.
         """
         evaluator = self._compiled()
         assert evaluator is not None
@@ -164,8 +163,7 @@ class HostEvaluator(Evaluator):
         key = None
         if self._settings.shuffle_samples:
             key = keys_of(self._streams.samples, passes, group)
-        grid = Grid(*(side[group] for side in self._tables.grid))
-        return permute_ranges(first, length, self._tables.counts[group], key, grid, base, order)
+        return permute_ranges(first, length, self._tables.counts[group], key, base, order)
 
     def patch_order(self, epoch: int) -> PatchOrder | None:
         """Return an epoch's order of patches, None if interleaved; the last two are cached."""
@@ -200,13 +198,13 @@ class HostEvaluator(Evaluator):
         bucket = buckets.bucket_of(np, index)
         offset, n = buckets.offsets[bucket], buckets.counts[bucket]
         key = key_of(self._streams.buckets, epoch, bucket)
-        grid = Grid(*(side[bucket] for side in buckets.grid))
         within = index - offset
         if buckets.largest >= 1 << 31:
+            grid = Grid(*(side[bucket] for side in buckets.grid))
             xp, bounds = arrays.namespace(HOST), (buckets.smallest, buckets.largest)
             return np.asarray(offset + permute(xp, within, n, key, grid, *bounds))
         ones = np.ones_like(within)
-        return permute_ranges(within, ones, n, key, grid, offset, None)
+        return permute_ranges(within, ones, n, key, offset, None)
 
     def _samples(self, epoch: int, locations: BatchLocations, sizes: Int64) -> Int64:
         """Return the samples of all batches, ``sizes[k]`` of batch k."""

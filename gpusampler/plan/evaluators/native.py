@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -10,13 +10,23 @@ from numpy.typing import NDArray
 from gpusampler.batching.tables import PatchOrder, PatchTables
 from gpusampler.core.arrays import Int64
 from gpusampler.permutation import _native
-from gpusampler.permutation._native import address
-from gpusampler.permutation.host import order_address
+from gpusampler.permutation._native import address, contiguous_int64
+from gpusampler.permutation.host import look_up_at, order_address
 from gpusampler.permutation.reference import Streams
 from gpusampler.plan.evaluators.base import EvaluatorSettings
 
 NUM_COLUMNS = 4
 """What the compiled module returns for each slot: group, batch, length and size."""
+FEW_SLOTS = 256
+"""Up to this many slots, the columns and the samples share an allocation."""
+
+
+class Job(NamedTuple):
+    """What the compiled code reads: ``words`` has addresses of tables, and of ``patch_order``."""
+
+    patch_order: PatchOrder | None
+    words: NDArray[np.int64]
+    address: int
 
 
 class SlotEvaluator:
@@ -29,15 +39,14 @@ class SlotEvaluator:
         # The compiled code reads these arrays by their addresses, so they are kept.
         by_group = (tables.counts, tables.starts, tables.sizes, tables.larger)
         self._by_group = [
-            None if column is None else np.ascontiguousarray(column, np.int64)
-            for column in by_group
+            None if column is None else contiguous_int64(column) for column in by_group
         ]
-        self._offsets = np.ascontiguousarray(tables.batch_offsets, np.int64)
+        self._offsets = contiguous_int64(tables.batch_offsets)
         self._num_groups, self._num_batches = tables.counts.size, tables.num_batches
         self._max_batch_size = tables.max_batch_size
         self._settings, self._streams = settings, streams
         self._order: tuple[Any, int] = None, 0
-        self._jobs: dict[bool, tuple[PatchOrder | None, NDArray[np.int64], int]] = {}
+        self._jobs: dict[bool, Job] = {}
 
     @staticmethod
     def can_evaluate(tables: PatchTables) -> bool:
@@ -83,23 +92,30 @@ class SlotEvaluator:
             Their samples, batch after batch.
         """
         count = len(slots)
-        # One allocation, and one address, for both.
         end = NUM_COLUMNS * count
-        buffer = np.empty(end + max_samples, np.int64)
+        # One allocation and one address, unless batches would keep many unused rows in memory.
+        buffer = np.empty(end + max_samples * (count <= FEW_SLOTS), np.int64)
+        samples = buffer[end:] if count <= FEW_SLOTS else np.empty(max_samples, np.int64)
         rows_address = address(buffer)
-        samples_address = rows_address + 8 * end if max_samples else 0
+        samples_address = 0
+        if max_samples:
+            samples_address = rows_address + 8 * end if count <= FEW_SLOTS else address(samples)
         if isinstance(slots, range):
             where = 0, slots.start, slots.step
         else:
-            slots = np.ascontiguousarray(slots, np.int64)
+            slots = contiguous_int64(slots)
             where = address(slots), 0, 0
+        # Kept until the call returns: another thread may replace it meanwhile.
         job = self._job(patch_order, pad_rows)
         num_rows, num_samples = _native.module.evaluate(
-            job, epoch, *where, count, rows_address, samples_address, max_samples
+            job.address, epoch, *where, count, rows_address, samples_address, max_samples
         )
-        samples = buffer[end : end + num_samples]
+        samples = samples[:num_samples]
         if order is not None and num_samples:
-            self._look_up(order, samples, samples_address)
+            last_order = self._order
+            if order is not last_order[0]:
+                self._order = last_order = order, order_address(order)
+            look_up_at(*last_order, samples, samples_address)
         return (
             buffer[:num_rows],
             buffer[count : count + num_rows],
@@ -108,28 +124,16 @@ class SlotEvaluator:
             samples,
         )
 
-    def _look_up(self, order: NDArray[Any], samples: Int64, samples_address: int) -> None:
-        """Replace positions by samples, as `permutation.host.look_up` does."""
-        if order is not self._order[0]:
-            self._order = order, order_address(order)
-        order, first_item = self._order
-        if not first_item:
-            np.copyto(samples, order[samples])
-            return
-        _native.module.look_up(
-            first_item, order.itemsize, order.size, samples_address, samples_address, samples.size
-        )
-
-    def _job(self, patch_order: PatchOrder | None, pad_rows: bool) -> int:
-        """Return the address of the description that the compiled code reads."""
+    def _job(self, patch_order: PatchOrder | None, pad_rows: bool) -> Job:
+        """Return the job for the batches of an epoch; the last one is cached."""
         cached = self._jobs.get(pad_rows)
-        if cached is not None and cached[0] is patch_order:
-            return cached[2]
+        if cached is not None and cached.patch_order is patch_order:
+            return cached
         settings = self._settings
         offsets, group_of = self._offsets, None
         if patch_order is not None:
             group_of, offsets = patch_order
-        job = np.array(
+        words = np.array(
             [
                 self._num_groups,
                 self._num_batches,
@@ -143,6 +147,6 @@ class SlotEvaluator:
             ],
             np.int64,
         )
-        # Replaced rather than updated: a different thread may be reading it.
-        self._jobs = {**self._jobs, pad_rows: (patch_order, job, address(job))}
-        return address(job)
+        job = Job(patch_order, words, address(words))
+        self._jobs[pad_rows] = job
+        return job
