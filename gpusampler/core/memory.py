@@ -6,7 +6,6 @@ need Linux); the warnings are then skipped.
 
 from __future__ import annotations
 
-import math
 import os
 from contextlib import suppress
 from pathlib import Path
@@ -188,7 +187,8 @@ class GrowthWatch:
 
     def __init__(self) -> None:
         self._sizes: list[int] = []
-        self._last_check = -math.inf
+        # A first epoch has none to be compared with.
+        self._last_check = monotonic()
 
     def check(self) -> None:
         """Compare the memory at the start of an epoch with that of earlier epochs."""
