@@ -217,6 +217,7 @@ class TestGrowth:
             type(memory.PROC), "read_bytes", lambda path: opened.append(path) or original(path)
         )
         monkeypatch.setattr(type(memory.PROC), "read_text", None)
+        monkeypatch.setattr(memory, "MIN_SECONDS_BETWEEN_CHECKS", 0)
         list(PatchBatchSampler([1, 1, 2], 2, seed=0))
         assert len(opened) == 1
 
