@@ -17,6 +17,7 @@ from gpusampler.core.devices import Device
 from gpusampler.core.text import short_repr
 from gpusampler.core.validation import check_choice, check_int
 from gpusampler.plan.epoch_plan import EpochPlan
+from gpusampler.plan.evaluators.kernels.fused import Advance
 from gpusampler.sampler.state import (
     check_epoch,
     check_fingerprint,
@@ -117,6 +118,8 @@ class BatchCursor(torch.nn.Module):
         self._uneven = check_choice(uneven, "uneven", UNEVENS)
         self._seed_given = seed_given
         self._repeats_count = repeats_count
+        drops_uneven = self._uneven == "drop"
+        self._advance = Advance(self.num_replicas, self.rank, drops_uneven, repeats_count)
         self._plan = plan
         check_num_batches(plan.num_batches, self.num_replicas, self._uneven)
         for name in ("epoch", "slot"):
@@ -136,6 +139,9 @@ class BatchCursor(torch.nn.Module):
 
     def forward(self) -> CursorBatch:
         """Return this rank's next batch and advance the position."""
+        block = self._plan.evaluator.next_batch(self.epoch, self.slot, self._advance)
+        if block is not None:
+            return CursorBatch(block.indices, block.lengths, block.groups.reshape(1))
         total, drop = self._plan.num_batches, self._uneven == "drop"
         # Few operations: each is a separate kernel unless a compiler fuses them.
         rank_slot = self.slot if self.num_replicas == 1 else self.slot + self.rank

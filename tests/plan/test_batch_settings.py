@@ -10,19 +10,13 @@ from itertools import chain
 
 import numpy as np
 import pytest
-from hypothesis import assume, given, settings
+from hypothesis import Phase, assume, given, settings
 from hypothesis import strategies as st
 
 from gpusampler import CostBudget, EpochPlan, PatchBatchSampler, PatchGroups
-from gpusampler.core import arrays
 from support import oracle
-from support.cases import short_batch_cases, whole
-from support.kernels import (
-    device_of_kernel,
-    evaluator_settings_of,
-    every_kernel,
-    kernel_evaluator_of,
-)
+from support.cases import cases, short_batch_cases, whole
+from support.kernels import TRITON, every_kernel, kernel_of
 from support.strategies import epochs, patchy_ids, quiet, seeds, through_json, times_seen
 
 IDS = np.random.default_rng(5).permutation(np.repeat([4, -1, 8, 30, 11], [33, 7, 64, 1, 50]))
@@ -105,35 +99,33 @@ def test_a_cursor_and_any_order_of_slots_equal_iteration(given_settings):
     assert batch.tolist() == plan.evaluate(2, [last]).indices[0].tolist()
 
 
-@every_kernel
-@every_setting
-def test_kernels_equal_the_host(kind, given_settings):
-    plan = plan_of(**given_settings)
-    device = device_of_kernel(kind)
-    tables = plan.tables.on(device, plan.groups.order)
-    kernel = kernel_evaluator_of(tables, device, evaluator_settings_of(plan), kind)
+def check_kernel(plan: EpochPlan, kind: str, epoch: int) -> None:
+    """A kernel locates and evaluates every slot as the host does, in one launch."""
+    kernel = kernel_of(plan, kind)
     slots = np.arange(plan.num_batches)
-    streams, locations = plan.evaluator.streams, plan.evaluator.locate(1, slots)
-    block = plan.evaluate(1, slots)
-    columns = [locations.group, locations.j]
-    if locations.passes is not None:
-        columns.append(locations.passes)
-    group, j, *passes = (arrays.to_device(column, device) for column in columns)
-    result = kernel.located_block(streams, 1, group, j, *passes)
-    for actual, desired in zip(result, block, strict=True):
-        np.testing.assert_array_equal(arrays.to_numpy(actual), desired)
-    samples = arrays.to_numpy(kernel.ragged(streams, 1, locations, is_located=True))
+    block = plan.evaluate(epoch, slots)
+    for actual, desired in zip(kernel.block(plan, epoch, slots), block, strict=True):
+        np.testing.assert_array_equal(actual, desired)
+    locations = plan.evaluator.locate(epoch, slots)
     expected = [
         row[:size] for row, size in zip(block.indices.tolist(), locations.size, strict=True)
     ]
-    assert samples.tolist() == list(chain.from_iterable(expected))
-    if {"partial", "min_partial"} >= set(given_settings):
-        # Without more settings, the kernel locates slots itself.
-        result = kernel.block(streams, 1, arrays.to_device(slots, device))
-        for actual, desired in zip(result, block, strict=True):
-            np.testing.assert_array_equal(arrays.to_numpy(actual), desired)
-        again = kernel.ragged(streams, 1, locations, is_located=False)
-        assert arrays.to_numpy(again).tolist() == samples.tolist()
+    samples = kernel.ragged(plan, epoch, locations).tolist()
+    assert samples == list(chain.from_iterable(expected))
+    assert len(kernel.launches) == 2
+
+
+@every_kernel
+@every_setting
+def test_kernels_equal_the_host(kind, given_settings):
+    check_kernel(plan_of(**given_settings), kind, 1)
+
+
+@pytest.mark.parametrize("kind", ["cuda-c", TRITON])
+@settings(max_examples=25, phases=[Phase.explicit, Phase.generate])
+@given(st.one_of(cases(), short_batch_cases()), epochs)
+def test_kernels_locate_any_plan(kind, case, epoch):
+    check_kernel(case.plan, kind, epoch)
 
 
 # Laws

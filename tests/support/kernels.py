@@ -13,6 +13,8 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import cache
 from importlib.util import find_spec, module_from_spec, spec_from_file_location
@@ -26,8 +28,7 @@ import pytest
 
 from gpusampler import EpochPlan
 from gpusampler.core import arrays, devices
-from gpusampler.core.devices import HOST, Device
-from gpusampler.plan.evaluators.array import ArrayEvaluator
+from gpusampler.core.devices import Device
 from gpusampler.plan.evaluators.base import BatchLocations, EvaluatorSettings
 from gpusampler.plan.evaluators.kernels import fused
 from gpusampler.plan.evaluators.kernels.kernel_spec import THREADS, cuda_geometry, triton_geometry
@@ -112,6 +113,10 @@ def launch_on_host(form, geometry, args) -> None:
     cuda_batches_on_host().launch(form, geometry, args)
 
 
+def launch_patch_order_on_host(form, epoch_on_device, args) -> None:
+    cuda_batches_on_host().launch_patch_order(form, epoch_on_device, args)
+
+
 def launch_interpreted(form, geometry, args) -> None:
     """Run the Triton kernel over tensors of the host.
 
@@ -119,9 +124,22 @@ def launch_interpreted(form, geometry, args) -> None:
     products again in 64 bits, for an assertion that is off, and it patches the language again at
     each call of a device function.
     """
-    from triton.runtime import interpreter
-
     from gpusampler.plan.evaluators.kernels.triton_batches import launch
+
+    with interpreter_in_haste():
+        launch(form, geometry, args)
+
+
+def launch_patch_order_interpreted(form, epoch_on_device, args) -> None:
+    from gpusampler.plan.evaluators.kernels.triton_batches import launch_patch_order
+
+    with interpreter_in_haste():
+        launch_patch_order(form, epoch_on_device, args)
+
+
+@contextmanager
+def interpreter_in_haste() -> Iterator[None]:
+    from triton.runtime import interpreter
 
     patch_language, patched = interpreter._patch_lang, set()
 
@@ -135,7 +153,7 @@ def launch_interpreted(form, geometry, args) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(builder, "options", replace(builder.options, sanitize_overflow=False))
         patch.setattr(interpreter, "_patch_lang", patch_language_once)
-        launch(form, geometry, args)
+        yield
 
 
 def is_interpreted() -> bool:
@@ -202,7 +220,6 @@ class Kernel(NamedTuple):
 
     evaluator: fused.KernelEvaluator
     device: Device
-    locates: bool
     launches: list[tuple[Any, Any]]
 
     def to_device(self, array: Any) -> Any:
@@ -212,29 +229,15 @@ class Kernel(NamedTuple):
         """Indices, lengths and groups at some slots, on the host."""
         slots = np.asarray(slots, np.int64)
         with devices.device_context(self.device):
-            if self.locates:
-                block = self.evaluator.block(
-                    plan.evaluator.streams, epoch, self.to_device(slots), dtype
-                )
-            else:
-                # As the array form locates them, whether they exist or not.
-                reference = ArrayEvaluator(plan._tables, HOST, evaluator_settings_of(plan))
-                order = plan.evaluator.host.patch_order(epoch)
-                rows = reference.locate(plan.evaluator.streams, epoch, slots, order)
-                device_rows = [None if part is None else self.to_device(part) for part in rows]
-                block = self.evaluator.located_block(
-                    plan.evaluator.streams, epoch, *device_rows, dtype
-                )
+            block = self.evaluator.block(
+                plan.evaluator.streams, epoch, self.to_device(slots), dtype
+            )
             return [*map(host, block)]
 
     def ragged(self, plan: EpochPlan, epoch: int, locations: BatchLocations) -> np.ndarray:
         """The samples of located batches, end to end, on the host."""
         with devices.device_context(self.device):
-            return host(
-                self.evaluator.ragged(
-                    plan.evaluator.streams, epoch, locations, is_located=not self.locates
-                )
-            )
+            return host(self.evaluator.ragged(plan.evaluator.streams, epoch, locations))
 
 
 def evaluator_settings_of(plan: EpochPlan) -> EvaluatorSettings:
@@ -248,11 +251,11 @@ def kernel_evaluator_of(
 ) -> fused.KernelEvaluator:
     """What `kernel_evaluator_on` makes of tables on a device, with a kernel of this kind."""
     if device.name == "cpu":
-        launch, geometry = {
-            "cuda-c": (launch_on_host, cuda_geometry),
-            "triton": (launch_interpreted, triton_geometry),
+        launches = {
+            "cuda-c": (launch_on_host, launch_patch_order_on_host, cuda_geometry),
+            "triton": (launch_interpreted, launch_patch_order_interpreted, triton_geometry),
         }[kind]
-        return fused.KernelEvaluator(tables, device, settings, launch, geometry)
+        return fused.KernelEvaluator(tables, device, settings, *launches)
     evaluator = fused.kernel_evaluator_on(tables, device, settings)
     assert evaluator is not None
     return evaluator
@@ -267,8 +270,7 @@ def kernel_of(plan: EpochPlan, kind: str) -> Kernel:
     )
     guarded_launch = GuardedLaunch(evaluation._launch, device)
     evaluation._launch = guarded_launch
-    locates = plan.interleave and plan.steps == "free" and plan.tables.slot_shares is None
-    return Kernel(evaluation, device, locates, guarded_launch.launches)
+    return Kernel(evaluation, device, guarded_launch.launches)
 
 
 def host(array: Any) -> np.ndarray:

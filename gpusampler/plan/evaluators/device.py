@@ -13,7 +13,11 @@ from gpusampler.core.transfer import ReadyArrays
 from gpusampler.permutation.reference import Streams
 from gpusampler.plan.evaluators.array import ArrayEvaluator
 from gpusampler.plan.evaluators.base import BatchLocations, EvaluatorSettings
-from gpusampler.plan.evaluators.kernels.fused import KernelEvaluator, kernel_evaluator_on
+from gpusampler.plan.evaluators.kernels.fused import (
+    Advance,
+    KernelEvaluator,
+    kernel_evaluator_on,
+)
 
 T = TypeVar("T")
 
@@ -34,17 +38,7 @@ class DeviceEvaluator:
     ) -> None:
         self.device = device
         device_tables = tables.on(device, order)
-        self._ready = ReadyArrays(device, device_tables.members())
         self.array_evaluator = ArrayEvaluator(device_tables, device, settings)
-        # A kernel locates slots itself if that takes only one permutation and one search.
-        self._kernel_locates = (
-            settings.interleave
-            and tables.layout.width == 1
-            and tables.buckets is None
-            and tables.slot_shares is None
-            and tables.visited is None
-            and tables.costliest is None
-        )
         self._patch_of_bin = device_tables.patch_of_bin
         self._uploaded_order: tuple[PatchOrder, PatchOrder, ReadyArrays] | None = None
         self._previous_order: tuple[PatchOrder, PatchOrder, ReadyArrays] | None = None
@@ -57,6 +51,10 @@ class DeviceEvaluator:
         except Exception as error:
             # Not only ImportError: an incompatible library can raise anything on import.
             self._give_up_kernel(error)
+        members = device_tables.members()
+        if self._kernel_evaluator is not None:
+            members += self._kernel_evaluator.members()
+        self._ready = ReadyArrays(device, members)
 
     @property
     def block_samples(self) -> int:
@@ -85,13 +83,11 @@ class DeviceEvaluator:
     ) -> tuple[Any, Any, Any]:
         """Return what `ArrayEvaluator.block` returns; ``patch_order`` is on the host."""
         self._ready.wait()
-        device_order = self._upload_order(patch_order)
-        block = self._try_kernel(
+        return self._try_kernel(
             ("block", dtype),
-            lambda kernel: self._kernel_block(kernel, streams, epoch, slots, device_order, dtype),
-            lambda: self.array_evaluator.block(streams, epoch, slots, device_order, dtype),
+            lambda kernel: kernel.block(streams, epoch, slots, dtype),
+            lambda: self._block_by_arrays(streams, epoch, slots, patch_order, dtype),
         )
-        return self._to_patches(block)
 
     def _to_patches(self, block: tuple[Any, Any, Any]) -> tuple[Any, Any, Any]:
         """Return batches whose ``groups`` are patches instead of cost bins."""
@@ -102,52 +98,65 @@ class DeviceEvaluator:
         patches = self._patch_of_bin[groups.reshape(-1)].reshape(groups.shape)
         return indices, lengths, patches
 
-    def _kernel_block(
-        self,
-        kernel: KernelEvaluator,
-        streams: Streams,
-        epoch: int,
-        slots: Any,
-        patch_order: PatchOrder | None,
-        dtype: str,
-    ) -> tuple[Any, Any, Any]:
-        if self._kernel_locates:
-            return kernel.block(streams, epoch, slots, dtype)
-        with devices.device_context(self.device):
-            locations = self.array_evaluator.locate(streams, epoch, slots, patch_order)
-        return kernel.located_block(streams, epoch, *locations, dtype)
-
     def block_by_arrays(
         self, streams: Streams, epoch: int, slots: Any, patch_order: PatchOrder | None
     ) -> tuple[Any, Any, Any]:
         """Return `block` by array operations, even if there is a kernel."""
         self._ready.wait()
+        return self._block_by_arrays(streams, epoch, slots, patch_order)
+
+    def _block_by_arrays(
+        self,
+        streams: Streams,
+        epoch: int,
+        slots: Any,
+        patch_order: PatchOrder | None,
+        dtype: str = "int64",
+    ) -> tuple[Any, Any, Any]:
         device_order = self._upload_order(patch_order)
-        return self._to_patches(self.array_evaluator.block(streams, epoch, slots, device_order))
+        block = self.array_evaluator.block(streams, epoch, slots, device_order, dtype)
+        return self._to_patches(block)
 
     def ragged(self, streams: Streams, epoch: int, locations: BatchLocations) -> Any:
         """Return ``locations.size`` samples of each located batch, end to end."""
         self._ready.wait()
         return self._try_kernel(
             ("ragged", "int64"),
-            lambda kernel: kernel.ragged(
-                streams, epoch, locations, is_located=not self._kernel_locates
-            ),
+            lambda kernel: kernel.ragged(streams, epoch, locations),
             lambda: self.array_evaluator.ragged(streams, epoch, locations),
         )
 
     def batch(self, streams: Streams, epoch: Any, slot: Any) -> tuple[Any, Any, Any]:
-        """Return indices (B,), length and group of one batch; ``epoch`` and ``slot`` are 0-d."""
-        if not torch_compile.is_compiling():
-            self._ready.wait()
-            if self._kernel_locates:
-                block = self._try_kernel(
-                    ("batch", "int64"),
-                    lambda kernel: kernel.batch(streams, epoch, slot),
-                    lambda: self.array_evaluator.batch(streams, epoch, slot),
-                )
-                return self._to_patches(block)
+        """Return indices (B,), length and patch of one batch; ``epoch`` and ``slot`` are 0-d."""
+        if torch_compile.is_compiling():
+            return self._batch_by_arrays(streams, epoch, slot)
+        self._ready.wait()
+        return self._try_kernel(
+            ("batch", "int64"),
+            lambda kernel: kernel.batch(streams, epoch, slot),
+            lambda: self._batch_by_arrays(streams, epoch, slot),
+        )
+
+    def _batch_by_arrays(self, streams: Streams, epoch: Any, slot: Any) -> tuple[Any, Any, Any]:
         return self._to_patches(self.array_evaluator.batch(streams, epoch, slot))
+
+    def next_batch(
+        self, streams: Streams, epoch: Any, slot: Any, advance: Advance
+    ) -> tuple[Any, Any, Any] | None:
+        """Return a rank's batch of the step at ``slot``, and advance both counters in one launch.
+
+        Return None if that needs more than a launch of a kernel.
+        """
+        if torch_compile.is_compiling() or self._kernel_evaluator is None:
+            return None
+        if not self._kernel_evaluator.can_advance:
+            return None
+        self._ready.wait()
+        return self._try_kernel(
+            ("next_batch", "int64"),
+            lambda kernel: kernel.batch(streams, epoch, slot, advance),
+            lambda: None,
+        )
 
     def _upload_order(self, patch_order: PatchOrder | None) -> PatchOrder | None:
         """Return an epoch's order of patches on the device; the last one is cached."""

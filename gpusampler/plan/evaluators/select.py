@@ -23,6 +23,7 @@ from gpusampler.plan.evaluators.base import (
 )
 from gpusampler.plan.evaluators.device import DeviceEvaluator
 from gpusampler.plan.evaluators.host import HostEvaluator
+from gpusampler.plan.evaluators.kernels.fused import Advance
 from gpusampler.plan.evaluators.memory_fallback import DEVICE_HINT, FullDevices
 
 T = TypeVar("T")
@@ -165,6 +166,14 @@ class PlanEvaluator(Evaluator):
         torch_compile.check_counter(epoch, "epoch", self.device)
         torch_compile.check_counter(slot, "slot", self.device)
         return BatchBlock(*evaluator.batch(self.streams, epoch, slot))
+
+    def next_batch(self, epoch: Any, slot: Any, advance: Advance) -> BatchBlock | None:
+        """Return what `DeviceEvaluator.next_batch` returns, for a plan that is prepared."""
+        evaluator = self._device_evaluator
+        if evaluator is None or not evaluator.is_prepared:
+            return None
+        batch = evaluator.next_batch(self.streams, epoch, slot, advance)
+        return None if batch is None else BatchBlock(*batch)
 
     def prepare_batch(self) -> DeviceEvaluator:
         """Upload what `batch` needs, at its first call; raise RuntimeError in compiled code."""

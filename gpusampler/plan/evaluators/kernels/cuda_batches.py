@@ -10,9 +10,17 @@ import cupy
 import numpy as np
 
 from gpusampler.permutation._native import HEADER
-from gpusampler.plan.evaluators.kernels.kernel_spec import THREADS, Geometry, KernelSpec
+from gpusampler.plan.evaluators.kernels.kernel_spec import (
+    ORDER_ARGUMENT,
+    PLAN_WORDS,
+    THREADS,
+    Geometry,
+    KernelSpec,
+)
 
 SOURCE = Path(__file__).with_name("batches.cu")
+NO_SPEC = KernelSpec(*[0] * len(KernelSpec._fields))
+"""What the patch-order kernel is compiled for: it reads no setting."""
 TYPES = {"int64": "long long", "int32": "int"}
 
 
@@ -20,6 +28,7 @@ def defines(spec: KernelSpec, order: str, out: str) -> tuple[str, ...]:
     """Return the compiler options of a spec."""
     flags = {name: str(value) for name, value in spec.flags().items()}
     flags |= {"ORDER_T": TYPES[order], "OUT_T": TYPES[out]}
+    flags |= {f"AT_{name.upper()}": str(place) for place, name in enumerate(PLAN_WORDS)}
     return tuple(f"-D{name}={value}" for name, value in flags.items())
 
 
@@ -30,21 +39,32 @@ def source() -> str:
 
 
 @cache
-def _kernel(spec: KernelSpec, order: str, out: str) -> Any:
-    return cupy.RawKernel(
-        source(),
-        "gpusampler_batches",
-        options=("-std=c++17", *defines(spec, order, out)),
-    )
+def _kernel(name: str, spec: KernelSpec, order: str, out: str) -> Any:
+    return cupy.RawKernel(source(), name, options=("-std=c++17", *defines(spec, order, out)))
 
 
 def launch(spec: KernelSpec, geometry: Geometry, args: tuple[Any, ...]) -> None:
-    """Run the kernel on CuPy arrays, on CuPy's current device and stream."""
-    slots, starts, _, out, *arguments = args
-    order = arguments[11]
-    kernel = _kernel(spec, "int64" if order is None else order.dtype.name, out.dtype.name)
+    """Run the batch kernel on CuPy arrays, on CuPy's current device and stream."""
+    # CuPy has no cursor, so neither epoch nor slot advance on the device.
+    slots, starts, _epoch, out, *arguments, _num_replicas, _rank = args
+    order = args[ORDER_ARGUMENT]
+    kernel = _kernel(
+        "gpusampler_batches",
+        spec,
+        "int64" if order is None else order.dtype.name,
+        out.dtype.name,
+    )
     values = (slots, starts, out, *arguments, geometry.rows, geometry.columns, geometry.span)
     kernel(geometry.blocks, (THREADS,), tuple(map(_as_argument, values)))
+
+
+def launch_patch_order(form: int, epoch_on_device: bool, args: tuple[Any, ...]) -> None:
+    """Run the patch-order kernel, as `launch` does; the epoch is in the key."""
+    assert not epoch_on_device
+    kernel = _kernel("gpusampler_patch_order", NO_SPEC, "int64", "int64")
+    patches, offsets, plan, _, num_patches, a, b, rem, _, key0, key1 = args
+    values = (patches, offsets, plan, num_patches, a, b, rem, key0, key1, int(form > 0))
+    kernel((1, 1), (THREADS,), tuple(map(_as_argument, values)))
 
 
 def _as_argument(value: Any) -> Any:

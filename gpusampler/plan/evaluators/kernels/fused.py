@@ -3,30 +3,53 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from gpusampler.batching.tables import PatchTables
 from gpusampler.core import arrays, devices
 from gpusampler.core.devices import Device
-from gpusampler.permutation.reference import Streams, absorb_pair, grid_of, key_of, rounds_for
+from gpusampler.permutation.reference import (
+    MASK,
+    Streams,
+    absorb_pair,
+    grid_of,
+    key_of,
+    rounds_for,
+)
 from gpusampler.plan.evaluators.base import BatchLocations, EvaluatorSettings
 from gpusampler.plan.evaluators.kernels.kernel_spec import (
+    SLOTS_AS_THEY_ARE,
+    SLOTS_FISHER_YATES,
     Geometry,
     KernelSpec,
     cuda_geometry,
+    plan_words,
+    search_bits,
+    slots_form,
     triton_geometry,
 )
 
 Launch = Callable[[KernelSpec, Geometry, tuple[Any, ...]], None]
+LaunchPatchOrder = Callable[[int, bool, tuple[Any, ...]], None]
+
+
+class Advance(NamedTuple):
+    """How a launch advances epoch and slot to the next step: the arguments of `BatchCursor`."""
+
+    num_replicas: int
+    rank: int
+    drops_uneven: bool
+    repeats_count: bool
 
 
 class KernelEvaluator:
     """Evaluates a plan's batches with a kernel, on the device that holds ``tables``.
 
-    ``launch(spec, geometry, args)`` runs the kernel on arrays and numbers. ``geometry(spec,
-    num_rows, width)`` divides the launch into blocks.
+    ``launch(spec, geometry, args)`` runs the kernel on arrays and numbers; ``launch_patch_order``
+    runs the one that finds an epoch's order of patches. ``geometry(spec, num_rows, width)`` divides
+    the launch into blocks.
     """
 
     def __init__(
@@ -35,133 +58,139 @@ class KernelEvaluator:
         device: Device,
         settings: EvaluatorSettings,
         launch: Launch,
+        launch_patch_order: LaunchPatchOrder,
         geometry: Callable[[KernelSpec, int, int], Geometry],
     ) -> None:
         self._tables = tables
         self._device = device
         self._settings = settings
         self._launch = launch
+        self._launch_patch_order = launch_patch_order
         self._geometry = geometry
         self._xp = arrays.namespace(device)
-        # Both in one word, so that batches that differ by one in size need no extra argument.
         with devices.device_context(device):
+            # Both in one word, so that batches that differ by one in size need no extra argument.
             self._sizes = tables.sizes
             if tables.larger is not None:
                 self._sizes = tables.sizes + (tables.larger << 32)
+            self._plan_words = plan_words(
+                self._xp, tables, lambda numbers: arrays.upload(np.array(numbers, np.int64), device)
+            )
+        self._search = tables.batch_offsets
+        self._num_offsets = int(tables.counts.shape[0])
+        if tables.buckets is not None:
+            self._search = tables.buckets.run_offsets
+            self._num_offsets = int(self._search.shape[0])
+
+    def members(self) -> list[Any]:
+        """Return the arrays that the kernel reads besides the tables."""
+        return [self._sizes, self._plan_words]
 
     def block(
         self, streams: Streams, epoch: int, slots: Any, dtype: str = "int64"
     ) -> tuple[Any, Any, Any]:
-        """Return indices (K, B), lengths (K,) and groups (K,) of the batches at ``slots``.
-
-        The kernel locates the slots itself. It can do so only if the plan interleaves and has
-        neither steps of several slots, nor cost buckets, nor weights; else use `located_block`.
-        """
-        return self._block(streams, epoch, slots, (None, None), dtype)
-
-    def located_block(
-        self,
-        streams: Streams,
-        epoch: int,
-        group: Any,
-        j: Any,
-        passes: Any = None,
-        dtype: str = "int64",
-    ) -> tuple[Any, Any, Any]:
-        """Return what `block` returns, for batches ``j`` of ``group``, arrays on the device.
-
-        ``passes`` is the number of each batch's pass over its group, or None if this is the epoch.
-        """
-        return self._block(streams, epoch, j, (group, passes), dtype)
-
-    def _block(
-        self, streams: Streams, epoch: int, slots: Any, rows: tuple[Any, Any], dtype: str
-    ) -> tuple[Any, Any, Any]:
+        """Return indices (K, B), lengths (K,) and patches (K,) of the batches at ``slots``."""
         num_rows, width = int(slots.shape[0]), self._tables.max_batch_size
         with devices.device_context(self._device):
             out = self._empty((num_rows, width), dtype)
             lengths, groups = self._empty((num_rows,)), self._empty((num_rows,))
-            spec = self._kernel_spec(rows, ragged=False)
-            keys = self._keys(streams, epoch, spec)
-            self._run(spec, (slots, None, None, out, lengths, groups), rows, width, keys)
+            spec = KernelSpec.of(self._tables, self._settings, ragged=False)
+            self._run(spec, streams, epoch, (slots, None, None, out, lengths, groups), width)
         return out, lengths, groups
 
-    def batch(self, streams: Streams, epoch: Any, slot: Any) -> tuple[Any, Any, Any]:
-        """Return indices (B,), length and group of one batch; ``epoch`` and ``slot`` are 0-d.
+    def batch(
+        self, streams: Streams, epoch: Any, slot: Any, advance: Advance | None = None
+    ) -> tuple[Any, Any, Any]:
+        """Return indices (B,), length and patch of one batch; ``epoch`` and ``slot`` are 0-d.
 
         The kernel reads both from device memory, so that a CUDA graph can replay the kernel for
-        different values. The plan must meet the conditions of `block`.
+        different values. If ``advance`` is given, it returns the batch of this rank in the step
+        that begins at ``slot``, and writes where the next step begins to ``epoch`` and ``slot``.
         """
         width = self._tables.max_batch_size
         with devices.device_context(self._device):
             out = self._empty((1, width))
             lengths, groups = self._empty((1,)), self._empty((1,))
             spec = KernelSpec.of(self._tables, self._settings, ragged=False, epoch_on_device=True)
-            slots = self._xp.reshape(slot, (1,))
-            self._run(
-                spec,
-                (slots, None, epoch, out, lengths, groups),
-                (None, None),
-                width,
-                (*streams.batches, *streams.samples),
-            )
+            if advance is not None:
+                spec = spec._replace(
+                    advance=1 + advance.drops_uneven, repeats_count=advance.repeats_count
+                )
+            row_arrays = (self._xp.reshape(slot, (1,)), None, epoch, out, lengths, groups)
+            self._run(spec, streams, epoch, row_arrays, width, advance)
         return out[0], lengths[0], groups[0]
 
-    def ragged(
-        self, streams: Streams, epoch: int, locations: BatchLocations, *, is_located: bool
-    ) -> Any:
-        """Return ``locations.size`` samples of each located batch, end to end.
+    @property
+    def can_advance(self) -> bool:
+        """Whether a launch may advance the counters: one program reads and writes them."""
+        spec = KernelSpec.of(self._tables, self._settings, ragged=False, epoch_on_device=True)
+        return self._geometry(spec, 1, self._tables.max_batch_size).blocks == (1, 1)
 
-        If not ``is_located``, the kernel locates the slots again.
-        """
+    def ragged(self, streams: Streams, epoch: int, locations: BatchLocations) -> Any:
+        """Return ``locations.size`` samples of the batches at ``locations.slot``, end to end."""
         num_rows = locations.size.size
         if num_rows == 0:
             return self._empty((0,))
         # One small upload, which the host does not wait for.
         starts = np.cumsum(locations.size) - locations.size
-        columns = [starts, locations.j, locations.group] if is_located else [starts, locations.slot]
-        if locations.passes is not None:
-            columns.append(locations.passes)
-        starts, slots, *located_columns = arrays.upload(np.stack(columns), self._device)
-        rows = (*located_columns, None, None)[:2]
+        starts, slots = arrays.upload(np.stack([starts, locations.slot]), self._device)
         if self._tables.is_uniform:
             # The same kernel as for `block`, because each spec is compiled separately.
-            block = self._block(streams, epoch, slots, rows, "int64")
-            return self._xp.reshape(block[0], (-1,))
-        spec = self._kernel_spec(rows, ragged=True)
-        keys = self._keys(streams, epoch, spec)
+            return self._xp.reshape(self.block(streams, epoch, slots)[0], (-1,))
+        spec = KernelSpec.of(self._tables, self._settings, ragged=True)
         with devices.device_context(self._device):
             out = self._empty((int(locations.size.sum()),))
             row_arrays = (slots, starts, None, out, None, None)
-            self._run(spec, row_arrays, rows, int(locations.size.max()), keys)
+            self._run(spec, streams, epoch, row_arrays, int(locations.size.max()))
         return out
-
-    def _kernel_spec(self, rows: tuple[Any, Any], *, ragged: bool) -> KernelSpec:
-        group, passes = rows
-        return KernelSpec.of(
-            self._tables,
-            self._settings,
-            ragged=ragged,
-            located=group is not None,
-            passes=passes is not None,
-        )
 
     def _empty(self, shape: tuple[int, ...], dtype: str = "int64") -> Any:
         handle = devices.device_handle(self._device)
         return self._xp.empty(shape, dtype=getattr(self._xp, dtype), device=handle)
 
-    def _keys(self, streams: Streams, epoch: int, spec: KernelSpec) -> tuple[int, int, int, int]:
+    def _keys(self, streams: Streams, epoch: Any, spec: KernelSpec) -> tuple[int, ...]:
+        """Return the keys of a launch: pairs of words for slots, samples, and buckets or visits."""
+        other = streams.patches if spec.visits else streams.buckets
+        if spec.epoch_on_device:
+            return *streams.batches, *streams.samples, *other
         # If each row has its own pass, the kernel absorbs it into the key.
         samples = streams.samples if spec.passes else absorb_pair(streams.samples, epoch)
-        return *key_of(streams.batches, epoch, 0), *samples
+        other = other if spec.visits else absorb_pair(other, epoch)
+        return *key_of(streams.batches, epoch, 0), *samples, *other
+
+    def _patch_order(self, streams: Streams, epoch: Any, spec: KernelSpec) -> tuple[Any, Any]:
+        """Return the order of an epoch's patches and the first slot of each; one launch."""
+        num_patches = self._tables.num_patches
+        patches, offsets = self._empty((num_patches,)), self._empty((num_patches,))
+        form, key = SLOTS_AS_THEY_ARE, streams.patches
+        if self._settings.shuffle_batches and num_patches > 1:
+            form = slots_form(num_patches)
+        if not spec.epoch_on_device:
+            key = key_of(key, epoch, 0)
+        self._launch_patch_order(
+            form,
+            spec.epoch_on_device,
+            (
+                patches,
+                offsets,
+                self._plan_words,
+                epoch if spec.epoch_on_device else None,
+                num_patches,
+                *grid_of(num_patches),
+                rounds_for(num_patches) // 2,
+                *map(_signed, key),
+            ),
+        )
+        return patches, offsets
 
     def _run(
         self,
         spec: KernelSpec,
+        streams: Streams,
+        epoch: Any,
         row_arrays: tuple[Any, ...],
-        rows: tuple[Any, Any],
         max_lanes: int,
-        keys: tuple[int, ...],
+        advance: Advance | None = None,
     ) -> None:
         """Launch the kernel for rows of at most ``max_lanes`` lanes."""
         tables = self._tables
@@ -169,27 +198,34 @@ class KernelEvaluator:
         num_rows = int(row_arrays[0].shape[0])
         if num_rows == 0:
             return
-        num_groups = int(tables.counts.shape[0])
-        grid = grid_of(tables.num_batches)
+        num_steps = tables.layout.full
         # Unused sides are 0: those of large grids may not fit in 32 bits.
-        slot_grid = grid if spec.slots > 1 else (0, 0, 0)
+        slot_grid = grid_of(num_steps) if spec.slots > 1 else (0, 0, 0)
+        epoch_patches = (None, None)
+        if spec.in_order:
+            epoch_patches = self._patch_order(streams, epoch, spec)
+        number = 0 if spec.epoch_on_device else epoch
         args = (
             *row_arrays,
             tables.counts,
             self._sizes,
-            tables.batch_offsets,
-            *rows,
+            self._search,
+            self._plan_words,
+            *epoch_patches,
             tables.starts,
             *tables.grid,
             tables.order,
             num_rows,
             width,
-            num_groups,
-            (num_groups - 1).bit_length(),
-            tables.num_batches if spec.slots == 1 else 0,
+            self._num_offsets,
+            search_bits(self._num_offsets),
+            num_steps if spec.slots == SLOTS_FISHER_YATES else 0,
             *slot_grid,
-            rounds_for(tables.num_batches) // 2,
-            *map(_signed, keys),
+            rounds_for(num_steps) // 2 if spec.slots else 0,
+            *map(_signed, self._keys(streams, epoch, spec)),
+            _signed(number & MASK),
+            _signed(number >> 32),
+            *((1, 0) if advance is None else advance[:2]),
         )
         # The shape of tiles depends on the plan, their number on these rows.
         geometry = self._geometry(spec, num_rows, width)
@@ -211,18 +247,25 @@ def kernel_evaluator_on(
     Raises ImportError if the library of the kernel is not installed.
     """
     if device.library == "cupy":
-        from gpusampler.plan.evaluators.kernels.cuda_batches import launch as launch_cuda
+        from gpusampler.plan.evaluators.kernels import cuda_batches
 
-        return KernelEvaluator(tables, device, settings, launch_cuda, cuda_geometry)
+        launches = cuda_batches.launch, cuda_batches.launch_patch_order
+        return KernelEvaluator(tables, device, settings, *launches, cuda_geometry)
     if device.is_torch_cuda:
         import torch
 
-        from gpusampler.plan.evaluators.kernels.triton_batches import launch as launch_triton
+        from gpusampler.plan.evaluators.kernels import triton_batches
 
         def launch(spec: KernelSpec, geometry: Geometry, args: tuple[Any, ...]) -> None:
             # Triton launches on the current device, which need not be the plan's.
             with torch.cuda.device(device.name):
-                launch_triton(spec, geometry, args)
+                triton_batches.launch(spec, geometry, args)
 
-        return KernelEvaluator(tables, device, settings, launch, triton_geometry)
+        def launch_patch_order(form: int, epoch_on_device: bool, args: tuple[Any, ...]) -> None:
+            with torch.cuda.device(device.name):
+                triton_batches.launch_patch_order(form, epoch_on_device, args)
+
+        return KernelEvaluator(
+            tables, device, settings, launch, launch_patch_order, triton_geometry
+        )
     return None

@@ -2,41 +2,76 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 from gpusampler.batching.tables import PatchTables
-from gpusampler.permutation.reference import SMALL, rounds_for
+from gpusampler.permutation.reference import SMALL, grid_of, rounds_for
 from gpusampler.plan.evaluators.base import EvaluatorSettings
 
 SLOTS_AS_THEY_ARE, SLOTS_FISHER_YATES, SLOTS_32_BIT, SLOTS_64_BIT = range(4)
+
+PLAN_WORDS = (
+    # Numbers of the plan.
+    *("num_slots", "step_width", "num_steps", "short_step"),
+    *("num_visited", "visit_a", "visit_b", "visit_rem"),
+    *("num_buckets", "bucket_bits", "num_chosen", "chosen_bits", "num_patches", "patch_bits"),
+    # Where its arrays begin.
+    *("visited", "run_groups", "run_first", "own_batches", "group_slots"),
+    *("bucket_offsets", "bucket_counts", "bucket_a", "bucket_b", "bucket_rem"),
+    *("chosen", "slot_of_chosen", "chosen_of_slot", "chosen_nth", "chosen_slots", "chosen_own"),
+    *("first_batch", "patch_of_bin"),
+)
+"""What the first numbers of a `plan_words` array are."""
+
+
+ORDER_ARGUMENT = 16
+"""Index of the samples' order among the arguments of a launch."""
 
 
 class KernelSpec(NamedTuple):
     """Compile-time settings of a kernel: macros in CUDA C and constants in Triton, by these names.
 
-    ``slots``: how slots are permuted: not at all (0), by Fisher-Yates (1), on a grid of 32-bit
-    slots (2), or on a grid of 64-bit slots (3). ``located``: rows are given as batches of patches,
-    not as slots. ``passes``: each row has its own pass over its patch; otherwise the epoch is the
-    pass. ``samples``: samples are permuted inside patches. ``small``: a power of two, at least the
-    size of every patch of up to 32 samples; 0 if there is no such patch. ``fewest``: number of
-    pairs of permutation rounds for the largest patch; ``most``: the same for the smallest patch
-    above 32 samples; both are 0 if no patch has more than 32 samples. ``ordered``: samples are
-    looked up in the groups' order. ``ragged``: rows are stored end to end, each with its own
-    length. ``pad``: the length of a ragged row is the batch size of its patch. ``epoch_on_device``:
-    the kernel reads the epoch from device memory (Triton only).
+    ``slots``: how slots (or whole steps) are permuted: not at all (0), by Fisher-Yates (1), on a
+    grid of 32-bit slots (2), or on a grid of 64-bit slots (3). ``steps``: a step is one slot (0),
+    or several slots (1), with a short step (2). ``runs``: batches are found by runs of cost
+    buckets (1), after a permutation inside the bucket (2). ``costliest``: the most expensive
+    batches come first (1); which batches these are depends on the epoch (2). ``in_order``: each
+    patch's batches are consecutive, in the order that the patch-order kernel wrote. ``visits``: a
+    slot visits the next group (1), in permuted order (2). ``own``: a group's batch is taken modulo
+    its own batches (1), or continues its passes across epochs (2). ``passes``: each row has its own
+    pass over its patch; otherwise the epoch is the pass. ``samples``: samples are permuted inside
+    patches. ``small``: a power of two, at least the size of every patch of up to 32 samples; 0 if
+    there is no such patch. ``fewest``: number of pairs of permutation rounds for the largest patch;
+    ``most``: the same for the smallest patch above 32 samples; both are 0 if no patch has more than
+    32 samples. ``ordered``: samples are looked up in the groups' order. ``bins``: groups are cost
+    bins, of which the kernel returns the patch. ``ragged``: rows are stored end to end, each with
+    its own length. ``pad``: the length of a ragged row is the batch size of its patch.
+    ``epoch_on_device``: the kernel reads the epoch from device memory. ``advance``: the kernel
+    advances epoch and slot to the next step, which repeats slots after the last (1) or is dropped
+    if it is not whole (2). ``repeats_count``: repeated batches count. (The last three: Triton
+    only.)
     """
 
     slots: int
-    located: bool
+    steps: int
+    runs: int
+    costliest: int
+    in_order: bool
+    visits: int
+    own: int
     passes: bool
     samples: bool
     small: int
     fewest: int
     most: int
     ordered: bool
+    bins: bool
     ragged: bool
     pad: bool
     epoch_on_device: bool
+    advance: int
+    repeats_count: bool
 
     @classmethod
     def of(
@@ -45,40 +80,111 @@ class KernelSpec(NamedTuple):
         settings: EvaluatorSettings,
         *,
         ragged: bool,
-        located: bool = False,
-        passes: bool = False,
         epoch_on_device: bool = False,
+        advance: int = 0,
+        repeats_count: bool = True,
     ) -> KernelSpec:
         """Return the spec for a plan's tables, without anything that none of its patches needs."""
+        shuffled, layout = settings.shuffle_batches, tables.layout
+        visits = in_order = False
+        if tables.visited is not None:
+            visits = True
+        elif not settings.interleave:
+            in_order = True
         slots = SLOTS_AS_THEY_ARE
-        if not located and settings.shuffle_batches and tables.num_batches > 1:
-            if tables.num_batches <= SMALL:
-                slots = SLOTS_FISHER_YATES
-            else:
-                slots = SLOTS_32_BIT if tables.num_batches <= 1 << 32 else SLOTS_64_BIT
+        has_step_order = shuffled and layout.has_step_order and not visits and not in_order
+        if has_step_order and layout.full > 1:
+            slots = slots_form(layout.full)
+        own = 0
+        if tables.batches_per_pass is not None and not visits:
+            own = 1 if tables.slot_shares is None else 2
         small = fewest = most = 0
         if settings.shuffle_samples and tables.smallest_patch <= SMALL:
             small = power_of_two(max(2, min(tables.largest_patch, SMALL)))
         if settings.shuffle_samples and tables.largest_patch > SMALL:
             fewest = rounds_for(tables.largest_patch) // 2
             most = rounds_for(max(tables.smallest_patch, SMALL + 1)) // 2
+        costliest = tables.costliest
         return cls(
             slots=slots,
-            located=located,
-            passes=passes and settings.shuffle_samples,
+            steps=(1 + (layout.short > 0)) if has_step_order and layout.width > 1 else 0,
+            runs=0 if tables.buckets is None or in_order else 1 + shuffled,
+            costliest=0 if costliest is None else 1 + (costliest.nth is not None),
+            in_order=in_order,
+            visits=visits * (1 + shuffled),
+            own=own,
+            passes=(visits or own == 2) and settings.shuffle_samples,
             samples=settings.shuffle_samples,
             small=small,
             fewest=fewest,
             most=most,
             ordered=tables.order is not None,
+            bins=not ragged and tables.patch_of_bin is not None,
             ragged=ragged,
             pad=ragged and settings.pad,
             epoch_on_device=epoch_on_device,
+            advance=advance,
+            repeats_count=repeats_count,
         )
 
     def flags(self) -> dict[str, int]:
         """Return the values by macro name."""
         return {name.upper(): int(value) for name, value in self._asdict().items()}
+
+
+def slots_form(count: int) -> int:
+    """Return how a permutation of ``count > 1`` slots is evaluated."""
+    if count <= SMALL:
+        return SLOTS_FISHER_YATES
+    return SLOTS_32_BIT if count <= 1 << 32 else SLOTS_64_BIT
+
+
+def plan_words(xp: Any, tables: PatchTables, to_device: Callable[[list[int]], Any]) -> Any:
+    """Return the tables that locate slots, apart from the common ones, in one int64 array.
+
+    The array begins with the numbers of `PLAN_WORDS`. ``to_device`` makes an array of a list.
+    """
+    layout, buckets, costliest = tables.layout, tables.buckets, tables.costliest
+    num_slots = tables.num_batches
+    numbers = [num_slots, layout.width, layout.full, layout.short]
+    num_visited = 0 if tables.visited is None else int(tables.visited.shape[0])
+    numbers += [num_visited, *(grid_of(num_visited) if num_visited else (0, 0, 0))]
+    for member in (
+        None if buckets is None else buckets.counts,
+        None if costliest is None else costliest.batches,
+    ):
+        size = 0 if member is None else int(member.shape[0])
+        numbers += [size, search_bits(size)]
+    first_batch = tables.batch_offsets
+    if tables.first_bin is not None:
+        first_batch = first_batch[tables.first_bin]
+    numbers += [tables.num_patches, search_bits(tables.num_patches)]
+    members: list[Any] = [tables.visited]
+    members += [None] * 2 if buckets is None else [buckets.run_groups, buckets.run_first]
+    members += [tables.own_batches, tables.batches]
+    members += [None] * 5 if buckets is None else [buckets.offsets, buckets.counts, *buckets.grid]
+    members += (
+        [None] * 6
+        if costliest is None
+        else [
+            *(costliest.batches, costliest.slot_of_batch, costliest.batch_of_slot),
+            *(costliest.nth, costliest.patch_slots, costliest.own_batches),
+        ]
+    )
+    members += [first_batch, tables.patch_of_bin]
+    start, arrays = len(PLAN_WORDS), []
+    for member in members:
+        numbers.append(start)
+        if member is not None:
+            arrays.append(member)
+            start += int(member.shape[0])
+    assert len(numbers) == len(PLAN_WORDS)
+    return xp.concat([to_device(numbers), *arrays])
+
+
+def search_bits(count: int) -> int:
+    """Return the number of steps of a binary search among ``count`` offsets."""
+    return (count - 1).bit_length() if count > 0 else 0
 
 
 class Geometry(NamedTuple):

@@ -2,9 +2,7 @@
 
 Imported at first use only. A program computes ``ROWS`` rows (batches). First it locates each row:
 slot -> batch (keyed bijection) -> patch (search) -> key, grid and first position. Then it writes
-the rows' samples: position -> permutation -> order, ``COLS`` per row at a time. If LOCATED,
-``slots`` holds batches of the patches in ``row_groups``; if PASSES, each row is in the pass over
-its patch that ``row_passes`` holds.
+the rows' samples: position -> permutation -> order, ``COLS`` per row at a time.
 
 Integer arguments are signed 32-bit numbers, including keys (reinterpreted bits). Triton types an
 argument by its value, so a key that needs 64 bits in one epoch would compile another kernel.
@@ -17,9 +15,44 @@ from typing import Any
 import triton
 import triton.language as tl
 
-from gpusampler.plan.evaluators.kernels.kernel_spec import Geometry, KernelSpec
+from gpusampler.plan.evaluators.kernels.kernel_spec import PLAN_WORDS, Geometry, KernelSpec
 
 WARPS = 4
+PATCH_TILE = 1024
+
+# Where the numbers of `plan` are; Triton reads only such globals.
+AT_NUM_SLOTS = tl.constexpr(PLAN_WORDS.index("num_slots"))
+AT_STEP_WIDTH = tl.constexpr(PLAN_WORDS.index("step_width"))
+AT_NUM_STEPS = tl.constexpr(PLAN_WORDS.index("num_steps"))
+AT_SHORT_STEP = tl.constexpr(PLAN_WORDS.index("short_step"))
+AT_NUM_VISITED = tl.constexpr(PLAN_WORDS.index("num_visited"))
+AT_VISIT_A = tl.constexpr(PLAN_WORDS.index("visit_a"))
+AT_VISIT_B = tl.constexpr(PLAN_WORDS.index("visit_b"))
+AT_VISIT_REM = tl.constexpr(PLAN_WORDS.index("visit_rem"))
+AT_NUM_BUCKETS = tl.constexpr(PLAN_WORDS.index("num_buckets"))
+AT_BUCKET_BITS = tl.constexpr(PLAN_WORDS.index("bucket_bits"))
+AT_NUM_CHOSEN = tl.constexpr(PLAN_WORDS.index("num_chosen"))
+AT_CHOSEN_BITS = tl.constexpr(PLAN_WORDS.index("chosen_bits"))
+AT_NUM_PATCHES = tl.constexpr(PLAN_WORDS.index("num_patches"))
+AT_PATCH_BITS = tl.constexpr(PLAN_WORDS.index("patch_bits"))
+AT_VISITED = tl.constexpr(PLAN_WORDS.index("visited"))
+AT_RUN_GROUPS = tl.constexpr(PLAN_WORDS.index("run_groups"))
+AT_RUN_FIRST = tl.constexpr(PLAN_WORDS.index("run_first"))
+AT_OWN_BATCHES = tl.constexpr(PLAN_WORDS.index("own_batches"))
+AT_GROUP_SLOTS = tl.constexpr(PLAN_WORDS.index("group_slots"))
+AT_BUCKET_OFFSETS = tl.constexpr(PLAN_WORDS.index("bucket_offsets"))
+AT_BUCKET_COUNTS = tl.constexpr(PLAN_WORDS.index("bucket_counts"))
+AT_BUCKET_A = tl.constexpr(PLAN_WORDS.index("bucket_a"))
+AT_BUCKET_B = tl.constexpr(PLAN_WORDS.index("bucket_b"))
+AT_BUCKET_REM = tl.constexpr(PLAN_WORDS.index("bucket_rem"))
+AT_CHOSEN = tl.constexpr(PLAN_WORDS.index("chosen"))
+AT_SLOT_OF_CHOSEN = tl.constexpr(PLAN_WORDS.index("slot_of_chosen"))
+AT_CHOSEN_OF_SLOT = tl.constexpr(PLAN_WORDS.index("chosen_of_slot"))
+AT_CHOSEN_NTH = tl.constexpr(PLAN_WORDS.index("chosen_nth"))
+AT_CHOSEN_SLOTS = tl.constexpr(PLAN_WORDS.index("chosen_slots"))
+AT_CHOSEN_OWN = tl.constexpr(PLAN_WORDS.index("chosen_own"))
+AT_FIRST_BATCH = tl.constexpr(PLAN_WORDS.index("first_batch"))
+AT_PATCH_OF_BIN = tl.constexpr(PLAN_WORDS.index("patch_of_bin"))
 
 
 @triton.jit
@@ -102,12 +135,139 @@ def _permute_slots(slot, n, a, b, rem, pairs, key, step, FORM: tl.constexpr):
     return image
 
 
+@triton.jit
+def _permute_wide(x, n, a, b, rem, key, step):
+    """Permute 0 <= x < n, each element by its own permutation; int64, n < 2**62."""
+    side_a, side_b, side_rem = a.to(tl.uint32), b.to(tl.uint32), rem.to(tl.uint32)
+    line = (x // b).to(tl.uint32)
+    col = (x - line.to(tl.int64) * b).to(tl.uint32)
+    own = tl.where(n >= 128, 5, 6)
+    own = tl.where(n >= 65536, 3, tl.where(n >= 1024, 4, own))
+    round_key = key
+    for pair in range(6):
+        more_line, more_col = _round_pair(line, col, side_a, side_b, side_rem, round_key, step)
+        line = tl.where(pair < own, more_line, line)
+        col = tl.where(pair < own, more_col, col)
+        round_key += 2 * step
+    image = line.to(tl.int64) * b + col.to(tl.int64)
+    image = tl.where(image < 2, image ^ _coin(key, step).to(tl.int64), image)
+    few = _fisher_yates(x.to(tl.uint32), n.to(tl.uint32), key, step, 32)
+    return tl.where(n <= 32, few.to(tl.int64), image)
+
+
+@triton.jit
+def _array(plan, AT: tl.constexpr):
+    """Where an array of the plan begins."""
+    return plan + tl.load(plan + AT)
+
+
+@triton.jit
+def _search(offsets, count, bits, value, inside):
+    """The last of ``count`` ascending offsets that is not above the value."""
+    place = (value * 0).to(tl.int32)
+    step_ahead = 1 << bits
+    for _ in range(bits):
+        step_ahead = step_ahead >> 1
+        ahead = place + step_ahead
+        known = inside & (ahead < count)
+        entry = tl.load(offsets + ahead, mask=known, other=0)
+        place = tl.where(known & (entry <= value), ahead, place)
+    return place
+
+
+@triton.jit
+def _pass_and_batch(epoch, j, slots, own):
+    """divmod(epoch * slots + j, own): the pass over a group and the batch in it; the pass wraps."""
+    epoch_quotient, epoch_rest = epoch // own, epoch % own
+    slot_quotient, slot_rest = slots // own, slots % own
+    product = epoch_rest * slot_rest
+    total = product % own + j
+    passes = epoch * slot_quotient + epoch_quotient * slot_rest
+    return passes + product // own + total // own, total % own
+
+
+@triton.jit
+def _batch_of(
+    slot, plan, inside,
+    slot_n, slot_a, slot_b, slot_rem, slot_pairs, k0, k1, b0, b1,
+    SLOTS: tl.constexpr, STEPS: tl.constexpr, RUNS: tl.constexpr,
+):  # fmt: skip
+    """The batch of a slot, as an index into the batches before shuffling; without COSTLIEST."""
+    index = slot
+    if STEPS > 0:
+        step_width = tl.load(plan + AT_STEP_WIDTH)
+        num_steps = tl.load(plan + AT_NUM_STEPS)
+        step = slot // step_width
+        within = slot - step * step_width
+        index = tl.where(step == num_steps, 0, step)
+    if SLOTS > 0:
+        index = _permute_slots(
+            index, slot_n, slot_a, slot_b, slot_rem, slot_pairs, k0, k1 | 1, SLOTS
+        )
+    if STEPS > 0:
+        index = index * step_width + within
+    if STEPS == 2:
+        # The short step takes consecutive batches, cyclically, from a random start.
+        num_slots = tl.load(plan + AT_NUM_SLOTS)
+        short_step = tl.load(plan + AT_SHORT_STEP)
+        limit = tl.minimum(num_slots, 0x7FFFFFFF).to(tl.uint32)
+        start = tl.umulhi(_hash(k0 * 0, k0 + 62 * (k1 | 1)), limit).to(tl.int64)
+        index += tl.maximum(start + short_step - num_slots, 0)
+        index += tl.where(index >= start, short_step, 0)
+        index = tl.where(step == num_steps, (start + within) % num_slots, index)
+    if RUNS == 2:
+        offsets = _array(plan, AT_BUCKET_OFFSETS)
+        count, bits = tl.load(plan + AT_NUM_BUCKETS), tl.load(plan + AT_BUCKET_BITS)
+        bucket = _search(offsets, count, bits.to(tl.int32), index, inside)
+        key, step_key = _absorb_epoch(b0, b1, bucket.to(tl.int64))
+        first = tl.load(offsets + bucket, mask=inside, other=0)
+        n = tl.load(_array(plan, AT_BUCKET_COUNTS) + bucket, mask=inside, other=1)
+        a = tl.load(_array(plan, AT_BUCKET_A) + bucket, mask=inside, other=1)
+        b = tl.load(_array(plan, AT_BUCKET_B) + bucket, mask=inside, other=1)
+        rem = tl.load(_array(plan, AT_BUCKET_REM) + bucket, mask=inside, other=1)
+        index = first + _permute_wide(index - first, n, a, b, rem, key, step_key | 1)
+    return index
+
+
+@triton.jit
+def _chosen_batch(plan, epoch, i, inside, COSTLIEST: tl.constexpr):
+    """The index of the i-th chosen batch in this epoch; they ascend."""
+    index = tl.load(_array(plan, AT_CHOSEN) + i, mask=inside, other=0)
+    if COSTLIEST == 2:
+        nth = tl.load(_array(plan, AT_CHOSEN_NTH) + i, mask=inside, other=0)
+        slots = tl.load(_array(plan, AT_CHOSEN_SLOTS) + i, mask=inside, other=1)
+        own = tl.load(_array(plan, AT_CHOSEN_OWN) + i, mask=inside, other=1)
+        _passes, first = _pass_and_batch(epoch, nth * 0, slots, own)
+        first_short = own - 1 - first
+        others = tl.maximum(own - 1, 1)
+        num_short = tl.where(nth < first_short, 0, 1 + (nth - first_short) // others)
+        slot = nth + tl.where(own > 1, num_short, 0)
+        index += tl.minimum(slot, slots - 1)
+    return index
+
+
+@triton.jit
+def _find_chosen(plan, epoch, index, inside, COSTLIEST: tl.constexpr):
+    """Where a batch is among the chosen ones, and whether it is."""
+    count = tl.load(plan + AT_NUM_CHOSEN)
+    bits = tl.load(plan + AT_CHOSEN_BITS).to(tl.int32)
+    place = (index * 0).to(tl.int32)
+    step_ahead = 1 << bits
+    for _ in range(bits):
+        step_ahead = step_ahead >> 1
+        ahead = place + step_ahead
+        known = inside & (ahead < count)
+        entry = _chosen_batch(plan, epoch, ahead, known, COSTLIEST)
+        place = tl.where(known & (entry <= index), ahead, place)
+    return place, inside & (_chosen_batch(plan, epoch, place, inside, COSTLIEST) == index)
+
+
 # Not specialized: a value of 1, or a multiple of 16, must not compile another kernel. (The width is
 # specialized: rows of a multiple of 16 are written 16 bytes at a time.)
 _VALUES = [
     "num_rows",
-    "num_groups",
-    "steps",
+    "num_offsets",
+    "search_bits",
     "slot_n",
     "slot_a",
     "slot_b",
@@ -117,10 +277,16 @@ _VALUES = [
     "key1",
     "state0",
     "state1",
+    "other0",
+    "other1",
+    "epoch_low",
+    "epoch_high",
+    "num_replicas",
+    "rank",
 ]
 
 # Not specialized on alignment: these may be views of a user's tensors.
-_PLACES = ["slots", "starts", "epoch", "row_groups", "row_passes"]
+_PLACES = ["slots", "starts", "epoch"]
 
 
 @triton.jit(do_not_specialize=_VALUES, do_not_specialize_on_alignment=_PLACES)
@@ -134,8 +300,9 @@ def batches_kernel(
     counts,
     sizes,
     search,
-    row_groups,
-    row_passes,
+    plan,
+    epoch_patches,
+    epoch_offsets,
     bases,
     side_a,
     side_b,
@@ -143,8 +310,8 @@ def batches_kernel(
     order,
     num_rows,
     width,
-    num_groups,
-    steps,
+    num_offsets,
+    search_bits,
     slot_n,
     slot_a,
     slot_b,
@@ -154,17 +321,31 @@ def batches_kernel(
     key1,
     state0,
     state1,
+    other0,
+    other1,
+    epoch_low,
+    epoch_high,
+    num_replicas,
+    rank,
     SLOTS: tl.constexpr,
-    LOCATED: tl.constexpr,
+    STEPS: tl.constexpr,
+    RUNS: tl.constexpr,
+    COSTLIEST: tl.constexpr,
+    IN_ORDER: tl.constexpr,
+    VISITS: tl.constexpr,
+    OWN: tl.constexpr,
     PASSES: tl.constexpr,
     SAMPLES: tl.constexpr,
     SMALL: tl.constexpr,
     FEWEST: tl.constexpr,
     MOST: tl.constexpr,
     ORDERED: tl.constexpr,
+    BINS: tl.constexpr,
     RAGGED: tl.constexpr,
     PAD: tl.constexpr,
     EPOCH_ON_DEVICE: tl.constexpr,
+    ADVANCE: tl.constexpr,
+    REPEATS_COUNT: tl.constexpr,
     ROWS: tl.constexpr,
     COLS: tl.constexpr,
     SPAN: tl.constexpr,
@@ -175,30 +356,110 @@ def batches_kernel(
     slot = tl.load(slots + row, mask=inside, other=0)
     k0, k1 = key0.to(tl.uint32), key1.to(tl.uint32)
     s0, s1 = state0.to(tl.uint32), state1.to(tl.uint32)
+    o0, o1 = other0.to(tl.uint32), other1.to(tl.uint32)
     if EPOCH_ON_DEVICE:
         # The epoch is in a tensor, so that a CUDA graph can replay the kernel for any epoch.
         now = tl.load(epoch)
         k0, k1 = _absorb_epoch(k0, k1, now)
         k0, k1 = _absorb_epoch(k0, k1, now * 0)
-        s0, s1 = _absorb_epoch(s0, s1, now)
-    if SLOTS > 0:
-        slot = _permute_slots(slot, slot_n, slot_a, slot_b, slot_rem, slot_pairs, k0, k1 | 1, SLOTS)
-
-    if LOCATED:
-        j = slot
-        group = tl.load(row_groups + row, mask=inside, other=0)
+        if not PASSES:
+            s0, s1 = _absorb_epoch(s0, s1, now)
+        if RUNS == 2:
+            o0, o1 = _absorb_epoch(o0, o1, now)
     else:
-        # Search for the last patch whose first batch is not after this one.
-        place = tl.zeros([ROWS], tl.int32)
-        step_ahead = 1 << steps
-        for _ in range(steps):
-            step_ahead = step_ahead >> 1
-            ahead = place + step_ahead
-            known = inside & (ahead < num_groups)
-            entry = tl.load(search + ahead, mask=known, other=0)
-            place = tl.where(known & (entry <= slot), ahead, place)
-        j = slot - tl.load(search + place, mask=inside, other=0)
-        group = place.to(tl.int64)
+        now = (epoch_high.to(tl.int64) << 32) | (epoch_low.to(tl.int64) & 0xFFFFFFFF)
+    counts_fully = inside
+    if ADVANCE > 0:
+        # Slot `rank` of the step that begins here; both counters move on to the next step.
+        num_slots = tl.load(plan + AT_NUM_SLOTS)
+        begin_slot = tl.load(slots)
+        slot = slot + rank
+        counts_fully = slot < num_slots
+        slot = tl.where(counts_fully, slot, slot - num_slots)
+        next_slot = begin_slot + num_replicas
+        # A dropped step lacks a slot for some rank.
+        last_begin = num_slots - 1
+        if ADVANCE == 2:
+            last_begin = num_slots - num_replicas
+        is_done = next_slot > last_begin
+        # All threads have read the counters before one of them writes.
+        tl.debug_barrier()
+        tl.store(slots, tl.where(is_done, 0, next_slot))
+        tl.store(epoch, now + is_done.to(tl.int64))
+    if STEPS > 0 or RUNS > 0 or COSTLIEST > 0 or IN_ORDER or VISITS > 0:
+        # Slots on a GPU are not checked: invalid ones must not lead outside an array.
+        all_slots = tl.load(plan + AT_NUM_SLOTS)
+        slot = slot % all_slots
+        slot = tl.where(slot < 0, slot + all_slots, slot)
+
+    if VISITS > 0:
+        num_visited = tl.load(plan + AT_NUM_VISITED)
+        visit_round, place = _pass_and_batch(now, slot, tl.load(plan + AT_NUM_SLOTS), num_visited)
+        if VISITS == 2:
+            v0, v1 = _absorb_epoch(o0, o1, visit_round)
+            v0, v1 = _absorb_epoch(v0, v1, visit_round * 0)
+            zero = place * 0
+            place = _permute_wide(
+                place,
+                zero + num_visited,
+                zero + tl.load(plan + AT_VISIT_A),
+                zero + tl.load(plan + AT_VISIT_B),
+                zero + tl.load(plan + AT_VISIT_REM),
+                v0,
+                v1 | 1,
+            )
+        group = tl.load(_array(plan, AT_VISITED) + place, mask=inside, other=0)
+        own = tl.load(_array(plan, AT_OWN_BATCHES) + group, mask=inside, other=1)
+        passes = visit_round // own
+        j = visit_round % own
+    else:
+        if IN_ORDER:
+            count, bits = tl.load(plan + AT_NUM_PATCHES), tl.load(plan + AT_PATCH_BITS)
+            turn = _search(epoch_offsets, count, bits.to(tl.int32), slot, inside)
+            patch = tl.load(epoch_patches + turn, mask=inside, other=0)
+            index = tl.load(_array(plan, AT_FIRST_BATCH) + patch, mask=inside, other=0)
+            index += slot - tl.load(epoch_offsets + turn, mask=inside, other=0)
+        else:
+            index = _batch_of(
+                slot, plan, inside,
+                slot_n, slot_a, slot_b, slot_rem, slot_pairs, k0, k1, o0, o1,
+                SLOTS, STEPS, RUNS,
+            )  # fmt: skip
+        if COSTLIEST > 0:
+            num_chosen = tl.load(plan + AT_NUM_CHOSEN)
+            is_first = inside & (slot < num_chosen)
+            others = inside & (slot >= num_chosen)
+            # What a chosen batch left its slot for; that may be a chosen one, too.
+            left = num_chosen
+            link, is_chosen = _find_chosen(plan, now, index, others, COSTLIEST)
+            while (tl.max(is_chosen.to(tl.int32), axis=0) > 0) & (left > 0):
+                vacated = tl.load(_array(plan, AT_SLOT_OF_CHOSEN) + link, mask=is_chosen, other=0)
+                substitute = _batch_of(
+                    vacated, plan, inside,
+                    slot_n, slot_a, slot_b, slot_rem, slot_pairs, k0, k1, o0, o1,
+                    SLOTS, STEPS, RUNS,
+                )  # fmt: skip
+                index = tl.where(is_chosen, substitute, index)
+                link, is_chosen = _find_chosen(plan, now, index, is_chosen, COSTLIEST)
+                left -= 1
+            turn = tl.load(_array(plan, AT_CHOSEN_OF_SLOT) + slot, mask=is_first, other=0)
+            chosen = _chosen_batch(plan, now, turn, is_first, COSTLIEST)
+            index = tl.where(is_first, chosen, index)
+        # The last patch (or run) whose first batch is not after this one.
+        place = _search(search, num_offsets, search_bits, index, inside)
+        j = index - tl.load(search + place, mask=inside, other=0)
+        if RUNS > 0:
+            group = tl.load(_array(plan, AT_RUN_GROUPS) + place, mask=inside, other=0)
+            j += tl.load(_array(plan, AT_RUN_FIRST) + place, mask=inside, other=0)
+        else:
+            group = place.to(tl.int64)
+        if OWN > 0:
+            own = tl.load(_array(plan, AT_OWN_BATCHES) + group, mask=inside, other=1)
+        if OWN == 1:
+            j = j % own
+        if OWN == 2:
+            group_slots = tl.load(_array(plan, AT_GROUP_SLOTS) + group, mask=inside, other=1)
+            passes, j = _pass_and_batch(now, j, group_slots, own)
 
     # Low word: the size. High word: how many of the first batches have one sample more.
     size_word = tl.load(sizes + group, mask=inside, other=1)
@@ -223,14 +484,20 @@ def batches_kernel(
         lanes = tl.where(inside, width, 0).to(tl.uint32)
         widest = width
         if tl.program_id(1) == 0:
-            tl.store(lengths + row, length, mask=inside)
-            tl.store(groups + row, group, mask=inside)
+            valid = length
+            if not REPEATS_COUNT:
+                valid = tl.where(counts_fully, length, 0)
+            tl.store(lengths + row, valid, mask=inside)
+            patch_number = group
+            if BINS:
+                patches = _array(plan, AT_PATCH_OF_BIN)
+                patch_number = tl.load(patches + group, mask=inside, other=0)
+            tl.store(groups + row, patch_number, mask=inside)
 
     if SAMPLES:
         # Values per row, as columns that broadcast over lanes.
         key, step = s0, s1
         if PASSES:
-            passes = tl.load(row_passes + row, mask=inside, other=0)
             key, step = _absorb_epoch(key, step, passes)
         key, step = _absorb(key, step, group.to(tl.uint32))
         key, step = _absorb(key, step, (group * 0).to(tl.uint32))
@@ -290,6 +557,53 @@ def batches_kernel(
         if ORDERED:
             sample = tl.load(order + sample, mask=mask, other=0).to(tl.int64)
         tl.store(out + row_begin + lane.to(tl.int64), sample.to(out.dtype.element_ty), mask=mask)
+
+
+@triton.jit(do_not_specialize=["num_patches", "a", "b", "rem", "pairs", "key0", "key1"])
+def patch_order_kernel(
+    patches,
+    offsets,
+    plan,
+    epoch,
+    num_patches,
+    a,
+    b,
+    rem,
+    pairs,
+    key0,
+    key1,
+    FORM: tl.constexpr,
+    EPOCH_ON_DEVICE: tl.constexpr,
+    TILE: tl.constexpr,
+):
+    """One program: write the order of an epoch's patches, and the first slot of each."""
+    k0, k1 = key0.to(tl.uint32), key1.to(tl.uint32)
+    if EPOCH_ON_DEVICE:
+        now = tl.load(epoch)
+        k0, k1 = _absorb_epoch(k0, k1, now)
+        k0, k1 = _absorb_epoch(k0, k1, now * 0)
+    first_batch = _array(plan, AT_FIRST_BATCH)
+    before = tl.load(first_batch) * 0
+    for first in range(0, num_patches, TILE):
+        place = first + tl.arange(0, TILE)
+        inside = place < num_patches
+        patch = tl.where(inside, place, 0).to(tl.int64)
+        if FORM > 0:
+            patch = _permute_slots(patch, num_patches, a, b, rem, pairs, k0, k1 | 1, FORM)
+            patch = tl.where(inside, patch, 0)
+        size = tl.load(first_batch + patch + 1, mask=inside, other=0)
+        size -= tl.load(first_batch + patch, mask=inside, other=0)
+        total = tl.cumsum(size, axis=0)
+        tl.store(patches + place, patch, mask=inside)
+        tl.store(offsets + place, before + total - size, mask=inside)
+        before += tl.sum(size, axis=0)
+
+
+def launch_patch_order(form: int, epoch_on_device: bool, args: tuple[Any, ...]) -> None:
+    """Run the patch-order kernel on torch tensors, as `launch` does."""
+    patch_order_kernel[(1,)](
+        *args, FORM=form, EPOCH_ON_DEVICE=epoch_on_device, TILE=PATCH_TILE, num_warps=WARPS
+    )
 
 
 def launch(spec: KernelSpec, geometry: Geometry, args: tuple[Any, ...]) -> None:
