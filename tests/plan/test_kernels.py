@@ -487,8 +487,13 @@ NOWHERE = {
 @pytest.mark.parametrize("groups", NOWHERE.values(), ids=NOWHERE)
 @every_kernel
 def test_slots_that_do_not_exist_stay_in_bounds(kind, groups):
-    choices = product(KINDS_OF_PLANS, [True, False], ["keep", "pad"], [None, 50])
-    for (interleave, steps), shuffle, partial, epoch_batches in choices:
+    choices = product(KINDS_OF_PLANS, [True, False], ["keep", "pad"], [None, 50, 1, "costliest"])
+    for (interleave, steps), shuffle, partial, choice in choices:
+        epoch_batches = choice if isinstance(choice, int) else None
+        is_free = interleave and steps == "free"
+        has_few = epoch_batches == 1 or choice == "costliest"
+        if has_few and (not is_free or groups.num_patches == 1):
+            continue
         plan = EpochPlan(
             groups,
             3,
@@ -497,8 +502,9 @@ def test_slots_that_do_not_exist_stay_in_bounds(kind, groups):
             shuffle_patches=shuffle,
             partial=partial,
             steps=steps,
-            step_width=1 if steps == "free" else 2,
+            step_width=1 if steps == "free" and choice != "costliest" else 2,
             epoch_batches=epoch_batches,
+            costliest_first=choice == "costliest",
         )
         last = plan.num_batches - 1
         slots = [-1, -(2**31), -(2**63), last + 1, last + 2, 2**31, 2**32, 2**63 - 1, last]
@@ -568,20 +574,48 @@ NONE = KernelSpec(*[0] * len(KernelSpec._fields))
         ([1024, 65536], 1, {}, {}, {"slots": 2, "samples": 1, "fewest": 3, "most": 4}),
         ([65536], 9, {}, {}, {"slots": 2, "samples": 1, "fewest": 3, "most": 3}),
         ([3, 65536], 9, {}, {}, {"slots": 2, "samples": 1, "small": 32, "fewest": 3, "most": 6}),
-        ([5, 6], 1, {}, {"located": True}, {"located": 1, "samples": 1, "small": 8}),
+        ([5, 6], 1, {"interleave": False}, {}, {"in_order": 1, "samples": 1, "small": 8}),
         (
             [5, 6],
             1,
+            {"weights": [1, 2], "epoch_batches": 9},
             {},
-            {"located": True, "passes": True},
-            {"located": 1, "passes": 1, "samples": 1, "small": 8},
+            {"slots": 1, "own": 2, "passes": 1, "samples": 1, "small": 8},
         ),
         (
             [5, 6],
             1,
-            {"shuffle_within_batches": False},
-            {"located": True, "passes": True},
-            {"located": 1},
+            {"weights": [1, 2], "shuffle_within_batches": False},
+            {},
+            {"slots": 1, "own": 2},
+        ),
+        (
+            [5, 6],
+            1,
+            {"epoch_batches": 1},
+            {},
+            {"visits": 2, "passes": 1, "samples": 1, "small": 8},
+        ),
+        (
+            [5, 6],
+            1,
+            {"steps": "same_patch", "step_width": 2, "shuffle_within_batches": False},
+            {},
+            {"slots": 1, "steps": 1, "own": 1},
+        ),
+        (
+            [5, 6],
+            1,
+            {"steps": "balanced", "step_width": 2, "shuffle_within_batches": False},
+            {},
+            {"slots": 1, "steps": 2, "runs": 2},
+        ),
+        (
+            [5, 6],
+            1,
+            {"costliest_first": True, "step_width": 2, "shuffle_within_batches": False},
+            {},
+            {"slots": 1, "costliest": 1},
         ),
         ([5], 5, {"partial": "pad"}, {}, {"samples": 1, "small": 8}),
         ([5], 5, {}, {"ragged": True}, {"samples": 1, "small": 8, "ragged": 1}),

@@ -60,18 +60,24 @@ def memory_of(cuobjdump: Path | str, cubin: str) -> int:
     return sum(int(size) for size in re.findall(r"(?:STACK|LOCAL):(\d+)", usage))
 
 
-PLAIN = KernelSpec(2, False, False, True, 0, 3, 3, False, False, False, False)
+NONE = KernelSpec(*[0] * len(KernelSpec._fields))
+PLAIN = NONE._replace(slots=2, samples=1, fewest=3, most=3)
 CUDA_FORMS = {
     "plain": (PLAIN, "int64", "int64"),
-    "mixed, gathered": (PLAIN._replace(slots=1, small=32, most=6, ordered=True), "int32", "int32"),
+    "mixed, gathered": (PLAIN._replace(slots=1, small=32, most=6, ordered=1), "int32", "int32"),
     "ragged, 64-bit slots": (
-        PLAIN._replace(slots=3, ragged=True, pad=True, located=True, ordered=True),
+        PLAIN._replace(slots=3, ragged=1, pad=1, own=2, passes=1, ordered=1),
         "int64",
         "int64",
     ),
-    "passes": (PLAIN._replace(slots=0, located=True, passes=True), "int64", "int64"),
-    "small": (PLAIN._replace(slots=0, small=8, fewest=0, most=0), "int64", "int64"),
-    "as they are": (PLAIN._replace(samples=False, fewest=0, most=0), "int64", "int32"),
+    "costliest, runs": (PLAIN._replace(steps=2, runs=2, costliest=2, bins=1), "int64", "int64"),
+    "visits": (PLAIN._replace(slots=0, visits=2, passes=1), "int64", "int64"),
+    "in order, small": (
+        PLAIN._replace(slots=0, in_order=1, small=8, fewest=0, most=0, own=1),
+        "int64",
+        "int64",
+    ),
+    "as they are": (PLAIN._replace(samples=0, fewest=0, most=0), "int64", "int32"),
 }
 
 

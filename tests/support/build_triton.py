@@ -66,8 +66,18 @@ CASES: dict[str, tuple[PatchGroups, int, str, dict[str, Any]]] = {
     "gathered": (gathered("int32"), 64, "block", {}),
     "gathered int64, odd width": (gathered("int64"), 33, "block", {"partial": "pad"}),
     "slots as they are": (contiguous(LARGE), 64, "block", {"shuffle_patches": False}),
-    "located": (contiguous(LARGE), 64, "located", {"interleave": False}),
-    "passes": (contiguous(LARGE), 64, "located", {"epoch_batches": 10_000}),
+    "in order": (contiguous(LARGE), 64, "block", {"interleave": False}),
+    "weights": (contiguous(LARGE), 64, "block", {"weights": range(1, 41)}),
+    "few visits": (contiguous(LARGE), 64, "block", {"epoch_batches": 10}),
+    "same patch": (contiguous(LARGE), 64, "block", {"steps": "same_patch", "step_width": 3}),
+    "balanced": (contiguous(LARGE), 64, "block", {"steps": "balanced", "step_width": 7}),
+    "costliest first": (contiguous(LARGE), 64, "block", {"costliest_first": True, "step_width": 8}),
+    "costliest first, weights": (
+        contiguous([70_001] * 40),
+        64,
+        "block",
+        {"costliest_first": True, "step_width": 8, "weights": range(1, 41)},
+    ),
     "few slots, wide": (contiguous([70_000] * 2), 5000, "block", {}),
     "64-bit slots, width 1": (contiguous([2**31 - 1] * 3), 1, "block", {}),
     "samples as they are": (contiguous(LARGE), 64, "block", {"shuffle_within_batches": False}),
@@ -76,6 +86,8 @@ CASES: dict[str, tuple[PatchGroups, int, str, dict[str, Any]]] = {
     "ragged, padded": (gathered("int32"), 48, "ragged", {"partial": "pad"}),
     "step": (contiguous(LARGE), 64, "step", {}),
     "step, mixed": (contiguous([20, 70_000, 2000]), 48, "step", {}),
+    "advance": (contiguous(LARGE), 64, "advance", {}),
+    "advance, in order": (contiguous(LARGE), 64, "advance", {"interleave": False}),
 }
 # The older GPU needs no more than one of each kind of work.
 CASES_OF = {90: list(CASES), 80: ["plain", "mixed", "step, mixed", "64-bit slots, width 1"]}
@@ -91,18 +103,22 @@ def evaluate(case: tuple[PatchGroups, int, str, dict[str, Any]]) -> None:
         plan.shuffle_within_batches, plan.shuffle_patches, plan.interleave, plan.partial == "pad"
     )
     evaluation = fused.KernelEvaluator(
-        tables, CPU, evaluator_settings, triton_batches.launch, triton_geometry
+        tables,
+        CPU,
+        evaluator_settings,
+        triton_batches.launch,
+        triton_batches.launch_patch_order,
+        triton_geometry,
     )
     slots = np.arange(min(plan.num_batches, 1000))
     locations = plan.evaluator.locate(3, slots)
     if method == "step":
         evaluation.batch(plan.evaluator.streams, torch.tensor(3), torch.tensor(1))
+    elif method == "advance":
+        advance = fused.Advance(3, 1, drops_uneven=True, repeats_count=False)
+        evaluation.batch(plan.evaluator.streams, torch.tensor(3), torch.tensor(1), advance)
     elif method == "ragged":
-        evaluation.ragged(plan.evaluator.streams, 3, locations, is_located=False)
-    elif method == "located":
-        arrays = (locations.group, locations.j, locations.passes)
-        rows = [None if part is None else torch.from_numpy(part) for part in arrays]
-        evaluation.located_block(plan.evaluator.streams, 3, *rows)
+        evaluation.ragged(plan.evaluator.streams, 3, locations)
     else:
         dtype = "int32" if method.endswith("int32") else "int64"
         evaluation.block(plan.evaluator.streams, 3, torch.from_numpy(slots), dtype)
@@ -112,6 +128,7 @@ def main(folder: Path) -> None:
     assert "TRITON_INTERPRET" not in os.environ
     kernel = Compiled(triton_batches.batches_kernel)
     triton_batches.batches_kernel = kernel
+    triton_batches.patch_order_kernel = Compiled(triton_batches.patch_order_kernel)
     built = []
     for arch, names in CASES_OF.items():
         # Triton keeps what it has compiled by the number of the device.

@@ -114,7 +114,7 @@ class KernelEvaluator:
             spec = KernelSpec.of(self._tables, self._settings, ragged=False, epoch_on_device=True)
             if advance is not None:
                 spec = spec._replace(
-                    advance=1 + advance.drops_uneven, repeats_count=advance.repeats_count
+                    advance=1 + advance.drops_uneven, skip_repeats=not advance.repeats_count
                 )
             row_arrays = (self._xp.reshape(slot, (1,)), None, epoch, out, lengths, groups)
             self._run(spec, streams, epoch, row_arrays, width, advance)

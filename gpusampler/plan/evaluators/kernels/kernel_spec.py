@@ -49,8 +49,8 @@ class KernelSpec(NamedTuple):
     its own length. ``pad``: the length of a ragged row is the batch size of its patch.
     ``epoch_on_device``: the kernel reads the epoch from device memory. ``advance``: the kernel
     advances epoch and slot to the next step, which repeats slots after the last (1) or is dropped
-    if it is not whole (2). ``repeats_count``: repeated batches count. (The last three: Triton
-    only.)
+    if it is not whole (2). ``skip_repeats``: repeated batches have length 0. (The last three:
+    Triton only.)
     """
 
     slots: int
@@ -71,7 +71,7 @@ class KernelSpec(NamedTuple):
     pad: bool
     epoch_on_device: bool
     advance: int
-    repeats_count: bool
+    skip_repeats: bool
 
     @classmethod
     def of(
@@ -81,8 +81,6 @@ class KernelSpec(NamedTuple):
         *,
         ragged: bool,
         epoch_on_device: bool = False,
-        advance: int = 0,
-        repeats_count: bool = True,
     ) -> KernelSpec:
         """Return the spec for a plan's tables, without anything that none of its patches needs."""
         shuffled, layout = settings.shuffle_batches, tables.layout
@@ -123,8 +121,8 @@ class KernelSpec(NamedTuple):
             ragged=ragged,
             pad=ragged and settings.pad,
             epoch_on_device=epoch_on_device,
-            advance=advance,
-            repeats_count=repeats_count,
+            advance=0,
+            skip_repeats=False,
         )
 
     def flags(self) -> dict[str, int]:

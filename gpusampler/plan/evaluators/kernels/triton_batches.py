@@ -345,7 +345,7 @@ def batches_kernel(
     PAD: tl.constexpr,
     EPOCH_ON_DEVICE: tl.constexpr,
     ADVANCE: tl.constexpr,
-    REPEATS_COUNT: tl.constexpr,
+    SKIP_REPEATS: tl.constexpr,
     ROWS: tl.constexpr,
     COLS: tl.constexpr,
     SPAN: tl.constexpr,
@@ -485,7 +485,7 @@ def batches_kernel(
         widest = width
         if tl.program_id(1) == 0:
             valid = length
-            if not REPEATS_COUNT:
+            if SKIP_REPEATS:
                 valid = tl.where(counts_fully, length, 0)
             tl.store(lengths + row, valid, mask=inside)
             patch_number = group
