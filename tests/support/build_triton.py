@@ -23,7 +23,7 @@ import torch
 import triton
 from triton.backends.compiler import GPUTarget
 
-from gpusampler import EpochPlan, PatchGroups
+from gpusampler import CostBudget, EpochPlan, PatchGroups
 from gpusampler.core.devices import Device
 from gpusampler.plan.evaluators.base import EvaluatorSettings
 from gpusampler.plan.evaluators.kernels import fused, triton_batches
@@ -60,7 +60,7 @@ def contiguous(counts: list[int]) -> PatchGroups:
 
 
 # Name: groups, batch size, method, and settings.
-CASES: dict[str, tuple[PatchGroups, int, str, dict[str, Any]]] = {
+CASES: dict[str, tuple[PatchGroups, Any, str, dict[str, Any]]] = {
     "plain": (contiguous(LARGE), 64, "block", {}),
     "plain int32": (contiguous(LARGE), 64, "block int32", {}),
     "gathered": (gathered("int32"), 64, "block", {}),
@@ -77,6 +77,12 @@ CASES: dict[str, tuple[PatchGroups, int, str, dict[str, Any]]] = {
         64,
         "block",
         {"costliest_first": True, "step_width": 8, "weights": range(1, 41)},
+    ),
+    "cost bins": (
+        contiguous([70_000] * 4),
+        CostBudget(64.0, sample_costs=1.0 + np.arange(280_000) % 3),
+        "block",
+        {},
     ),
     "few slots, wide": (contiguous([70_000] * 2), 5000, "block", {}),
     "64-bit slots, width 1": (contiguous([2**31 - 1] * 3), 1, "block", {}),
@@ -98,7 +104,7 @@ def evaluate(case: tuple[PatchGroups, int, str, dict[str, Any]]) -> None:
     plan = EpochPlan(groups, batch_size, 2**64 - 1, **settings)
     # As if every patch had a size of its own.
     host_tables = replace(plan._tables, is_uniform=method != "ragged")
-    tables = host_tables.on(CPU, groups.order)
+    tables = host_tables.on(CPU, plan.units.groups.order)
     evaluator_settings = EvaluatorSettings(
         plan.shuffle_within_batches, plan.shuffle_patches, plan.interleave, plan.partial == "pad"
     )
