@@ -228,7 +228,7 @@ KERNEL void gpusampler_batches(
     const i64 *slots, const i64 *starts, OUT_T *out, i64 *lengths, i64 *groups,
     const i64 *counts, const i64 *sizes, const i64 *search, const i64 *plan,
     const i64 *epoch_patches, const i64 *epoch_offsets, const i64 *bases,
-    const i64 *side_a, const i64 *side_b, const i64 *side_rem, const ORDER_T *order,
+    const i64 *sides, const i64 *rests, const ORDER_T *order,
     int num_rows, int width, int num_offsets, int search_bits,
     int slot_n, int slot_a, int slot_b, int slot_rem, int slot_pairs,
     int key0, int key1, int state0, int state1, int other0, int other1,
@@ -335,10 +335,11 @@ KERNEL void gpusampler_batches(
             row.k0 = s0;
             row.step = s1 | 1u;
             row.coin = coin_of(row.k0, row.step);
-            row.a = (u32)side_a[group];
-            row.b = (u32)side_b[group];
-            row.rem = (u32)side_rem[group];
-            row.inverse = 0xFFFFFFFFu / row.b;
+            // Low words: a and rem. High words: b and its reciprocal.
+            row.a = (u32)sides[group];
+            row.b = (u32)(sides[group] >> 32);
+            row.rem = (u32)rests[group];
+            row.inverse = (u32)(rests[group] >> 32);
             row.pairs = pairs_of(n);
 #endif
         }

@@ -69,10 +69,12 @@ class KernelEvaluator:
         self._geometry = geometry
         self._xp = arrays.namespace(device)
         with devices.device_context(device):
-            # Both in one word, so that batches that differ by one in size need no extra argument.
+            # Two numbers in a word take one load. The reciprocal of b replaces a division.
             self._sizes = tables.sizes
             if tables.larger is not None:
                 self._sizes = tables.sizes + (tables.larger << 32)
+            a, b, rem = tables.grid
+            self._sides, self._rests = a + (b << 32), rem + (MASK // b << 32)
             self._plan_words = plan_words(
                 self._xp, tables, lambda numbers: arrays.upload(np.array(numbers, np.int64), device)
             )
@@ -84,7 +86,7 @@ class KernelEvaluator:
 
     def members(self) -> list[Any]:
         """Return the arrays that the kernel reads besides the tables."""
-        return [self._sizes, self._plan_words]
+        return [self._sizes, self._sides, self._rests, self._plan_words]
 
     def block(
         self, streams: Streams, epoch: int, slots: Any, dtype: str = "int64"
@@ -213,7 +215,8 @@ class KernelEvaluator:
             self._plan_words,
             *epoch_patches,
             tables.starts,
-            *tables.grid,
+            self._sides,
+            self._rests,
             tables.order,
             num_rows,
             width,

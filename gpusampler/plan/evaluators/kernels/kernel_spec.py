@@ -25,7 +25,7 @@ PLAN_WORDS = (
 """What the first numbers of a `plan_words` array are."""
 
 
-ORDER_ARGUMENT = 16
+ORDER_ARGUMENT = 15
 """Index of the samples' order among the arguments of a launch."""
 
 

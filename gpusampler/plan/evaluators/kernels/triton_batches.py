@@ -304,9 +304,8 @@ def batches_kernel(
     epoch_patches,
     epoch_offsets,
     bases,
-    side_a,
-    side_b,
-    side_rem,
+    sides,
+    rests,
     order,
     num_rows,
     width,
@@ -503,11 +502,12 @@ def batches_kernel(
         key, step = _absorb(key, step, (group * 0).to(tl.uint32))
         step = step | 1
         coin = _coin(key, step)[:, None]
-        a = tl.load(side_a + group, mask=inside, other=1).to(tl.uint32)[:, None]
-        b = tl.load(side_b + group, mask=inside, other=1).to(tl.uint32)[:, None]
-        rem = tl.load(side_rem + group, mask=inside, other=1).to(tl.uint32)[:, None]
-        # One division per row; per lane, a multiplication that is at most 1 too small.
-        inverse = 0xFFFFFFFF // b
+        # Low words: a and rem. High words: b, and its reciprocal: with it, a division is a
+        # multiplication that is at most 1 too small.
+        side_word = tl.load(sides + group, mask=inside, other=1)
+        rest_word = tl.load(rests + group, mask=inside, other=1)
+        a, b = side_word.to(tl.uint32)[:, None], (side_word >> 32).to(tl.uint32)[:, None]
+        rem, inverse = rest_word.to(tl.uint32)[:, None], (rest_word >> 32).to(tl.uint32)[:, None]
         own = tl.where(n >= 128, 5, tl.where(n > 32, 6, 0))
         own = tl.where(n >= 65536, 3, tl.where(n >= 1024, 4, own))
         own = tl.where(inside, own, 0)
