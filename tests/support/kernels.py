@@ -33,6 +33,7 @@ from gpusampler.plan.evaluators.base import BatchLocations, EvaluatorSettings
 from gpusampler.plan.evaluators.kernels import fused
 from gpusampler.plan.evaluators.kernels.kernel_spec import THREADS, cuda_geometry, triton_geometry
 from support.libraries import has_cupy_cuda, has_torch_cuda
+from support.ptx.launches import PtxRawKernel, launch_triton_ptx
 
 SOURCE = Path(fused.__file__).with_name("batches.cu")
 # No warning but of what another form than the one compiled uses.
@@ -95,15 +96,15 @@ class HostKernel:
 
 
 @cache
-def cuda_batches_on_host() -> Any:
-    """The module that launches the CUDA C kernel, loaded where `HostKernel` stands for CuPy's."""
+def cuda_batches_on_host(raw_kernel: type = HostKernel) -> Any:
+    """The module that launches the CUDA C kernel, loaded where ``raw_kernel`` stands for CuPy's."""
     path = SOURCE.with_name("cuda_batches.py")
     spec = spec_from_file_location("cuda_batches_on_host", path)
     assert spec is not None
     assert spec.loader is not None
     module = module_from_spec(spec)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(sys.modules, "cupy", SimpleNamespace(RawKernel=HostKernel))
+        patch.setitem(sys.modules, "cupy", SimpleNamespace(RawKernel=raw_kernel))
         spec.loader.exec_module(module)
     return module
 
@@ -115,6 +116,15 @@ def launch_on_host(form, geometry, args) -> None:
 
 def launch_patch_order_on_host(form, epoch_on_device, args) -> None:
     cuda_batches_on_host().launch_patch_order(form, epoch_on_device, args)
+
+
+def launch_cuda_ptx(form, geometry, args) -> None:
+    """Run the CUDA C kernel over NumPy arrays, as a GPU would."""
+    cuda_batches_on_host(PtxRawKernel).launch(form, geometry, args)
+
+
+def launch_patch_order_cuda_ptx(form, epoch_on_device, args) -> None:
+    cuda_batches_on_host(PtxRawKernel).launch_patch_order(form, epoch_on_device, args)
 
 
 def launch_interpreted(form, geometry, args) -> None:
@@ -169,7 +179,9 @@ every_kernel = pytest.mark.parametrize("kind", KERNELS)
 
 def device_of_kernel(kind: str) -> Device:
     """Where a kernel runs here; skips where it cannot."""
-    if kind == "cuda-c":
+    if kind == "cuda-c ptx" and not shutil.which("nvcc"):
+        pytest.skip("no nvcc")
+    if kind.startswith("cuda-c"):
         return Device("numpy")
     if kind == "cupy":
         if not has_cupy_cuda():
@@ -177,7 +189,7 @@ def device_of_kernel(kind: str) -> Device:
         return Device("cupy", "0")
     if not find_spec("torch") or not find_spec("triton"):
         pytest.skip("torch or triton is not installed")
-    return Device("torch", "cpu" if is_interpreted() else "cuda:0")
+    return Device("torch", "cpu" if kind == "triton ptx" or is_interpreted() else "cuda:0")
 
 
 GUARD = 32
@@ -253,7 +265,9 @@ def kernel_evaluator_of(
     if device.name == "cpu":
         launches = {
             "cuda-c": (launch_on_host, launch_patch_order_on_host, cuda_geometry),
+            "cuda-c ptx": (launch_cuda_ptx, launch_patch_order_cuda_ptx, cuda_geometry),
             "triton": (launch_interpreted, launch_patch_order_interpreted, triton_geometry),
+            "triton ptx": (launch_triton_ptx, launch_patch_order_triton_ptx, triton_geometry),
         }[kind]
         return fused.KernelEvaluator(tables, device, settings, *launches)
     evaluator = fused.kernel_evaluator_on(tables, device, settings)

@@ -1,0 +1,164 @@
+"""The package's launches of its kernels, compiled to PTX for a GPU and run on the CPU.
+
+`PtxRawKernel` stands for CuPy's, `PtxTritonKernel` for what ``@triton.jit`` returns. Names and
+order of arguments are those of the kernels' own signatures.
+"""
+
+from __future__ import annotations
+
+import atexit
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import numpy as np
+
+from support.processes import environment
+from support.ptx.machine import Array, Run, run
+from support.ptx.program import Program
+
+ARCH = 90
+WRITTEN = ("out", "lengths", "groups")
+"""Arguments that a kernel writes; all other arrays are read-only."""
+
+
+class Launches:
+    """Runs kernels and keeps what each launch did.
+
+    Attributes
+    ----------
+    change : callable
+        Applied to the PTX of every launch.
+    runs : list of Run
+        Grows by one at every launch.
+    """
+
+    def __init__(self) -> None:
+        self.change: Callable[[str], str] = str
+        self.runs: list[Run] = []
+
+    def run(
+        self, ptx: str, grid: tuple[int, int], threads: int, arguments: list[Any], shared: int = 0
+    ) -> None:
+        program = parse(self.change(ptx))
+        self.runs.append(run(program, grid, threads, arguments, shared))
+
+
+launches = Launches()
+parse = cache(Program.parse)
+
+
+def as_argument(name: str, value: Any) -> int | Array | None:
+    if value is None or isinstance(value, int):
+        return value
+    values = value if isinstance(value, np.ndarray) else value.numpy()
+    assert values.flags.c_contiguous, name
+    return Array(name, values, values.ctypes.data, name in WRITTEN)
+
+
+def ptx_of_cuda(source: str, options: tuple[str, ...]) -> str:
+    """Compile CUDA C by nvcc."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "kernel.cu"
+        path.write_text(source)
+        command = ["nvcc", "-ptx", f"-arch=sm_{ARCH}", *options, "-o", "kernel.ptx", path.name]
+        subprocess.run(command, cwd=folder, check=True, capture_output=True)
+        return (Path(folder) / "kernel.ptx").read_text()
+
+
+class PtxRawKernel:
+    """What `cupy.RawKernel` is to the package."""
+
+    def __init__(self, source: str, name: str, options: tuple[str, ...]) -> None:
+        self._ptx = ptx_of_cuda(source, options)
+        listed = re.search(rf"KERNEL void {name}\((.*?)\)", source, re.S)
+        assert listed
+        self._names = []
+        for parameter in listed[1].split(","):
+            type_name, name = parameter.strip().rpartition("*")[::2]
+            self._names.append(name.split()[-1])
+            is_result = bool(type_name) and not type_name.startswith("const")
+            assert is_result == (self._names[-1] in WRITTEN), f"{parameter.strip()}: see WRITTEN"
+
+    def __call__(self, grid: tuple[int, int], block: tuple[int], args: tuple[Any, ...]) -> None:
+        values = [each if isinstance(each, np.ndarray) else int(each) for each in args]
+        arguments = [as_argument(*pair) for pair in zip(self._names, values, strict=True)]
+        launches.run(self._ptx, grid, block[0], arguments)
+
+
+class TritonCompiler:
+    """A process that compiles the Triton kernel."""
+
+    def __init__(self) -> None:
+        self._cache = tempfile.TemporaryDirectory(prefix="gpusampler-triton-")
+        script = Path(__file__).with_name("compile_triton.py")
+        variables = {"TRITON_CACHE_DIR": self._cache.name, "TRITON_INTERPRET": None}
+        self._process = subprocess.Popen(
+            [sys.executable, str(script), str(ARCH)],
+            env=environment(**variables),
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+
+    def compile(self, args: tuple[Any, ...], options: dict[str, Any]) -> dict[str, Any]:
+        """Return what `compile_triton.compile_for` returns for the arguments of a launch."""
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        request = {"args": [self._describe(each) for each in args], "options": options}
+        self._process.stdin.write(json.dumps(request) + "\n")
+        self._process.stdin.flush()
+        answer = self._process.stdout.readline()
+        assert answer, "the process that compiles has failed; see its standard error"
+        return json.loads(answer)
+
+    @staticmethod
+    def _describe(value: Any) -> Any:
+        if value is None or isinstance(value, int):
+            return value
+        return [str(value.dtype).rpartition(".")[2], value.data_ptr() % 16]
+
+    def close(self) -> None:
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        self._process.stdin.close()
+        self._process.wait()
+        self._process.stdout.close()
+        self._cache.cleanup()
+
+
+@cache
+def triton_compiler() -> TritonCompiler:
+    compiler = TritonCompiler()
+    atexit.register(compiler.close)
+    return compiler
+
+
+class PtxTritonKernel:
+    """What ``@triton.jit`` makes of the kernel is to the package."""
+
+    def __getitem__(self, grid: tuple[int, int]) -> Callable[..., None]:
+        def launch(*args: Any, **options: Any) -> None:
+            compiled = triton_compiler().compile(args, options)
+            by_name = dict(zip(compiled["arguments"], args, strict=True))
+            arguments = [as_argument(name, by_name[name]) for name in compiled["parameters"]]
+            # Then come two pointers to scratch memory, of which the kernel needs none.
+            arguments += [None, None]
+            launches.run(compiled["ptx"], grid, compiled["threads"], arguments, compiled["shared"])
+
+        return launch
+
+
+def launch_triton_ptx(spec: Any, geometry: Any, args: tuple[Any, ...]) -> None:
+    """Run the Triton kernel over tensors of the host, as a GPU would."""
+    from gpusampler.plan.evaluators.kernels import triton_batches
+
+    with mock.patch.object(triton_batches, "batches_kernel", PtxTritonKernel()):
+        triton_batches.launch(spec, geometry, args)
