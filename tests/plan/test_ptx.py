@@ -21,6 +21,10 @@ EPOCH = 2**33 + 5
 """Every word of the keys is needed."""
 
 
+INSTRUCTIONS = {"triton ptx": 119, "cuda-c ptx": 120}
+"""Of PTX, executed per index by a plain plan, at most; see `benchmarks.gpu.instructions`."""
+
+
 class Case(NamedTuple):
     groups: PatchGroups
     batch_size: Any
@@ -88,10 +92,14 @@ SLOW = {
     ),
 }
 CASES = QUICK | SLOW
+FIRST = pytest.mark.expensive("the one start of Triton's compiler")
 every_case = pytest.mark.parametrize(
     "case",
     [
-        *(pytest.param(case, id=name) for name, case in QUICK.items()),
+        *(
+            pytest.param(case, id=name, marks=FIRST if name == "plain" else ())
+            for name, case in QUICK.items()
+        ),
         *(
             pytest.param(case, id=name, marks=pytest.mark.slow("compiles several kernels"))
             for name, case in SLOW.items()
@@ -153,7 +161,15 @@ def test_a_batch_whose_epoch_and_slot_are_on_the_device(name):
             np.testing.assert_array_equal(actual, desired[0])
 
 
-@pytest.mark.parametrize("kind", ["triton ptx", "cuda-c ptx"])
+@every_kernel
+def test_instructions_per_index(kind):
+    plan = CASES["plain"].plan()
+    # As many rows as fill whole blocks.
+    indices, _, _ = kernel_of(plan, kind).block(plan, EPOCH, np.arange(1024))
+    assert launches.done[-1].issued / indices.size <= INSTRUCTIONS[kind]
+
+
+@every_kernel
 def test_the_cases_reach_every_form_of_a_kernel(kind):
     specs: set[KernelSpec] = set()
     for case in CASES.values():
@@ -242,6 +258,23 @@ class TestEmulation:
             st.global.u32 [%rd4], %r4;
         """
         assert run_ptx(body).tolist() == [i ^ 1 for i in range(64)]
+
+    @pytest.mark.parametrize(("store", "load"), [("", ""), (".trans", ""), ("", ".trans")])
+    def test_matrices_of_halves(self, store, load):
+        # The first warp stores two matrices of 8 x 8, whose rows begin where its threads say.
+        body = f"""
+            shl.b32 %r2, %r1, 4; and.b32 %r2, %r2, 255; add.u32 %r3, %r1, 1000;
+            setp.lt.u32 %p2, %r1, 32;
+            @%p2 stmatrix.sync.aligned.m8n8.x2{store}.shared.b16 [%r2], {{%r1, %r3}};
+            bar.sync 0;
+            ldmatrix.sync.aligned.m8n8.x2{load}.shared.b16 {{%r4, %r5}}, [%r2];
+            st.global.u32 [%rd4], %r5;
+        """
+        words = np.arange(1000, 1032, dtype=np.uint32)
+        if store or load:
+            halves = words.view(np.uint16).reshape(8, 8).T.copy()
+            words = halves.view(np.uint32).ravel()
+        assert run_ptx(body).tolist() == [*words, *words]
 
     @pytest.mark.parametrize(
         ("instruction", "expected"),

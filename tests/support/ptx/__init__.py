@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from support.ptx.machine import Array, PtxError, Run, run
+from support.ptx.machine import Array, PtxError, run
 from support.ptx.program import Program, UnknownInstructionError
 
-__all__ = ["Array", "Program", "PtxError", "Run", "UnknownInstructionError", "run"]
+__all__ = ["Array", "Program", "PtxError", "UnknownInstructionError", "run"]

@@ -15,13 +15,13 @@ import tempfile
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 from unittest import mock
 
 import numpy as np
 
 from support.processes import environment
-from support.ptx.machine import Array, Run, run
+from support.ptx.machine import Array, run
 from support.ptx.program import Program
 
 ARCH = 90
@@ -29,26 +29,34 @@ WRITTEN = ("out", "lengths", "groups")
 """Arguments that a kernel writes; all other arrays are read-only."""
 
 
+class Launch(NamedTuple):
+    """What was launched, and how many instructions were issued; see `machine.run`."""
+
+    ptx: str
+    threads: int
+    issued: int
+
+
 class Launches:
-    """Runs kernels and keeps what each launch did.
+    """Runs kernels and keeps what was launched.
 
     Attributes
     ----------
     change : callable
         Applied to the PTX of every launch.
-    runs : list of Run
-        Grows by one at every launch.
+    done : list of Launch
     """
 
     def __init__(self) -> None:
         self.change: Callable[[str], str] = str
-        self.runs: list[Run] = []
+        self.done: list[Launch] = []
 
     def run(
         self, ptx: str, grid: tuple[int, int], threads: int, arguments: list[Any], shared: int = 0
     ) -> None:
-        program = parse(self.change(ptx))
-        self.runs.append(run(program, grid, threads, arguments, shared))
+        ptx = self.change(ptx)
+        issued = run(parse(ptx), grid, threads, arguments, shared)
+        self.done.append(Launch(ptx, threads, issued))
 
 
 launches = Launches()

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -48,13 +47,6 @@ class Array(NamedTuple):
     values: Values
     address: int
     is_writable: bool
-
-
-@dataclass
-class Run:
-    """What a launch did. ``issued``: instructions times the 32 threads of every warp in them."""
-
-    issued: int = 0
 
 
 class Trace:
@@ -107,8 +99,11 @@ def run(
     num_threads: int,
     arguments: Sequence[int | Array | None],
     dynamic_shared: int = 0,
-) -> Run:
+) -> int:
     """Run a kernel; write what it wrote into the arrays that are writable.
+
+    Return how many instructions were issued: each counts 32 for every warp of which any thread is
+    there, as warps are what a GPU issues instructions for.
 
     Parameters
     ----------
@@ -147,7 +142,7 @@ def run(
             memories.append(memory)
             value = (len(memories) << REGION) + misalignment
         parameters[name] = value or 0
-    result = Run()
+    issued = 0
     num_blocks = grid[0] * grid[1]
     step = max(1, MAX_THREADS // num_threads)
     for first in range(0, num_blocks, step):
@@ -155,12 +150,12 @@ def run(
         shared_size = program.shared_size + dynamic_shared
         machine = _Machine(program, grid, blocks, num_threads, shared_size, parameters, memories)
         with np.errstate(over="ignore"):
-            result.issued += machine.run()
+            issued += machine.run()
     arrays = (a for a in arguments if isinstance(a, Array))
     for memory, array in zip(memories, arrays, strict=True):
         if array.is_writable and array.values.size:
             array.values.reshape(-1).view(np.uint8)[:] = memory.bytes()
-    return result
+    return issued
 
 
 Step = Callable[[Values], None]
@@ -221,7 +216,7 @@ class _Machine:
     # ---------------------------------------------------------------- control flow
 
     def run(self) -> int:
-        """Run to the end and return what `Run.issued` counts."""
+        """Run to the end and return what `run` returns."""
         end, issued = len(self.program.blocks), 0
         for _ in range(MAX_BLOCK_EXECUTIONS):
             ready = np.where(self.is_waiting, end, self.next)
@@ -512,6 +507,63 @@ class _Machine:
 
         return execute
 
+    def _compile_stmatrix(self, instruction: Instruction) -> Step | None:
+        match = _MATRICES.fullmatch(instruction.opcode)
+        if match is None:
+            return None
+        target, source = instruction.operands
+        holder, half = _matrix_holders(bool(match[2]))
+        readers = [self._reader(each, "u32") for each in _vector(source)]
+        assert len(readers) == int(match[1])
+        address = self._address(target)
+
+        def execute(mask: Values) -> None:
+            for i, read in enumerate(readers):
+                values = read()
+                for first, memory, threads, at in self._matrix_rows(mask, address(), i):
+                    words = values[first[:, None, None] + holder] >> half * 16
+                    for column in range(8):
+                        halves = words[:, :, column].ravel().astype(np.uint16)
+                        self._store(memory, threads, at + 2 * column, halves)
+
+        return execute
+
+    def _compile_ldmatrix(self, instruction: Instruction) -> Step | None:
+        match = _MATRICES.fullmatch(instruction.opcode)
+        if match is None:
+            return None
+        target, source = instruction.operands
+        holder, half = _matrix_holders(bool(match[2]))
+        registers = _vector(target)
+        assert len(registers) == int(match[1])
+        address = self._address(source)
+
+        def execute(mask: Values) -> None:
+            # All are read before any is written: a register may be the address, too.
+            addresses = address()
+            for i, register in enumerate(registers):
+                for first, memory, threads, at in self._matrix_rows(mask, addresses, i):
+                    self._trace_reads(memory, threads, at, 16)
+                    loaded = np.zeros(mask.size, np.uint32)
+                    for column in range(8):
+                        halves = memory.read(at + 2 * column, np.dtype(np.uint16)).reshape(-1, 8)
+                        shifted = halves.astype(np.uint32) << half[:, column] * 16
+                        # Transposed, two rows of a column are in one register.
+                        np.bitwise_or.at(loaded, first[:, None] + holder[:, column], shifted)
+                    self._write(register, loaded, mask)
+
+        return execute
+
+    def _matrix_rows(
+        self, mask: Values, address: Values, matrix: int
+    ) -> list[tuple[Values, Memory, Values, Values]]:
+        """Return the first thread of active warps, and the rows whose addresses 8 of each have."""
+        self._check_whole_warps(mask, np.full(mask.size, -1))
+        first = np.flatnonzero(mask)[::WARP]
+        owners = (first[:, None] + 8 * matrix + np.arange(8)).ravel()
+        row = _Access("shared", 8, "b16")
+        return [(first, *place) for place in self._places(row, address, owners)]
+
     def _store(self, memory: Memory, threads: Values, at: Values, values: Values) -> None:
         changes = memory.read(at, values.dtype) != values
         # Threads may write what is there already: Triton has several threads store one value.
@@ -632,6 +684,17 @@ class _Access(NamedTuple):
     @property
     def nbytes(self) -> int:
         return self.dtype.itemsize * self.count
+
+
+_MATRICES = re.compile(r"(?:ld|st)matrix\.sync\.aligned\.m8n8\.x([124])(\.trans)?\.shared\.b16")
+
+
+def _matrix_holders(is_transposed: bool) -> tuple[Values, Values]:
+    """Return which thread, and half of its register, has each element of a matrix of 8 x 8."""
+    row, column = np.indices((8, 8), dtype=np.uint32)
+    if is_transposed:
+        row, column = column, row
+    return row * 4 + column // 2, column % 2
 
 
 def _vector(operand: str) -> list[str]:
