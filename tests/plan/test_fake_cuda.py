@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections import Counter, deque
 from collections.abc import Callable, Iterator
 from importlib.util import find_spec
@@ -28,6 +29,8 @@ from support.fake_cuda import (
     FakeCuda,
     fake_cuda,
 )
+from support.paths import SUPPORT
+from support.processes import run_python
 
 # Kernels and array operations on the device, at most: of a block of batches whose slots are on the
 # device, and of a call of a cursor.
@@ -42,6 +45,8 @@ LAUNCHES = {
     "costliest first": (514, 1682),
     "fewer slots than patches": (214, 1185),
 }
+COMPILED_LAUNCHES = {"interleaved": 3}
+"""Of a call of a cursor that inductor has compiled, at most."""
 LAUNCHES_A_GATHER = 1
 """Array operations per block of a loader whose one tensor is on the device."""
 
@@ -151,6 +156,15 @@ def test_iteration_over_a_loader_of_a_tensor_on_the_device(cuda, groups, name):
     assert counts[UPLOAD] == counts[KERNEL] > 0
     assert counts[OPERATION] <= LAUNCHES_A_GATHER * counts[KERNEL]
     assert counts[DOWNLOAD] == 0
+
+
+@pytest.mark.slow("inductor compiles a step")
+@pytest.mark.parametrize("name", COMPILED_LAUNCHES)
+def test_launches_of_a_compiled_step(name, tmp_path):
+    script, settings = SUPPORT / "inductor_launches.py", json.dumps(SETTINGS[name])
+    variables = {"TRITON_INTERPRET": None, "TORCHINDUCTOR_CACHE_DIR": str(tmp_path)}
+    launched = json.loads(run_python(script, settings, **variables).stdout)
+    assert 1 <= len(launched) <= COMPILED_LAUNCHES[name], launched
 
 
 class TestRecord:

@@ -241,8 +241,11 @@ def assign_by_operations(tensor: Any, index: Any, value: Any) -> None:
 
 
 @contextmanager
-def fake_cuda() -> Iterator[FakeCuda]:
-    """Let torch believe in two CUDA devices; tensors have no values."""
+def fake_cuda(*, records: bool = True) -> Iterator[FakeCuda]:
+    """Let torch believe in two CUDA devices; tensors have no values.
+
+    torch.compile traces only if operations and kernels are not recorded.
+    """
     cuda = FakeCuda()
     replaced = {
         "is_available": lambda: True,
@@ -274,13 +277,14 @@ def fake_cuda() -> Iterator[FakeCuda]:
             "record_stream": lambda tensor, stream: None,
         }.items():
             stack.enter_context(mock.patch.object(torch.Tensor, name, value))
-        kernel = RecordedKernel(cuda)
-        stack.enter_context(mock.patch.object(triton_batches, "batches_kernel", kernel))
         # One per process otherwise, which would outlive this.
         transfer.side_stream.cache_clear()
         stack.callback(transfer.side_stream.cache_clear)
         stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
-        stack.enter_context(cuda)
+        if records:
+            kernel = RecordedKernel(cuda)
+            stack.enter_context(mock.patch.object(triton_batches, "batches_kernel", kernel))
+            stack.enter_context(cuda)
         yield cuda
 
 
