@@ -115,10 +115,11 @@ def slots_of(plan: EpochPlan, count: int = 20) -> np.ndarray:
     return np.concatenate([some, [0, plan.num_batches - 1, some[0]]])
 
 
-def check_block(plan: EpochPlan, kernel: Kernel, dtype: str = "int64", count: int = 20) -> None:
-    slots = slots_of(plan, count)
-    expected = plan.evaluate(EPOCH, slots, dtype)
-    indices, lengths, groups = kernel.block(plan, EPOCH, slots, dtype)
+def check_block(
+    plan: EpochPlan, kernel: Kernel, slots: Any, epoch: int = EPOCH, dtype: str = "int64"
+) -> None:
+    expected = plan.evaluate(epoch, slots, dtype)
+    indices, lengths, groups = kernel.block(plan, epoch, slots, dtype)
     np.testing.assert_array_equal(indices, expected.indices)
     np.testing.assert_array_equal(lengths, expected.lengths)
     # Until cost bins become patches, after the kernel.
@@ -127,24 +128,39 @@ def check_block(plan: EpochPlan, kernel: Kernel, dtype: str = "int64", count: in
     np.testing.assert_array_equal(patches, expected.groups)
 
 
-def check_ragged(plan: EpochPlan, kernel: Kernel) -> None:
-    locations = plan.evaluator.locate(EPOCH, slots_of(plan))
-    expected = plan.evaluator.ragged(EPOCH, locations).samples
-    np.testing.assert_array_equal(kernel.ragged(plan, EPOCH, locations), expected)
+def check_ragged(plan: EpochPlan, kernel: Kernel, slots: Any, epoch: int = EPOCH) -> None:
+    locations = plan.evaluator.locate(epoch, slots)
+    expected = plan.evaluator.ragged(epoch, locations).samples
+    np.testing.assert_array_equal(kernel.ragged(plan, epoch, locations), expected)
 
 
 @every_case
 @every_kernel
 def test_blocks_are_those_of_numpy(kind, case):
     plan = case.plan()
-    check_block(plan, kernel_of(plan, kind), case.dtype)
+    check_block(plan, kernel_of(plan, kind), slots_of(plan), dtype=case.dtype)
 
 
 @every_case
 @every_kernel
 def test_ragged_rows_are_those_of_numpy(kind, case):
     plan = case.plan()
-    check_ragged(plan, kernel_of(plan, kind))
+    check_ragged(plan, kernel_of(plan, kind), slots_of(plan))
+
+
+@pytest.mark.battery("42 plans by each kernel")
+@pytest.mark.filterwarnings("ignore:partial='drop' leaves out")
+@every_kernel
+def test_plans_of_the_identity_check(kind):
+    from benchmarks.gpu.identity import DRAWN, random_plans
+
+    for drawn in random_plans(DRAWN):
+        plan = drawn.plan(drawn.groups("numpy"), "numpy")
+        slots = drawn.slots(plan.num_batches, 40)
+        kernel = kernel_of(plan, kind)
+        for dtype in ("int64", "int32"):
+            check_block(plan, kernel, slots, drawn.epoch, dtype)
+        check_ragged(plan, kernel, slots, drawn.epoch)
 
 
 @pytest.mark.parametrize("name", ["plain", "mixed, gathered"])
@@ -215,10 +231,10 @@ def test_a_spoilt_kernel_is_noticed(kind, name, monkeypatch):
 
     plan = CASES["mixed, gathered"].plan()
     kernel = kernel_of(plan, kind)
-    check_block(plan, kernel, count=10)
+    check_block(plan, kernel, slots_of(plan, 10))
     monkeypatch.setattr(launches, "change", spoil)
     with pytest.raises((PtxError, AssertionError)):
-        check_block(plan, kernel, count=10)
+        check_block(plan, kernel, slots_of(plan, 10))
     assert changes[0] > 0
 
 
