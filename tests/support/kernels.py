@@ -33,7 +33,7 @@ from gpusampler.plan.evaluators.base import BatchLocations, EvaluatorSettings
 from gpusampler.plan.evaluators.kernels import fused
 from gpusampler.plan.evaluators.kernels.kernel_spec import THREADS, cuda_geometry, triton_geometry
 from support.libraries import has_cupy_cuda, has_torch_cuda
-from support.ptx.launches import PtxRawKernel, launch_triton_ptx
+from support.ptx.launches import PtxRawKernel, launch_patch_order_triton_ptx, launch_triton_ptx
 
 SOURCE = Path(fused.__file__).with_name("batches.cu")
 # No warning but of what another form than the one compiled uses.

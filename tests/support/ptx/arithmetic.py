@@ -63,6 +63,22 @@ def shift_right(a: Values, amount: Values) -> Values:
     return shifted if a.dtype.kind == "i" else np.where(amount < bits_of(a), shifted, 0)
 
 
+def insert_bits(
+    source: np.ndarray, into: np.ndarray, position: np.ndarray, length: np.ndarray
+) -> np.ndarray:
+    """Replace ``length`` bits of ``into``, from ``position`` on, by the lowest of ``source``."""
+    width = 8 * into.dtype.itemsize
+    place, count = (
+        np.minimum(operand & 255, width).astype(np.uint64) for operand in (position, length)
+    )
+    ones = np.where(
+        count >= 64, np.uint64(2**64 - 1), (np.uint64(1) << (count % np.uint64(64))) - np.uint64(1)
+    )
+    mask = np.where(place >= 64, np.uint64(0), ones << (place % np.uint64(64)))
+    bits = np.where(place >= 64, np.uint64(0), source.astype(np.uint64) << (place % np.uint64(64)))
+    return ((into.astype(np.uint64) & ~mask) | (bits & mask)).astype(into.dtype)
+
+
 def extract_bits(a: Values, start: Values, length: Values) -> Values:
     bits = bits_of(a)
     start, length = start & 0xFF, length & 0xFF
@@ -102,6 +118,7 @@ ALL_TYPED: dict[str, Operation] = {
     "shl": shift_left,
     "shr": shift_right,
     "bfe": extract_bits,
+    "bfi": insert_bits,
     "selp": lambda a, b, chosen: np.where(chosen, a, b),
 }
 """By opcode without its type: the operation on operands of that type, but for `OTHER_TYPES`."""
@@ -111,6 +128,8 @@ OTHER_TYPES = {
     ("shr", 1): "u32",
     ("bfe", 1): "u32",
     ("bfe", 2): "u32",
+    ("bfi", 2): "u32",
+    ("bfi", 3): "u32",
     ("selp", 2): "pred",
 }
 """Type of the operands, by opcode and position, whose type is not that of the instruction."""

@@ -32,7 +32,7 @@ class TensorType:
 def compile_for(request: dict[str, Any]) -> dict[str, Any]:
     """Return the PTX and how to launch it; ``parameters`` are the arguments that it takes."""
     arguments = [TensorType(*each) if isinstance(each, list) else each for each in request["args"]]
-    kernel = triton_batches.batches_kernel
+    kernel = getattr(triton_batches, request["kernel"])
     compiled = kernel.warmup(*arguments, grid=(1, 1), **request["options"])
     types = compiled.src.signature
     return {

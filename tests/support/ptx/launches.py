@@ -25,8 +25,13 @@ from support.ptx.machine import Array, run
 from support.ptx.program import Program
 
 ARCH = 90
-WRITTEN = ("out", "lengths", "groups")
-"""Arguments that a kernel writes; all other arrays are read-only."""
+WRITTEN = {
+    "batches_kernel": {"out", "lengths", "groups"},
+    "patch_order_kernel": {"patches", "offsets"},
+}
+"""Arguments that Triton's kernels write; all other arrays are read-only."""
+ADVANCED = {"slots", "epoch"}
+"""What the batch kernel writes, too, if it advances the counters."""
 
 
 class Launch(NamedTuple):
@@ -63,12 +68,12 @@ launches = Launches()
 parse = cache(Program.parse)
 
 
-def as_argument(name: str, value: Any) -> int | Array | None:
+def as_argument(name: str, value: Any, is_written: bool) -> int | Array | None:
     if value is None or isinstance(value, int):
         return value
     values = value if isinstance(value, np.ndarray) else value.numpy()
     assert values.flags.c_contiguous, name
-    return Array(name, values, values.ctypes.data, name in WRITTEN)
+    return Array(name, values, values.ctypes.data, is_written)
 
 
 def ptx_of_cuda(source: str, options: tuple[str, ...]) -> str:
@@ -88,16 +93,18 @@ class PtxRawKernel:
         self._ptx = ptx_of_cuda(source, options)
         listed = re.search(rf"KERNEL void {name}\((.*?)\)", source, re.S)
         assert listed
-        self._names = []
+        self._parameters: list[tuple[str, bool]] = []
         for parameter in listed[1].split(","):
             type_name, name = parameter.strip().rpartition("*")[::2]
-            self._names.append(name.split()[-1])
             is_result = bool(type_name) and not type_name.startswith("const")
-            assert is_result == (self._names[-1] in WRITTEN), f"{parameter.strip()}: see WRITTEN"
+            self._parameters.append((name.split()[-1], is_result))
 
     def __call__(self, grid: tuple[int, int], block: tuple[int], args: tuple[Any, ...]) -> None:
         values = [each if isinstance(each, np.ndarray) else int(each) for each in args]
-        arguments = [as_argument(*pair) for pair in zip(self._names, values, strict=True)]
+        arguments = [
+            as_argument(name, value, is_result)
+            for (name, is_result), value in zip(self._parameters, values, strict=True)
+        ]
         launches.run(self._ptx, grid, block[0], arguments)
 
 
@@ -116,11 +123,17 @@ class TritonCompiler:
             text=True,
         )
 
-    def compile(self, args: tuple[Any, ...], options: dict[str, Any]) -> dict[str, Any]:
+    def compile(
+        self, kernel: str, args: tuple[Any, ...], options: dict[str, Any]
+    ) -> dict[str, Any]:
         """Return what `compile_triton.compile_for` returns for the arguments of a launch."""
         assert self._process.stdin is not None
         assert self._process.stdout is not None
-        request = {"args": [self._describe(each) for each in args], "options": options}
+        request = {
+            "kernel": kernel,
+            "args": [self._describe(each) for each in args],
+            "options": options,
+        }
         self._process.stdin.write(json.dumps(request) + "\n")
         self._process.stdin.flush()
         answer = self._process.stdout.readline()
@@ -150,16 +163,25 @@ def triton_compiler() -> TritonCompiler:
 
 
 class PtxTritonKernel:
-    """What ``@triton.jit`` makes of the kernel is to the package."""
+    """What ``@triton.jit`` makes of a kernel is to the package."""
+
+    def __init__(self, name: str) -> None:
+        self._name = name
 
     def __getitem__(self, grid: tuple[int, int]) -> Callable[..., None]:
         def launch(*args: Any, **options: Any) -> None:
-            compiled = triton_compiler().compile(args, options)
+            compiled = triton_compiler().compile(self._name, args, options)
+            written = WRITTEN[self._name] | (ADVANCED if options.get("ADVANCE") else set())
             by_name = dict(zip(compiled["arguments"], args, strict=True))
-            arguments = [as_argument(name, by_name[name]) for name in compiled["parameters"]]
+            arguments = [
+                as_argument(name, by_name[name], name in written) for name in compiled["parameters"]
+            ]
             # Then come two pointers to scratch memory, of which the kernel needs none.
             arguments += [None, None]
-            launches.run(compiled["ptx"], grid, compiled["threads"], arguments, compiled["shared"])
+            blocks = (*grid, 1)[:2]
+            launches.run(
+                compiled["ptx"], blocks, compiled["threads"], arguments, compiled["shared"]
+            )
 
         return launch
 
@@ -168,5 +190,14 @@ def launch_triton_ptx(spec: Any, geometry: Any, args: tuple[Any, ...]) -> None:
     """Run the Triton kernel over tensors of the host, as a GPU would."""
     from gpusampler.plan.evaluators.kernels import triton_batches
 
-    with mock.patch.object(triton_batches, "batches_kernel", PtxTritonKernel()):
+    with mock.patch.object(triton_batches, "batches_kernel", PtxTritonKernel("batches_kernel")):
         triton_batches.launch(spec, geometry, args)
+
+
+def launch_patch_order_triton_ptx(form: int, epoch_on_device: bool, args: tuple[Any, ...]) -> None:
+    """Run the Triton kernel of the patches' order, as `launch_triton_ptx` does."""
+    from gpusampler.plan.evaluators.kernels import triton_batches
+
+    kernel = PtxTritonKernel("patch_order_kernel")
+    with mock.patch.object(triton_batches, "patch_order_kernel", kernel):
+        triton_batches.launch_patch_order(form, epoch_on_device, args)

@@ -21,6 +21,7 @@
 //   RAGGED    rows start at `starts`, each of its own length; otherwise rows of `width`, end to end
 //   PAD       a ragged row is as long as its patch's batch size
 //   ORDER_T, OUT_T  element types
+//   PATCH_ORDER  the kernel of the patches' order, instead of that of batches
 //   AT_...    where the numbers of `plan` are: see PLAN_WORDS in kernel_spec.py
 //
 // Without nvcc or NVRTC, this is C++ for the host: tests compile and run it.
@@ -187,6 +188,7 @@ DEVICE int find_chosen(const i64 *plan, i64 epoch, i64 index) {
 }
 #endif
 
+#if PATCH_ORDER
 // One block: the order of an epoch's patches, and the first slot of each.
 KERNEL void gpusampler_patch_order(
     i64 *patches, i64 *offsets, const i64 *plan, int num_patches, int a, int b, int rem,
@@ -223,7 +225,7 @@ KERNEL void gpusampler_patch_order(
         END_THREADS
     }
 }
-
+#else
 KERNEL void gpusampler_batches(
     const i64 *slots, const i64 *starts, OUT_T *out, i64 *lengths, i64 *groups,
     const i64 *counts, const i64 *sizes, const i64 *search, const i64 *plan,
@@ -390,3 +392,4 @@ KERNEL void gpusampler_batches(
         }
     END_THREADS
 }
+#endif

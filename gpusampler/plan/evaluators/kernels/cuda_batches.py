@@ -21,6 +21,7 @@ from gpusampler.plan.evaluators.kernels.kernel_spec import (
 SOURCE = Path(__file__).with_name("batches.cu")
 NO_SPEC = KernelSpec(*[0] * len(KernelSpec._fields))
 """What the patch-order kernel is compiled for: it reads no setting."""
+BATCHES, PATCH_ORDER = "gpusampler_batches", "gpusampler_patch_order"
 TYPES = {"int64": "long long", "int32": "int"}
 
 
@@ -40,7 +41,8 @@ def source() -> str:
 
 @cache
 def _kernel(name: str, spec: KernelSpec, order: str, out: str) -> Any:
-    return cupy.RawKernel(source(), name, options=("-std=c++17", *defines(spec, order, out)))
+    options = "-std=c++17", f"-DPATCH_ORDER={int(name == PATCH_ORDER)}"
+    return cupy.RawKernel(source(), name, options=(*options, *defines(spec, order, out)))
 
 
 def launch(spec: KernelSpec, geometry: Geometry, args: tuple[Any, ...]) -> None:
@@ -49,7 +51,7 @@ def launch(spec: KernelSpec, geometry: Geometry, args: tuple[Any, ...]) -> None:
     slots, starts, _epoch, out, *arguments, _num_replicas, _rank = args
     order = args[ORDER_ARGUMENT]
     kernel = _kernel(
-        "gpusampler_batches",
+        BATCHES,
         spec,
         "int64" if order is None else order.dtype.name,
         out.dtype.name,
@@ -61,7 +63,7 @@ def launch(spec: KernelSpec, geometry: Geometry, args: tuple[Any, ...]) -> None:
 def launch_patch_order(form: int, epoch_on_device: bool, args: tuple[Any, ...]) -> None:
     """Run the patch-order kernel, as `launch` does; the epoch is in the key."""
     assert not epoch_on_device
-    kernel = _kernel("gpusampler_patch_order", NO_SPEC, "int64", "int64")
+    kernel = _kernel(PATCH_ORDER, NO_SPEC, "int64", "int64")
     patches, offsets, plan, _, num_patches, a, b, rem, _, key0, key1 = args
     values = (patches, offsets, plan, num_patches, a, b, rem, key0, key1, int(form > 0))
     kernel((1, 1), (THREADS,), tuple(map(_as_argument, values)))
