@@ -29,6 +29,7 @@ def test_of_machine_code_the_innermost_loop_with_a_store_counts():
     assert instructions._loop_that_stores(SASS.replace("STG", "LDG")) == 10
 
 
+@pytest.mark.slow("compiles both kernels")
 def test_prints_a_line_for_each_kernel(capsys):
     if not find_spec("triton") or not find_spec("torch"):
         pytest.skip("torch or triton is not installed")

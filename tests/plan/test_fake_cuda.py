@@ -45,7 +45,14 @@ LAUNCHES = {
     "costliest first": (514, 1682),
     "fewer slots than patches": (214, 1185),
 }
-COMPILED_LAUNCHES = {"interleaved": 3}
+COMPILED_LAUNCHES = {
+    "interleaved": 3,
+    "in a row": 3,
+    "same patch": 3,
+    "weights": 3,
+    "costliest first": 7,
+    "fewer slots than patches": 4,
+}
 """Of a call of a cursor that inductor has compiled, at most."""
 LAUNCHES_A_GATHER = 1
 """Array operations per block of a loader whose one tensor is on the device."""
@@ -158,8 +165,17 @@ def test_iteration_over_a_loader_of_a_tensor_on_the_device(cuda, groups, name):
     assert counts[DOWNLOAD] == 0
 
 
-@pytest.mark.slow("inductor compiles a step")
-@pytest.mark.parametrize("name", COMPILED_LAUNCHES)
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param("interleaved", marks=pytest.mark.slow("inductor compiles a step")),
+        *(
+            pytest.param(name, marks=pytest.mark.battery("inductor compiles a step for minutes"))
+            for name in COMPILED_LAUNCHES
+            if name != "interleaved"
+        ),
+    ],
+)
 def test_launches_of_a_compiled_step(name, tmp_path):
     script, settings = SUPPORT / "inductor_launches.py", json.dumps(SETTINGS[name])
     variables = {"TRITON_INTERPRET": None, "TORCHINDUCTOR_CACHE_DIR": str(tmp_path)}

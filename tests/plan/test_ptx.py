@@ -179,7 +179,8 @@ def test_instructions_per_index(kind):
     plan = CASES["plain"].plan()
     # As many rows as fill whole blocks.
     indices, _, _ = kernel_of(plan, kind).block(plan, EPOCH, np.arange(1024))
-    assert launches.done[-1].issued / indices.size <= INSTRUCTIONS[kind]
+    per_index = launches.done[-1].issued / indices.size
+    assert per_index <= INSTRUCTIONS[kind]
 
 
 @every_kernel

@@ -100,16 +100,20 @@ class FakeCuda(TorchDispatchMode):
     @contextmanager
     def device(self, device: Any) -> Iterator[None]:
         previous, self.current_device = self.current_device, torch.device(device).index or 0
-        yield
-        self.current_device = previous
+        try:
+            yield
+        finally:
+            self.current_device = previous
 
     @contextmanager
     def stream(self, stream: Stream) -> Iterator[None]:
         index = stream.device.index or 0
         previous, self._streams[index] = self.current_stream(index), stream
-        with self.device(stream.device):
-            yield
-        self._streams[index] = previous
+        try:
+            with self.device(stream.device):
+                yield
+        finally:
+            self._streams[index] = previous
 
     def current_stream(self, device: Any = None) -> Stream:
         index = self.current_device if device is None else torch.device(device).index or 0

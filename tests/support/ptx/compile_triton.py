@@ -29,11 +29,16 @@ class TensorType:
         return self._address
 
 
+def as_value(described: Any) -> Any:
+    return TensorType(*described) if isinstance(described, list) else described
+
+
 def compile_for(request: dict[str, Any]) -> dict[str, Any]:
     """Return the PTX and how to launch it; ``parameters`` are the arguments that it takes."""
-    arguments = [TensorType(*each) if isinstance(each, list) else each for each in request["args"]]
+    arguments = [as_value(each) for each in request["args"]]
+    options = {name: as_value(each) for name, each in request["options"].items()}
     kernel = getattr(triton_batches, request["kernel"])
-    compiled = kernel.warmup(*arguments, grid=(1, 1), **request["options"])
+    compiled = kernel.warmup(*arguments, grid=(1, 1), **options)
     types = compiled.src.signature
     return {
         "ptx": compiled.asm["ptx"],

@@ -132,7 +132,7 @@ class TritonCompiler:
         request = {
             "kernel": kernel,
             "args": [self._describe(each) for each in args],
-            "options": options,
+            "options": {name: self._describe(each) for name, each in options.items()},
         }
         self._process.stdin.write(json.dumps(request) + "\n")
         self._process.stdin.flush()
@@ -172,7 +172,7 @@ class PtxTritonKernel:
         def launch(*args: Any, **options: Any) -> None:
             compiled = triton_compiler().compile(self._name, args, options)
             written = WRITTEN[self._name] | (ADVANCED if options.get("ADVANCE") else set())
-            by_name = dict(zip(compiled["arguments"], args, strict=True))
+            by_name = dict(zip(compiled["arguments"], args, strict=True)) | options
             arguments = [
                 as_argument(name, by_name[name], name in written) for name in compiled["parameters"]
             ]

@@ -1,8 +1,9 @@
 """Execution of PTX in NumPy: one array element per thread, in lockstep, with all accesses checked.
 
 Threads that diverge run one basic block after the other, the earliest in the text first. Lockstep
-would hide a missing barrier, so shared and writable memory remember who accessed each byte:
-accesses of two threads, one of them a write, need a barrier between them.
+would hide a missing barrier, so shared memory and writable arrays remember who accessed each byte:
+accesses of two threads, one of them a write, need a barrier between them. A write that changes
+nothing is none: Triton has several threads store the same value.
 """
 
 from __future__ import annotations
@@ -78,7 +79,7 @@ class Memory:
         traced_unit: int = 4,
     ) -> None:
         self.name, self.size, self.is_writable = name, size, is_writable
-        self.first = misalignment % 16
+        self.first = misalignment
         self._data = np.full(-(-(self.first + data.size) // 16) * 16, UNWRITTEN, np.uint8)
         self._data[self.first : self.first + data.size] = data
         self.trace = Trace(data.size, traced_unit) if is_writable else None
@@ -566,7 +567,6 @@ class _Machine:
 
     def _store(self, memory: Memory, threads: Values, at: Values, values: Values) -> None:
         changes = memory.read(at, values.dtype) != values
-        # Threads may write what is there already: Triton has several threads store one value.
         self._trace_writes(memory, threads[changes], at[changes], values.dtype.itemsize)
         memory.write(at, values)
         if (memory.read(at, values.dtype) != values).any():

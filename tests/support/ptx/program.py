@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 ENDS_BLOCK = ("bra", "ret", "exit", "bar", "barrier")
-# `.noreturn` and the like matter to the compiler only.
+# Of lines and of how many threads there may be.
 IGNORED = (".loc", ".file", ".pragma", ".maxntid", ".reqntid", ".minnctapersm")
 
 
