@@ -48,6 +48,7 @@ LAUNCHES = {
 COMPILED_LAUNCHES = {
     "interleaved": 3,
     "in a row": 3,
+    "balanced": 4,
     "same patch": 3,
     "weights": 3,
     "costliest first": 7,

@@ -89,6 +89,14 @@ def extract_bits(a: Values, start: Values, length: Values) -> Values:
     return np.where(present > 0, shift_right(field, (bits - present).astype(np.uint32)), 0)
 
 
+def leading_zeros(a: Values) -> Values:
+    spread = 1
+    while spread < bits_of(a):
+        a = a | a >> spread
+        spread *= 2
+    return bits_of(a) - np.bitwise_count(a)
+
+
 def bitwise(name: str) -> Operation:
     return getattr(np, f"bitwise_{name}")
 
@@ -119,6 +127,8 @@ ALL_TYPED: dict[str, Operation] = {
     "shr": shift_right,
     "bfe": extract_bits,
     "bfi": insert_bits,
+    "popc": np.bitwise_count,
+    "clz": leading_zeros,
     "selp": lambda a, b, chosen: np.where(chosen, a, b),
 }
 """By opcode without its type: the operation on operands of that type, but for `OTHER_TYPES`."""

@@ -34,6 +34,7 @@ REGION = 40
 ALIGNMENT = 16
 """Of the widest access."""
 UNWRITTEN = 0xA5
+WARP_MISSED = "an instruction of a warp that not all its threads reach"
 BARRIER_MISSED = "a barrier that not all threads of a block reach"
 
 
@@ -213,6 +214,7 @@ class _Machine:
         self.next = np.zeros(total, np.int64)
         self.is_waiting = np.zeros(total, bool)
         self.steps: dict[int, list[Step]] = {}
+        self._warp_sync_blocks = list(program.warp_sync_blocks)
 
     # ---------------------------------------------------------------- control flow
 
@@ -220,9 +222,12 @@ class _Machine:
         """Run to the end and return what `run` returns."""
         end, issued = len(self.program.blocks), 0
         for _ in range(MAX_BLOCK_EXECUTIONS):
-            ready = np.where(self.is_waiting, end, self.next)
+            is_parked = self._waits_for_warp()
+            ready = np.where(self.is_waiting | is_parked, end, self.next)
             current = int(ready.min())
             if current == end:
+                if is_parked.any():
+                    raise PtxError(WARP_MISSED)
                 if self.is_waiting.any():
                     raise PtxError(BARRIER_MISSED)
                 return issued
@@ -236,6 +241,18 @@ class _Machine:
                 step(mask)
             issued += len(steps) * WARP * int(mask.reshape(-1, WARP).any(1).sum())
         raise PtxError("the kernel does not end")
+
+    def _waits_for_warp(self) -> Values:
+        """Return which threads wait for others of their warp, before an instruction of a warp."""
+        is_there = np.isin(self.next, self._warp_sync_blocks) & ~self.is_waiting
+        if not is_there.any():
+            return is_there
+        end = len(self.program.blocks)
+        places = self.next.reshape(-1, WARP)
+        is_live = places < end
+        first = np.where(is_live, places, end).min(1)
+        last = np.where(is_live, places, -1).max(1)
+        return is_there & (first != last)[self.warp]
 
     def _wait(self, mask: Values) -> None:
         """Let threads wait, and blocks go on of which every thread waits."""
@@ -404,7 +421,7 @@ class _Machine:
 
     def _check_whole_warps(self, mask: Values, members: Values) -> None:
         if (mask.reshape(-1, WARP).sum(1) % WARP).any() or (members[mask] != -1).any():
-            raise PtxError("an instruction of a warp that not all its threads reach")
+            raise PtxError(WARP_MISSED)
 
     def _sync_warps(self, mask: Values, members: Values) -> None:
         self._check_whole_warps(mask, members)
@@ -427,6 +444,24 @@ class _Machine:
             self._write(register, values[self.warp * WARP + source], mask)
             if predicate:
                 self._write(predicate, inside, mask)
+
+        return execute
+
+    def _compile_vote(self, instruction: Instruction) -> Step | None:
+        match = re.fullmatch(r"vote\.sync\.(any\.pred|all\.pred|ballot\.b32)", instruction.opcode)
+        if match is None:
+            return None
+        target, source, members = instruction.operands
+        read, read_members = self._reader(source, "pred"), self._reader(members, "s32")
+        vote = {
+            "any.pred": lambda votes: votes.any(1),
+            "all.pred": lambda votes: votes.all(1),
+            "ballot.b32": lambda votes: (votes << np.arange(WARP, dtype=np.uint64)).sum(1),
+        }[match[1]]
+
+        def execute(mask: Values) -> None:
+            self._check_whole_warps(mask, read_members())
+            self._write(target, np.repeat(vote(read().reshape(-1, WARP)), WARP), mask)
 
         return execute
 

@@ -6,6 +6,10 @@ import re
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
+WARP_SYNC = re.compile(
+    r"(shfl|redux|vote|match|bar\.warp)\.(\w+\.)*sync|bar\.warp\.sync|(ld|st)matrix\.sync"
+)
+"""Instructions that all threads of a warp execute together."""
 ENDS_BLOCK = ("bra", "ret", "exit", "bar", "barrier")
 # Of lines and of how many threads there may be.
 IGNORED = (".loc", ".file", ".pragma", ".maxntid", ".reqntid", ".minnctapersm")
@@ -57,6 +61,7 @@ class Program:
     shared_size: int = 0
     labels: dict[str, int] = field(default_factory=dict)
     blocks: list[list[Instruction]] = field(default_factory=list)
+    warp_sync_blocks: set[int] = field(default_factory=set)
 
     @classmethod
     def parse(cls, text: str) -> Program:
@@ -74,15 +79,15 @@ class Program:
         return program
 
     def _declare_shared(self, text: str) -> None:
-        pattern = r"\.shared\s+\.align\s+(\d+)\s+\.b8\s+([\w$]+)\s*\[(\d*)\]"
+        pattern = r"\.shared\s+\.align\s+(\d+)\s+\.[bus](\d+)\s+([\w$]+)\s*(\[\d*\])?\s*;"
         declared = re.findall(pattern, text)
         if len(declared) != len(re.findall(r"\.shared\s+\.align", text)):
-            raise UnknownInstructionError("a shared array that is not one of bytes")
+            raise UnknownInstructionError("shared memory of an unknown type")
         # Arrays without a size get what a launch adds, after all others.
-        for alignment, name, size in sorted(declared, key=lambda array: array[2] == ""):
+        for alignment, bits, name, length in sorted(declared, key=lambda array: array[3] == "[]"):
             self.shared_size = -(-self.shared_size // int(alignment)) * int(alignment)
             self.shared[name] = self.shared_size
-            self.shared_size += int(size or 0)
+            self.shared_size += int(bits) // 8 * int(length.strip("[]") or length != "[]")
 
 
 class _BodyParser:
@@ -141,6 +146,11 @@ class _BodyParser:
             Guard(self._resolve(guard), bool(negated)) if guard else None,
             line,
         )
+        if WARP_SYNC.match(opcode):
+            # Threads of a warp that come by different ways wait for each other before it.
+            if self._program.blocks[-1]:
+                self._program.blocks.append([])
+            self._program.warp_sync_blocks.add(len(self._program.blocks) - 1)
         self._program.blocks[-1].append(instruction)
         if opcode.split(".")[0] in ENDS_BLOCK:
             self._program.blocks.append([])
