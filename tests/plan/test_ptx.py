@@ -162,10 +162,9 @@ def test_plans_of_the_identity_check(kind):
 
 @pytest.mark.parametrize("name", ["plain", "mixed, gathered"])
 def test_a_batch_whose_epoch_and_slot_are_on_the_device(name):
-    import torch
-
     plan = CASES[name].plan()
     kernel = kernel_of(plan, "triton ptx")
+    torch = pytest.importorskip("torch")
     for slot in (0, plan.num_batches - 1):
         position = torch.tensor(EPOCH), torch.tensor(slot)
         batch = [host(part) for part in kernel.evaluator.batch(plan.evaluator.streams, *position)]
