@@ -35,15 +35,16 @@ from support.processes import run_python
 # Kernels and array operations on the device, at most: of a block of batches whose slots are on the
 # device, and of a call of a cursor.
 LAUNCHES = {
-    "interleaved": (1, 5),
-    "sizes by patch": (1, 5),
-    "cost bins": (2, 6),
-    "in a row": (5, 1175),
-    "balanced": (1394, 2529),
-    "same patch": (551, 1616),
-    "weights": (227, 1292),
-    "costliest first": (514, 1682),
-    "fewer slots than patches": (214, 1185),
+    "interleaved": (1, 1),
+    "sizes by patch": (1, 1),
+    "cost bins": (1, 1),
+    # The order of the epoch's patches, and the batches.
+    "in a row": (2, 2),
+    "balanced": (1, 1),
+    "same patch": (1, 1),
+    "weights": (1, 1),
+    "costliest first": (1, 1),
+    "fewer slots than patches": (1, 1),
 }
 COMPILED_LAUNCHES = {
     "interleaved": 3,
@@ -130,10 +131,8 @@ def test_launches_of_a_block(cuda, groups, name):
     run(cuda, lambda: plan.evaluate(0, slots))
     for epoch in (0, 1):
         counts = run(cuda, lambda epoch=epoch: plan.evaluate(epoch, slots))
-        assert counts[KERNEL] == 1
-        assert counts[KERNEL] + counts[OPERATION] <= LAUNCHES[name][0]
-        # No more than an epoch's order of patches.
-        assert counts[UPLOAD] <= 2 * epoch
+        assert 1 <= counts[KERNEL] + counts[OPERATION] <= LAUNCHES[name][0]
+        assert counts[UPLOAD] == 0
 
 
 @every_plan
@@ -151,7 +150,7 @@ def test_iteration_over_batches_on_the_device(cuda, groups, name):
     exhaust(sampler.batches())
     counts = run(cuda, lambda: exhaust(sampler.batches()))
     # What is on the host goes over in one piece per launch.
-    assert counts[UPLOAD] == counts[KERNEL] > 0
+    assert counts[KERNEL] == LAUNCHES[name][0] * counts[UPLOAD] > 0
     assert counts[OPERATION] + counts[DOWNLOAD] == 0
 
 
@@ -161,7 +160,7 @@ def test_iteration_over_a_loader_of_a_tensor_on_the_device(cuda, groups, name):
     loader = PatchTensorLoader(sampler, x=torch.empty((IDS.size, 3), device=DEVICE))
     exhaust(loader)
     counts = run(cuda, lambda: exhaust(loader))
-    assert counts[UPLOAD] == counts[KERNEL] > 0
+    assert counts[KERNEL] == LAUNCHES[name][0] * counts[UPLOAD] > 0
     assert counts[OPERATION] <= LAUNCHES_A_GATHER * counts[KERNEL]
     assert counts[DOWNLOAD] == 0
 

@@ -172,8 +172,8 @@ def _on_cuda(tensors: list[torch.Tensor]) -> bool:
 class RecordedKernel:
     """What ``@triton.jit`` makes of the kernel is to the package."""
 
-    def __init__(self, cuda: FakeCuda) -> None:
-        self._cuda = cuda
+    def __init__(self, cuda: FakeCuda, name: str) -> None:
+        self._cuda, self._name = cuda, name
 
     def __getitem__(self, grid: Any) -> Any:
         def launch(*args: Any, **constants: Any) -> None:
@@ -181,7 +181,7 @@ class RecordedKernel:
             assert all(tensor.is_contiguous() for tensor in tensors)
             # Triton types an integer by its value; the kernel takes 32 bits.
             assert all(-(1 << 31) <= each < 1 << 31 for each in args if isinstance(each, int))
-            self._cuda.add(KERNEL, "batches_kernel", _devices_of(tensors))
+            self._cuda.add(KERNEL, self._name, _devices_of(tensors))
 
         return launch
 
@@ -286,8 +286,9 @@ def fake_cuda(*, records: bool = True) -> Iterator[FakeCuda]:
         stack.callback(transfer.side_stream.cache_clear)
         stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
         if records:
-            kernel = RecordedKernel(cuda)
-            stack.enter_context(mock.patch.object(triton_batches, "batches_kernel", kernel))
+            for name in ("batches_kernel", "patch_order_kernel"):
+                kernel = RecordedKernel(cuda, name)
+                stack.enter_context(mock.patch.object(triton_batches, name, kernel))
             stack.enter_context(cuda)
         yield cuda
 
