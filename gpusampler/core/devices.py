@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import os
+import re
 import sys
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import cache
 from importlib.util import find_spec
 from types import ModuleType
 from typing import Any, Literal, cast
+
+from gpusampler.core.log import warn
 
 Library = Literal["numpy", "torch", "cupy"]
 
@@ -88,20 +92,7 @@ def _parse(device: Any) -> Device:
             f"device must be 'numpy', 'cupy', 'cupy:<index>' or a torch device, got {name!r}"
         ) from error
     if parsed.type == "cuda":
-        if not torch.cuda.is_available():
-            raise RuntimeError(
-                f"device={name!r} requested, but torch finds no CUDA device. Check nvidia-smi and "
-                "that torch was built with CUDA, or pass device='cpu'."
-            )
-        # "cuda" is the current device of this process, which may differ from cuda:0.
-        index = torch.cuda.current_device() if parsed.index is None else parsed.index
-        count = torch.cuda.device_count()
-        if index >= count:
-            raise RuntimeError(
-                f"device={name!r} requested, but torch finds {count} CUDA device(s). Pass an index "
-                f"below {count}."
-            )
-        return Device("torch", f"cuda:{index}")
+        return _parse_cuda(name, parsed.index)
     if parsed.type == "cpu":
         return Device("torch", "cpu")
     try:
@@ -117,6 +108,32 @@ def _parse(device: Any) -> Device:
             f"device must not be {name!r}, which stores no data; pass 'cpu', 'cuda' or 'numpy'"
         )
     return Device("torch", full_name)
+
+
+def _parse_cuda(name: str, index: int | None) -> Device:
+    import torch
+
+    if not torch.cuda.is_available():
+        fault = _driver_fault() if torch.cuda.device_count() else None
+        problem = f"finds no CUDA device{'' if fault is None else f' that it can use: {fault}'}"
+        raise RuntimeError(
+            f"device={name!r} requested, but torch {problem}. Check nvidia-smi and that torch was "
+            "built with CUDA, or pass device='cpu'."
+        )
+    count = torch.cuda.device_count()
+    if index is not None and index >= count:
+        raise RuntimeError(
+            f"device={name!r} requested, but torch finds {count} CUDA device(s). Pass an index "
+            f"below {count}."
+        )
+    fault = cuda_fault(Device("torch", name))
+    if fault is not None:
+        raise RuntimeError(
+            f"device={name!r} requested, but torch cannot use it: {fault}. Check nvidia-smi and "
+            "for which GPUs torch was built, or pass device='cpu'."
+        )
+    # "cuda" is the current device of this process, which may differ from cuda:0.
+    return Device("torch", f"cuda:{torch.cuda.current_device() if index is None else index}")
 
 
 def _parse_cupy(name: str) -> Device:
@@ -147,18 +164,113 @@ def _parse_cupy(name: str) -> Device:
 
 
 def default_device() -> Device:
-    """Return the default device: CUDA if torch is imported and finds it, else NumPy."""
+    """Return the default device: CUDA if torch is imported and can use it, else NumPy.
+
+    Warns once if there is a CUDA device that torch cannot use. CUDA is not initialized, so that the
+    process can still fork; faults that only show later are found by `usable_default`.
+    """
     torch = loaded_module("torch")
     if torch is None or is_in_worker():
         return HOST
-    if torch.cuda.is_initialized():
-        return Device("torch", f"cuda:{torch.cuda.current_device()}")
-    # device_count() does not initialize CUDA, so the process can still fork.
+    if is_cuda_initialized():
+        index = torch.cuda.current_device()
+        return usable_default(Device("torch", f"cuda:{index}"))
+    # is_available() would initialize CUDA.
     count = torch.cuda.device_count()
+    if count == 0:
+        return HOST
     # A rank that has not set its device yet will use the one of its local rank.
     local_rank = os.environ.get("LOCAL_RANK", "0")
     index = int(local_rank) if local_rank.isdecimal() and int(local_rank) < count else 0
-    return Device("torch", f"cuda:{index}") if count > 0 else HOST
+    device = Device("torch", f"cuda:{index}")
+    fault = _driver_fault()
+    return device if fault is None else _host_instead_of(device, fault)
+
+
+def usable_default(device: Device) -> Device:
+    """Return a default device, or the host with one warning if torch cannot use the device.
+
+    Initializes CUDA, so call this only before the device is used.
+    """
+    if not device.is_torch_cuda or is_in_worker():
+        return device
+    fault = _default_fault(device)
+    return device if fault is None else _host_instead_of(device, fault)
+
+
+@cache
+def _host_instead_of(device: Device, fault: str) -> Device:
+    # If the warning raises, nothing is cached, so that every use raises.
+    warn(f"device='auto' uses the host instead of {device}: {fault}")
+    return HOST
+
+
+def cuda_fault(device: Device) -> str | None:
+    """Return why torch cannot use a CUDA device, or None; initializes CUDA."""
+    import torch
+
+    try:
+        torch.cuda.init()
+        capability = torch.cuda.get_device_capability(device.name)
+    except Exception as error:
+        reason = " ".join(str(error).split())[:300]
+        return f"CUDA cannot be initialized ({reason})"
+    # A build for ROCm names architectures differently.
+    architectures = [] if torch.version.cuda is None else torch.cuda.get_arch_list()
+    return _architecture_fault(capability, architectures)
+
+
+_default_fault = cache(cuda_fault)
+
+
+def _architecture_fault(capability: tuple[int, int], architectures: list[str]) -> str | None:
+    """Return why no code of a build runs on a GPU; ``architectures`` are "sm_90", "compute_90"."""
+    major, minor = capability
+    for kind, digits in re.findall(r"(sm|compute)_(\d+)", " ".join(architectures)):
+        # Machine code runs on later minor versions, PTX ("compute") on all later versions.
+        code_major, code_minor = divmod(int(digits), 10)
+        is_same_major = code_major == major and code_minor <= minor
+        if is_same_major or (kind == "compute" and code_major < major):
+            return None
+    if not architectures:
+        return None
+    return (
+        f"its compute capability is {major}.{minor}, and torch was built for "
+        f"{', '.join(architectures)}"
+    )
+
+
+def _driver_fault() -> str | None:
+    """Return why the driver cannot run this build of torch, or None if it can or is unknown.
+
+    NVML, with which torch counts devices, does not initialize CUDA. Architectures are not compared:
+    both get_arch_list() and torch.__config__ would keep forked children from using CUDA.
+    """
+    from ctypes import CDLL, byref, c_int
+
+    import torch
+
+    if torch.version.cuda is None:
+        return None
+    driver = c_int()
+    try:
+        nvml = CDLL("libnvidia-ml.so.1")
+        if nvml.nvmlInit() or nvml.nvmlSystemGetCudaDriverVersion_v2(byref(driver)):
+            return None
+    except (OSError, AttributeError):
+        return None
+    # 12040 is CUDA 12.4. Within a major version, older drivers run newer builds.
+    major, minor = driver.value // 1000, driver.value % 1000 // 10
+    built_for = torch.version.cuda
+    if major >= int(built_for.partition(".")[0]):
+        return None
+    return f"its driver supports CUDA {major}.{minor}, and torch was built for CUDA {built_for}"
+
+
+def is_cuda_initialized() -> bool:
+    """Whether torch has initialized CUDA in this process."""
+    torch = loaded_module("torch")
+    return torch is not None and torch.cuda.is_initialized()
 
 
 def is_in_worker() -> bool:

@@ -145,7 +145,7 @@ class PatchBatchSampler(ProfiledSampler):
     device : str or torch.device
         Device of the tables and of the evaluation: "numpy", "cpu", "cuda:0", "cupy", ... "auto":
         the device of the ids (the host for an index file); for a dataset or a file of ids, CUDA if
-        torch is imported and sees a GPU, else NumPy. All devices return identical batches.
+        torch is imported and can use a GPU, else NumPy. All devices return identical batches.
     output : {"list", "numpy", "tensor"}
         Type of the batches that iteration yields: lists of int, or int64 arrays of NumPy or torch
         on the host, for datasets with ``__getitems__``.
@@ -264,6 +264,7 @@ class PatchBatchSampler(ProfiledSampler):
             # (Unshuffled samplers are for evaluation, where ``valid`` does not count copies.)
             warn_of_copies(plan)
         check_num_batches(plan.num_batches, num_replicas, uneven)
+        self._has_default_device = is_auto and plan_device.is_torch_cuda
         self.sampler = EpochSetter(self._tracker)
 
     @classmethod
@@ -381,7 +382,7 @@ class PatchBatchSampler(ProfiledSampler):
             because they are arrays.
         """
         check_sharding(self.num_replicas, self.output)
-        return EpochIterator(self._tracker, functools.partial(BatchReader, output=self.output))
+        return EpochIterator(self._tracker, functools.partial(self._make_reader, self.output))
 
     def batches(self, epoch: int | None = None) -> Iterator[Batch]:
         """Iterate over this rank's batches with their indices on the device.
@@ -402,7 +403,7 @@ class PatchBatchSampler(ProfiledSampler):
         TypeError, ValueError
             If ``epoch`` is not an integer in 0 .. 2**63 - 1.
         """
-        return self._iterate(functools.partial(BatchReader, output="batch"), epoch)
+        return self._iterate(functools.partial(self._make_reader, "batch"), epoch)
 
     def valid_counts(self, epoch: int | None = None) -> NDArray[np.int64]:
         """Return the number of samples that count in each of this rank's batches of an epoch.
@@ -435,6 +436,13 @@ class PatchBatchSampler(ProfiledSampler):
         if epoch is not None:
             epoch = check_epoch(epoch)
         return EpochIterator(self._tracker, make_reader, epoch)
+
+    def _make_reader(self, output: str, shard: RankShard) -> BatchReader[Any]:
+        device = shard.plan.device
+        if self._has_default_device and devices.usable_default(device) != device:
+            shard = shard._replace(plan=shard.plan.on(devices.HOST))
+            self._tracker.plan = self.plan.on(devices.HOST)
+        return BatchReader(shard, output)
 
     def cursor(self) -> BatchCursor:
         """Return a torch module that yields this rank's batches inside compiled loops.
