@@ -3,8 +3,8 @@
 The host uses a stable counting sort in two passes over the ids, which are read in order, block by
 block. The first pass (`census`) counts; the second writes samples to their final places: in C where
 it was compiled, else after sorting each chunk in cache. Only the result is as large as the dataset,
-and it may be a memory-mapped file (see `index_format`). A device uses one stable argsort in the
-narrowest dtype.
+and it may be a memory-mapped file (see `index_format`). A device uses one stable argsort of the
+narrowest keys that hold the ids.
 """
 
 from __future__ import annotations
@@ -36,8 +36,11 @@ from gpusampler.permutation import _native
 from gpusampler.permutation._native import address
 from gpusampler.permutation.host import order_address
 from gpusampler.sources.base import BLOCK, PatchIds
+from gpusampler.sources.in_memory import ArrayIds
 
 INT32_SAMPLES = 1 << 31
+DEVICE_DTYPES = ("uint8", "int8", "int16", "int32", "int64")
+"""dtypes that both torch and CuPy sort."""
 
 
 class IdsChanged(RuntimeError):
@@ -55,7 +58,7 @@ class GroupingResult(NamedTuple):
 
     ``order`` holds the samples sorted by patch, int32 below 2**31 samples, else int64, and
     ``starts`` are offsets into it. If every patch is one run, ``order`` is None and ``starts`` are
-    sample indices.
+    sample indices. ``device`` is where the ids were grouped.
     """
 
     patch_ids: Int64
@@ -63,6 +66,7 @@ class GroupingResult(NamedTuple):
     starts: Int64
     order: Any
     fingerprint: int
+    device: Device = HOST
 
 
 class GroupingStorage(Protocol):
@@ -267,15 +271,24 @@ class OrderWriter:
 
 
 def group_ids(ids: PatchIds, *, progress: bool = False) -> GroupingResult:
-    """Group patch ids on their device, or on the host if the device runs out of memory."""
-    if not ids.device.on_host:
+    """Group patch ids on their `grouping_device`, or on the host if it runs out of memory."""
+    device = ids.grouping_device
+    if not device.on_host:
         try:
+            if isinstance(ids, ArrayIds):
+                # Approximate peak of the radix sorts of torch and CuPy with keys of four bytes.
+                check_free_memory(
+                    40 * ids.size,
+                    device,
+                    f"sorting {ids.size} ids",
+                    "use narrower ids (int32, int16), or pass ids on the host to sort them there",
+                )
             return group_on_device(ids.array)  # type: ignore[attr-defined]
         except Exception as error:
             if not devices.is_out_of_memory(error):
                 raise
             warn(
-                f"not enough memory on {ids.device} to sort {ids.size} ids; sorting on the host "
+                f"not enough memory on {device} to sort {ids.size} ids; sorting on the host "
                 f"(identical result, slower): {' '.join(str(error).split())[:200]}"
             )
     return group_on_host(ids, progress=progress)
@@ -295,46 +308,53 @@ def group_on_device(ids: Any) -> GroupingResult:
 def _group_array(device: Device, ids: Any) -> GroupingResult:
     xp = arrays.namespace(device)
     size = int(ids.shape[0])
-    # Approximate peak of the radix sorts of torch and CuPy with keys of up to four bytes.
-    check_free_memory(
-        40 * size,
-        device,
-        f"sorting {size} ids",
-        "use narrower ids (int32, int16), or pass ids on the host to sort them there",
-    )
     if size >= INT32_SAMPLES:
         raise ValueError(
             f"ids on {device} must have fewer than 2**31 elements, got {size}; pass them as a "
             "NumPy array or a CPU tensor"
         )
-    # torch has no arithmetic for unsigned dtypes beyond uint8.
-    ids = xp.astype(check_ids(ids), xp.int64, copy=False)
+    ids = check_ids(ids)
+    if arrays.dtype_name(ids) not in DEVICE_DTYPES:
+        # torch has no arithmetic for unsigned dtypes beyond uint8.
+        ids = xp.astype(ids, xp.int64, copy=False)
     id_fingerprint = fingerprint.of_device_ids(xp, ids, devices.device_handle(device))
     if _are_distinct(xp, arrays.unique_consecutive(ids[:CHUNK])[0]):
         values, counts = arrays.unique_consecutive(ids)
         if _are_distinct(xp, values):
-            host_values, host_counts = arrays.to_numpy(values), arrays.to_numpy(counts)
+            patch_ids, host_counts = _on_host(values), _on_host(counts)
             starts = np.cumsum(host_counts) - host_counts
-            id_order = np.argsort(host_values, kind="stable")
+            id_order = np.argsort(patch_ids, kind="stable")
             return GroupingResult(
-                host_values[id_order], host_counts[id_order], starts[id_order], None, id_fingerprint
+                patch_ids[id_order],
+                host_counts[id_order],
+                starts[id_order],
+                None,
+                id_fingerprint,
+                device,
             )
-    min_id, max_id = int(xp.min(ids)), int(xp.max(ids))
-    if max_id - min_id < RADIX:
-        distinct_ids, keys, span = None, ids - min_id, max_id - min_id + 1
-    else:
-        distinct_ids = arrays.unique_consecutive(xp.sort(ids))[0]
-        keys, span = xp.searchsorted(distinct_ids, ids), int(distinct_ids.shape[0])
-    name, shift = arrays.narrowest_dtype(device.library, span)
-    keys = xp.astype(keys + shift if shift else keys, getattr(xp, name))
+    keys, an_id, its_key = _narrow_keys(xp, device, ids)
     order = arrays.stable_argsort(keys)
     values, counts = arrays.unique_consecutive(keys[order])
-    host_values = arrays.to_numpy(values).astype(np.int64) - shift
-    host_counts = arrays.to_numpy(counts).astype(np.int64)
-    patch_ids = host_values + min_id if distinct_ids is None else arrays.to_numpy(distinct_ids)
-    starts = np.cumsum(host_counts) - host_counts
+    # Before the copies to the host, which wait for it: another stream may then read the order.
     order = xp.astype(order, xp.int32)
-    return GroupingResult(patch_ids, host_counts, starts, order, id_fingerprint)
+    patch_ids, host_counts = _on_host(values) - its_key + an_id, _on_host(counts)
+    starts = np.cumsum(host_counts) - host_counts
+    return GroupingResult(patch_ids, host_counts, starts, order, id_fingerprint, device)
+
+
+def _narrow_keys(xp: Any, device: Device, ids: Any) -> tuple[Any, int, int]:
+    """Return keys, in the narrowest dtype, that sort like ``ids``, with an id and its key."""
+    min_id, max_id = int(xp.min(ids)), int(xp.max(ids))
+    name, shift = arrays.narrowest_dtype(device.library, max_id - min_id + 1)
+    if np.dtype(name).itemsize >= ids.itemsize:
+        return ids, 0, 0
+    # No overflow: the differences fit in a narrower dtype than that of the ids.
+    keys = ids - min_id
+    return xp.astype(keys + shift if shift else keys, getattr(xp, name)), min_id, shift
+
+
+def _on_host(array: Any) -> Int64:
+    return arrays.to_numpy(array).astype(np.int64)
 
 
 def _are_distinct(xp: Any, values: Any) -> bool:

@@ -108,15 +108,16 @@ def _total_weight(size: int) -> int:
 
 
 def of_device_ids(xp: Any, ids: Any, device: Any) -> int:
-    """Return the fingerprint of an int64 array, shape (N,), computed on its device."""
+    """Return the fingerprint of an integer array, shape (N,), computed on its device."""
     size = int(ids.shape[0])
     weights = xp.asarray(_BLOCK_WEIGHTS.view(np.int64), device=device)
-    # Limits the temporary array to 32 MiB.
+    # Limits the temporary arrays to 32 MiB each.
     chunk_size = 64 * BLOCK
     inverse_weight = np.uint64(pow(int(_BLOCK_WEIGHTS[0]), -1, 1 << 64))
     total = 0
     for first in range(0, size, chunk_size):
-        mixed = _mix_device_ids(ids[first : first + chunk_size])
+        chunk = xp.astype(ids[first : first + chunk_size], xp.int64, copy=False)
+        mixed = _mix_device_ids(chunk)
         num_rows, tail_size = divmod(int(mixed.shape[0]), BLOCK)
         tail = num_rows * BLOCK
         blocks = xp.reshape(mixed[:tail], (num_rows, BLOCK))

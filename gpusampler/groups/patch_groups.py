@@ -59,6 +59,8 @@ class PatchGroups:
     names : tuple, or None
     device : Device
         Device of ``order``, or of the ids if ``order`` is None.
+    grouped_on : Device or None
+        Where `from_ids` grouped the ids; None for other groups.
 
     Raises
     ------
@@ -94,6 +96,7 @@ class PatchGroups:
         self.names = names
         self._order = order
         self.device = device
+        self.grouped_on: Device | None = None
         self.source_size = source_size
         self._num_samples = int(counts.sum())
         self._fingerprint = fingerprint
@@ -155,20 +158,18 @@ class PatchGroups:
         if target is not None:
             build(source_ids, target, progress=progress)
             return cls._from_index(target, True, progress)
-        patch_ids, counts, starts, order, id_fingerprint = group_ids(source_ids, progress=progress)
-        device = source_ids.device
-        if order is not None and device.on_host:
-            order = arrays.to_device(order, device)
+        result = group_ids(source_ids, progress=progress)
+        device = source_ids.grouping_device
+        if result.order is not None and device.on_host:
+            result = result._replace(order=arrays.to_device(result.order, device))
         groups = cls(
-            patch_ids,
-            counts,
-            starts,
-            order,
+            *result[:4],
             source_size=source_ids.size,
             device=device,
-            fingerprint=id_fingerprint,
+            fingerprint=result.fingerprint,
             names=source_ids.names,
         )
+        groups.grouped_on = result.device
         groups._signature = verification.signature_of(source_ids)
         return groups
 
@@ -574,10 +575,9 @@ class PatchGroups:
 
     def __getstate__(self) -> dict[str, Any]:
         """Pickle as NumPy arrays, or as the path of the index, so workers get no device memory."""
-        state = self.__dict__.copy()
+        state = {**self.__dict__, "device": HOST}
         if self._order is not None and not isinstance(self._order, MappedFile):
             state["_order"] = arrays.to_numpy(self._order)
-        state["device"] = HOST
         return state
 
 

@@ -85,7 +85,7 @@ def find_groups(
 
 def sort_by_group(samples: Int64, group: Int64) -> Selection:
     """Return the selection of ascending ``samples``, where ``group`` is the group of each."""
-    groups, counts, starts, order, _ = group_on_host(HostIds(group))
+    groups, counts, starts, order, *_ = group_on_host(HostIds(group))
     samples = samples[expand_runs(starts, counts) if order is None else order]
     offsets = np.cumsum(counts) - counts
     first_samples, last_samples = samples[offsets], samples[offsets + counts - 1]

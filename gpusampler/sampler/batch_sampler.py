@@ -145,7 +145,8 @@ class PatchBatchSampler(ProfiledSampler):
     device : str or torch.device
         Device of the tables and of the evaluation: "numpy", "cpu", "cuda:0", "cupy", ... "auto":
         the device of the ids (the host for an index file); for a dataset or a file of ids, CUDA if
-        torch is imported and can use a GPU, else NumPy. All devices return identical batches.
+        torch is imported and can use a GPU, else NumPy. All devices return identical batches. Ids
+        in memory are also grouped there, if they fit and (under "auto") CUDA is initialised.
     output : {"list", "numpy", "tensor"}
         Type of the batches that iteration yields: lists of int, or int64 arrays of NumPy or torch
         on the host, for datasets with ``__getitems__``.
@@ -229,9 +230,7 @@ class PatchBatchSampler(ProfiledSampler):
         plan_device = None if is_auto else devices.parse_device(device)
         check_bool(progress, "progress")
         recorder = Recorder()
-        groups, has_device = groups_of(source, recorder, progress=progress)
-        if plan_device is None:
-            plan_device = groups.device if has_device else devices.default_device()
+        groups, plan_device = groups_of(source, plan_device, recorder, progress=progress)
         if isinstance(batch_size, CostBudget):
             if batch_size.cost is None and batch_size.sample_costs is None:
                 batch_size = replace(batch_size, cost=dataset_patch_costs(source))

@@ -63,6 +63,9 @@ class Profile:
         a GPU.
     table_bytes : dict of str to int
         Size of the sampler's tables, by device.
+    grouped_on : str or None
+        Device that grouped the ids by patch, such as "numpy" or "cuda:0"; None if the groups were
+        made otherwise: from counts, from an index file, or by ``select`` or ``split``.
     host_form : str
         What evaluates batches on the host: "C (avx512)", "C (avx2)" or "C (plain)", by the
         instructions it uses, or "NumPy" and why the compiled module is not used.
@@ -87,6 +90,7 @@ class Profile:
         self.host_peak_bytes: int | None = None
         self.device_peak_bytes: int | None = None
         self.table_bytes: dict[str, int] = {}
+        self.grouped_on: str | None = None
         self.host_form = _native.describe()
 
     def _fill(
@@ -119,6 +123,8 @@ class Profile:
                 facts.append(f"{name} peak {format_bytes(size)}")
         for name, size in self.table_bytes.items():
             facts.append(f"tables {format_bytes(size)} on {name}")
+        if self.grouped_on is not None:
+            facts.append(f"grouped on {self.grouped_on}")
         facts.append(f"host evaluates in {self.host_form}")
         return f"{table}\n{', '.join(facts)}"
 
@@ -263,7 +269,7 @@ class ProfiledSampler:
         >>> stats.batches, stats.table_bytes["numpy"] > 0
         (3, True)
         """
-        return self._add_table_bytes(
+        return self._add_plan_facts(
             profile_since_creation(self._tracker.recorder, self._tracker.plan.device)
         )
 
@@ -300,8 +306,11 @@ class ProfiledSampler:
             with profile_block(self._tracker.recorder, self._tracker.plan.device, profile):
                 yield profile
         finally:
-            self._add_table_bytes(profile)
+            self._add_plan_facts(profile)
 
-    def _add_table_bytes(self, profile: Profile) -> Profile:
-        profile.table_bytes = self._tracker.plan.table_bytes
+    def _add_plan_facts(self, profile: Profile) -> Profile:
+        plan = self._tracker.plan
+        profile.table_bytes = plan.table_bytes
+        grouped_on = plan.groups.grouped_on
+        profile.grouped_on = None if grouped_on is None else str(grouped_on)
         return profile

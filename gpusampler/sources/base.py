@@ -54,6 +54,11 @@ class PatchIds(ABC):
     in_memory: bool = False
     reopen: tuple[Callable[..., Any], tuple[Any, ...]] | None = None
 
+    @property
+    def grouping_device(self) -> Device:
+        """Device on which the ids are to be grouped."""
+        return self.device
+
     @abstractmethod
     def read(self, start: int, stop: int) -> NDArray[Any]:
         """Return the ids of samples ``start .. stop - 1``.

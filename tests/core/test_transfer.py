@@ -7,6 +7,7 @@ is used too early.
 from __future__ import annotations
 
 import gc
+import pickle
 
 import numpy as np
 import pytest
@@ -419,7 +420,8 @@ def test_batches_on_the_device_do_not_travel(sides):
 
 
 def test_a_worker_works_on_the_host_without_a_stream(sides, monkeypatch):
-    sampler = there()
+    # Sent, as by "spawn": a forked worker cannot read an order on the device.
+    sampler = pickle.loads(pickle.dumps(there()))
     monkeypatch.setattr(devices, "is_in_worker", lambda: True)
     assert list(sampler) == list(make())
     assert sides == []

@@ -35,8 +35,8 @@ def many_blocks(monkeypatch):
     monkeypatch.setattr(batches_module, "MAX_BLOCK_GROWTH", 1)
 
 
-def make(device: str = "cpu", **settings):
-    return PatchBatchSampler(IDS, SIZE, seed=9, device=device, **settings)
+def make(device: str = "cpu", source=IDS, **settings):
+    return PatchBatchSampler(source, SIZE, seed=9, device=device, **settings)
 
 
 def plain(batches) -> list[list[int]]:
@@ -200,7 +200,7 @@ def test_graphs_are_told(monkeypatch):
 
 
 def test_tables_are_known_before_they_are_made():
-    plan = make().plan
+    plan = make(source=PatchGroups.from_ids(IDS)).plan
     table_bytes = plan.table_bytes
     assert set(table_bytes) == {"numpy", "cpu"}
     groups, tables = plan.groups, plan._tables
@@ -211,10 +211,13 @@ def test_tables_are_known_before_they_are_made():
     assert table_bytes["numpy"] == groups.order.nbytes + tables.nbytes
     host = make("numpy").plan.table_bytes
     assert host == {"numpy": table_bytes["numpy"]}
+    # The order is made on the device, where the ids are grouped there.
+    grouped_there = make().plan.table_bytes
+    assert grouped_there == {"numpy": tables.nbytes, "cpu": table_bytes["cpu"]}
 
 
 def test_tables_larger_than_half_of_the_memory_are_warned_of(monkeypatch):
-    sampler = make()
+    sampler = make(source=PatchGroups.from_ids(IDS))
     expected = sampler.plan.table_bytes["cpu"]
     monkeypatch.setattr("gpusampler.core.memory.MIN_CHECKED_BYTES", 0)
     monkeypatch.setattr("gpusampler.core.memory.free_bytes", lambda device: 2 * expected - 1)
