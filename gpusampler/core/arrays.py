@@ -158,7 +158,9 @@ def to_device(array: Any, device: Device) -> Any:
         import torch
 
         if library_of(array) == "cupy":
-            return torch.utils.dlpack.from_dlpack(array).to(device.name)
+            # CuPy lets torch wait for the current stream of the current device.
+            with device_context(device_of(array)):
+                return torch.utils.dlpack.from_dlpack(array).to(device.name)
         tensor = array if library_of(array) == "torch" else _from_numpy(array)
         return tensor.to(device.name)
     import cupy
@@ -205,13 +207,18 @@ def as_contiguous(array: Any) -> Any:
     """Return a 1-D array if it is contiguous, else a contiguous copy on its device."""
     if library_of(array) == "torch":
         return array.contiguous()
-    return array if array.flags.c_contiguous else array.copy()
+    if array.flags.c_contiguous:
+        return array
+    with device_context(device_of(array)):
+        return array.copy()
 
 
 def stable_argsort(array: Any) -> Any:
     """Return the stable ascending argsort of a 1-D array as int64, on its device."""
-    # The libraries' own methods differ in arguments and in whether they are stable by default.
-    return namespace(device_of(array)).argsort(array, stable=True)
+    device = device_of(array)
+    with device_context(device):
+        # The libraries' own methods differ in arguments and in whether they are stable by default.
+        return namespace(device).argsort(array, stable=True)
 
 
 def unique_consecutive(array: Any) -> tuple[Any, Any]:
@@ -224,12 +231,13 @@ def unique_consecutive(array: Any) -> tuple[Any, Any]:
         return values, counts
     xp = namespace(device)
     size = int(array.shape[0])
-    if size == 0:
-        return array, xp.zeros(0, dtype=xp.int64)
-    starts = xp.flatnonzero(array[1:] != array[:-1]) + 1
-    starts = xp.concat([xp.zeros(1, dtype=xp.int64), starts])
-    counts = xp.diff(starts, append=xp.full(1, size, dtype=xp.int64))
-    return array[starts], counts
+    with device_context(device):
+        if size == 0:
+            return array, xp.zeros(0, dtype=xp.int64)
+        starts = xp.flatnonzero(array[1:] != array[:-1]) + 1
+        starts = xp.concat([xp.zeros(1, dtype=xp.int64), starts])
+        counts = xp.diff(starts, append=xp.full(1, size, dtype=xp.int64))
+        return array[starts], counts
 
 
 def to_index(index: Any, device: Device) -> Any:
@@ -328,9 +336,11 @@ def repeat_rows(counts: Any, total: int) -> Any:
 
         return torch.repeat_interleave(counts, output_size=total)
     xp = namespace(device)
-    # Count the row ends at or before each element: cupy.repeat would need the counts on the host.
-    lanes = xp.arange(total, dtype=xp.int64)
-    return xp.searchsorted(xp.cumulative_sum(counts), lanes, side="right")
+    with device_context(device):
+        # Count the row ends at or before each element: cupy.repeat would need the counts on the
+        # host.
+        lanes = xp.arange(total, dtype=xp.int64)
+        return xp.searchsorted(xp.cumulative_sum(counts), lanes, side="right")
 
 
 def narrowest_dtype(library: Library, values: int) -> tuple[str, int]:

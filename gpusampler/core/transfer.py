@@ -54,6 +54,10 @@ class SideStream(Protocol):
         """Block the host until the memory of all copies can be freed."""
 
 
+PER_THREAD_STREAM = 2
+"""Pointer of the per-thread default stream: the same in all threads, for different streams."""
+
+
 class ReadyArrays:
     """Arrays made on the current stream that any stream may use after `wait`.
 
@@ -70,12 +74,12 @@ class ReadyArrays:
             import torch
 
             current = torch.cuda.current_stream(device.name)
-            self._waiting_streams.add(current.cuda_stream)
+            self._remember(current.cuda_stream)
             self._event = torch.cuda.Event()
             self._event.record(current)
         elif device.library == "cupy":
             with devices.device_context(device):
-                self._waiting_streams.add(devices.cupy_stream().ptr)
+                self._remember(devices.cupy_stream().ptr)
                 self._event = devices.cupy_stream().record()
 
     def wait(self) -> None:
@@ -87,7 +91,7 @@ class ReadyArrays:
                 current = devices.cupy_stream()
                 if current.ptr not in self._waiting_streams:
                     current.wait_event(self._event)
-                    self._waiting_streams.add(current.ptr)
+                    self._remember(current.ptr)
             return
         import torch
 
@@ -98,7 +102,11 @@ class ReadyArrays:
         stream.wait_event(self._event)
         for array in self._arrays:
             array.record_stream(stream)
-        self._waiting_streams.add(stream.cuda_stream)
+        self._remember(stream.cuda_stream)
+
+    def _remember(self, pointer: int) -> None:
+        if pointer != PER_THREAD_STREAM:
+            self._waiting_streams.add(pointer)
 
 
 class TorchSideStream:

@@ -108,7 +108,8 @@ def _subset_ids(subset: Any, progress: bool) -> PatchIds | None:
     if ids.names is not None:
         return CategoricalIds(np.asarray(ids)[indices], ids.names)
     if isinstance(ids, ArrayIds) and not arrays.is_numpy(ids.array):
-        return ArrayIds(ids.array[arrays.to_device(indices, ids.device)])
+        with devices.device_context(ids.device):
+            return ArrayIds(ids.array[arrays.to_device(indices, ids.device)])
     return ArrayIds(np.asarray(ids)[indices])
 
 

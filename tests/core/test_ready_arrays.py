@@ -57,7 +57,7 @@ def test_the_stream_that_made_them_waits_for_nothing(cuda):
 def test_another_stream_waits_once_and_keeps_them_in_memory(cuda):
     first, array = cuda.current, Array()
     ready = ReadyArrays(Device("torch", "cuda:0"), [array])
-    cuda.current = second = Stream(2)
+    cuda.current = second = Stream(4)
     ready.wait()
     ready.wait()
     assert [event.recorded_on for event in second.waited] == [first]
@@ -70,7 +70,7 @@ def test_another_stream_waits_once_and_keeps_them_in_memory(cuda):
 
 def test_a_captured_graph_waits_for_nothing_but_is_not_known_by_that(cuda):
     ready = ReadyArrays(Device("torch", "cuda:0"), [Array()])
-    cuda.current, cuda.capturing = Stream(2), True
+    cuda.current, cuda.capturing = Stream(4), True
     ready.wait()
     assert cuda.current.waited == []
     cuda.capturing = False
@@ -82,3 +82,13 @@ def test_a_captured_graph_waits_for_nothing_but_is_not_known_by_that(cuda):
 def test_the_host_has_no_streams(device, monkeypatch):
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: pytest.fail("no stream"))
     ReadyArrays(device, [object()]).wait()
+
+
+def test_the_per_thread_stream_is_another_one_in_every_thread(cuda):
+    cuda.current = Stream(2)
+    ready = ReadyArrays(Device("torch", "cuda:0"), [Array()])
+    # The same pointer in another thread.
+    cuda.current = Stream(2)
+    ready.wait()
+    ready.wait()
+    assert len(cuda.current.waited) == 2
