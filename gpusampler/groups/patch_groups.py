@@ -1,4 +1,4 @@
-"""Samples grouped by patch: sorted once, on the device of the ids.
+"""Samples grouped by patch: sorted once, on a device or on the host.
 
 Only the order of a `PatchGroups` is as large as the dataset: sample indices sorted stably by patch,
 4 bytes per sample. If every patch is one run of consecutive samples, no order is stored.
