@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from gpusampler import EpochPlan, PatchBatchSampler, PatchGroups
+from gpusampler import CostBudget, EpochPlan, PatchBatchSampler, PatchGroups
 from gpusampler.core import arrays, devices
 from gpusampler.core.devices import Device
 from gpusampler.core.transfer import ReadyArrays
@@ -126,6 +126,26 @@ def test_batches_are_evaluated_on_the_device(settings):
     expected_block = host.plan.evaluate(2, slots)
     for field, expected_field in zip(sampler.plan.evaluate(2, slots), expected_block, strict=True):
         check(field, expected_field)
+
+
+@pytest.mark.parametrize("dtype", [np.int64, np.int32])
+def test_slots_may_be_on_the_device(dtype):
+    slots = np.arange(40, dtype=dtype)
+    host = EpochPlan(PatchGroups.from_ids(IDS), 8, 1)
+    plan = EpochPlan(PatchGroups.from_ids(IDS), 8, 1, device=DEVICE)
+    block = plan.evaluate(2, on_device(slots)[::2])
+    for field, expected in zip(block, host.evaluate(2, slots[::2]), strict=True):
+        check(field, expected)
+
+
+def test_patches_of_cost_bins_are_found_on_the_device():
+    costs = np.random.default_rng(0).integers(1, 100, IDS.size).astype(float)
+    budget = CostBudget(400, sample_costs=costs)
+    host = EpochPlan(PatchGroups.from_ids(IDS), budget, 1)
+    plan = EpochPlan(PatchGroups.from_ids(IDS), budget, 1, device=DEVICE)
+    assert host.tables.patch_of_bin is not None
+    for field, expected in zip(plan.evaluate(2, [5, 3]), host.evaluate(2, [5, 3]), strict=True):
+        check(field, expected)
 
 
 class TestPerThreadStream:

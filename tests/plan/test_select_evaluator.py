@@ -299,7 +299,7 @@ def test_a_forked_worker_is_told_that_it_cannot_read_the_order(cpu_as_device, mo
     sampler = PatchBatchSampler(ids, 2, seed=0, device="cpu")
     monkeypatch.setattr(devices, "is_in_worker", lambda: True)
     with pytest.raises(
-        RuntimeError, match=r"Forked workers cannot read ids on cpu\. Pass CPU ids, or use Data"
+        RuntimeError, match=r"Forked workers cannot read the samples' order on cpu\. Use device='n"
     ):
         next(iter(sampler))
     # One that was sent to a worker has its order on the host.

@@ -94,8 +94,9 @@ class DeviceEvaluator:
         if self._patch_of_bin is None:
             return block
         indices, lengths, groups = block
-        # With a 0-d index, torch.compile would read its value.
-        patches = self._patch_of_bin[groups.reshape(-1)].reshape(groups.shape)
+        with devices.device_context(self.device):
+            # With a 0-d index, torch.compile would read its value.
+            patches = self._patch_of_bin[groups.reshape(-1)].reshape(groups.shape)
         return indices, lengths, patches
 
     def block_by_arrays(

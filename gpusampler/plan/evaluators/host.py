@@ -223,7 +223,8 @@ class HostEvaluator(Evaluator):
             device = arrays.device_of(order)
             if devices.is_in_worker() and not device.on_host:
                 raise RuntimeError(
-                    f"Forked workers cannot read ids on {device}. Pass CPU ids, or use "
+                    f"Forked workers cannot read the samples' order on {device}. Use "
+                    "device='numpy' with ids on the host, or "
                     "DataLoader(..., multiprocessing_context='spawn')."
                 )
             if not device.on_host:

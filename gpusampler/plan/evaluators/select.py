@@ -239,8 +239,9 @@ class PlanEvaluator(Evaluator):
             return arrays.upload(slots, self.device)
         slots = arrays.to_device(slots, self.device)
         xp = arrays.namespace(self.device)
-        # Kernels read contiguous memory.
-        return arrays.as_contiguous(xp.astype(slots, xp.int64, copy=False))
+        with devices.device_context(self.device):
+            # Kernels read contiguous memory.
+            return arrays.as_contiguous(xp.astype(slots, xp.int64, copy=False))
 
     def _check_host_slots(self, slots: Any) -> Int64:
         slots = arrays.to_numpy(as_array(slots, "slots"))

@@ -132,7 +132,9 @@ class KernelEvaluator:
         """Return ``locations.size`` samples of the batches at ``locations.slot``, end to end."""
         num_rows = locations.size.size
         if num_rows == 0:
-            return self._empty((0,))
+            # array-api-compat ignores ``device`` for CuPy.
+            with devices.device_context(self._device):
+                return self._empty((0,))
         # One small upload, which the host does not wait for.
         starts = np.cumsum(locations.size) - locations.size
         starts, slots = arrays.upload(np.stack([starts, locations.slot]), self._device)
