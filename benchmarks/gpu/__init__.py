@@ -1,8 +1,7 @@
-"""The proof on a GPU: ``python -m benchmarks.gpu --out DIR``, one command, no installs.
+"""Times on a GPU: ``python -m benchmarks.gpu --out DIR``, one command, no installs.
 
-It checks that NumPy, torch on CUDA, CuPy and both kernels make the same batches, that iterating on
-the device waits for nothing, and times everything against named baselines and floors. It writes
-``gpu-<date>.json`` as it goes and ``gpu-<date>.png`` at the end. ``--dry-run`` runs the same code
-on a CPU at toy sizes, with the Triton kernel interpreted: what it prints means nothing, but that it
-gets to the end does.
+It times epochs, steps, loaders and grouping against named baselines and floors. Results go to
+``DIR/gpu.jsonl`` as they are found; the same command goes on where an earlier run ended. That all
+backends make the same batches is shown by ``pytest tests/gpu``. ``--dry-run`` runs the same code on
+a CPU at toy sizes, with the Triton kernel interpreted: its times mean nothing.
 """

@@ -10,7 +10,7 @@ from benchmarks.gpu.workload import Scale
 
 
 class Bench(NamedTuple):
-    """The device, what has been found, and how much is to be done."""
+    """The device, where results go, and how much is to be done."""
 
     machine: Machine
     record: Record
@@ -25,3 +25,8 @@ class Bench(NamedTuple):
     def device(self) -> str:
         """Torch's name of the device."""
         return self.machine.device
+
+    def check_kernel(self, plan: Any, what: str) -> None:
+        """Write whether a kernel evaluates: otherwise the times are those of array operations."""
+        in_use = plan.evaluator.device_evaluator().has_kernel
+        self.record.check(f"{what}: a kernel evaluates", in_use)

@@ -9,7 +9,6 @@ from typing import Any
 
 from benchmarks.gpu.bench import Bench
 from benchmarks.gpu.machine import Timing
-from benchmarks.gpu.record import Case
 from benchmarks.gpu.workload import (
     BATCH,
     SEED,
@@ -23,32 +22,6 @@ RANDPERM_GOAL = 10.0
 GATHER_GOAL = 2.0
 COPY_GOAL = 6.0
 PEAK_GOAL_MB = 64.0
-
-
-def cases(bench: Bench) -> dict[str, list[Case]]:
-    """Return the timings by how much they matter: "first", "next" and "last"."""
-    scale = bench.scale
-    others = [samples for samples in scale.samples if samples != scale.main]
-    seconds = {samples: 30.0 if samples > scale.main else 8.0 for samples in others}
-    return {
-        "first": [Case(f"epoch of {scale.main:.0e}", 15, partial(epoch, samples=scale.main))],
-        "next": [
-            *(
-                Case(f"epoch of {samples:.0e}", seconds[samples], partial(epoch, samples=samples))
-                for samples in others
-            ),
-            Case("grouping", 8, grouping),
-            Case("epoch by CuPy", 8, by_cupy),
-        ],
-        "last": [
-            Case(f"epoch of {mix} patches", 8, partial(other_mix, mix=mix, samples=samples))
-            for mix, samples in (
-                ("small", scale.mixes),
-                ("mixed", scale.mixes),
-                ("wide", scale.main),
-            )
-        ],
-    }
 
 
 class Epoch:
@@ -69,6 +42,11 @@ class Epoch:
         """Evaluate so many slots at once as make up a chunk of lanes."""
         for slots in self.slots.split(self.bench.scale.lanes // BATCH):
             self.plan.evaluate(0, slots, self.dtype)
+
+    def check_kernel(self) -> None:
+        """Write whether a kernel has made what was timed."""
+        data = self.data
+        self.bench.check_kernel(self.plan, f"{data.mix} {data.layout} {self.dtype}")
 
     def timed(self, what: str, call: Callable[[], Any], repeats: int | None = None) -> float:
         """Time one of the ways, or a baseline, and note it."""
@@ -101,6 +79,7 @@ def epoch(bench: Bench, samples: int) -> None:
         if one_call:
             found.append(made.timed("ours, one call", made.in_one_call, repeats))
         best[data.layout, dtype] = min(found)
+        made.check_kernel()
         return made
 
     flat = contiguous(samples, "large")
@@ -133,9 +112,8 @@ def _try(
     try:
         return min(made.timed(what, call, repeats) for call in prepare())
     except bench.torch.cuda.OutOfMemoryError as error:
-        bench.record.found["header"].setdefault("out_of_memory", []).append(
-            f"{what} of {made.data.samples}, {made.dtype}: {str(error)[:120]}"
-        )
+        size = f"{what} of {made.data.samples}, {made.dtype}"
+        bench.record.note(f"out of memory: {size}: {str(error)[:120]}")
         return None
     finally:
         bench.machine.free()
@@ -250,12 +228,14 @@ def other_mix(bench: Bench, mix: str, samples: int) -> None:
         made = Epoch(bench, data, "int64")
         made.timed("ours, one call", made.in_one_call)
         made.timed("ours, chunks", made.in_chunks)
+        made.check_kernel()
     bench.machine.free()
 
 
 def by_cupy(bench: Bench) -> None:
     """The kernel in CUDA C, by CuPy's arrays."""
     if bench.machine.cupy is None:
+        bench.record.note(f"left out: {bench.machine.cupy_missing}")
         return
     import cupy
 
@@ -278,6 +258,7 @@ def by_cupy(bench: Bench) -> None:
             timing = bench.machine.time(call, bench.scale.repeats)
             about = {"dtype": dtype, "layout": data.layout, "mix": "large"}
             bench.record.timing("CuPy, one call", timing, samples, **about)
+            bench.check_kernel(plan, f"CuPy {data.layout} {dtype}")
             bench.machine.free()
 
 

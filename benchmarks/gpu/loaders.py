@@ -10,7 +10,6 @@ from typing import Any
 
 from benchmarks.gpu.bench import Bench
 from benchmarks.gpu.machine import Timing
-from benchmarks.gpu.record import Case
 from benchmarks.gpu.workload import BATCH, SEED, contiguous, gathered
 from gpusampler import PatchBatchSampler, PatchTensorLoader
 from gpusampler.core import arrays
@@ -18,17 +17,6 @@ from gpusampler.core import arrays
 COLUMNS = 16
 WIDE_COLUMNS = 128
 SLOW_BATCHES = 300
-
-
-def cases(bench: Bench) -> dict[str, list[Case]]:
-    """Return the timings by how much they matter."""
-    return {
-        "next": [
-            Case("lists", 20, lists),
-            Case("rows on the device", 15, resident),
-            Case("rows on the host", 25, travelling),
-        ]
-    }
 
 
 def lists(bench: Bench) -> None:

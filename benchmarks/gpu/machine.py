@@ -13,8 +13,7 @@ import platform
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable
 from importlib import import_module
 from importlib.util import find_spec
 from statistics import median
@@ -80,7 +79,7 @@ class Machine:
         """Wait for the device."""
         self.torch.cuda.synchronize()
 
-    def alive(self) -> bool:
+    def is_alive(self) -> bool:
         """Whether the device still works: an illegal access in a kernel ends it for a process."""
         try:
             self.synchronize()
@@ -90,6 +89,7 @@ class Machine:
 
     def free(self) -> None:
         """Give cached memory back, so that one case leaves the next one all of it."""
+        self.synchronize()
         gc.collect()
         self.torch.cuda.empty_cache()
         if self.cupy:
@@ -108,16 +108,6 @@ class Machine:
     def peak(self) -> int:
         """Return the most bytes that tensors took since `forget_peak`."""
         return int(self.torch.cuda.max_memory_allocated(self.index))
-
-    @contextmanager
-    def no_waiting(self) -> Iterator[None]:
-        """Make torch raise where the host would wait for the device."""
-        before = self.torch.cuda.get_sync_debug_mode()
-        self.torch.cuda.set_sync_debug_mode("error")
-        try:
-            yield
-        finally:
-            self.torch.cuda.set_sync_debug_mode(before)
 
     def capture(self, step: Callable[[], Any]) -> tuple[Callable[[], None], Any]:
         """Return a function that replays one call of ``step``, and the tensors it writes.
@@ -202,7 +192,7 @@ class Rehearsal(Machine):
     def synchronize(self) -> None:
         """There is nothing to wait for."""
 
-    def alive(self) -> bool:
+    def is_alive(self) -> bool:
         """A CPU is."""
         return True
 
@@ -220,10 +210,6 @@ class Rehearsal(Machine):
     def peak(self) -> int:
         """Nobody counts."""
         return 0
-
-    def no_waiting(self) -> Any:
-        """Nothing can wait."""
-        return nullcontext()
 
     def capture(self, step: Callable[[], Any]) -> tuple[Callable[[], None], Any]:
         """Play a graph: a replay calls ``step`` and writes into the tensors of the first call."""
@@ -307,7 +293,7 @@ def _nvidia_smi(index: int) -> dict[str, str]:
 def versions() -> dict[str, str | None]:
     """Versions of everything, and the commit, where it is known."""
     found: dict[str, str | None] = {"python": platform.python_version(), "numpy": np.__version__}
-    for name in ("torch", "triton", "cupy", "array_api_compat", "matplotlib"):
+    for name in ("torch", "triton", "cupy", "array_api_compat"):
         try:
             found[name] = str(import_module(name).__version__)
         except Exception as error:

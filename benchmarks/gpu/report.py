@@ -1,9 +1,8 @@
-"""The table at the end, in short lines, and the picture."""
+"""The table at the end, in short lines."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
-from pathlib import Path
 from typing import Any
 
 MOST_CHARACTERS = 11_000
@@ -16,16 +15,37 @@ NOISY = 0.1
 """Timings whose extremes are further apart than this part of their median are marked by a ~."""
 
 
+def collect(lines: Iterable[dict[str, Any]]) -> dict[str, Any]:
+    """Return the lines of a results' file by kind; cases in the order in which they ended."""
+    found: dict[str, Any] = {"machine": {}, "checks": [], "goals": [], "timings": [], "notes": []}
+    cases: dict[str, dict[str, Any]] = {}
+    for line in lines:
+        kind = line["kind"]
+        if kind == "machine":
+            found["machine"] = line
+        elif kind in ("end", "skipped"):
+            cases[line["case"]] = {"status": kind, "warnings": [], **line}
+        elif kind != "begin":
+            found[f"{kind}s"].append(line)
+    return {**found, "cases": list(cases.values())}
+
+
+def has_failed(found: dict[str, Any]) -> bool:
+    """Whether a check does not hold, or a case broke off or was lost."""
+    statuses = {case["status"] for case in found["cases"]}
+    return not all(check["ok"] for check in found["checks"]) or bool(statuses & {"error", "lost"})
+
+
 def table(found: dict[str, Any]) -> str:
     """Return everything that was found in short lines, what matters most at the end."""
     timings = _timings(found["timings"])
-    rest = [*_header(found), *_checks(found), *_cases(found), *_goals(found)]
+    rest = [*_machine(found), *_checks(found), *_cases(found), *_goals(found)]
     room = MOST_CHARACTERS - sum(len(line) + 1 for line in rest)
     kept: list[str] = []
     for line in timings:
         room -= len(line) + 1
         if room < 60:
-            kept.append(f"... {len(timings) - len(kept)} more lines: see the JSON file")
+            kept.append(f"... {len(timings) - len(kept)} more lines: see the results' file")
             break
         kept.append(line)
     return "\n".join([*kept, *rest])
@@ -57,13 +77,10 @@ def _timed(row: dict[str, Any]) -> str:
     return f"{row['what']} {noisy}{value}"
 
 
-def _header(found: dict[str, Any]) -> list[str]:
-    header = dict(found["header"])
-    lines = ["== machine"]
-    for name in ("fresh_waits", "out_of_memory"):
-        if name in header:
-            lines.append(f"{name}: {str(header.pop(name))[:600]}")
-    return [*lines, *_wrapped(f"{name}={value}" for name, value in header.items())]
+def _machine(found: dict[str, Any]) -> list[str]:
+    values = [f"{name}={value}" for name, value in found["machine"].items() if name != "kind"]
+    notes = [f"in {note['case']}: {note['text'][:300]}" for note in found["notes"]]
+    return ["== machine", *_wrapped(values), *notes]
 
 
 def _wrapped(parts: Iterable[str], between: str = "  ", head: str = "") -> list[str]:
@@ -84,16 +101,15 @@ def _checks(found: dict[str, Any]) -> list[str]:
 
 
 def _cases(found: dict[str, Any]) -> list[str]:
-    lines = [f"== cases, {found.get('elapsed_s', 0)} s of {found['budget_s']} s"]
-    lines += _wrapped(f"{case['name']}: {case['status']};" for case in found["cases"])
+    lines = ["== cases"]
+    lines += _wrapped(f"{case['case']}: {case['status']};" for case in found["cases"])
     for case in found["cases"]:
-        if case["status"] == "error":
-            said = case["error"].splitlines()[-MOST_ERROR_LINES:]
-            lines.append(f"ERROR in {case['name']}:")
-            lines += [f"  {line[:160]}" for line in said]
-        lines += [f"warned in {case['name']}: {text[:110]}" for text in case["warnings"][:3]]
+        if case["status"] in ("error", "lost"):
+            lines.append(f"{case['status'].upper()} in {case['case']}:")
+            lines += [f"  {line[:160]}" for line in case["error"].splitlines()[-MOST_ERROR_LINES:]]
+        lines += [f"warned in {case['case']}: {text[:110]}" for text in case["warnings"][:3]]
         if case["status"] in ("skipped", "partial"):
-            lines.append(f"{case['status']}: {case['name']}: {case['error'][:120]}")
+            lines.append(f"{case['status']}: {case['case']}: {case['error'][:120]}")
     return lines
 
 
@@ -105,62 +121,3 @@ def _goals(found: dict[str, Any]) -> list[str]:
         value, unit = goal["value"], goal["unit"]
         lines.append(f"{met} {value:8.2f} {unit} ({sign} {goal['limit']:g}) {goal['name']}")
     return lines
-
-
-def draw(found: dict[str, Any], path: Path) -> None:
-    """Write the picture: times against sizes, and goals against their limits."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
-    figure, (times, goals) = plt.subplots(1, 2, figsize=(15, 7), width_ratios=[3, 2])
-    _draw_times(times, found["timings"])
-    _draw_goals(goals, found["goals"])
-    header = found["header"]
-    figure.suptitle(
-        f"gpusampler on {header.get('device')}: torch {header.get('torch')}, "
-        f"{header.get('date')}, commit {header.get('commit')}"
-    )
-    figure.tight_layout()
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
-
-
-def _draw_times(axes: Any, rows: list[dict[str, Any]]) -> None:
-    """Milliseconds of an epoch against its samples; ours by solid lines, the rest dashed."""
-    lines: dict[str, dict[int, float]] = {}
-    for row in rows:
-        if row.get("mix") != "large" or not str(row["case"]).startswith("epoch of"):
-            continue
-        ours = row["what"].startswith("ours")
-        name = row["what"].split(",")[0] if ours else row["what"]
-        if ours or row["what"] in ("copy", "pure gather"):
-            name = f"{name}, {row['layout']}, {row['dtype']}"
-        best = lines.setdefault(name, {})
-        best[row["n"]] = min(row["ms"], best.get(row["n"], float("inf")))
-    for number, (name, points) in enumerate(sorted(lines.items())):
-        sizes = sorted(points)
-        style = "o-" if name.startswith("ours") else "x--"
-        colour = f"C{number % 10}"
-        axes.plot(sizes, [points[n] for n in sizes], style, color=colour, label=name)
-    axes.set(xscale="log", yscale="log", xlabel="samples", ylabel="ms", title="an epoch of indices")
-    axes.grid(alpha=0.3)
-    if lines:
-        axes.legend(fontsize=8)
-
-
-def _draw_goals(axes: Any, goals: list[dict[str, Any]]) -> None:
-    """How far each goal is reached: beyond the line at 1 it is met."""
-    shown = [goal for goal in goals if goal["limit"] > 0 and goal["value"] > 0]
-    reached = [
-        goal["value"] / goal["limit"] if goal["least"] else goal["limit"] / goal["value"]
-        for goal in shown
-    ]
-    colours = ["tab:green" if goal["met"] else "tab:red" for goal in shown]
-    places = range(len(shown))
-    axes.barh(places, reached, color=colours)
-    axes.set_yticks(places, [goal["name"] for goal in shown], fontsize=7)
-    axes.axvline(1.0, color="black", linewidth=1)
-    axes.set(xscale="log", xlabel="reached / goal", title="goals (right of 1: met)")
-    axes.invert_yaxis()

@@ -3,28 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import numpy as np
 
 from benchmarks.gpu.bench import Bench
 from benchmarks.gpu.machine import Timing
-from benchmarks.gpu.record import Case
 from benchmarks.gpu.workload import SEED, Dataset, contiguous, gathered
 from gpusampler import PatchBatchSampler
 from gpusampler.sampler.cursor import BatchCursor, CursorBatch
 
 STEP_GOAL_US = 10.0
 BATCHES = (64, 256)
-
-
-def cases(bench: Bench) -> dict[str, list[Case]]:
-    """Return the timings by how much they matter."""
-    return {
-        "first": [Case("steps in a graph", 15, partial(in_graph, compiled=False))],
-        "last": [Case("compiled steps", 60, partial(in_graph, compiled=True))],
-    }
 
 
 def in_graph(bench: Bench, compiled: bool) -> None:
@@ -68,6 +58,7 @@ def _one(bench: Bench, dataset: Dataset, batch_size: int, compiled: bool) -> Non
     replay_steps, _ = bench.machine.capture(steps)
     together = _per_call(bench, replay_steps, several)
     _noted(bench, f"{how}, a graph of {several} steps", together, about)
+    bench.check_kernel(cursor.plan, name)
     best = min(alone.ms, together.ms) * 1e3
     bench.record.goal(f"step in a graph, {name}", best, STEP_GOAL_US, "us", least=False)
 

@@ -11,7 +11,6 @@ from unittest.mock import patch
 import numpy as np
 
 from benchmarks.gpu.bench import Bench
-from benchmarks.gpu.record import Case
 from benchmarks.gpu.workload import Dataset, contiguous, gathered
 from gpusampler.core import arrays, devices
 from gpusampler.plan.evaluators.base import EvaluatorSettings
@@ -33,13 +32,6 @@ CHECKED = 4096
 SETTINGS = EvaluatorSettings(shuffle_samples=True, shuffle_batches=True, interleave=True, pad=False)
 
 
-def cases(bench: Bench) -> dict[str, list[Case]]:
-    """Return the timings by how much they matter."""
-    return {
-        "last": [Case("tiles of CUDA C", 25, cuda_tiles), Case("tiles of Triton", 50, triton_tiles)]
-    }
-
-
 def triton_tiles(bench: Bench) -> None:
     """Lanes of a tile, lanes side by side in a row, and warps."""
     triton_batches = _module("triton_batches")
@@ -57,6 +49,7 @@ def triton_tiles(bench: Bench) -> None:
 def cuda_tiles(bench: Bench) -> None:
     """Rows of a block, and threads side by side in a row."""
     if bench.machine.cupy is None:
+        bench.record.note(f"left out: {bench.machine.cupy_missing}")
         return
     cuda_batches = _module("cuda_batches")
     for data in _datasets(bench):

@@ -19,9 +19,6 @@ Int64 = NDArray[np.int64]
 class Scale(NamedTuple):
     """How much of everything: a GPU's, or what a dry run takes."""
 
-    plans: int
-    slots: int
-    batches: int
     samples: tuple[int, ...]
     lanes: int
     one_call: int
@@ -35,9 +32,6 @@ class Scale(NamedTuple):
 
 
 GPU = Scale(
-    plans=100,
-    slots=200,
-    batches=300,
     samples=(10**6, 10**7, 10**8, 10**9),
     lanes=1 << 26,
     one_call=10**8,
@@ -50,9 +44,6 @@ GPU = Scale(
     repeats=5,
 )
 DRY = Scale(
-    plans=16,
-    slots=20,
-    batches=20,
     samples=(2100, 3000),
     lanes=1 << 11,
     one_call=3000,

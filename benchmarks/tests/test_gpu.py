@@ -1,96 +1,321 @@
-"""The proof on a GPU, rehearsed: ``python -m benchmarks.gpu --dry-run``, toy sizes on a CPU."""
+"""``python -m benchmarks.gpu``: what it survives, its table, and a rehearsal on a CPU."""
 
 from __future__ import annotations
 
 import json
 import subprocess
 import sys
+import time
 import warnings
-from itertools import product
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
+from benchmarks.gpu import __main__ as main_module
+from benchmarks.gpu import record as record_module
+from benchmarks.gpu import report, watch
+from benchmarks.gpu.machine import Timing
+from benchmarks.gpu.record import Case, Record, ResultsFile
+from benchmarks.gpu.workload import patch_counts
 from support.processes import run_python
 
 KEPT_BY_THE_REPLY = 12_000
 
+CHILD = """
+import os, signal, sys, time
+from benchmarks.gpu import record
+from benchmarks.gpu.record import Case, Record, ResultsFile
 
-def run(*arguments: object, **variables: str) -> subprocess.CompletedProcess[str]:
-    # A machine that has a GPU rehearses as well.
-    defaults = {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "TRITON_INTERPRET": None}
-    command = ["-m", "benchmarks.gpu", *arguments]
-    return run_python(*command, check=False, timeout=900, **{**defaults, **variables})
+class Machine:
+    is_lost = False
+    def is_alive(self):
+        return not self.is_lost
+    def free(self):
+        # torch's `empty_cache` on a device that is lost
+        if self.is_lost:
+            raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+class Bench:
+    machine = Machine()
+
+def fine(bench):
+    results.append("check", case="", name="fine", ok=True, detail="")
+
+def lose_the_device(bench):
+    bench.machine.is_lost = True
+    raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+def lose_it_unseen(bench):
+    bench.machine.is_lost = True
+
+def hang(bench):
+    time.sleep(60)
+
+def stop(bench):
+    os.kill(os.getpid(), signal.SIGSTOP)
+
+def crash(bench):
+    os.kill(os.getpid(), signal.SIGSEGV)
+
+def be_killed_while_writing(bench):
+    with results.path.open("a") as file:
+        file.write('{"kind": "check", "na')
+    os.kill(os.getpid(), signal.SIGKILL)
+
+def be_wrong(bench):
+    raise ValueError("wrong")
+
+record.MARGIN = 0.2
+results = ResultsFile(__import__("pathlib").Path(sys.argv[1]))
+cases = [Case(name, 0.1, globals()[name]) for name in sys.argv[3:]]
+sys.exit(Record(results, float(sys.argv[2])).run_all(cases, Bench()))
+"""
 
 
 @pytest.fixture
-def package(monkeypatch):
-    """What runs no case in this process may be imported into it."""
-    from benchmarks.gpu import __main__, identity, machine, record, report, workload
+def results(tmp_path):
+    return ResultsFile(tmp_path / "gpu.jsonl")
 
-    return SimpleNamespace(
-        main=__main__,
-        identity=identity,
-        machine=machine,
-        record=record,
-        report=report,
-        workload=workload,
+
+@pytest.fixture
+def run_children(results, tmp_path, monkeypatch):
+    """Runs cases of CHILD by name, in as many processes as it takes; returns their statuses."""
+    monkeypatch.setattr(watch, "GRACE", 0.5)
+    monkeypatch.setattr(watch, "POLL", 0.02)
+    script = tmp_path / "child.py"
+    script.write_text(CHILD)
+    children = []
+    popen = subprocess.Popen
+    monkeypatch.setattr(
+        subprocess, "Popen", lambda command: children.append(popen(command)) or children[-1]
     )
+
+    def run(*cases, seconds=60.0):
+        children.clear()
+        deadline = time.time() + seconds
+        command = [sys.executable, str(script), str(results.path), str(deadline), *cases]
+        code = watch.run_cases(command, results, deadline)
+        assert all(child.poll() is not None for child in children)
+        ends = {line["case"]: line for line in results.lines() if line["kind"] == "end"}
+        statuses = {name: line["status"] for name, line in ends.items()}
+        return SimpleNamespace(code=code, children=len(children), ends=ends, statuses=statuses)
+
+    return run
+
+
+# What a run survives
+
+
+@pytest.mark.parametrize(
+    ("case", "status", "words"),
+    [
+        ("lose_the_device", "error", "illegal memory access"),
+        ("lose_it_unseen", "error", "illegal memory access"),
+        ("crash", "lost", "signal SIGSEGV"),
+        ("hang", "lost", "exit code 1"),
+        ("stop", "lost", "it was killed after"),
+        ("be_killed_while_writing", "lost", "signal SIGKILL"),
+    ],
+)
+def test_what_breaks_in_a_case_costs_that_case_only(run_children, results, case, status, words):
+    ran = run_children("fine", case, "be_wrong")
+    assert ran.statuses == {"fine": "ok", case: status, "be_wrong": "error"}
+    assert words in ran.ends[case]["error"]
+    # One more process than the first, which nothing of the lost device could reach.
+    assert (ran.code, ran.children) == (0, 2)
+    assert [line["case"] for line in results.begun()] == ["fine", case, "be_wrong"]
+    found = report.collect(results.lines())
+    assert report.has_failed(found)
+    assert f"{status.upper()} in {case}:" in report.table(found)
+
+
+def test_an_error_that_leaves_the_device_alive_needs_no_other_process(run_children):
+    ran = run_children("be_wrong", "fine")
+    assert ran.statuses == {"be_wrong": "error", "fine": "ok"}
+    assert ran.children == 1
+
+
+def test_a_run_that_is_started_again_goes_on_after_the_case_that_ended_it(run_children, results):
+    results.append("begin", case="crash", limit_s=5)
+    with results.path.open("a") as file:
+        file.write('{"kind": "check", "na')
+    for children in (1, 1):
+        ran = run_children("crash", "fine")
+        assert ran.statuses == {"crash": "lost", "fine": "ok"}
+        assert (ran.code, ran.children) == (0, children)
+    assert "an earlier run ended in this case" in ran.ends["crash"]["error"]
+    assert [line["case"] for line in results.begun()] == ["crash", "fine"]
+
+
+def test_a_process_that_begins_no_case_is_not_started_again(run_children, results):
+    ran = run_children("no_such_case")
+    assert (ran.code, ran.children) == (1, 1)
+    assert results.lines() == []
+
+
+def test_a_process_that_hangs_before_its_first_case_is_killed(results, monkeypatch, capsys):
+    monkeypatch.setattr(watch, "START_LIMIT", 0.3)
+    command = [sys.executable, "-c", "import time; time.sleep(60)"]
+    start = time.monotonic()
+    assert watch.run_cases(command, results, time.time() + 60) == -9
+    assert time.monotonic() - start < 20
+    assert "it was killed after 0 s without an end" in capsys.readouterr().out
+
+
+def test_what_does_not_fit_in_the_time_is_skipped_and_can_run_later(run_children, results):
+    late = run_children("fine", seconds=5)
+    assert (late.code, late.statuses) == (0, {})
+    assert "skipped: fine: 5 s were left" in report.table(report.collect(results.lines()))
+    assert run_children("fine").statuses == {"fine": "ok"}
+    assert "skipped" not in report.table(report.collect(results.lines()))
+
+
+def test_the_watching_process_imports_no_array_library():
+    code = (
+        "import sys; from benchmarks.gpu import __main__, watch\n"
+        "watch.subprocess.Popen = lambda command: exec('raise SystemExit(5)')\n"
+        "try: __main__.main(['--out', sys.argv[1]])\n"
+        "except SystemExit as end: assert end.code == 5\n"
+        "print(sorted({'torch', 'cupy', 'triton', 'numpy', 'gpusampler'} & set(sys.modules)))"
+    )
+    assert run_python("-c", code, "results").stdout == "[]\n"
+
+
+def test_what_is_missing_is_told_before_anything_runs(tmp_path, monkeypatch, capsys):
+    def find_spec(name):
+        return None if name == "array_api_compat" else object()
+
+    monkeypatch.setattr(main_module, "find_spec", find_spec)
+    assert main_module.main(["--out", str(tmp_path / "none")]) == 2
+    assert capsys.readouterr().out == "benchmarks.gpu cannot import array_api_compat\n"
+    assert not (tmp_path / "none").exists()
+
+
+# What a run finds
+
+
+def test_a_case_that_breaks_keeps_what_it_found(results):
+    record = Record(results, time.time() + 100)
+    bench = SimpleNamespace(machine=SimpleNamespace(free=lambda: None))
+    timing = Timing(1.0, 1.0, 1.0, 1)
+
+    def breaks(bench):
+        record.timing("this", timing, 10, layout="contiguous")
+        warnings.warn("careful", stacklevel=1)
+        raise ValueError("what went wrong")
+
+    def is_late(bench):
+        record._case_ends = 0
+        record.stop_if_late()
+
+    def is_wrong(bench):
+        record.check("1 is 2", 1 == 2, "it is 1")
+
+    assert record.run(Case("fine", 1, lambda bench: record.note("so")), bench) == "ok"
+    assert not report.has_failed(report.collect(results.lines()))
+    assert record.run(Case("long", 1000, breaks), bench) == "skipped"
+    assert record.run(Case("late", 1, is_late), bench) == "partial"
+    assert not report.has_failed(report.collect(results.lines()))
+    assert record.run(Case("broken", 1, breaks), bench) == "error"
+    assert report.has_failed(report.collect(results.lines()))
+    assert record.run(Case("wrong", 1, is_wrong), bench) == "ok"
+    found = report.collect(results.lines())
+    assert found["timings"][0]["ns_per_index"] == 1e5
+    assert report.has_failed({**found, "cases": []})
+    table = report.table(found)
+    for words in (
+        "FAILED 1 is 2: it is 1",
+        "ERROR in broken",
+        "what went wrong",
+        "UserWarning: careful",
+        "partial: late: its time was spent",
+        "in fine: so",
+    ):
+        assert words in table
+
+
+def test_a_case_ends_in_its_time():
+    case = Case("any", 15, lambda bench: None)
+    assert (case.soft_limit, case.hard_limit) == (30, 30 + record_module.MARGIN)
+    assert main_module.BUDGET == 330
+    # A child that hangs at the end of the time is killed, and the table printed, within it.
+    assert watch.GRACE < main_module.RESERVE
+
+
+def test_a_long_table_keeps_its_end():
+    row = {"case": "c", "ms": 1.0, "least": 1.0, "most": 1.0, "ns_per_index": 1.0}
+    found = report.collect(
+        {"kind": "timing", **row, "what": f"way {n}", "mix": f"mix {n // 3}"} for n in range(2000)
+    )
+    table = report.table(found)
+    assert len(table) < KEPT_BY_THE_REPLY
+    assert "more lines: see the results' file" in table
+    assert "== goals" in table
+
+
+@pytest.mark.parametrize(
+    "samples",
+    [2100, 10**6, 10**7, 10**8, pytest.param(10**9, marks=pytest.mark.slow("20 million patches"))],
+)
+@pytest.mark.parametrize(
+    ("mix", "least", "most"),
+    [("large", 1025, 65_535), ("wide", 1025, 1 << 20), ("mixed", 10, 10**5), ("small", 20, 60)],
+)
+def test_sizes_of_patches(samples, mix, least, most):
+    counts = patch_counts(samples, mix, np.random.default_rng(1))
+    assert counts.sum() == samples
+    assert counts.min() >= least
+    assert counts.max() <= most
+
+
+# A rehearsal
+
+
+def run(*arguments: object) -> subprocess.CompletedProcess[str]:
+    # A machine that has a GPU rehearses as well.
+    variables = {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "TRITON_INTERPRET": None}
+    command = ["-m", "benchmarks.gpu", *arguments]
+    return run_python(*command, check=False, timeout=900, **variables)
 
 
 @pytest.fixture(scope="module")
 def rehearsal(tmp_path_factory):
-    for needed in ("torch", "triton", "matplotlib"):
+    for needed in ("torch", "triton"):
         pytest.importorskip(needed)
     out = tmp_path_factory.mktemp("proof") / "made" / "here"
     process = run("--dry-run", "--out", out)
     assert process.returncode == 0, process.stdout + process.stderr
-    return SimpleNamespace(process=process, out=out, path=next(out.glob("gpu-*.json")))
-
-
-@pytest.fixture(scope="module")
-def found(rehearsal):
-    return json.loads(rehearsal.path.read_text())
-
-
-# A dry run
+    lines = ResultsFile(out / "gpu.jsonl").lines()
+    return SimpleNamespace(process=process, out=out, found=report.collect(lines))
 
 
 rehearsed = pytest.mark.slow("the whole benchmark, rehearsed on a CPU, takes a minute")
 
 
 @rehearsed
-def test_every_case_ends_well(found):
-    statuses = {case["name"]: case["status"] for case in found["cases"]}
-    assert set(statuses.values()) == {"ok"}, found["cases"]
-    assert {"kernel", "identity", "no waiting", "steps in a graph", "peak memory"} <= set(statuses)
-    assert list(statuses)[:3] == ["kernel", "identity", "no waiting"]
-    assert list(statuses)[-1] == "picture"
+def test_every_case_ends_well(rehearsal):
+    statuses = {case["case"]: case["status"] for case in rehearsal.found["cases"]}
+    assert set(statuses.values()) == {"ok"}, rehearsal.found["cases"]
+    assert list(statuses)[:3] == ["epoch of 3e+03", "steps in a graph", "peak memory"]
+    assert list(statuses)[-1] == "tiles of Triton"
 
 
 @rehearsed
-def test_every_check_holds(found):
-    checks = {check["name"] for check in found["checks"]}
-    assert all(check["ok"] for check in found["checks"])
+def test_every_check_holds(rehearsal):
+    checks = {check["name"]: check["ok"] for check in rehearsal.found["checks"]}
+    assert all(checks.values()), checks
     assert {
-        "torch: the kernel was built and is in use",
-        "torch: every form of the kernel was built",
-        "torch kernel: indices",
-        "torch kernel: int32 indices",
-        "torch reference: indices",
-        "torch: grouping",
-        "torch: lists",
-        "torch: indices of batches()",
-        "batches() waits for nothing",
+        "large gathered int32: a kernel evaluates",
+        "compiled, contiguous, batch 256: a kernel evaluates",
         "steps through an epoch's end: eager, gathered, batch 64, in a graph",
         "steps through an epoch's end: compiled, contiguous, batch 256, without a graph",
-    } <= checks
+    } <= set(checks)
 
 
 @rehearsed
-def test_what_is_timed(found):
-    rows = found["timings"]
+def test_what_is_timed(rehearsal):
+    rows = rehearsal.found["timings"]
     assert all(0 < row["least"] <= row["ms"] <= row["most"] for row in rows)
     whats = {row["what"] for row in rows}
     assert {"ours, chunks", "ours, one call", "copy", "pure gather", "randperm"} <= whats
@@ -98,8 +323,9 @@ def test_what_is_timed(found):
     epochs = {(r["layout"], r["dtype"]) for r in rows if r["what"].startswith("ours, chunks")}
     layouts = {(layout, dtype) for layout in ("contiguous", "gathered") for dtype in ("int64",)}
     assert epochs == {*layouts, ("contiguous", "int32"), ("gathered", "int32")}
-    assert all(np.isfinite(goal["value"]) for goal in found["goals"])
-    assert found["header"]["cupy_left_out"] == "a dry run"
+    assert all(np.isfinite(goal["value"]) for goal in rehearsal.found["goals"])
+    notes = {(note["case"], note["text"]) for note in rehearsal.found["notes"]}
+    assert ("epoch by CuPy", "left out: a dry run") in notes
 
 
 @rehearsed
@@ -112,180 +338,20 @@ def test_the_table_fits_into_a_reply(rehearsal):
 
 
 @rehearsed
-def test_the_picture(rehearsal):
-    picture = rehearsal.path.with_suffix(".png").read_bytes()
-    assert picture.startswith(b"\x89PNG")
-    assert len(picture) > 10_000
-
-
-@rehearsed
-def test_goes_on_where_another_process_ended(rehearsal, found, tmp_path):
-    path = tmp_path / "gpu.json"
-    left_out = {"grouping", "picture"}
-    cases = [case for case in found["cases"] if case["name"] not in left_out]
-    path.write_text(json.dumps({**found, "cases": cases}))
-    process = run("--dry-run", "--out", tmp_path, "--resume", path)
-    assert process.returncode == 0, process.stdout + process.stderr
-    again = json.loads(path.read_text())
-    assert [case["name"] for case in again["cases"][len(cases) :]] == ["grouping", "picture"]
-    assert again["checks"] == found["checks"]
-
-
-# Where it does not go well
-
-
-@pytest.mark.slow("a process that imports torch")
-def test_no_device_is_said_at_once(tmp_path):
-    process = run("--out", tmp_path / "none")
+def test_results_of_another_kind_are_not_mixed(rehearsal):
+    path = rehearsal.out / "gpu.jsonl"
+    before = path.read_text()
+    line = json.dumps({"kind": "machine", "commit": "another", "dry_run": True})
+    path.write_text(f"{line}\n{before}")
+    process = run("--dry-run", "--out", rehearsal.out)
+    path.write_text(before)
     assert process.returncode == 2
-    assert "needs a CUDA device: torch" in process.stdout
-    assert not (tmp_path / "none").exists()
+    assert "has results of commit another" in process.stdout
 
 
-@pytest.mark.slow("a process that imports everything, to draw an empty picture")
-def test_a_budget_of_nothing_leaves_everything_out(tmp_path):
-    pytest.importorskip("torch")
-    process = run("--dry-run", "--out", tmp_path, "--budget", 0)
-    assert process.returncode == 0, process.stdout + process.stderr
-    cases = json.loads(next(tmp_path.glob("*.json")).read_text())["cases"]
-    assert {case["status"] for case in cases[:-1]} == {"skipped"}
-    assert "skipped: identity" in process.stdout
-
-
-def test_a_case_that_breaks_loses_nothing(package, tmp_path):
-    record = package.record.Record(tmp_path / "r.json", budget=100)
-    timing = package.machine.Timing(1.0, 1.0, 1.0, 1)
-
-    def breaks(bench):
-        bench.timing("this", timing, 10, layout="contiguous")
-        warnings.warn("careful", stacklevel=1)
-        raise ValueError("what went wrong")
-
-    def is_late(bench):
-        record.found["budget_s"] = -1
-        bench.stop_if_late()
-
-    def is_wrong(bench):
-        bench.check("1 is 2", 1 == 2, "it is 1")
-
-    case = package.record.Case
-    assert record.run(case("fine", 1, lambda bench: None), record) == "ok"
-    assert not record.failed
-    assert record.run(case("long", 1000, breaks), record) == "skipped"
-    assert record.run(case("broken", 1, breaks), record) == "error"
-    assert record.failed
-    assert record.run(case("late", 1, is_late), record) == "partial"
-    record.found["budget_s"] = 100
-    record.found["cases"] = [c for c in record.found["cases"] if c["status"] != "error"]
-    assert not record.failed
-    assert record.run(case("wrong", 1, is_wrong), record) == "ok"
-    assert record.failed
-    again = package.record.Record(tmp_path / "r.json", 100, resume=True)
-    assert again.found == record.found
-    assert again.done("late")
-    assert again.found["timings"][0]["ns_per_index"] == 1e5
-    table = package.report.table(
-        {**again.found, "cases": [_broken("ValueError: what went wrong", "UserWarning: careful")]}
-    )
-    assert "FAILED 1 is 2: it is 1" in table
-    assert "ERROR in broken" in table
-    assert "what went wrong" in table
-    assert "UserWarning: careful" in table
-
-
-def _broken(error, warning):
-    case = {"name": "broken", "status": "error", "seconds": 1}
-    return {**case, "error": error, "warnings": [warning]}
-
-
-def test_a_long_table_keeps_its_end(package):
-    row = {"case": "c", "ms": 1.0, "least": 1.0, "most": 1.0, "ns_per_index": 1.0}
-    found = {
-        "header": {},
-        "budget_s": 1,
-        "cases": [],
-        "checks": [],
-        "goals": [],
-        "timings": [{**row, "what": f"way {n}", "mix": f"mix {n // 3}"} for n in range(2000)],
-    }
-    table = package.report.table(found)
-    assert len(table) < KEPT_BY_THE_REPLY
-    assert "more lines: see the JSON file" in table
-    assert "== goals" in table
-
-
-def test_a_lost_device_is_found_again_by_another_process(package, tmp_path, monkeypatch):
-    ran = []
-    monkeypatch.setattr(package.main.os, "execv", lambda *args: ran.append(args))
-    args = package.main._parse(["--out", str(tmp_path), "--budget", "9", "--dry-run"])
-    package.main._begin_again(args, tmp_path / "r.json")
-    ((program, command),) = ran
-    assert program == command[0] == sys.executable
-    again = package.main._parse(command[3:])
-    assert again.resume == tmp_path / "r.json"
-    assert (again.out, again.budget, again.dry_run) == (tmp_path, 9.0, True)
-
-
-# What it stands on
-
-
-def test_differences_are_found(package):
-    drawn = next(package.identity.random_plans(1))
-    seen = package.identity.Differences()
-    right = np.arange(6).reshape(2, 3)
-    wrong = right.copy()
-    wrong[1, 2] = 9
-    for what, ours in {"same": right, "value": wrong, "type": right.astype(np.int32)}.items():
-        seen.compare(drawn, what, ours, right)
-    seen.compare(drawn, "list", [[1]], [[2]])
-    seen.failed(drawn, "works", RuntimeError("no"))
-    checks = {}
-    record = SimpleNamespace(check=lambda what, ok, detail: checks.update({what: (ok, detail)}))
-    seen.report(SimpleNamespace(record=record))
-    assert [what for what, (ok, _) in checks.items() if ok] == ["same"]
-    assert "1 of 6 wrong, first at 5: got 9, wanted 5" in checks["value"][1][1]
-    assert "plan 0 (small" in checks["works"][1][1]
-
-
-def test_a_hundred_plans_are_of_all_kinds(package):
-    drawn = list(package.identity.random_plans(100))
-
-    def order_of(settings):
-        return settings.get("steps", "free"), settings.get("interleave", True)
-
-    orders = {order_of(order) for order in package.identity.ORDERS}
-    assert orders == {
-        ("free", True),
-        ("free", False),
-        ("balanced", True),
-        ("same_patch", True),
-        ("same_patch", False),
-    }
-    mixes = package.identity.MIXES
-    assert {(d.mix, order_of(d.settings)) for d in drawn} == set(product(mixes, orders))
-    # By slots and told, each with an order of the samples and without.
-    located = {(d.mix, d.ids is None, order_of(d.settings) == ("free", True)) for d in drawn}
-    assert located == set(product(mixes, (True, False), (True, False)))
-    assert {d.settings["partial"] for d in drawn} == {"keep", "drop", "pad"}
-    assert {bool(d.settings["shuffle_within_batches"]) for d in drawn} == {True, False}
-    assert {d.ids.dtype.name for d in drawn if d.ids is not None} == {"int64", "int32", "int16"}
-    assert any(d.seed >= 1 << 63 for d in drawn)
-    assert any(d.epoch > 1 << 32 for d in drawn)
-    assert [str(d) for d in drawn] == [str(d) for d in package.identity.random_plans(100)]
-    for d in drawn:
-        assert d.plan(d.groups("numpy"), "numpy").num_batches > 0
-
-
-@pytest.mark.parametrize(
-    "samples",
-    [2100, 10**6, 10**7, 10**8, pytest.param(10**9, marks=pytest.mark.slow("20 million patches"))],
-)
-@pytest.mark.parametrize(
-    ("mix", "least", "most"),
-    [("large", 1025, 65_535), ("wide", 1025, 1 << 20), ("mixed", 10, 10**5), ("small", 20, 60)],
-)
-def test_sizes_of_patches(package, samples, mix, least, most):
-    counts = package.workload.patch_counts(samples, mix, np.random.default_rng(1))
-    assert counts.sum() == samples
-    assert counts.min() >= least
-    assert counts.max() <= most
+@pytest.mark.slow("processes that import torch")
+def test_no_device_is_said_at_once(tmp_path):
+    process = run("--out", tmp_path)
+    assert process.returncode == 2
+    assert "it needs a CUDA device, but torch" in process.stdout
+    assert (tmp_path / "gpu.jsonl").exists() is False
