@@ -45,7 +45,8 @@ def test_tests_that_measure_or_share_a_gpu_have_one_process(monkeypatch, express
     config = SimpleNamespace(option=SimpleNamespace(markexpr=expression))
     monkeypatch.setattr(plugin, "has_torch_cuda", lambda: False)
     monkeypatch.setattr(plugin, "has_cupy_cuda", lambda: False)
-    assert plugin.pytest_xdist_auto_num_workers(config) == (0 if alone else None)
+    monkeypatch.setattr(plugin.os, "cpu_count", lambda: 200)
+    assert plugin.pytest_xdist_auto_num_workers(config) == (0 if alone else 8)
     monkeypatch.setattr(plugin, "has_torch_cuda", lambda: True)
     assert plugin.pytest_xdist_auto_num_workers(config) == 0
 

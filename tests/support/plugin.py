@@ -7,6 +7,7 @@ import os
 # Read by BLAS, OpenMP and torch when they are loaded, so it comes before them.
 os.environ["OMP_NUM_THREADS"] = "1"
 
+import faulthandler
 import gc
 import re
 import sys
@@ -16,7 +17,9 @@ from importlib.util import find_spec
 from typing import Any
 
 import pytest
+from _pytest.faulthandler import fault_handler_stderr_fd_key
 from hypothesis import HealthCheck, settings
+from xdist.scheduler import LoadScheduling
 
 from gpusampler.core.devices import Device
 from gpusampler.permutation import _native
@@ -52,10 +55,103 @@ MAX_SECONDS = 5.0
 """What a test without a mark of a tier may take."""
 
 
+GPU_SECONDS = 120.0
+"""What a test on a GPU may take before its process is ended."""
+
+LENIENT_ON_A_GPU = (
+    # Modules that are not ours, and torch's C++, whose warnings name the line that called it. What
+    # is installed beside a GPU differs from machine to machine.
+    r"default:::(?!(gpusampler|tests|support|benchmarks|groundwater_simulation|_pytest)\b)",
+    r"default:[\s\S]*\(Triggered internally at",
+)
+
+_device_lost_in: list[str] = []
+"""The test that lost the device of this process, if one did."""
+
+
+def has_gpu() -> bool:
+    return has_torch_cuda() or has_cupy_cuda()
+
+
+def is_gpu_run(config: pytest.Config) -> bool:
+    """Whether only tests that need a GPU are asked for: by ``-m gpu`` or by their folder."""
+    if re.search(r"(?<!not )\bgpu\b", config.option.markexpr):
+        return True
+    return all("gpu" in re.split(r"[/\\:]", argument) for argument in config.args)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if config.option.markexpr == "gpu":
+        # The other tiers are left out unless they are named, as without -m.
+        config.option.markexpr = " and not ".join(["gpu", *TIERS[:3]])
+    if has_gpu():
+        for line in LENIENT_ON_A_GPU:
+            config.addinivalue_line("filterwarnings", line)
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Run first what matters most on a GPU, which may be lent for minutes: kernels come last."""
+    if is_gpu_run(config):
+        items.sort(key=lambda item: gpu_rank(item.nodeid))
+
+
+def gpu_rank(nodeid: str) -> int:
+    if nodeid.startswith("tests/gpu/"):
+        return 0 if "test_identity" in nodeid else 1
+    return 3 if "test_kernels" in nodeid else 2
+
+
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> LoadScheduling | None:
+    """Distribute single tests on a GPU: most of their time is compiling, and few files hold all."""
+    return LoadScheduling(config, log) if is_gpu_run(config) else None
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
+    """End a process whose test on a GPU hangs; pytest-xdist fails the test and starts another."""
+    if not (item.get_closest_marker("gpu") and has_gpu()):
+        return (yield)
+    stderr = item.config.stash[fault_handler_stderr_fd_key]
+    faulthandler.dump_traceback_later(GPU_SECONDS, exit=True, file=stderr)
+    try:
+        return (yield)
+    finally:
+        faulthandler.cancel_dump_traceback_later()
+
+
 def pytest_runtest_setup(item: pytest.Item) -> None:
     check_tiers(item)
-    if item.get_closest_marker("gpu") and not (has_torch_cuda() or has_cupy_cuda()):
-        pytest.skip("no CUDA device")
+    if item.get_closest_marker("gpu"):
+        if not has_gpu():
+            pytest.skip("no CUDA device")
+        if _device_lost_in:
+            pytest.skip(f"not run: this process lost its device in {_device_lost_in[0]}")
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_teardown(item: pytest.Item) -> Iterator[None]:
+    """Wait for the device, so that an error which arrives late fails the test that made it."""
+    yield
+    if item.get_closest_marker("gpu") and has_gpu() and not _device_lost_in:
+        synchronize_devices()
+
+
+def synchronize_devices() -> None:
+    if has_torch_cuda():
+        torch.cuda.synchronize()
+    if has_cupy_cuda():
+        import cupy
+
+        cupy.cuda.runtime.deviceSynchronize()
+
+
+def is_device_lost() -> bool:
+    """Whether nothing works on the device any more: an illegal access ends it for a process."""
+    try:
+        synchronize_devices()
+    except RuntimeError:
+        return True
+    return False
 
 
 def check_tiers(item: pytest.Item) -> None:
@@ -68,11 +164,11 @@ def check_tiers(item: pytest.Item) -> None:
         pytest.fail(f"a test must be in one tier, got {sorted(tiers)}", pytrace=False)
 
 
-def pytest_xdist_auto_num_workers(config: pytest.Config) -> int | None:
-    """Use one process where tests measure or share a GPU."""
+def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
+    """Use one process where tests measure or share a GPU, else one per CPU, but 8 at most."""
     expression = config.option.markexpr
     measures = not expression or re.search(r"(?<!not )\b(serial|gpu)\b", expression)
-    return 0 if measures or has_torch_cuda() or has_cupy_cuda() else None
+    return 0 if measures or has_gpu() else min(8, os.cpu_count() or 1)
 
 
 def pytest_collection_finish() -> None:
@@ -86,7 +182,19 @@ def pytest_runtest_makereport(item: pytest.Item) -> Iterator[None]:
     """Record whether the test has no mark of a tier: the controller sees reports, not tests."""
     report = yield
     report.should_be_quick = not any(map(item.get_closest_marker, TIERS))
+    if report.failed and item.get_closest_marker("gpu") and has_gpu() and is_device_lost():
+        _device_lost_in.append(item.nodeid)
     return report
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_runtest_logreport() -> None:
+    """End one of pytest-xdist's processes that lost its device, when the failure was reported.
+
+    pytest-xdist fails the test once more, as one that crashed, and runs the rest in a new process.
+    """
+    if _device_lost_in and "PYTEST_XDIST_WORKER" in os.environ:
+        os._exit(1)
 
 
 def slow_unmarked(reports: Iterable[Any]) -> list[tuple[str, float]]:

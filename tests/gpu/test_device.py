@@ -1,4 +1,4 @@
-"""What only a GPU can show: ``pytest -m gpu``. One without torch or without CuPy skips its part."""
+"""What only a GPU can show. Without torch, or without CuPy, the tests of that library skip."""
 
 from __future__ import annotations
 
@@ -92,45 +92,6 @@ def test_ids_stay_on_the_device(torch, monkeypatch, dtype):
     assert sorted(torch.cat([batch.indices for batch in batches]).tolist()) == list(range(5000))
     for batch in batches:
         assert set(ids[batch.indices].tolist()) == {batch.patch_id}
-
-
-@pytest.mark.parametrize("epoch", [0, 1, (1 << 63) - 2])
-@pytest.mark.parametrize("partial", ["keep", "drop", "pad"])
-@every_order
-@pytest.mark.filterwarnings("ignore:partial='drop' leaves out")
-def test_lists_are_those_of_numpy(ids, epoch, partial, order):
-    settings = {"seed": 1 << 63, "partial": partial, **order}
-    device_sampler = PatchBatchSampler(ids, BATCH, **settings)
-    host_sampler = PatchBatchSampler(IDS, BATCH, **settings)
-    assert device_sampler.plan.device != host_sampler.plan.device
-    for sampler in (device_sampler, host_sampler):
-        sampler.set_epoch(epoch)
-    assert list(device_sampler) == list(host_sampler)
-    assert device_sampler.plan.evaluator.device_evaluator().has_kernel
-    assert device_sampler.state_dict() == host_sampler.state_dict()
-
-
-@every_order
-@pytest.mark.parametrize("device", ["cuda", "cupy"])
-def test_kernel_reference_and_host_agree(request, device, order):
-    request.getfixturevalue("torch" if device == "cuda" else "cupy")
-    host = host_plan(**order)
-    plan = host.on(device)
-    slots = np.random.default_rng(2).integers(0, plan.num_batches, 200)
-    wanted = host.evaluate(7, slots)
-    device_slots = arrays.to_device(slots, plan.device)
-    for block in (
-        plan.evaluate(7, slots),
-        plan.evaluate(7, device_slots),
-        plan.evaluator.block_by_arrays(7, device_slots),
-    ):
-        for actual, expected in zip(block, wanted, strict=True):
-            assert arrays.device_of(actual) == plan.device
-            np.testing.assert_array_equal(arrays.to_numpy(actual), expected)
-    narrow = plan.evaluate(7, device_slots, dtype="int32").indices
-    assert arrays.dtype_name(narrow) == "int32"
-    np.testing.assert_array_equal(arrays.to_numpy(narrow), wanted.indices)
-    assert plan.evaluator.device_evaluator().has_kernel
 
 
 # No waiting
