@@ -15,7 +15,7 @@ from typing import Any
 
 from benchmarks.gpu import epochs, loaders, steps, tuning
 from benchmarks.gpu.bench import Bench
-from benchmarks.gpu.machine import Machine, Rehearsal, versions
+from benchmarks.gpu.machine import Machine, Rehearsal, commit, versions
 from benchmarks.gpu.record import NOTHING_TO_RUN_ON, Case, Record, ResultsFile
 from benchmarks.gpu.workload import DRY, GPU, Scale
 
@@ -29,27 +29,25 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     faulthandler.enable()
     results = ResultsFile(args.results)
-    about = {**versions(), "dry_run": args.dry_run}
-    if reason := _why_not(results, about, args.dry_run):
+    kind = {"commit": commit(), "dry_run": args.dry_run}
+    if reason := _why_not(results, kind):
         print(f"benchmarks.gpu: {reason}", flush=True)
         return NOTHING_TO_RUN_ON
     machine = Rehearsal() if args.dry_run else Machine()
-    results.append("machine", **machine.about(), **about)
+    results.append("machine", **{**machine.about(), **versions(), **kind})
     bench = Bench(machine, Record(results, args.deadline), DRY if args.dry_run else GPU)
     return bench.record.run_all(cases(bench.scale), bench)
 
 
-def _why_not(results: ResultsFile, about: dict[str, Any], dry_run: bool) -> str | None:
-    if not dry_run and (missing := Machine.missing()):
+def _why_not(results: ResultsFile, kind: dict[str, Any]) -> str | None:
+    """Return why nothing can run here: results of two kinds in a file would not compare."""
+    if not kind["dry_run"] and (missing := Machine.missing()):
         return f"it needs a CUDA device, but {missing}; --dry-run needs none"
     for line in results.lines():
         if line["kind"] == "machine":
-            for name in ("commit", "dry_run"):
-                if line[name] != about[name]:
-                    return (
-                        f"{results.path} has results of {name} {line[name]}, and this is {name} "
-                        f"{about[name]}: give another --out"
-                    )
+            earlier = {name: line[name] for name in kind}
+            if earlier != kind:
+                return f"{results.path} has results of {earlier}, not of {kind}: give another --out"
     return None
 
 

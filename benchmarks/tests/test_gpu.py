@@ -346,7 +346,7 @@ def test_results_of_another_kind_are_not_mixed(rehearsal):
     process = run("--dry-run", "--out", rehearsal.out)
     path.write_text(before)
     assert process.returncode == 2
-    assert "has results of commit another" in process.stdout
+    assert "has results of {'commit': 'another', 'dry_run': True}, not of" in process.stdout
 
 
 @pytest.mark.slow("processes that import torch")
