@@ -79,14 +79,6 @@ class Machine:
         """Wait for the device."""
         self.torch.cuda.synchronize()
 
-    def is_alive(self) -> bool:
-        """Whether the device still works: an illegal access in a kernel ends it for a process."""
-        try:
-            self.synchronize()
-            return int(self.torch.ones(1, device=self.device).item()) == 1
-        except Exception:
-            return False
-
     def free(self) -> None:
         """Give cached memory back, so that one case leaves the next one all of it."""
         self.synchronize()
@@ -191,10 +183,6 @@ class Rehearsal(Machine):
 
     def synchronize(self) -> None:
         """There is nothing to wait for."""
-
-    def is_alive(self) -> bool:
-        """A CPU is."""
-        return True
 
     def free(self) -> None:
         """Collect what is not used."""

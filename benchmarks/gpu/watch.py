@@ -12,7 +12,7 @@ import subprocess
 import time
 from collections.abc import Sequence
 
-from benchmarks.gpu.record import DEVICE_LOST, DONE, ResultsFile
+from benchmarks.gpu.record import DONE, ResultsFile
 
 START_LIMIT = 90.0
 """Seconds that a child may take until it begins a case: it imports torch and prepares a device."""
@@ -71,8 +71,6 @@ def _wait(child: subprocess.Popen[bytes], results: ResultsFile, deadline: float)
         if time.time() > deadline + GRACE:
             return "it was killed when all time was spent"
         time.sleep(POLL)
-    if code == DEVICE_LOST:
-        return "it lost the device"
     return f"signal {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
 
 

@@ -29,8 +29,6 @@ from benchmarks.gpu.record import Case, Record, ResultsFile
 
 class Machine:
     is_lost = False
-    def is_alive(self):
-        return not self.is_lost
     def free(self):
         # torch's `empty_cache` on a device that is lost
         if self.is_lost:
