@@ -220,9 +220,11 @@ def test_every_case_is_a_plan(mix):
             with quiet():
                 host = case.sampler(case.groups("numpy"), "numpy")
             assert host.plan.num_batches > 0
+            # Patches of 2 to 5 samples are too small to be divided.
+            is_divided = host.plan.tables.patch_of_bin is not None
+            assert is_divided == (name.startswith("cost bins") and mix != "few")
 
 
-# Larger patches take minutes in the interpreter, and other tests run them in parts.
 @pytest.mark.parametrize(
     ("device", "mix"),
     [
@@ -238,6 +240,8 @@ def test_every_case_is_a_plan(mix):
 def test_batches_are_those_of_numpy(monkeypatch, device, mix, name):
     if device == "cpu":
         play_device(monkeypatch)
+        # The interpreter is slow, so patches are no larger than they must be.
+        mix = "one" if name.startswith("cost bins") else mix
     elif not (has_torch_cuda() if device == "cuda" else has_cupy_cuda()):
         pytest.skip(f"{device} is not installed or sees no CUDA device")
     for gathered in (False, True):

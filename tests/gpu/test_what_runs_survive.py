@@ -188,3 +188,9 @@ def test_identity_comes_first_and_kernels_last():
     ordered = list(items)
     plugin.pytest_collection_modifyitems(config_of("not slow", "tests"), ordered)
     assert ordered == items
+
+
+def test_single_tests_are_distributed_on_a_gpu_and_files_elsewhere(monkeypatch):
+    monkeypatch.setattr(plugin, "LoadScheduling", lambda config, log: "single tests")
+    assert plugin.pytest_xdist_make_scheduler(config_of("gpu"), None) == "single tests"
+    assert plugin.pytest_xdist_make_scheduler(config_of("not slow", "tests"), None) is None
