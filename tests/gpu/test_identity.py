@@ -202,10 +202,10 @@ def check_iteration(found: PatchBatchSampler, wanted: PatchBatchSampler) -> None
 def check_cursor(sampler: PatchBatchSampler, host: EpochPlan, epoch: int) -> None:
     """Single steps through the end of an epoch; a cursor is torch's."""
     cursor, total = sampler.cursor(), host.num_batches
-    cursor.seek(epoch, max(total - 2, 0))
-    for _ in range(4):
-        at_epoch, slot = cursor.position()
-        wanted = host.evaluate(at_epoch, [slot])
+    first = max(total - 2, 0)
+    cursor.seek(epoch, first)
+    for step in range(first, first + 4):
+        wanted = host.evaluate(epoch + step // total, [step % total])
         for name, part, desired in zip(wanted._fields, cursor(), wanted, strict=True):
             part = part.cpu().numpy().reshape(desired[0].shape)
             np.testing.assert_array_equal(part, desired[0], err_msg=f"cursor: {name}")

@@ -194,3 +194,14 @@ def test_single_tests_are_distributed_on_a_gpu_and_files_elsewhere(monkeypatch):
     monkeypatch.setattr(plugin, "LoadScheduling", lambda config, log: "single tests")
     assert plugin.pytest_xdist_make_scheduler(config_of("gpu"), None) == "single tests"
     assert plugin.pytest_xdist_make_scheduler(config_of("not slow", "tests"), None) is None
+
+
+@pytest.mark.parametrize("gpu", [True, False])
+def test_what_is_missing_on_a_gpu_is_said_before_anything_runs(monkeypatch, gpu):
+    monkeypatch.setattr(plugin, "has_gpu", lambda: gpu)
+    monkeypatch.setattr(plugin, "find_spec", lambda name: None)
+    if gpu:
+        with pytest.raises(pytest.UsageError, match="array_api_compat is not installed"):
+            plugin.pytest_configure(config_of("gpu"))
+    else:
+        plugin.pytest_configure(config_of("gpu"))

@@ -85,6 +85,9 @@ def pytest_configure(config: pytest.Config) -> None:
         # The other tiers are left out unless they are named, as without -m.
         config.option.markexpr = " and not ".join(["gpu", *TIERS[:3]])
     if has_gpu():
+        # One message instead of hundreds of failed tests, where minutes on a GPU are lent.
+        if find_spec("array_api_compat") is None:
+            raise pytest.UsageError("array_api_compat is not installed: arrays on a GPU need it")
         for line in LENIENT_ON_A_GPU:
             config.addinivalue_line("filterwarnings", line)
 
