@@ -360,6 +360,19 @@ class TestEmulation:
         with pytest.raises(PtxError, match="two threads write"):
             run_ptx(body, blocks=2)
 
+    @pytest.mark.parametrize("writer", [0, 1])
+    def test_a_barrier_is_one_of_a_single_block(self, writer):
+        # As if each block read the epoch, and one advanced it.
+        body = f"""
+            ld.global.u32 %r2, [%rd1]; bar.sync 0;
+            mov.u32 %r3, %ctaid.x; setp.eq.and.u32 %p2, %r3, {writer}, %p1;
+            @%p2 st.global.u32 [%rd1], 7;
+        """
+        if writer == 0:
+            assert run_ptx(body)[0] == 7
+        with pytest.raises(PtxError, match="without a barrier after another's read"):
+            run_ptx(body, blocks=2)
+
     @pytest.mark.parametrize(
         "instruction",
         ["add.f32 %r2, %r2, %r2", "ld.volatile.global.u32 %r2, [%rd4]", "add.sat.s32 %r2, %r2, 1"],

@@ -5,7 +5,8 @@
 
 from __future__ import annotations
 
-from support.ptx.machine import Array, PtxError, run
+from support.ptx.machine import run
+from support.ptx.memory import Array, PtxError
 from support.ptx.program import Program, UnknownInstructionError
 
 __all__ = ["Array", "Program", "PtxError", "UnknownInstructionError", "run"]

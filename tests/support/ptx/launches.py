@@ -21,7 +21,8 @@ from unittest import mock
 import numpy as np
 
 from support.processes import environment
-from support.ptx.machine import Array, run
+from support.ptx.machine import run
+from support.ptx.memory import Array
 from support.ptx.program import Program
 
 ARCH = 90

@@ -23,76 +23,16 @@ from support.ptx.arithmetic import (
     Values,
     shuffle_source,
 )
+from support.ptx.memory import ALIGNMENT, UNWRITTEN, WARP, Array, Memory, PtxError
 from support.ptx.program import Guard, Instruction, Program, UnknownInstructionError
 
-WARP = 32
 MAX_THREADS = 1 << 13
 """How many threads run side by side: enough for NumPy, and not too many to keep in memory."""
 MAX_BLOCK_EXECUTIONS = 1 << 20
 REGION = 40
 """Arrays lie so many address bits apart: what is next to an array belongs to none."""
-ALIGNMENT = 16
-"""Of the widest access."""
-UNWRITTEN = 0xA5
 WARP_MISSED = "an instruction of a warp that not all its threads reach"
 BARRIER_MISSED = "a barrier that not all threads of a block reach"
-
-
-class PtxError(Exception):
-    """What a GPU would answer with a fault or, at worst, not notice."""
-
-
-class Array(NamedTuple):
-    """A contiguous array in global memory; ``address`` is where the host has it."""
-
-    name: str
-    values: Values
-    address: int
-    is_writable: bool
-
-
-class Trace:
-    """Who accessed each unit of a memory last, and how many barriers the thread had passed."""
-
-    def __init__(self, size: int, unit: int) -> None:
-        self.unit = unit
-        size = -(-size // unit)
-        # Columns: thread, barriers of its block, barriers of its warp. A thread below 0 is none.
-        self.writes = np.full((size, 3), -1, np.int64)
-        self.reads = np.full((size, 3), -1, np.int64)
-        self.several_reads = np.zeros((size, 2), bool)  # of several threads; of several warps
-
-
-class Memory:
-    """Bytes that threads address from 0, of one array or of all blocks' shared memory.
-
-    ``size`` is what a thread may access; ``misalignment`` is that of the first byte.
-    """
-
-    def __init__(
-        self,
-        name: str,
-        data: Values,
-        size: int,
-        *,
-        is_writable: bool,
-        misalignment: int = 0,
-        traced_unit: int = 4,
-    ) -> None:
-        self.name, self.size, self.is_writable = name, size, is_writable
-        self.first = misalignment
-        self._data = np.full(-(-(self.first + data.size) // 16) * 16, UNWRITTEN, np.uint8)
-        self._data[self.first : self.first + data.size] = data
-        self.trace = Trace(data.size, traced_unit) if is_writable else None
-
-    def read(self, at: Values, dtype: np.dtype[Any]) -> Values:
-        return self._data.view(dtype)[(at + self.first) // dtype.itemsize]
-
-    def write(self, at: Values, values: Values) -> None:
-        self._data.view(values.dtype)[(at + self.first) // values.dtype.itemsize] = values
-
-    def bytes(self) -> Values:
-        return self._data[self.first : self.first + self.size]
 
 
 def run(
@@ -138,7 +78,7 @@ def run(
                 argument.name,
                 data,
                 data.size,
-                is_writable=argument.is_writable,
+                num_threads if argument.is_writable else None,
                 misalignment=misalignment,
             )
             memories.append(memory)
@@ -200,7 +140,7 @@ class _Machine:
             "shared memory",
             np.full(self.shared_stride * blocks.size, UNWRITTEN, np.uint8),
             shared_size,
-            is_writable=True,
+            num_threads,
             traced_unit=1,
         )
         self.registers: dict[str, Values] = {}
@@ -208,7 +148,7 @@ class _Machine:
             dtype = TYPES[type_name]
             garbage = np.frombuffer(bytes([UNWRITTEN] * dtype.itemsize), dtype)
             self.registers[name] = np.broadcast_to(garbage, total)
-        # Number of barriers passed, by thread.
+        # Number of barriers that each thread has passed.
         self.block_barriers = np.zeros(total, np.int64)
         self.warp_barriers = np.zeros(total, np.int64)
         self.next = np.zeros(total, np.int64)
@@ -512,7 +452,7 @@ class _Machine:
         def execute(mask: Values) -> None:
             active = np.flatnonzero(mask)
             for memory, threads, at in self._places(access, address(), active):
-                self._trace_reads(memory, threads, at, access.nbytes)
+                memory.trace_reads(self._stamps(threads), at, access.nbytes)
                 for i, register in enumerate(registers):
                     loaded = np.zeros(mask.size, dtype)
                     loaded[threads] = memory.read(at + i * dtype.itemsize, dtype)
@@ -579,7 +519,7 @@ class _Machine:
             addresses = address()
             for i, register in enumerate(registers):
                 for first, memory, threads, at in self._matrix_rows(mask, addresses, i):
-                    self._trace_reads(memory, threads, at, 16)
+                    memory.trace_reads(self._stamps(threads), at, 16)
                     loaded = np.zeros(mask.size, np.uint32)
                     for column in range(8):
                         halves = memory.read(at + 2 * column, np.dtype(np.uint16)).reshape(-1, 8)
@@ -602,10 +542,16 @@ class _Machine:
 
     def _store(self, memory: Memory, threads: Values, at: Values, values: Values) -> None:
         changes = memory.read(at, values.dtype) != values
-        self._trace_writes(memory, threads[changes], at[changes], values.dtype.itemsize)
+        stamps = self._stamps(threads[changes])
+        memory.trace_writes(stamps, at[changes], values.dtype.itemsize)
         memory.write(at, values)
         if (memory.read(at, values.dtype) != values).any():
             raise PtxError(f"two threads write different values to {memory.name}")
+
+    def _stamps(self, threads: Values) -> Values:
+        """Return rows as `Trace` has them."""
+        columns = self.thread, self.warp_barriers, self.block_barriers
+        return np.stack([column[threads] for column in columns], 1)
 
     def _places(
         self, access: _Access, address: Values, active: Values
@@ -634,67 +580,6 @@ class _Machine:
         if outside.any():
             first = int(at[outside][0])
             raise PtxError(f"byte {first} of {memory.name}, which has {memory.size}")
-
-    # ---------------------------------------------------------------- races
-
-    def _accesses(
-        self, trace: Trace, threads: Values, at: Values, nbytes: int
-    ) -> tuple[Values, Values]:
-        """Return a row as `Trace` has them for every unit accessed, and the units."""
-        num_units = -(-nbytes // trace.unit)
-        columns = self.thread, self.block_barriers, self.warp_barriers
-        now = np.stack([np.repeat(column[threads], num_units) for column in columns], 1)
-        return now, (at[:, None] // trace.unit + np.arange(num_units)).ravel()
-
-    def _is_ordered(self, earlier: Values, now: Values) -> Values:
-        """Whether a barrier lies between accesses, or one thread made both."""
-        same_block = earlier[:, 0] // self.num_threads == now[:, 0] // self.num_threads
-        same_warp = earlier[:, 0] // WARP == now[:, 0] // WARP
-        return (
-            (earlier[:, 0] < 0)
-            | (earlier[:, 0] == now[:, 0])
-            | same_block & (earlier[:, 1] < now[:, 1])
-            | same_warp & (earlier[:, 2] < now[:, 2])
-        )
-
-    def _trace_reads(self, memory: Memory, threads: Values, at: Values, nbytes: int) -> None:
-        trace = memory.trace
-        if trace is None:
-            return
-        now, every = self._accesses(trace, threads, at, nbytes)
-        if not self._is_ordered(trace.writes[every], now).all():
-            raise PtxError(f"{memory.name} is read without a barrier after another thread's write")
-        earlier = trace.reads[every]
-        unordered = ~self._is_ordered(earlier, now)
-        trace.several_reads[every] &= unordered[:, None]
-        trace.reads[every] = now
-        # Several of these threads may read one byte.
-        others = unordered | (trace.reads[every, 0] != now[:, 0])
-        far = others & (
-            unordered & (earlier[:, 0] // WARP != now[:, 0] // WARP)
-            | (trace.reads[every, 0] // WARP != now[:, 0] // WARP)
-        )
-        trace.several_reads[every[others], 0] = True
-        trace.several_reads[every[far], 1] = True
-
-    def _trace_writes(self, memory: Memory, threads: Values, at: Values, nbytes: int) -> None:
-        trace = memory.trace
-        if trace is None or not threads.size:
-            return
-        now, every = self._accesses(trace, threads, at, nbytes)
-        if not self._is_ordered(trace.writes[every], now).all():
-            raise PtxError(f"{memory.name} is written without a barrier after another's write")
-        reads = trace.reads[every]
-        ordered = self._is_ordered(reads, now)
-        # Of several readers, only the last is known: the writer itself does not count then.
-        by_block = (reads[:, 0] // self.num_threads == now[:, 0] // self.num_threads) & (
-            reads[:, 1] < now[:, 1]
-        )
-        several, far = trace.several_reads[every].T
-        by_warp = ~far & (reads[:, 0] // WARP == now[:, 0] // WARP) & (reads[:, 2] < now[:, 2])
-        if not np.where(several, by_block | by_warp, ordered).all():
-            raise PtxError(f"{memory.name} is written without a barrier after another's read")
-        trace.writes[every] = now
 
 
 class _Access(NamedTuple):
