@@ -254,6 +254,8 @@ def fake_cuda(*, records: bool = True) -> Iterator[FakeCuda]:
     replaced = {
         "is_available": lambda: True,
         "is_initialized": lambda: True,
+        "init": lambda: None,
+        "get_device_capability": lambda *_: (9, 0),
         "device_count": lambda: 2,
         "current_device": lambda: cuda.current_device,
         "current_stream": cuda.current_stream,
