@@ -28,7 +28,7 @@ MIN_GROWTH_TOTAL = 128 << 20
 
 Allocators and caches settle within two epochs, and a list of losses as floats grows more slowly.
 """
-MIN_SECONDS_BETWEEN_CHECKS = 0.01
+MIN_SECONDS_BETWEEN_CHECKS = 0.001
 """Shorter epochs count as one: reading the memory takes 10 microseconds, as long as a short epoch.
 """
 _growth_warned: list[bool] = []
