@@ -9,6 +9,7 @@ from __future__ import annotations
 import faulthandler
 import json
 import os
+import threading
 import time
 import traceback
 import warnings
@@ -84,6 +85,12 @@ class ResultsFile:
         return marks[-1] if marks and marks[-1]["kind"] == "begin" else None
 
 
+def _end_with_parent() -> None:
+    """End this process when standard input is closed: another run would find the device in use."""
+    os.read(0, 1)
+    os._exit(1)
+
+
 class Record:
     """What the cases of a process find: checks, goals and timings.
 
@@ -118,6 +125,7 @@ class Record:
 
     def run_all(self, cases: list[Case], bench: Any) -> int:
         """Run the cases that have not begun yet, and return the exit code of this process."""
+        threading.Thread(target=_end_with_parent, daemon=True).start()
         begun = {line["case"] for line in self.results.begun()}
         for case in cases:
             if case.name not in begun and self.run(case, bench) in ("error", "partial"):

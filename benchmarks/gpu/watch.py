@@ -39,12 +39,12 @@ def run_cases(command: Sequence[str], results: ResultsFile, deadline: float) -> 
     _end_open_case(results, "an earlier run ended in this case")
     while True:
         begun = len(results.begun())
-        child = subprocess.Popen(command)
-        try:
-            reason = _wait(child, results, deadline)
-        finally:
-            child.kill()
-            child.wait()
+        # Nothing is written to it: it closes when this process ends, however it does.
+        with subprocess.Popen(command, stdin=subprocess.PIPE) as child:
+            try:
+                reason = _wait(child, results, deadline)
+            finally:
+                child.kill()
         results.remove_incomplete_line()
         _end_open_case(results, reason)
         if child.returncode == DONE:

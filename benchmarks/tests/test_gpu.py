@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 import warnings
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -18,7 +19,7 @@ from benchmarks.gpu import report, watch
 from benchmarks.gpu.machine import Timing
 from benchmarks.gpu.record import Case, Record, ResultsFile
 from benchmarks.gpu.workload import patch_counts
-from support.processes import run_python
+from support.processes import environment, run_python
 
 KEPT_BY_THE_REPLY = 12_000
 
@@ -48,6 +49,7 @@ def lose_it_unseen(bench):
     bench.machine.is_lost = True
 
 def hang(bench):
+    results.append("note", case="hang", text=str(os.getpid()))
     time.sleep(60)
 
 def stop(bench):
@@ -64,7 +66,7 @@ def be_killed_while_writing(bench):
 def be_wrong(bench):
     raise ValueError("wrong")
 
-record.MARGIN = 0.2
+record.MARGIN = float(os.environ.get("MARGIN", 0.2))
 results = ResultsFile(__import__("pathlib").Path(sys.argv[1]))
 cases = [Case(name, 0.1, globals()[name]) for name in sys.argv[3:]]
 sys.exit(Record(results, float(sys.argv[2])).run_all(cases, Bench()))
@@ -77,22 +79,20 @@ def results(tmp_path):
 
 
 @pytest.fixture
-def run_children(results, tmp_path, monkeypatch):
+def run_children(results, monkeypatch):
     """Runs cases of CHILD by name, in as many processes as it takes; returns their statuses."""
     monkeypatch.setattr(watch, "GRACE", 0.5)
     monkeypatch.setattr(watch, "POLL", 0.02)
-    script = tmp_path / "child.py"
-    script.write_text(CHILD)
     children = []
     popen = subprocess.Popen
     monkeypatch.setattr(
-        subprocess, "Popen", lambda command: children.append(popen(command)) or children[-1]
+        subprocess, "Popen", lambda *args, **kw: children.append(popen(*args, **kw)) or children[-1]
     )
 
     def run(*cases, seconds=60.0):
         children.clear()
         deadline = time.time() + seconds
-        command = [sys.executable, str(script), str(results.path), str(deadline), *cases]
+        command = [sys.executable, "-c", CHILD, str(results.path), str(deadline), *cases]
         code = watch.run_cases(command, results, deadline)
         assert all(child.poll() is not None for child in children)
         ends = {line["case"]: line for line in results.lines() if line["kind"] == "end"}
@@ -146,6 +146,39 @@ def test_a_run_that_is_started_again_goes_on_after_the_case_that_ended_it(run_ch
     assert [line["case"] for line in results.begun()] == ["crash", "fine"]
 
 
+def test_no_process_is_left_when_the_one_that_watches_is_killed(run_children, results):
+    deadline = time.time() + 60
+    child = [sys.executable, "-c", CHILD, str(results.path), str(deadline), "hang", "fine"]
+    code = (
+        "import sys; from pathlib import Path; from benchmarks.gpu import record, watch\n"
+        f"watch.run_cases({child!r}, record.ResultsFile(Path({str(results.path)!r})), {deadline})"
+    )
+    # Without the margin the child would end itself.
+    watching = subprocess.Popen([sys.executable, "-c", code], env=environment(MARGIN="60"))
+    wait_until(lambda: any(line["kind"] == "note" for line in results.lines()))
+    pid = next(line["text"] for line in results.lines() if line["kind"] == "note")
+    assert is_running(pid)
+    watching.kill()
+    watching.wait()
+    wait_until(lambda: not is_running(pid))
+    assert run_children("hang", "fine").statuses == {"hang": "lost", "fine": "ok"}
+
+
+def wait_until(holds):
+    end = time.monotonic() + 30
+    while not holds():
+        assert time.monotonic() < end
+        time.sleep(0.05)
+
+
+def is_running(pid):
+    """Whether a process is there and not a zombie, which nothing may have waited for."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
 def test_a_process_that_begins_no_case_is_not_started_again(run_children, results):
     ran = run_children("no_such_case")
     assert (ran.code, ran.children) == (1, 1)
@@ -172,7 +205,7 @@ def test_what_does_not_fit_in_the_time_is_skipped_and_can_run_later(run_children
 def test_the_watching_process_imports_no_array_library():
     code = (
         "import sys; from benchmarks.gpu import __main__, watch\n"
-        "watch.subprocess.Popen = lambda command: exec('raise SystemExit(5)')\n"
+        "watch.subprocess.Popen = lambda *args, **kw: exec('raise SystemExit(5)')\n"
         "try: __main__.main(['--out', sys.argv[1]])\n"
         "except SystemExit as end: assert end.code == 5\n"
         "print(sorted({'torch', 'cupy', 'triton', 'numpy', 'gpusampler'} & set(sys.modules)))"
