@@ -241,8 +241,9 @@ def _play_device() -> None:
     def kernel_evaluator_on(tables: Any, device: Device, settings: Any) -> KernelEvaluator | None:
         if device.library == "numpy":
             return None
-        launch = import_module("gpusampler.plan.evaluators.kernels.triton_batches").launch
-        return KernelEvaluator(tables, device, settings, launch, triton_geometry)
+        kernels = import_module("gpusampler.plan.evaluators.kernels.triton_batches")
+        launches = kernels.launch, kernels.launch_patch_order
+        return KernelEvaluator(tables, device, settings, *launches, triton_geometry)
 
     device_module.kernel_evaluator_on = kernel_evaluator_on
 

@@ -14,7 +14,7 @@ from benchmarks.gpu.bench import Bench
 from benchmarks.gpu.workload import Dataset, contiguous, gathered
 from gpusampler.core import arrays, devices
 from gpusampler.plan.evaluators.base import EvaluatorSettings
-from gpusampler.plan.evaluators.kernels.fused import KernelEvaluator, Launch
+from gpusampler.plan.evaluators.kernels.fused import KernelEvaluator
 from gpusampler.plan.evaluators.kernels.kernel_spec import (
     Geometry,
     KernelSpec,
@@ -36,7 +36,7 @@ def triton_tiles(bench: Bench) -> None:
     """Lanes of a tile, lanes side by side in a row, and warps."""
     triton_batches = _module("triton_batches")
     for data in _datasets(bench):
-        trial = Trial(bench, data, bench.device, "Triton", triton_batches.launch)
+        trial = Trial(bench, data, bench.device, "Triton", triton_batches)
         # Interpreted, a tile is as slow as another, and all of them are very slow.
         for lanes in TILES[-1:] if bench.machine.dry else TILES:
             for columns in TRITON_COLUMNS:
@@ -53,7 +53,7 @@ def cuda_tiles(bench: Bench) -> None:
         return
     cuda_batches = _module("cuda_batches")
     for data in _datasets(bench):
-        trial = Trial(bench, data, bench.machine.cupy, "CUDA C", cuda_batches.launch)
+        trial = Trial(bench, data, bench.machine.cupy, "CUDA C", cuda_batches)
         for rows in CUDA_ROWS:
             for columns in CUDA_COLUMNS:
                 trial.run(f"{rows} rows, {columns} wide", partial(_cuda_tile, rows, columns))
@@ -86,11 +86,11 @@ def _cuda_tile(rows: int, columns: int, spec: KernelSpec, num_rows: int, width: 
 class Trial:
     """A dataset's epoch by a kernel, cut in one way after another."""
 
-    def __init__(self, bench: Bench, data: Dataset, device: str, kind: str, launch: Launch) -> None:
+    def __init__(self, bench: Bench, data: Dataset, device: str, kind: str, kernels: Any) -> None:
         self._bench = bench
         self._data = data
         self._kind = kind
-        self._launch = launch
+        self._launches = kernels.launch, kernels.launch_patch_order
         self._device = devices.parse_device(device)
         self._plan = data.plan("numpy")
         self._tables = self._plan._tables.on(self._device, data.groups.order)
@@ -101,7 +101,7 @@ class Trial:
     def run(self, tile: str, geometry: Callable[[KernelSpec, int, int], Geometry]) -> None:
         """Check and time one way to cut the launch."""
         self._bench.record.stop_if_late()
-        evaluator = KernelEvaluator(self._tables, self._device, SETTINGS, self._launch, geometry)
+        evaluator = KernelEvaluator(self._tables, self._device, SETTINGS, *self._launches, geometry)
         with devices.device_context(self._device):
             xp, handle = arrays.namespace(self._device), devices.device_handle(self._device)
             slots = xp.arange(self._plan.num_batches, dtype=xp.int64, device=handle)
