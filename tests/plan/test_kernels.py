@@ -693,3 +693,10 @@ class TestGeometry:
         assert int(defined["THREADS"]) == kernel_spec.THREADS
         assert int(defined["MOST_ROWS"]) == kernel_spec.MOST_ROWS
         assert int(defined["SPREAD"].rstrip("u"), 16) == SPREAD
+
+    def test_numbers_of_a_plan_are_where_the_source_of_triton_has_them(self):
+        pytest.importorskip("triton")
+        from gpusampler.plan.evaluators.kernels import triton_batches
+
+        for place, name in enumerate(kernel_spec.PLAN_WORDS):
+            assert getattr(triton_batches, f"AT_{name.upper()}").value == place

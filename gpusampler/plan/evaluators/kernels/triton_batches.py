@@ -20,39 +20,17 @@ from gpusampler.plan.evaluators.kernels.kernel_spec import PLAN_WORDS, Geometry,
 WARPS = 4
 PATCH_TILE = 1024
 
-# Where the numbers of `plan` are; Triton reads only such globals.
-AT_NUM_SLOTS = tl.constexpr(PLAN_WORDS.index("num_slots"))
-AT_STEP_WIDTH = tl.constexpr(PLAN_WORDS.index("step_width"))
-AT_NUM_STEPS = tl.constexpr(PLAN_WORDS.index("num_steps"))
-AT_SHORT_STEP = tl.constexpr(PLAN_WORDS.index("short_step"))
-AT_NUM_VISITED = tl.constexpr(PLAN_WORDS.index("num_visited"))
-AT_VISIT_A = tl.constexpr(PLAN_WORDS.index("visit_a"))
-AT_VISIT_B = tl.constexpr(PLAN_WORDS.index("visit_b"))
-AT_VISIT_REM = tl.constexpr(PLAN_WORDS.index("visit_rem"))
-AT_NUM_BUCKETS = tl.constexpr(PLAN_WORDS.index("num_buckets"))
-AT_BUCKET_BITS = tl.constexpr(PLAN_WORDS.index("bucket_bits"))
-AT_NUM_CHOSEN = tl.constexpr(PLAN_WORDS.index("num_chosen"))
-AT_CHOSEN_BITS = tl.constexpr(PLAN_WORDS.index("chosen_bits"))
-AT_NUM_PATCHES = tl.constexpr(PLAN_WORDS.index("num_patches"))
-AT_PATCH_BITS = tl.constexpr(PLAN_WORDS.index("patch_bits"))
-AT_VISITED = tl.constexpr(PLAN_WORDS.index("visited"))
-AT_RUN_GROUPS = tl.constexpr(PLAN_WORDS.index("run_groups"))
-AT_RUN_FIRST = tl.constexpr(PLAN_WORDS.index("run_first"))
-AT_OWN_BATCHES = tl.constexpr(PLAN_WORDS.index("own_batches"))
-AT_GROUP_SLOTS = tl.constexpr(PLAN_WORDS.index("group_slots"))
-AT_BUCKET_OFFSETS = tl.constexpr(PLAN_WORDS.index("bucket_offsets"))
-AT_BUCKET_COUNTS = tl.constexpr(PLAN_WORDS.index("bucket_counts"))
-AT_BUCKET_A = tl.constexpr(PLAN_WORDS.index("bucket_a"))
-AT_BUCKET_B = tl.constexpr(PLAN_WORDS.index("bucket_b"))
-AT_BUCKET_REM = tl.constexpr(PLAN_WORDS.index("bucket_rem"))
-AT_CHOSEN = tl.constexpr(PLAN_WORDS.index("chosen"))
-AT_SLOT_OF_CHOSEN = tl.constexpr(PLAN_WORDS.index("slot_of_chosen"))
-AT_CHOSEN_OF_SLOT = tl.constexpr(PLAN_WORDS.index("chosen_of_slot"))
-AT_CHOSEN_NTH = tl.constexpr(PLAN_WORDS.index("chosen_nth"))
-AT_CHOSEN_SLOTS = tl.constexpr(PLAN_WORDS.index("chosen_slots"))
-AT_CHOSEN_OWN = tl.constexpr(PLAN_WORDS.index("chosen_own"))
-AT_FIRST_BATCH = tl.constexpr(PLAN_WORDS.index("first_batch"))
-AT_PATCH_OF_BIN = tl.constexpr(PLAN_WORDS.index("patch_of_bin"))
+# Where the numbers of `plan` are, in the order of `PLAN_WORDS`; Triton reads only such globals.
+(
+    AT_NUM_SLOTS, AT_STEP_WIDTH, AT_NUM_STEPS, AT_SHORT_STEP,
+    AT_NUM_VISITED, AT_VISIT_A, AT_VISIT_B, AT_VISIT_REM,
+    AT_NUM_BUCKETS, AT_BUCKET_BITS, AT_NUM_CHOSEN, AT_CHOSEN_BITS,
+    AT_NUM_PATCHES, AT_PATCH_BITS, AT_VISITED, AT_RUN_GROUPS,
+    AT_RUN_FIRST, AT_OWN_BATCHES, AT_GROUP_SLOTS, AT_BUCKET_OFFSETS,
+    AT_BUCKET_COUNTS, AT_BUCKET_A, AT_BUCKET_B, AT_BUCKET_REM,
+    AT_CHOSEN, AT_SLOT_OF_CHOSEN, AT_CHOSEN_OF_SLOT, AT_CHOSEN_NTH,
+    AT_CHOSEN_SLOTS, AT_CHOSEN_OWN, AT_FIRST_BATCH, AT_PATCH_OF_BIN,
+) = map(tl.constexpr, range(len(PLAN_WORDS)))  # fmt: skip
 
 
 @triton.jit
