@@ -82,7 +82,7 @@ def permute_ranges(
     columns = [
         contiguous_int64(np.broadcast_to(column, n.shape)) for column in (first, lengths, n, base)
     ]
-    keys = [None, None]
+    keys: list[Int64 | None] = [None, None]
     if key is not None:
         keys = [contiguous_int64(np.broadcast_to(word, n.shape)) for word in key]
     samples = np.empty(int(columns[1].sum()), np.int64)

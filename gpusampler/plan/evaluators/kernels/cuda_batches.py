@@ -19,7 +19,7 @@ from gpusampler.plan.evaluators.kernels.kernel_spec import (
 )
 
 SOURCE = Path(__file__).with_name("batches.cu")
-NO_SPEC = KernelSpec(*[0] * len(KernelSpec._fields))
+NO_SPEC = KernelSpec._make([0] * len(KernelSpec._fields))
 """What the patch-order kernel is compiled for: it reads no setting."""
 BATCHES, PATCH_ORDER = "gpusampler_batches", "gpusampler_patch_order"
 TYPES = {"int64": "long long", "int32": "int"}
