@@ -7,10 +7,10 @@ import pytest
 
 from gpusampler.core.devices import Device
 from gpusampler.plan.evaluators import device as device_module
-from support.kernels import device_of_kernel, kernel_evaluator_of
+from support.kernels import device_of_kernel, evaluator_settings_of, kernel_evaluator_of
 from support.strategies import quiet
 
-pytest.importorskip("torch")
+torch = pytest.importorskip("torch")
 pytest.importorskip("triton")
 
 IDS = np.random.default_rng(5).permutation(np.repeat([4, -1, 8, 30, 11], [33, 7, 64, 1, 50]))
@@ -84,6 +84,25 @@ def test_a_call_is_one_launch(launches, name, ranks):
         assert patch_ids[int(drawn.group)] == batch.patch_id
         assert (tuple(drawn.valid.shape), tuple(drawn.group.shape)) == ((), (1,))
     assert cursor.position() == ((5, 3 * sampler.num_replicas) if steps > 3 else (6, 0))
+
+
+@pytest.mark.parametrize("name", PLANS)
+def test_the_operator_for_compiled_code_returns_the_batches(launches, name):
+    """What torch.compile calls, called here as it is."""
+    from gpusampler.plan.evaluators.kernels.triton_op import batch_operator
+
+    plan = sampler_of(PLANS[name][0]).plan
+    device = device_of_kernel("triton")
+    tables = plan.tables.on(device, plan.groups.order)
+    kernel = kernel_evaluator_of(tables, device, evaluator_settings_of(plan), "triton")
+    kernel._operator = batch_operator()
+    streams, epoch = plan.evaluator.streams, 2**33 + 5
+    for slot in (0, plan.num_batches - 1):
+        counters = (torch.tensor(number, device=str(device)) for number in (epoch, slot))
+        indices, length, patch = kernel.compiled_batch(streams, *counters)
+        expected = plan.evaluate(epoch, [slot])
+        assert indices.tolist() == expected.indices[0].tolist()
+        assert (int(length), int(patch)) == (expected.lengths[0], expected.groups[0])
 
 
 def test_repeats_that_do_not_count(launches):

@@ -69,6 +69,9 @@ class DeviceEvaluator:
     def prepare(self) -> None:
         """Create the arrays that `batch` needs; none may be created while it is traced."""
         self.array_evaluator.prepare_batch()
+        if self._kernel_evaluator is not None:
+            for array in self._kernel_evaluator.members():
+                torch_compile.keep_in_place(array)
         # Graphs do not wait for uploads, so these must be complete.
         devices.synchronize_stream(self.device)
         self.is_prepared = True
@@ -130,6 +133,9 @@ class DeviceEvaluator:
     def batch(self, streams: Streams, epoch: Any, slot: Any) -> tuple[Any, Any, Any]:
         """Return indices (B,), length and patch of one batch; ``epoch`` and ``slot`` are 0-d."""
         if torch_compile.is_compiling():
+            kernel = self._kernel_evaluator
+            if kernel is not None and kernel.has_operator:
+                return kernel.compiled_batch(streams, epoch, slot)
             return self._batch_by_arrays(streams, epoch, slot)
         self._ready.wait()
         return self._try_kernel(

@@ -49,7 +49,7 @@ class KernelEvaluator:
 
     ``launch(spec, geometry, args)`` runs the kernel on arrays and numbers; ``launch_patch_order``
     runs the one that finds an epoch's order of patches. ``geometry(spec, num_rows, width)`` divides
-    the launch into blocks.
+    the launch into blocks. ``operator`` is `triton_op.batch_operator`, or None.
     """
 
     def __init__(
@@ -60,6 +60,7 @@ class KernelEvaluator:
         launch: Launch,
         launch_patch_order: LaunchPatchOrder,
         geometry: Callable[[KernelSpec, int, int], Geometry],
+        operator: Any = None,
     ) -> None:
         self._tables = tables
         self._device = device
@@ -67,6 +68,7 @@ class KernelEvaluator:
         self._launch = launch
         self._launch_patch_order = launch_patch_order
         self._geometry = geometry
+        self._operator = operator
         self._xp = arrays.namespace(device)
         with devices.device_context(device):
             # Two numbers in a word take one load. The reciprocal of b replaces a division.
@@ -123,6 +125,33 @@ class KernelEvaluator:
         return out[0], lengths[0], groups[0]
 
     @property
+    def has_operator(self) -> bool:
+        """Whether `compiled_batch` can be called."""
+        return self._operator is not None
+
+    def compiled_batch(self, streams: Streams, epoch: Any, slot: Any) -> tuple[Any, Any, Any]:
+        """Return what `batch` returns, for torch.compile to trace as one operator."""
+        spec = KernelSpec.of(self._tables, self._settings, ragged=False, epoch_on_device=True)
+        width = self._tables.max_batch_size
+        geometry = self._geometry(spec, 1, width)
+        order = [] if self._tables.order is None else [self._tables.order]
+        order_numbers: list[int] = []
+        if spec.in_order:
+            form, arguments = self._patch_order_numbers(streams.patches)
+            order_numbers = [form, *arguments]
+        out, lengths, groups = self._operator(
+            epoch,
+            slot,
+            [*self._kernel_tables(), *order],
+            [int(value) for value in spec],
+            self._numbers(spec, streams, 0, 1, None),
+            order_numbers,
+            [geometry.rows, geometry.columns, geometry.span, *geometry.blocks],
+            width,
+        )
+        return out[0], lengths[0], groups[0]
+
+    @property
     def can_advance(self) -> bool:
         """Whether a launch may advance the counters: one program reads and writes them."""
         spec = KernelSpec.of(self._tables, self._settings, ragged=False, epoch_on_device=True)
@@ -166,26 +195,48 @@ class KernelEvaluator:
         """Return the order of an epoch's patches and the first slot of each; one launch."""
         num_patches = self._tables.num_patches
         patches, offsets = self._empty((num_patches,)), self._empty((num_patches,))
-        form, key = SLOTS_AS_THEY_ARE, streams.patches
+        key = streams.patches if spec.epoch_on_device else key_of(streams.patches, epoch, 0)
+        form, numbers = self._patch_order_numbers(key)
+        epoch_array = epoch if spec.epoch_on_device else None
+        args = (patches, offsets, self._plan_words, epoch_array, *numbers)
+        self._launch_patch_order(form, spec.epoch_on_device, args)
+        return patches, offsets
+
+    def _patch_order_numbers(self, key: tuple[int, int]) -> tuple[int, list[int]]:
+        """Return form and integer arguments of the kernel of the patches' order."""
+        num_patches, form = self._tables.num_patches, SLOTS_AS_THEY_ARE
         if self._settings.shuffle_batches and num_patches > 1:
             form = slots_form(num_patches)
-        if not spec.epoch_on_device:
-            key = key_of(key, epoch, 0)
-        self._launch_patch_order(
-            form,
-            spec.epoch_on_device,
-            (
-                patches,
-                offsets,
-                self._plan_words,
-                epoch if spec.epoch_on_device else None,
-                num_patches,
-                *grid_of(num_patches),
-                rounds_for(num_patches) // 2,
-                *map(_signed, key),
-            ),
-        )
-        return patches, offsets
+        grid, pairs = grid_of(num_patches), rounds_for(num_patches) // 2
+        return form, [num_patches, *grid, pairs, *map(_signed, key)]
+
+    def _kernel_tables(self) -> list[Any]:
+        """Return the tables that the kernel reads, in its order of arguments, without `order`."""
+        tables = self._tables
+        by_slot = [tables.counts, self._sizes, self._search, self._plan_words]
+        return [*by_slot, tables.starts, self._sides, self._rests]
+
+    def _numbers(
+        self, spec: KernelSpec, streams: Streams, epoch: Any, num_rows: int, advance: Advance | None
+    ) -> list[int]:
+        """Return the integer arguments of the kernel."""
+        num_steps = self._tables.layout.full
+        # Unused sides are 0: those of large grids may not fit in 32 bits.
+        slot_grid = grid_of(num_steps) if spec.slots > 1 else (0, 0, 0)
+        number = 0 if spec.epoch_on_device else epoch
+        return [
+            num_rows,
+            self._tables.max_batch_size,
+            self._num_offsets,
+            search_bits(self._num_offsets),
+            num_steps if spec.slots == SLOTS_FISHER_YATES else 0,
+            *slot_grid,
+            rounds_for(num_steps) // 2 if spec.slots else 0,
+            *map(_signed, self._keys(streams, epoch, spec)),
+            _signed(number & MASK),
+            _signed(number >> 32),
+            *((1, 0) if advance is None else advance[:2]),
+        ]
 
     def _run(
         self,
@@ -197,43 +248,23 @@ class KernelEvaluator:
         advance: Advance | None = None,
     ) -> None:
         """Launch the kernel for rows of at most ``max_lanes`` lanes."""
-        tables = self._tables
-        width = tables.max_batch_size
         num_rows = int(row_arrays[0].shape[0])
         if num_rows == 0:
             return
-        num_steps = tables.layout.full
-        # Unused sides are 0: those of large grids may not fit in 32 bits.
-        slot_grid = grid_of(num_steps) if spec.slots > 1 else (0, 0, 0)
         epoch_patches = (None, None)
         if spec.in_order:
             epoch_patches = self._patch_order(streams, epoch, spec)
-        number = 0 if spec.epoch_on_device else epoch
+        tables = self._kernel_tables()
         args = (
             *row_arrays,
-            tables.counts,
-            self._sizes,
-            self._search,
-            self._plan_words,
+            *tables[:4],
             *epoch_patches,
-            tables.starts,
-            self._sides,
-            self._rests,
-            tables.order,
-            num_rows,
-            width,
-            self._num_offsets,
-            search_bits(self._num_offsets),
-            num_steps if spec.slots == SLOTS_FISHER_YATES else 0,
-            *slot_grid,
-            rounds_for(num_steps) // 2 if spec.slots else 0,
-            *map(_signed, self._keys(streams, epoch, spec)),
-            _signed(number & MASK),
-            _signed(number >> 32),
-            *((1, 0) if advance is None else advance[:2]),
+            *tables[4:],
+            self._tables.order,
+            *self._numbers(spec, streams, epoch, num_rows, advance),
         )
         # The shape of tiles depends on the plan, their number on these rows.
-        geometry = self._geometry(spec, num_rows, width)
+        geometry = self._geometry(spec, num_rows, self._tables.max_batch_size)
         num_spans = -(-max_lanes // geometry.span)
         geometry = geometry._replace(blocks=(geometry.blocks[0], num_spans))
         self._launch(spec, geometry, args)
@@ -260,6 +291,7 @@ def kernel_evaluator_on(
         import torch
 
         from gpusampler.plan.evaluators.kernels import triton_batches
+        from gpusampler.plan.evaluators.kernels.triton_op import batch_operator
 
         def launch(spec: KernelSpec, geometry: Geometry, args: tuple[Any, ...]) -> None:
             # Triton launches on the current device, which need not be the plan's.
@@ -270,7 +302,8 @@ def kernel_evaluator_on(
             with torch.cuda.device(device.name):
                 triton_batches.launch_patch_order(form, epoch_on_device, args)
 
+        launches = launch, launch_patch_order
         return KernelEvaluator(
-            tables, device, settings, launch, launch_patch_order, triton_geometry
+            tables, device, settings, *launches, triton_geometry, batch_operator()
         )
     return None
