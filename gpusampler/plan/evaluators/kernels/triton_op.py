@@ -50,8 +50,9 @@ def batch(
     width : int
         B.
     """
-    wrap: Any = torch.library.wrap_triton  # type: ignore[attr-defined]
+    wrap: Any = torch.library.wrap_triton
     counts, sizes, search, plan, bases, sides, rests, *order = tables
+    samples_order = order[0] if order else None
     patches = offsets = None
     if order_numbers:
         form, *arguments = order_numbers
@@ -69,7 +70,7 @@ def batch(
     wrap(triton_batches.batches_kernel)[tuple(blocks)](
         *(slot.reshape(1), None, epoch, out, lengths, groups),
         *(counts, sizes, search, plan, patches, offsets, bases, sides, rests),
-        *(order or [None]),
+        samples_order,
         *numbers,
         **KernelSpec._make(flags).flags(),
         ROWS=rows,
