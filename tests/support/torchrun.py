@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -116,7 +117,9 @@ def run(
     with TorchrunJob(out, [*command, SCRIPT, "--out", out, *options], **variables) as job:
         failed = job.wait() != 0
         assert failed == (kill is not None and restarts == 0), job.output()
-        assert (kill is not None) == ("exitcode: -9" in job.output()), job.output()
+        # A rank that loses its peer may end, by itself or by SIGABRT, before the killed one is seen.
+        was_killed = re.search(r"exitcode\s*: -9", job.output()) is not None
+        assert was_killed == (kill is not None), job.output()
 
 
 def free_port() -> int:
