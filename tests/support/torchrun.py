@@ -117,7 +117,7 @@ def run(
     with TorchrunJob(out, [*command, SCRIPT, "--out", out, *options], **variables) as job:
         failed = job.wait() != 0
         assert failed == (kill is not None and restarts == 0), job.output()
-        # A rank that loses its peer may end, by itself or by SIGABRT, before the killed one is seen.
+        # A rank that loses its peer may end by SIGABRT before the killed one is seen.
         was_killed = re.search(r"exitcode\s*: -9", job.output()) is not None
         assert was_killed == (kill is not None), job.output()
 
