@@ -57,7 +57,6 @@ def permute_ranges(
     ranges = PositionRanges(first, lengths, n, base, k0, k1, *grid)
     rounds = np.full(n.shape, -1) if key is None else _rounds_of(n)
     in_order = bool((rounds[1:] >= rounds[:-1]).all()) and bool((lengths > 0).all())
-    starts = np.cumsum(lengths) - lengths
     rows: Any = slice(None)
     if not in_order:
         rows = np.argsort(rounds, kind="stable")
@@ -72,6 +71,7 @@ def permute_ranges(
     if in_order:
         return samples
     in_row_order = np.empty_like(samples)
+    starts = np.cumsum(lengths) - lengths
     offsets = starts[rows] - (ends - ranges.lengths)
     in_row_order[np.repeat(offsets, ranges.lengths) + np.arange(samples.size)] = samples
     return in_row_order
