@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -12,6 +11,7 @@ from gpusampler.batching.cost_budget import CostBudget, check_over_budget, check
 from gpusampler.batching.costs import positive_by_patch, values_by_patch
 from gpusampler.core.arrays import Int64
 from gpusampler.core.text import short_repr
+from gpusampler.core.validation import is_mapping
 from gpusampler.groups.patch_groups import PatchGroups
 
 
@@ -34,7 +34,7 @@ def batch_sizes_of(batch_size: Any, groups: PatchGroups, partial: str) -> BatchS
     """
     if isinstance(batch_size, CostBudget):
         return _sizes_within_budget(batch_size, groups, partial)
-    if isinstance(batch_size, Mapping):
+    if is_mapping(batch_size):
         sizes = _sizes_by_patch(batch_size, groups)
         return BatchSizes(sizes, common_size(sizes), None)
     check_batch_size(batch_size)
@@ -51,7 +51,7 @@ def common_size(sizes: Int64) -> int | None:
 
 def check_batch_size(batch_size: Any) -> None:
     """Raise the errors of `batch_sizes_of` that do not depend on the patches."""
-    if isinstance(batch_size, (CostBudget, Mapping)):
+    if isinstance(batch_size, CostBudget) or is_mapping(batch_size):
         return
     # Arrays define __index__ too.
     if not hasattr(batch_size, "__index__") or getattr(batch_size, "shape", ()) != ():
@@ -62,7 +62,7 @@ def check_batch_size(batch_size: Any) -> None:
     check_size(batch_size, "batch_size")
 
 
-def _sizes_by_patch(batch_size: Mapping[Any, Any], groups: PatchGroups) -> Int64:
+def _sizes_by_patch(batch_size: Any, groups: PatchGroups) -> Int64:
     sizes = values_by_patch(batch_size, groups, "batch_size")
     named_sizes = zip(groups.labels.tolist(), sizes, strict=True)
     checked = [check_size(size, f"batch_size of patch {label}") for label, size in named_sizes]

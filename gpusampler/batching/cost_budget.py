@@ -13,7 +13,13 @@ from gpusampler.batching.costs import COST_LIMIT, check_numbers
 from gpusampler.core import arrays
 from gpusampler.core.arrays import Int64
 from gpusampler.core.text import short_repr
-from gpusampler.core.validation import check_bool, check_choice, check_int, check_real
+from gpusampler.core.validation import (
+    check_bool,
+    check_choice,
+    check_int,
+    check_real,
+    is_mapping,
+)
 
 OverBudget = Literal["error", "skip"]
 OVER_BUDGET = ("error", "skip")
@@ -203,7 +209,7 @@ class CostBudget:
             mapping, which can be saved.)
         """
         cost = self.cost
-        if callable(cost) and not isinstance(cost, Mapping):
+        if callable(cost) and not is_mapping(cost):
             raise TypeError(
                 "cost must be a mapping or an array to be saved, got a function; use "
                 "{patch_id: cost(patch_id) for patch_id in patch_ids}"
@@ -212,7 +218,7 @@ class CostBudget:
             name: _plain(getattr(self, name))
             for name in ("min_batch_size", "max_batch_size", "multiple_of", "power_of_two")
         }
-        if isinstance(cost, Mapping) or hasattr(cost, "keys"):
+        if is_mapping(cost):
             plain["cost"] = [[_plain_key(key), _plain(cost[key])] for key in list(cost.keys())]
             plain["cost_by"] = "patch id"
         elif cost is not None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from enum import Enum
 from typing import Any
 
 import numpy as np
@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 from gpusampler.core import arrays
 from gpusampler.core.text import short_repr
+from gpusampler.core.validation import is_mapping
 from gpusampler.groups.patch_groups import PatchGroups
 
 COST_LIMIT = 2.0**512
@@ -31,14 +32,20 @@ def check_batch_costs(
 
 
 def positive_by_patch(
-    costs: Any, groups: PatchGroups, name: str = "patch_costs", *, allow_zero: bool = False
+    costs: Any,
+    groups: PatchGroups,
+    name: str = "patch_costs",
+    *,
+    allow_zero: bool = False,
+    extra_keys: bool = True,
 ) -> NDArray[np.float64]:
     """Return one number in (0, 2**512), or 0 if allowed, per patch: float64, shape (G,).
 
-    ``costs`` is an array by ascending patch id, a mapping from patch ids (extra ids are allowed),
-    or a function of the patch id. ``name`` is the argument named in errors.
+    ``costs`` is an array by ascending patch id, a mapping from patch ids, or a function of the
+    patch id. With ``extra_keys``, a mapping may have ids that are not in the dataset. ``name`` is
+    the argument named in errors.
     """
-    values = values_by_patch(costs, groups, name)
+    values = values_by_patch(costs, groups, name, extra_keys=extra_keys)
     numbers = check_numbers(values, groups.num_patches, name).astype(np.float64)
     is_allowed = (numbers >= 0) if allow_zero else (numbers > 0)
     out_of_range = np.flatnonzero(~(is_allowed & (numbers < COST_LIMIT)))
@@ -51,19 +58,28 @@ def positive_by_patch(
     return numbers
 
 
-def values_by_patch(values: Any, groups: PatchGroups, name: str) -> Any:
+def values_by_patch(
+    values: Any, groups: PatchGroups, name: str, *, extra_keys: bool = False
+) -> Any:
     """Return values by ascending patch id from a mapping or function; return an array unchanged.
 
-    Raise ValueError if a mapping lacks a patch.
+    Raise ValueError if a mapping lacks a patch or, unless ``extra_keys``, has a key that is not a
+    patch of the dataset.
     """
-    # A pandas Series has keys too; reading it by position would mix up patches.
-    if isinstance(values, Mapping) or hasattr(values, "keys"):
+    # Reading a pandas Series by position would mix up patches.
+    if is_mapping(values):
         patch_ids = groups.labels.tolist()
         missing = [patch_id for patch_id in patch_ids if patch_id not in values]
         if missing:
             raise ValueError(
                 f"{name} must have a number for every patch, got none for {_join_ids(missing)}"
                 f"{_id_type_hint(missing, values)}"
+            )
+        unknown = [] if extra_keys else groups.unknown_patches(values.keys())
+        if unknown:
+            raise ValueError(
+                f"{name} must have only patch ids of the dataset as keys, got {_join_ids(unknown)}:"
+                f" pass {{key: value for key, value in {name}.items() if key in set(ids)}}"
             )
         return [values[patch_id] for patch_id in patch_ids]
     if callable(values):
@@ -117,8 +133,18 @@ def _join_ids(patch_ids: list[Any]) -> str:
 
 
 def _id_type_hint(missing: list[Any], values: Any) -> str:
-    """Return a hint if a missing int id is a str key, as after JSON, or a str id an int key."""
+    """Return a hint if a missing id has another type than the keys.
+
+    A missing int is a str key, as after JSON, or a missing str an int key, or the start of the text
+    of an Enum member, as in a NumPy array of members.
+    """
+    members = [key for key in list(values.keys()) if isinstance(key, Enum)]
     for patch_id in missing:
+        if members and isinstance(patch_id, str) and str(members[0]).startswith(patch_id):
+            return (
+                f" (the mapping has the key {members[0]!r}, and np.array stores such members as "
+                "text: pass the ids as [key.value for key in ids])"
+            )
         converted: Any = str(patch_id)
         if isinstance(patch_id, str):
             if not patch_id.lstrip("-").isdecimal():

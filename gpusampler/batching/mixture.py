@@ -132,7 +132,7 @@ def _check_weights(weights: Any, groups: PatchGroups, own_batches: Int64) -> NDA
             "weights must be a mapping from patch ids, numbers by ascending patch id, or a "
             f"Temperature, got {short_repr(weights)}"
         )
-    numbers = positive_by_patch(weights, groups, "weights", allow_zero=True)
+    numbers = positive_by_patch(weights, groups, "weights", allow_zero=True, extra_keys=False)
     return np.where(own_batches > 0, numbers, 0.0)
 
 

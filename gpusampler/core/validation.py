@@ -84,6 +84,11 @@ def check_real(
     return numbers
 
 
+def is_mapping(value: Any) -> bool:
+    """Whether ``value`` is a mapping, or has keys like one, as a pandas Series does."""
+    return isinstance(value, Mapping) or hasattr(value, "keys")
+
+
 def check_seed(seed: Any, name: str = "seed") -> int:
     """Return ``seed`` as an int in 0 .. 2**64 - 1, or raise."""
     return check_int(seed, name, low=0, high=1 << 64)

@@ -68,7 +68,7 @@ class TimedIds(PatchIds):
         self._recorder = recorder
         self.size, self.dtype, self.names = ids.size, ids.dtype, ids.names
         self.device, self.modified, self.seekable = ids.device, ids.modified, ids.seekable
-        self.in_memory = ids.in_memory
+        self.in_memory, self.wholes = ids.in_memory, ids.wholes
 
     def read(self, start: int, stop: int) -> NDArray[Any]:
         """Return the ids of samples ``start .. stop - 1``; see `PatchIds.read`."""

@@ -7,7 +7,7 @@ Only the order of a `PatchGroups` is as large as the dataset: sample indices sor
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from enum import Enum
 from pathlib import Path
 from typing import Any, Literal
@@ -24,6 +24,7 @@ from gpusampler.groups.census import check_patch_sizes, label_of
 from gpusampler.groups.counting_sort import INT32_SAMPLES, group_ids
 from gpusampler.groups.index_build import build
 from gpusampler.groups.index_format import MappedFile
+from gpusampler.sources.base import HostIds, PatchIds
 from gpusampler.sources.checks import is_key
 from gpusampler.sources.dispatch import read_patch_ids
 from gpusampler.sources.strings import find_name
@@ -101,6 +102,8 @@ class PatchGroups:
         self._num_samples = int(counts.sum())
         self._fingerprint = fingerprint
         self._signature: dict[str, Any] | None = None
+        # Ids of the datasets that these samples are a part of.
+        self._wholes: tuple[PatchIds, ...] = ()
 
     @classmethod
     def from_ids(
@@ -171,6 +174,7 @@ class PatchGroups:
         )
         groups.grouped_on = result.device
         groups._signature = verification.signature_of(source_ids)
+        groups._wholes = source_ids.wholes
         return groups
 
     def save(self, path: str | os.PathLike[str], *, progress: bool = True) -> None:
@@ -321,7 +325,7 @@ class PatchGroups:
 
     @classmethod
     def from_counts(
-        cls, counts: Sequence[int] | NDArray[Any], patch_ids: Any = None
+        cls, counts: Sequence[int] | NDArray[Any] | Mapping[Any, int], patch_ids: Any = None
     ) -> PatchGroups:
         """Group samples that are stored patch after patch, given the number in each patch.
 
@@ -329,10 +333,12 @@ class PatchGroups:
 
         Parameters
         ----------
-        counts : sequence or integer array, shape (P,)
+        counts : sequence or integer array, shape (P,), mapping or pandas Series
             Number of samples of each patch, in storage order. Patches with 0 samples are omitted.
-        patch_ids : sequence or integer array, or sequence of str, shape (P,), optional
-            Distinct ids or names of the patches, in any order. Default: 0 .. P-1.
+            The keys of a mapping, or the index of a Series, are the patch ids or names.
+        patch_ids : sequence or array of integers or names, shape (P,), optional
+            Distinct ids or names of the patches, in any order. Default: the keys of ``counts``,
+            else 0 .. P-1. Not with a mapping; with a Series, they replace its index.
 
         Returns
         -------
@@ -343,10 +349,21 @@ class PatchGroups:
         TypeError
             If ``counts`` are not integers, or ``patch_ids`` neither integers nor names.
         ValueError
-            If the arguments are not 1-D or differ in length, a count is negative or 2**31 or more,
-            all counts are 0, ids repeat, or the counts sum to 2**62 or more.
+            If the arguments are not 1-D or differ in length, both give patch ids, a count is
+            negative or 2**31 or more, all counts are 0, ids repeat, or the counts sum to 2**62 or
+            more.
         """
-        sizes = validation.as_int64(counts, "counts")
+        if isinstance(counts, Mapping) and patch_ids is not None:
+            raise ValueError(
+                "patch_ids must be None if counts is a mapping, whose keys are the patch ids, got "
+                f"{short_repr(patch_ids)}"
+            )
+        numbers: Any = counts
+        if patch_ids is None and validation.is_mapping(numbers):
+            patch_ids = list(numbers.keys())
+        if isinstance(numbers, Mapping):
+            numbers = list(numbers.values())
+        sizes = validation.as_int64(numbers, "counts")
         ids, names = _ids_and_names(patch_ids, sizes.size)
         if ids.size != sizes.size:
             raise ValueError(f"patch_ids must be as long as counts ({sizes.size}), got {ids.size}")
@@ -365,7 +382,12 @@ class PatchGroups:
         if groups.size == 0:
             raise ValueError("counts must add up to at least one sample, got none")
         size = int(sizes.sum())
-        return cls(ids[groups], sizes[groups], starts[groups], None, source_size=size, names=names)
+        result = cls(
+            ids[groups], sizes[groups], starts[groups], None, source_size=size, names=names
+        )
+        if groups.size < ids.size:
+            result._wholes = (HostIds(ids, names),)
+        return result
 
     @property
     def order(self) -> Any:
@@ -475,6 +497,22 @@ class PatchGroups:
         is_present = group < self.num_patches and int(self.patch_ids[group]) == number
         return group if is_present else None
 
+    def unknown_patches(self, patch_ids: Iterable[Any]) -> list[Any]:
+        """Return the given ids that are patches neither here nor in the dataset these are part of.
+
+        ``patch_ids`` are names if patches have names.
+        """
+        unknown = set(patch_ids).difference(self.labels.tolist())
+        for whole in self._wholes:
+            if not unknown:
+                break
+            if whole.names is not None:
+                unknown.difference_update(whole.names)
+                continue
+            for _, ids in whole.blocks():
+                unknown.difference_update(np.unique(ids).tolist())
+        return [patch_id for patch_id in patch_ids if patch_id in unknown]
+
     def select(self, indices: Any) -> PatchGroups:
         """Return the groups of a subset of samples, with unchanged indices and patch ids.
 
@@ -556,7 +594,7 @@ class PatchGroups:
         if order is not None:
             narrow = np.int32 if self.source_size < INT32_SAMPLES else np.int64
             order = arrays.to_device(order.astype(narrow, copy=False), self.device)
-        return PatchGroups(
+        part = PatchGroups(
             self.patch_ids[groups],
             counts,
             starts,
@@ -565,6 +603,8 @@ class PatchGroups:
             device=self.device,
             names=self.names,
         )
+        part._wholes = (*self._wholes, HostIds(self.patch_ids, self.names))
+        return part
 
     def __repr__(self) -> str:
         form = "contiguous" if self.is_contiguous else arrays.dtype_name(self._unchecked_order)
@@ -575,7 +615,9 @@ class PatchGroups:
 
     def __getstate__(self) -> dict[str, Any]:
         """Pickle as NumPy arrays, or as the path of the index, so workers get no device memory."""
-        state = {**self.__dict__, "device": HOST}
+        # The ids of a whole dataset may be large, or not picklable.
+        wholes = tuple(ids for ids in self._wholes if isinstance(ids, HostIds))
+        state = {**self.__dict__, "device": HOST, "_wholes": wholes}
         if self._order is not None and not isinstance(self._order, MappedFile):
             state["_order"] = arrays.to_numpy(self._order)
         return state
@@ -585,6 +627,9 @@ def _ids_and_names(patch_ids: Any, size: int) -> tuple[Int64, tuple[Any, ...] | 
     """Return int64 ids and their names (None without names); default ids are 0 .. size-1."""
     if patch_ids is None:
         return np.arange(size, dtype=np.int64), None
+    # Names in an array of strings or objects, or in a pandas Index.
+    if getattr(getattr(patch_ids, "dtype", None), "kind", "i") in "OSTU":
+        patch_ids = patch_ids.tolist()
     is_list = isinstance(patch_ids, (list, tuple))
     one_of_each_type = {type(p): p for p in patch_ids}.values() if is_list else ()
     if any(isinstance(p, Enum) or is_key(p) for p in one_of_each_type):

@@ -77,7 +77,8 @@ class PatchBatchSampler(ProfiledSampler):
     """Batch sampler that takes all samples of a batch from one patch.
 
     Create it once and pass it to ``DataLoader(dataset, batch_sampler=sampler)``: every pass over
-    the loader is the next epoch. A batch is a pure function of (seed, epoch, slot).
+    the loader is the next epoch. A batch is a pure function of (seed, epoch, slot). Loaders read
+    side by side need a sampler each, with the same seed.
 
     Parameters
     ----------
@@ -89,8 +90,9 @@ class PatchBatchSampler(ProfiledSampler):
         ``ConcatDataset`` of such datasets work without reading a sample. Or the path of an index
         file (see `PatchGroups.load`).
     batch_size : int, mapping or CostBudget
-        Number of samples per batch, >= 1: an int, or a mapping from patch ids to ints. A
-        `CostBudget` limits the cost per batch instead, if patches differ in the cost of a sample.
+        Number of samples per batch, >= 1: an int, or a mapping (or pandas Series) from patch ids to
+        ints. A `CostBudget` limits the cost per batch instead, if patches differ in the cost of a
+        sample.
     shuffle_within_batches : bool
         Permute each patch's samples every epoch before batches are cut, so that members change.
     shuffle_patches : bool
@@ -132,11 +134,11 @@ class PatchBatchSampler(ProfiledSampler):
         full, fewer are moved. Not with ``interleave=False`` or ``steps="same_patch"``.
     weights : mapping, array (G,) or Temperature, optional
         Relative share of each patch in an epoch's batches: numbers >= 0 as a mapping from patch
-        ids, or by ascending patch id. Shares are met to within one batch; each patch has at least
-        one, or none if its weight is 0. A patch with more batches than its samples fill starts its
-        next pass in the same epoch, under a new permutation. A patch with fewer continues its pass
-        in the next epoch. Each pass contains every sample once. Default: as many batches as the
-        samples fill.
+        ids (or a pandas Series), or by ascending patch id. Shares are met to within one batch; each
+        patch has at least one, or none if its weight is 0. A patch with more batches than its
+        samples fill starts its next pass in the same epoch, under a new permutation. A patch with
+        fewer continues its pass in the next epoch. Each pass contains every sample once. Default:
+        as many batches as the samples fill.
     epoch_batches : int, optional
         Number of batches per epoch (all ranks together), below 2**60. Default: as many as the
         samples of all patches fill. With weights, at least one per patch. Without, it may be less
@@ -163,8 +165,9 @@ class PatchBatchSampler(ProfiledSampler):
     TypeError
         If an argument has the wrong type.
     ValueError
-        If a value is out of range, the source is empty, no batch is left, or several ranks cannot
-        agree on a seed.
+        If a value is out of range, the source is empty, no batch is left, a mapping lacks a patch,
+        ``batch_size`` or ``weights`` have a key that is no patch of the dataset (nor of the whole
+        that it is a part of), or several ranks cannot agree on a seed.
     RuntimeError
         If ``device`` does not exist, or ``output="tensor"`` without torch installed.
 

@@ -41,6 +41,8 @@ class PatchIds(ABC):
         Whether reading a few ids in the middle costs no more than at the start.
     in_memory : bool
         Whether the ids are an array in memory, which does not change while it is read.
+    wholes : tuple of PatchIds
+        Ids of the datasets that these are a part of, as for torch's ``Subset``.
     reopen : tuple of a callable and its arguments, or None
         Call that opens the same ids in a different process; None without a file.
     """
@@ -52,6 +54,7 @@ class PatchIds(ABC):
     modified: int | None = None
     seekable: bool = True
     in_memory: bool = False
+    wholes: tuple[PatchIds, ...] = ()
     reopen: tuple[Callable[..., Any], tuple[Any, ...]] | None = None
 
     @property
@@ -119,8 +122,9 @@ class HostIds(PatchIds):
 
     in_memory = True
 
-    def __init__(self, ids: NDArray[Any]) -> None:
+    def __init__(self, ids: NDArray[Any], names: tuple[Any, ...] | None = None) -> None:
         self.ids = ids
+        self.names = names
         self.size = ids.size
         self.dtype = ids.dtype.name
 

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from gpusampler.core import arrays, devices
+from gpusampler.core.validation import is_mapping
 from gpusampler.sources.base import PatchIds
 from gpusampler.sources.formats import known_format_ids
 from gpusampler.sources.in_memory import ArrayIds
@@ -87,15 +88,21 @@ def _concatenated_ids(dataset: Any, progress: bool) -> PatchIds:
             "ConcatDataset parts must all have string ids or all integer ids, got a mix; convert "
             "them to one type"
         )
+    wholes = tuple(whole for part in parts for whole in part.wholes)
+    joined: PatchIds
     if parts[0].names is None:
-        return ArrayIds(np.concatenate([np.asarray(part, dtype=np.int64) for part in parts]))
+        joined = ArrayIds(np.concatenate([np.asarray(part, dtype=np.int64) for part in parts]))
+        joined.wholes = wholes
+        return joined
     # CategoricalIds needs distinct names, so parts share one numbering.
     code_of_name: dict[str, int] = {}
     codes = []
     for part in parts:
         part_codes = [code_of_name.setdefault(name, len(code_of_name)) for name in part.names or ()]
         codes.append(np.array(part_codes, np.int64)[np.asarray(part)])
-    return CategoricalIds(np.concatenate(codes), list(code_of_name))
+    joined = CategoricalIds(np.concatenate(codes), list(code_of_name))
+    joined.wholes = wholes
+    return joined
 
 
 def _subset_ids(subset: Any, progress: bool) -> PatchIds | None:
@@ -105,12 +112,16 @@ def _subset_ids(subset: Any, progress: bool) -> PatchIds | None:
         return None
     ids = dataset_patch_ids(subset.dataset, progress=progress)
     indices = np.asarray(subset.indices, dtype=np.int64)
+    part: PatchIds
     if ids.names is not None:
-        return CategoricalIds(np.asarray(ids)[indices], ids.names)
-    if isinstance(ids, ArrayIds) and not arrays.is_numpy(ids.array):
+        part = CategoricalIds(np.asarray(ids)[indices], ids.names)
+    elif isinstance(ids, ArrayIds) and not arrays.is_numpy(ids.array):
         with devices.device_context(ids.device):
-            return ArrayIds(ids.array[arrays.to_device(indices, ids.device)])
-    return ArrayIds(np.asarray(ids)[indices])
+            part = ArrayIds(ids.array[arrays.to_device(indices, ids.device)])
+    else:
+        part = ArrayIds(np.asarray(ids)[indices])
+    part.wholes = (*ids.wholes, ids)
+    return part
 
 
 def _has_declared_ids(dataset: Any) -> bool:
@@ -139,7 +150,7 @@ def dataset_patch_costs(dataset: Any) -> Any:
     data = devices.loaded_module("torch.utils.data")
     if data is not None and isinstance(dataset, data.Subset):
         costs = dataset_patch_costs(dataset.dataset)
-        if costs is not None and not isinstance(costs, Mapping):
+        if costs is not None and not is_mapping(costs):
             raise TypeError(
                 "patch_costs() must be a mapping from patch ids for a Subset, which may hold only "
                 f"some patches, got {type(costs).__name__}"
@@ -161,7 +172,7 @@ def _merge_costs(mappings: list[Any]) -> dict[Any, Any] | None:
                 "patch_costs() must be defined in every part of a ConcatDataset or in none, "
                 f"got none in part {i}"
             )
-        if not isinstance(costs, Mapping):
+        if not is_mapping(costs):
             raise TypeError(
                 "patch_costs() must be a mapping from patch ids in a part of a ConcatDataset, got "
                 f"{type(costs).__name__} in part {i}"

@@ -309,7 +309,7 @@ def test_sizes_by_patch_are_as_the_oracle_says(data, partial, seed, epoch):
     sizes = [data.draw(st.integers(1, 45)) for _ in patch_ids]
     assume(partial != "drop" or any(s <= n for s, n in zip(sizes, counts.tolist(), strict=True)))
     # Others may be there.
-    arguments = {**dict(zip(patch_ids.tolist(), sizes, strict=True)), 10**9: 3}
+    arguments = dict(zip(patch_ids.tolist(), sizes, strict=True))
     sampler = quiet(ids, arguments, seed=seed, partial=partial)
     expected = oracle.epoch(ids.tolist(), seed, epoch, oracle.Settings(sizes, partial))
     result = [(batch.patch_id, batch.indices.tolist()) for batch in sampler.batches(epoch)]

@@ -52,6 +52,43 @@ def test_empty_patches_are_left_out():
     assert groups.num_patches == 2
 
 
+@pytest.mark.parametrize(
+    "patch_ids",
+    [["b", "a", "c"], [9, -4, 2], [(2, 1), (1, 2), (1, 1)]],
+    ids=["strings", "integers", "tuples"],
+)
+def test_keys_of_counts_are_patch_ids(patch_ids):
+    pd = pytest.importorskip("pandas")
+    sizes = [5, 3, 0]
+    expected = PatchGroups.from_counts(sizes, patch_ids)
+    index = pd.MultiIndex.from_tuples(patch_ids) if isinstance(patch_ids[0], tuple) else patch_ids
+    for counts in (dict(zip(patch_ids, sizes, strict=True)), pd.Series(sizes, index=index)):
+        groups = PatchGroups.from_counts(counts)
+        assert groups.labels.tolist() == expected.labels.tolist() == sorted(patch_ids[:2])
+        assert groups.samples_of(patch_ids[0]).tolist() == list(range(5))
+        assert groups.samples_of(patch_ids[1]).tolist() == [5, 6, 7]
+        assert groups.fingerprint == expected.fingerprint
+    renamed = PatchGroups.from_counts(pd.Series(sizes, index=index), ["z", "y", "x"])
+    assert renamed.labels.tolist() == ["y", "z"]
+    with pytest.raises(ValueError, match=r"patch_ids must be None if counts is a mapping, .*, got"):
+        PatchGroups.from_counts(dict(zip(patch_ids, sizes, strict=True)), patch_ids)
+
+
+def test_counts_of_a_series_without_names():
+    pd = pytest.importorskip("pandas")
+    assert PatchGroups.from_counts(pd.Series([2, 3])).labels.tolist() == [0, 1]
+    with pytest.raises(ValueError, match="patch_ids must be distinct, got 'b' twice"):
+        PatchGroups.from_counts(pd.Series([2, 3], index=["b", "b"]))
+    with pytest.raises(TypeError, match="patch_ids must be integers, got dtype float64"):
+        PatchGroups.from_counts(pd.Series([2, 3], index=[0.5, 1.5]))
+
+
+def test_names_in_an_array_or_an_index():
+    pd = pytest.importorskip("pandas")
+    for names in (np.array(["b", "a"]), np.array(["b", "a"], object), pd.Index(["b", "a"])):
+        assert PatchGroups.from_counts([5, 3], names).labels.tolist() == ["a", "b"]
+
+
 def test_the_callers_arrays_stay_writable():
     counts, patch_ids = np.array([2, 3]), np.array([5, 4])
     PatchGroups.from_counts(counts, patch_ids)
