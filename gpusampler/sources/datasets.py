@@ -2,7 +2,7 @@
 
 Ids come from ``get_all_patch_ids()``, else from ``patch_ids``, else from ``dataset[i]["patch_id"]``
 sample by sample. For torch's ``Subset`` (as from ``random_split``) and ``ConcatDataset``, they come
-from the wrapped datasets.
+from the wrapped datasets, unless a subclass returns samples in another order.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from gpusampler.sources.base import PatchIds
 from gpusampler.sources.formats import known_format_ids
 from gpusampler.sources.in_memory import ArrayIds
 from gpusampler.sources.sample_by_sample import sample_by_sample_ids
+from gpusampler.sources.sample_order import keeps_order, overridden_methods, samples_match
 from gpusampler.sources.strings import CategoricalIds
 
 
@@ -33,7 +34,7 @@ def dataset_patch_ids(dataset: Any, *, progress: bool = True, name: str = "ids")
         raise ValueError(f"source must hold at least one sample, got an empty {type_name}")
     source = _declared_ids(dataset, progress)
     if source is None:
-        return sample_by_sample_ids(dataset, size, progress)
+        return sample_by_sample_ids(dataset, size, progress, _order_advice(dataset))
     shape = getattr(source, "shape", None)
     if isinstance(source, (list, tuple, range)):
         shape = (len(source),)
@@ -66,14 +67,47 @@ def _declared_ids(dataset: Any, progress: bool) -> Any:
     ids = getattr(dataset, "patch_ids", None)
     if ids is not None:
         return ids() if callable(ids) else ids
-    data = devices.loaded_module("torch.utils.data")
-    if data is None:
+    base = _wrapper_class(dataset)
+    if base is None:
         return None
-    if isinstance(dataset, data.Subset):
-        return _subset_ids(dataset, progress)
-    if isinstance(dataset, data.ConcatDataset):
-        return _concatenated_ids(dataset, progress)
-    return None
+    order_kept = _keeps_order(dataset)
+    if order_kept is False:
+        return None
+    read = _subset_ids if base.__name__ == "Subset" else _concatenated_ids
+    wrapped_ids = read(dataset, progress)
+    if order_kept or wrapped_ids is None:
+        return wrapped_ids
+    return wrapped_ids if samples_match(dataset, wrapped_ids, _order_advice(dataset)) else None
+
+
+def _wrapper_class(dataset: Any) -> Any:
+    """Return torch's ``Subset`` or ``ConcatDataset`` if a dataset is one, else None."""
+    data = devices.loaded_module("torch.utils.data")
+    wrappers = () if data is None else (data.Subset, data.ConcatDataset)
+    return next((wrapper for wrapper in wrappers if isinstance(dataset, wrapper)), None)
+
+
+def _keeps_order(wrapper: Any) -> bool | None:
+    """Return whether a wrapper's samples are those that torch's class returns; None if unknown."""
+    base = _wrapper_class(wrapper)
+    if base.__name__ == "Subset":
+        return keeps_order(wrapper, base, [wrapper.dataset], [wrapper.indices])
+    parts = list(wrapper.datasets)
+    return keeps_order(wrapper, base, parts, [range(len(part)) for part in parts])
+
+
+def _order_advice(dataset: Any) -> str:
+    """Return what to write if a wrapper's samples may be in another order than its parts'."""
+    base = _wrapper_class(dataset)
+    overridden = [] if base is None else overridden_methods(dataset, base)
+    if not overridden:
+        return ""
+    name = _type_name(dataset)
+    return (
+        f". {name} overrides {' and '.join(overridden)} of {base.__name__}, so its samples may be "
+        f"in another order: add `def get_all_patch_ids(self): return [...]` to {name}, which "
+        "returns the patch id of each of its samples"
+    )
 
 
 def _concatenated_ids(dataset: Any, progress: bool) -> PatchIds:
@@ -130,12 +164,11 @@ def _has_declared_ids(dataset: Any) -> bool:
         return True
     if getattr(dataset, "patch_ids", None) is not None:
         return True
-    data = devices.loaded_module("torch.utils.data")
-    if data is not None and isinstance(dataset, data.Subset):
-        return _has_declared_ids(dataset.dataset)
-    if data is not None and isinstance(dataset, data.ConcatDataset):
-        return all(_has_declared_ids(part) for part in dataset.datasets)
-    return False
+    base = _wrapper_class(dataset)
+    if base is None or not _keeps_order(dataset):
+        return False
+    parts = [dataset.dataset] if base.__name__ == "Subset" else dataset.datasets
+    return all(_has_declared_ids(part) for part in parts)
 
 
 def dataset_patch_costs(dataset: Any) -> Any:

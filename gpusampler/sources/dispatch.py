@@ -31,7 +31,9 @@ def read_patch_ids(source: Any, column: Any = None, *, progress: bool = True) ->
         - a column or table of pandas, polars or pyarrow, or a HuggingFace dataset;
         - an array or group of zarr or h5py, or a ``ParquetFile`` or ``dataset`` of pyarrow;
         - a map-style dataset with ``get_all_patch_ids()``, ``patch_ids`` (either may give any of
-          the above) or ``dataset[i]["patch_id"]``, or a ``Subset`` or ``ConcatDataset`` of such;
+          the above) or ``dataset[i]["patch_id"]``, or a ``Subset`` or ``ConcatDataset`` of such
+          (subclasses that return samples in another order need samples with a "patch_id", or
+          ``get_all_patch_ids()`` of their own);
         - `PatchIds`, which are returned unchanged.
     column : str, optional
         Column of a source with several columns; a path such as "a/b" in a group, or "a.b" in
@@ -50,11 +52,12 @@ def read_patch_ids(source: Any, column: Any = None, *, progress: bool = True) ->
     Raises
     ------
     TypeError
-        If the source is not supported, its ids are neither integers nor names, or names cannot be
-        compared with one another.
+        If the source is not supported, its samples may be in another order than their ids, its ids
+        are neither integers nor names, or names cannot be compared with one another.
     ValueError
-        If the source is empty or not 1-D, an id is missing or does not fit in int64, a file is
-        truncated or of an unknown format, or the column does not exist or must be given.
+        If the source is empty or not 1-D, its ``__getitem__`` and ``__getitems__`` disagree, an id
+        is missing or does not fit in int64, a file is truncated or of an unknown format, or the
+        column does not exist or must be given.
     OSError
         If a file does not exist, is not readable, or shrinks while it is read.
     RuntimeError

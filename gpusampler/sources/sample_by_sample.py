@@ -21,8 +21,11 @@ THREAD_POOL_ABOVE = 1000
 """Number of samples above which a thread pool reads a dataset, with a progress bar."""
 
 
-def sample_by_sample_ids(dataset: Any, size: int, progress: bool) -> PatchIds:
-    """Return ``dataset[i]["patch_id"]`` for every i; each sample is read once."""
+def sample_by_sample_ids(dataset: Any, size: int, progress: bool, advice: str = "") -> PatchIds:
+    """Return ``dataset[i]["patch_id"]`` for every i; each sample is read once.
+
+    ``advice`` ends the error for a sample without a ``"patch_id"``.
+    """
     ids = np.empty(size, np.int64)
     labels: dict[Any, int] = {}
     label_lock = threading.Lock()
@@ -33,7 +36,7 @@ def sample_by_sample_ids(dataset: Any, size: int, progress: bool) -> PatchIds:
     def read_id(i: int) -> int:
         """Return the id or label index of a sample; sample 0 decides between integers and names."""
         nonlocal has_names
-        value = _value_of_sample(dataset, i)
+        value = _value_of_sample(dataset, i, advice)
         name = _name_or_none(value, i)
         if i == 0:
             has_names = name is not None
@@ -94,9 +97,19 @@ def _bounded_map(
         yield from (future.result() for future in finished)
 
 
-def _value_of_sample(dataset: Any, i: int) -> Any:
+def id_of_sample(dataset: Any, i: int, advice: str, *, batched: bool) -> Any:
+    """Return the ``"patch_id"`` of a sample, an int, a str or another key.
+
+    If ``batched``, the sample is read by ``dataset.__getitems__``, as a DataLoader does.
+    """
+    value = _value_of_sample(dataset, i, advice, batched=batched)
+    name = _name_or_none(value, i)
+    return _check_id(value, i) if name is None else name
+
+
+def _value_of_sample(dataset: Any, i: int, advice: str, *, batched: bool = False) -> Any:
     try:
-        sample = dataset[i]
+        sample = dataset.__getitems__([i])[0] if batched else dataset[i]
     except Exception as error:
         raise RuntimeError(f"Cannot read patch ids: sample {i} raised {error!r}") from error
     try:
@@ -105,6 +118,7 @@ def _value_of_sample(dataset: Any, i: int) -> Any:
         raise TypeError(
             "source must have get_all_patch_ids(), patch_ids or samples with a 'patch_id', "
             f"got a {type(sample).__name__} without one as sample {i} of {type(dataset).__name__}"
+            f"{advice}"
         ) from error
 
 
