@@ -76,6 +76,16 @@ class Twice(Batched, data.Subset):
         return super().__getitem__(i // 2)
 
 
+class Repeated(Batched, data.Subset):
+    """Begins in torch's order."""
+
+    def __len__(self):
+        return 2 * super().__len__()
+
+    def __getitem__(self, i):
+        return super().__getitem__(i % super().__len__())
+
+
 class Direct(Batched, data.Subset):
     """Reads what the dataset stores, not the dataset."""
 
@@ -102,7 +112,7 @@ def reordering(kind, parts):
         wrapper.__getitems__ = lambda indices: [wrapper[7 - i] for i in indices]
         return wrapper
     whole = parts([0, 0, 0, 1, 1, 1, 1, 1])
-    return {"Reversed": Reversed, "Twice": Twice, "Direct": Direct}[kind](whole, range(8))
+    return {c.__name__: c for c in (Reversed, Twice, Repeated, Direct)}[kind](whole, range(8))
 
 
 KINDS = (
@@ -113,6 +123,7 @@ KINDS = (
     "OwnSizes",
     "Reversed",
     "Twice",
+    "Repeated",
     "Direct",
 )
 
@@ -131,6 +142,12 @@ def test_samples_in_another_order_decide(kind):
     assert set.union(*batches) == {0, 1}
 
 
+def test_a_subset_of_samples_in_another_order_reads_its_own_only():
+    parts = [Part([0] * 4), Part([1] * 4)]
+    PatchBatchSampler(data.Subset(Interleaved(parts), [7, 0, 2]), 2)
+    assert [part.reads for part in parts] == [2, 1]
+
+
 def test_parts_in_another_order_than_their_sizes():
     # Torch has counted 3 and 5 samples, and asks the part of 3 samples for the 5th one.
     with pytest.raises(RuntimeError, match=r"sample 6 raised IndexError"):
@@ -142,7 +159,7 @@ def test_samples_in_another_order_without_ids_are_refused(kind):
     wrapper = reordering(kind, Bare)
     with pytest.raises(TypeError, match="samples with a 'patch_id', got a tuple") as caught:
         PatchBatchSampler(wrapper, 2)
-    if kind in ("Interleaved", "Reversed", "Twice", "Direct"):
+    if kind in ("Interleaved", "Reversed", "Twice", "Repeated", "Direct"):
         assert f"{kind} overrides __getitem__" in str(caught.value)
         assert f"add `def get_all_patch_ids(self): return [...]` to {kind}" in str(caught.value)
         order = [wrapper[i][0] for i in range(len(wrapper))]
@@ -174,6 +191,11 @@ class OwnLookup(data.ConcatDataset):
         assert isinstance(self.datasets[part], Part)
         assert len(self.datasets[part]) == 4
         return self.datasets[part][i - 4 * part]
+
+
+class UsesAttribute(Batched, data.Subset):
+    def __getitem__(self, i):
+        return (len(self.dataset.patch_ids), super().__getitem__(i))[1]
 
 
 class Retries(Batched, data.Subset):
@@ -224,7 +246,9 @@ class Permuted(data.Subset):
 
 
 TRANSFORMING = {
-    **{cls.__name__: cls for cls in (Scaled, ScaledBatches, Retries, Mixed, Cached, Permuted)},
+    **{cls.__name__: cls for cls in (Scaled, ScaledBatches, UsesAttribute, Mixed, Cached)},
+    "Retries": Retries,
+    "Permuted": Permuted,
     "Scaled of Scaled": lambda whole, indices: Scaled(Scaled(whole, indices), range(8)),
     "Subset of Scaled": lambda whole, indices: data.Subset(Scaled(whole, indices), range(8)),
     "shuffled": lambda whole, _: Scaled(whole, [5, 0, 6, 1, 7, 2, 3, -4]),
