@@ -167,6 +167,13 @@ class TestInPlace:
             assert batch["valid"] == len(batch["row"])
         assert sorted(chain.from_iterable(row_numbers(batches))) == list(range(N))
 
+    @pytest.mark.parametrize("batch_size", [4, 60])
+    def test_a_batch_may_be_changed_in_place_by_what_has_a_gradient(self, batch_size):
+        scale = torch.ones(1, requires_grad=True)
+        for batch in PatchTensorLoader(quiet(IDS, batch_size), x=torch.ones(N, 1)):
+            batch["x"].mul_(scale).sum().backward()
+        assert scale.grad.item() == N
+
     def test_padded_batches_have_one_shape_and_say_what_counts(self):
         sampler = quiet(IDS, 8, seed=1, partial="pad")
         loaded = PatchTensorLoader(sampler, row=np.arange(N))
