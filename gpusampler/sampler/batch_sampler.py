@@ -537,9 +537,10 @@ class PatchBatchSampler(ProfiledSampler):
         Parameters
         ----------
         step : int, optional
-            Save the position after this many batches of the latest pass, instead of after the
-            batches that were drawn: a loader that prefetches draws ahead of training. A pass that
-            resumed in the middle of an epoch counts its own batches, from 0.
+            Save the position after this many batches of the pass that is running (else of the
+            latest), instead of after the batches that were drawn: a loader that prefetches draws
+            ahead of training. A pass that resumed in the middle of an epoch counts its own batches,
+            from 0.
 
         Returns
         -------
@@ -550,7 +551,10 @@ class PatchBatchSampler(ProfiledSampler):
         Raises
         ------
         TypeError, ValueError
-            If ``step`` is not an integer, negative, or more than the batches of the pass.
+            If ``step`` is not an integer, negative, or more than the batches drawn in the pass (or
+            than the batches of the next pass, if none has begun).
+        RuntimeError
+            If several passes are running and ``step`` does not tell them apart.
         """
         return self._tracker.state_dict(step)
 

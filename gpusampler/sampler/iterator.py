@@ -7,7 +7,7 @@ from operator import length_hint
 from typing import Any, Generic, Protocol, TypeVar
 
 from gpusampler.core.tracing import HAND_OUT
-from gpusampler.sampler.state import EpochTracker, RankShard
+from gpusampler.sampler.state import EpochPass, EpochTracker, RankShard
 
 T = TypeVar("T")
 
@@ -35,10 +35,11 @@ class EpochIterator(Iterator[T], Generic[T]):
     ) -> None:
         self._tracker = tracker
         self._make_reader = make_reader
-        # A pass over an explicit epoch leaves the tracker's epoch alone.
-        self._shard: RankShard | None = None if epoch is None else tracker.shard_of(epoch)
+        self._pass: EpochPass | None = None
+        if epoch is not None:
+            # A pass over an explicit epoch leaves the tracker's epoch alone.
+            self._pass = EpochPass(tracker.shard_of(epoch), self)
         self._reader: Reader[T] | None = None
-        self._num_read = 0
         self._unwatched: Iterator[T] = iter(())
         # While a profile is active, batches wait here instead, so that each one is timed.
         self._watched: Iterator[T] = iter(())
@@ -55,15 +56,9 @@ class EpochIterator(Iterator[T], Generic[T]):
 
     def __len__(self) -> int:
         """Return the number of batches that remain on this rank."""
-        if self._shard is None:
+        if self._pass is None:
             return self._tracker.pending_shard().steps
-        return self._shard.steps - self._num_returned
-
-    @property
-    def _num_returned(self) -> int:
-        # A list iterator knows how many items remain, so there is no counter per batch. Batches
-        # that a reader has prefetched do not count.
-        return self._num_read - length_hint(self._unwatched) - length_hint(self._watched)
+        return self._pass.shard.steps - self._pass.num_drawn
 
     def state_dict(self, step: int | None = None) -> dict[str, Any]:
         """Return the state after ``step`` batches of this iterator; default: after those drawn.
@@ -71,11 +66,11 @@ class EpochIterator(Iterator[T], Generic[T]):
         Raises
         ------
         TypeError, ValueError
-            If ``step`` is not an integer, negative, or more than the batches of this iterator.
+            If ``step`` is not an integer, negative, or more than the batches drawn.
         """
-        if self._shard is None:
+        if self._pass is None:
             return self._tracker.pending_state(step)
-        return self._tracker.state_after(self._shard, self._num_returned if step is None else step)
+        return self._tracker.state_of(self._pass, step)
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Resume from a state of the sampler or of one of its iterators.
@@ -85,9 +80,8 @@ class EpochIterator(Iterator[T], Generic[T]):
         TypeError, ValueError
             As `PatchBatchSampler.load_state_dict` does.
         """
-        self._shard = self._tracker.bind_state(self, state)
+        self._pass = self._tracker.bind_state(self, state)
         self._reader = None
-        self._num_read = 0
         self._unwatched = self._watched = iter(())
 
     def observe_each_batch(self) -> None:
@@ -97,28 +91,38 @@ class EpochIterator(Iterator[T], Generic[T]):
 
     def _refill(self) -> T:
         """Return the next batch; read more batches if none is ready."""
-        shard = self._shard
-        if shard is not None and self._num_read == shard.steps and not length_hint(self._watched):
+        bound = self._pass
+        drawn = 0 if bound is None else bound.num_drawn
+        if bound is not None and drawn == bound.shard.steps:
             raise StopIteration
-        with self._hand_out_range:
-            if self._shard is None:
-                self._shard = self._tracker.bind(self)
-            if not length_hint(self._watched):
-                self._watched = iter(self._read(self._shard))
-            watcher = self._recorder.watcher
-            if watcher is None:
-                self._unwatched, self._watched = self._watched, iter(())
-                return next(self._unwatched)
-            watcher.batches += 1
-            return next(self._watched)
+        try:
+            with self._hand_out_range:
+                if self._pass is None:
+                    self._pass = self._tracker.bind(self)
+                if not length_hint(self._watched):
+                    self._watched = self._pass.waiting = iter(self._read(self._pass))
+                watcher = self._recorder.watcher
+                if watcher is None:
+                    self._unwatched, self._watched = self._watched, iter(())
+                    return next(self._unwatched)
+                watcher.batches += 1
+                return next(self._watched)
+        except BaseException:
+            # Ctrl-C may come anywhere, and a reader may fail half-way. What was read but not
+            # returned is read again.
+            self._reader = None
+            self._unwatched = self._watched = iter(())
+            if self._pass is not None:
+                self._pass.num_read, self._pass.waiting = drawn, self._watched
+            raise
 
-    def _read(self, shard: RankShard) -> list[T]:
+    def _read(self, epoch_pass: EpochPass) -> list[T]:
         if self._reader is None:
-            self._reader = self._make_reader(shard)
+            self._reader = self._make_reader(epoch_pass.rest())
             self._recorder.iterators.add(self)
         batches = self._reader.read()
         if batches is None:
             raise StopIteration
-        self._num_read += len(batches)
+        epoch_pass.num_read += len(batches)
         self._recorder.batches += len(batches)
         return batches

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import gc
 import warnings
-from collections.abc import Callable, Mapping, Set
-from typing import Any, NamedTuple, Protocol
+import weakref
+from collections.abc import Callable, Iterator, Mapping, Set
+from operator import length_hint
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -105,11 +108,58 @@ class RankShard(NamedTuple):
         return total if steps >= self.steps else min(self.slot + steps * self.num_replicas, total)
 
 
-class StatefulPass(Protocol):
-    """A pass over an epoch that has begun: the part of an iterator that the tracker uses."""
+class EpochPass:
+    """A pass over a shard that has begun, and how far it is. It outlives its iterator.
 
-    def state_dict(self, step: int | None = None) -> dict[str, Any]:
-        """Return the state after ``step`` batches of the pass; default: after those drawn."""
+    ``iterator`` draws from the pass. Batches that have been read wait in a list iterator, which
+    knows how many of them remain, so that nothing is counted per batch. Batches that a reader has
+    prefetched do not count as read.
+    """
+
+    def __init__(self, shard: RankShard, iterator: Any) -> None:
+        self.shard = shard
+        self._iterator: Callable[[], Any] = weakref.ref(iterator)
+        self.num_read = 0
+        self.waiting: Iterator[Any] = iter(())
+        self._drawn_before_next: int | None = None
+
+    @property
+    def num_drawn(self) -> int:
+        """Number of batches drawn from the iterator."""
+        return self.num_read - length_hint(self.waiting)
+
+    @property
+    def iterator(self) -> Any:
+        """The iterator; None if it no longer exists."""
+        return self._iterator()
+
+    @property
+    def is_running(self) -> bool:
+        """Whether batches remain, and the iterator still exists."""
+        return self.num_drawn < self.shard.steps and self.iterator is not None
+
+    def note_next(self) -> None:
+        """Note that another pass begins."""
+        if self._drawn_before_next is None:
+            self._drawn_before_next = self.num_drawn
+
+    @property
+    def has_outlasted_next(self) -> bool:
+        """Whether batches were drawn after another pass had begun."""
+        return self._drawn_before_next is not None and self.num_drawn > self._drawn_before_next
+
+    def rest(self) -> RankShard:
+        """Return the shard of the batches that were not read."""
+        slot = self.shard.slot + self.num_read * self.shard.num_replicas
+        return self.shard._replace(slot=slot, steps=self.shard.steps - self.num_read)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave out the iterator: a copy of a pass belongs to none, as its tracker has no pass."""
+        return {**self.__dict__, "_iterator": _no_iterator}
+
+
+def _no_iterator() -> None:
+    """Stand for the reference to an iterator in the copy of a pass."""
 
 
 class EpochTracker:
@@ -145,7 +195,8 @@ class EpochTracker:
         self._growth = GrowthWatch()
         self._next_position = EpochPosition(plan, 0, 0)
         self._loaded_position: EpochPosition | None = None
-        self._current_pass: StatefulPass | None = None
+        # Passes since the position was last set: the latest, and others with iterators.
+        self._passes: list[EpochPass] = []
         self._num_passes = 0
         self._is_epoch_chosen = False
         self._has_warned = False
@@ -178,8 +229,8 @@ class EpochTracker:
             *position, steps, self.num_replicas, self.rank, self.repeats_count, self.recorder
         )
 
-    def bind(self, epoch_pass: StatefulPass) -> RankShard:
-        """Bind the next epoch, from the pending slot on, to a pass that begins."""
+    def bind(self, iterator: Any) -> EpochPass:
+        """Begin a pass of an iterator over the next epoch, from the pending slot on."""
         if self._group_warning is not None:
             self._group_warning.check(stacklevel=4)
         self._growth.check()
@@ -193,27 +244,34 @@ class EpochTracker:
                 "more pass than the other ranks is an epoch ahead of them",
                 stacklevel=4,
             )
-        return self._start_pass(epoch_pass, self.pending_shard())
+        return self._start_pass(iterator, self.pending_shard())
 
-    def bind_state(self, epoch_pass: StatefulPass, state: Mapping[str, Any]) -> RankShard:
-        """Resume a pass at the epoch and slot of a state, and return its shard."""
-        shard = self._start_pass(epoch_pass, self._shard_from(self._parse_state(state)))
+    def bind_state(self, iterator: Any, state: Mapping[str, Any]) -> EpochPass:
+        """Begin a pass of an iterator at the epoch and slot of a state."""
+        resumed = self._start_pass(iterator, self._shard_from(self._parse_state(state)))
         # A finished epoch is not a pass, so the next epoch needs no set_epoch.
-        self._is_epoch_chosen = shard.steps == 0
-        return shard
+        self._is_epoch_chosen = resumed.shard.steps == 0
+        return resumed
 
-    def _start_pass(self, epoch_pass: StatefulPass, shard: RankShard) -> RankShard:
+    def _start_pass(self, iterator: Any, shard: RankShard) -> EpochPass:
         check_epoch(shard.epoch)
-        self._next_position = EpochPosition(self.plan, shard.epoch + 1, 0)
-        self._loaded_position, self._current_pass = None, epoch_pass
+        new = EpochPass(shard, iterator)
+        others = [old for old in self._passes if old.iterator not in (None, iterator)]
+        for old in others:
+            old.note_next()
+        following = EpochPosition(self.plan, shard.epoch + 1, 0)
+        # No call from here on: Ctrl-C is noticed before or after all of it.
         self._num_passes += 1
         self._is_epoch_chosen = False
-        return shard
+        self._loaded_position = None
+        self._passes = [*others, new]
+        self._next_position = following
+        return new
 
     def set_epoch(self, epoch: int, stacklevel: int) -> None:
         """Choose the epoch of the next pass."""
         epoch = check_epoch(epoch)
-        self._is_epoch_chosen, self._current_pass = True, None
+        self._is_epoch_chosen, self._passes = True, []
         loaded = self._loaded_position
         if loaded is not None and loaded.epoch == epoch:
             self._next_position = loaded
@@ -229,14 +287,55 @@ class EpochTracker:
 
     def skip_epoch(self) -> None:
         """Skip the next epoch."""
-        self._loaded_position = self._current_pass = None
+        self._loaded_position, self._passes = None, []
         self._next_position = EpochPosition(self.plan, self.epoch + 1, 0)
 
     def state_dict(self, step: int | None = None) -> dict[str, Any]:
-        """Return the state of the latest pass, or of the next one if none has begun."""
-        if self._current_pass is not None:
-            return self._current_pass.state_dict(step)
-        return self.pending_state(step)
+        """Return the state of the pass that is running, else of the latest, else of the next."""
+        if not self._passes:
+            return self.pending_state(step)
+        return self.state_of(self._running_pass(step), step)
+
+    def state_of(self, epoch_pass: EpochPass, step: int | None) -> dict[str, Any]:
+        """Return the state of a pass after ``step`` batches; default: after those drawn."""
+        drawn = epoch_pass.num_drawn
+        step = drawn if step is None else check_int(step, "step", low=0)
+        if step > drawn:
+            slot = epoch_pass.shard.slot
+            raise ValueError(
+                f"step must be <= {drawn}, the number of batches drawn in this pass over epoch "
+                f"{epoch_pass.shard.epoch}, got {step}"
+                + f". The pass resumed at slot {slot}: count its own batches, from 0"
+                * (slot > 0)
+            )
+        return self.state_after(epoch_pass.shard, step)
+
+    def _running_pass(self, step: int | None) -> EpochPass:
+        """Return the pass that a state is asked of.
+
+        A pass whose iterator is gone was a look at a few batches if an earlier pass goes on.
+        """
+        for collect in (False, True):
+            if collect:
+                # Iterators that are gone may be kept by reference cycles.
+                gc.collect()
+            passes = self._passes
+            if step is not None:
+                passes = [each for each in passes if each.num_drawn >= step] or passes[-1:]
+            running = [each for each in passes if each.is_running]
+            if len(running) == 1:
+                return running[0]
+            if not running:
+                outlasting = [each for each in passes if each.has_outlasted_next]
+                return (outlasting or passes[-1:])[0]
+        listed = " and ".join(
+            f"epoch {each.shard.epoch} ({each.num_drawn} batches drawn)" for each in running
+        )
+        raise RuntimeError(
+            f"state_dict() cannot tell which pass to save: passes over {listed} are running. "
+            "Delete the iterator that is no longer used, as in `del iterator`, or call "
+            "sampler.set_epoch(epoch) before each pass, which ends those before it."
+        )
 
     def pending_state(self, step: int | None = None) -> dict[str, Any]:
         """Return the state of the next pass, after ``step`` of its batches."""
@@ -266,7 +365,7 @@ class EpochTracker:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Resume from a state in the next pass; a finished epoch leads to the next epoch."""
         position = self._parse_state(state)
-        self._current_pass = None
+        self._passes = []
         self._loaded_position = position
         is_finished = self._shard_from(position).steps == 0
         self._next_position = (
@@ -328,8 +427,8 @@ class EpochTracker:
             )
 
     def __getstate__(self) -> dict[str, Any]:
-        """Leave out the current pass: a copy begins at the next epoch."""
-        return {**self.__dict__, "_current_pass": None}
+        """Leave out the passes: a copy begins at the next epoch."""
+        return {**self.__dict__, "_passes": []}
 
 
 class EpochSetter:

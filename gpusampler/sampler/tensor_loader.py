@@ -138,8 +138,8 @@ class PatchTensorLoader:
 
         Raises
         ------
-        TypeError, ValueError
-            If ``step`` is not an integer, negative, or more than the batches of the pass.
+        TypeError, ValueError, RuntimeError
+            As `PatchBatchSampler.state_dict` does.
         """
         return self.batch_sampler.state_dict(step)
 

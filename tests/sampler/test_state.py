@@ -186,17 +186,105 @@ def test_state_after_a_step_whatever_was_prefetched(step):
     sampler, careful = make(), make()
     list(sampler)
     list(careful)
-    draw(iter(sampler), 12)
+    draw(iter(sampler), 24)
     draw(iter(careful), step) if step else careful.set_epoch(1)
     assert sampler.state_dict(step=step) == careful.state_dict()
 
 
-@pytest.mark.parametrize("drawn", [0, 12])
-def test_a_pass_has_no_more_steps_than_batches(drawn):
-    sampler = make()
-    draw(iter(sampler), drawn)
+def test_the_next_pass_has_no_more_steps_than_batches():
     with pytest.raises(ValueError, match=r"step must be <= 24, the number of .*, got 25"):
-        sampler.state_dict(step=25)
+        make().state_dict(step=25)
+
+
+@pytest.mark.parametrize("drawn", [1, 12, 24])
+def test_a_pass_has_no_more_steps_than_were_drawn(drawn):
+    sampler = make()
+    iterator = iter(sampler)
+    draw(iterator, drawn)
+    for stateful in (sampler, iterator):
+        with pytest.raises(ValueError, match=rf"step must be <= {drawn}, the number of batches dr"):
+            stateful.state_dict(step=drawn + 1)
+
+
+def test_a_counter_of_the_whole_epoch_is_refused_after_a_resume():
+    first, resumed = make(), make()
+    draw(iter(first), 10)
+    resumed.load_state_dict(first.state_dict())
+    draw(iter(resumed), 5)
+    with pytest.raises(ValueError, match=r"<= 5, .*, got 15\. The pass resumed at slot 10: count "):
+        resumed.state_dict(step=15)
+    assert resumed.state_dict(step=5)["slot"] == 15
+
+
+class TestSeveralPasses:
+    """Passes that begin while another one runs."""
+
+    @pytest.mark.parametrize("num_workers", [0, 2])
+    @pytest.mark.parametrize("peek_at", [1, 6])
+    def test_a_look_at_a_batch_leaves_the_state_to_the_loop(self, num_workers, peek_at):
+        data = pytest.importorskip("torch.utils.data")
+        sampler = make()
+        rows = range(sampler.plan.groups.source_size)
+        loader = data.DataLoader(rows, batch_sampler=sampler, num_workers=num_workers)
+        for done, _ in enumerate(loader, 1):
+            if done == peek_at:
+                next(iter(loader))
+            if done >= peek_at:
+                state = sampler.state_dict(step=done)
+                assert (state["epoch"], state["slot"]) == (0, done)
+            if done >= peek_at and num_workers == 0:
+                assert sampler.state_dict() == state
+        assert sampler.state_dict()["slot"] == 24
+
+    def test_of_passes_that_were_left_the_latest_counts(self):
+        sampler = make()
+        for epoch, steps in enumerate([5, 7, 3]):
+            for done, _ in enumerate(sampler, 1):
+                if done == steps:
+                    break
+            assert sampler.state_dict(step=done) == sampler.state_dict()
+            assert (sampler.state_dict()["epoch"], sampler.state_dict()["slot"]) == (epoch, steps)
+
+    def test_a_pass_that_has_ended_does_not_count_as_running(self):
+        sampler = make()
+        ended, second = iter(sampler), iter(sampler)
+        draw(ended, 24)
+        draw(second, 2)
+        assert sampler.state_dict() == second.state_dict()
+
+    def test_passes_that_run_beside_one_another_are_told_apart_by_step_or_refused(self):
+        sampler = make()
+        first, second = iter(sampler), iter(sampler)
+        draw(first, 6)
+        draw(second, 2)
+        assert sampler.state_dict(step=3) == first.state_dict(step=3)
+        match = (
+            r"passes over epoch 0 \(6 batches drawn\) and epoch 1 \(2 batches drawn\) are running"
+        )
+        for step in (None, 2):
+            with pytest.raises(RuntimeError, match=match):
+                sampler.state_dict(step)
+        with pytest.raises(ValueError, match="step must be <= 2"):
+            sampler.state_dict(step=7)
+        del second
+        assert sampler.state_dict() == first.state_dict()
+        sampler.set_epoch(4)
+        third = iter(sampler)
+        draw(third, 1)
+        assert sampler.state_dict() == third.state_dict()
+        first.load_state_dict(third.state_dict())
+        del third
+        assert sampler.state_dict() == first.state_dict()
+
+    def test_a_pass_in_a_reference_cycle_is_not_running(self):
+        sampler = make()
+        cycle = [iter(sampler)]
+        draw(cycle[0], 3)
+        cycle.append(cycle)
+        del cycle
+        second = iter(sampler)
+        draw(second, 2)
+        assert sampler.state_dict() == second.state_dict()
 
 
 def test_state_after_a_step_before_the_first_batch():

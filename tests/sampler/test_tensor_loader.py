@@ -455,6 +455,8 @@ class TestEpochsAndState:
         draw(second, 5)
         slots = [(it.state_dict()["epoch"], it.state_dict()["slot"]) for it in (first, second)]
         assert slots == [(0, 3), (1, 5)]
+        assert loaded.state_dict(step=5) == second.state_dict()
+        draw(first, 21)
         assert loaded.state_dict() == second.state_dict()
 
     @pytest.mark.parametrize("count", [0, 5, 24])

@@ -1,0 +1,88 @@
+"""EpochIterator: what it returns when it is interrupted."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import gpusampler
+from gpusampler import PatchBatchSampler, PatchTensorLoader
+from support.strategies import quiet
+
+IDS = np.arange(9000) % 7
+PACKAGE = str(Path(gpusampler.__file__).parent)
+
+
+def sampler_of(**settings) -> PatchBatchSampler:
+    return quiet(IDS, **{"batch_size": 4, "seed": 3, **settings})
+
+
+def loader_of(**settings) -> PatchTensorLoader:
+    return PatchTensorLoader(sampler_of(**settings), row=np.arange(IDS.size))
+
+
+def indices_of(batch) -> list[int]:
+    for name in ("indices", "row"):
+        if hasattr(batch, name) or (isinstance(batch, dict) and name in batch):
+            batch = getattr(batch, name, None) if hasattr(batch, name) else batch[name]
+    return np.asarray(batch).tolist()
+
+
+class InterruptedAt:
+    """Raise KeyboardInterrupt at the n-th call from the package, before or after it.
+
+    CPython looks for signals where a function begins, and after the call of a C function.
+    """
+
+    def __init__(self, event: int) -> None:
+        self.left = event
+
+    def __enter__(self) -> InterruptedAt:
+        sys.setprofile(self.profile)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        sys.setprofile(None)
+
+    def profile(self, frame, event, argument):
+        is_ours = frame.f_code.co_filename.startswith(PACKAGE)
+        if is_ours and event in ("call", "c_call", "c_return"):
+            self.left -= 1
+            if self.left == 0:
+                sys.setprofile(None)
+                raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize(
+    "passes",
+    [
+        lambda: iter(sampler_of()),
+        lambda: iter(sampler_of(output="numpy")),
+        lambda: iter(sampler_of(interleave=False, partial="pad")),
+        lambda: sampler_of(num_replicas=2, rank=1).batches(),
+        lambda: sampler_of().batches(epoch=0),
+        lambda: iter(loader_of()),
+    ],
+    ids=["lists", "arrays", "in a row", "of a rank", "of an epoch", "tensors"],
+)
+def test_an_interrupted_iterator_goes_on_where_it_was(passes):
+    expected = [indices_of(batch) for batch in passes()]
+    iterator = passes()
+    delivered = []
+    event, is_complete = 0, False
+    while not is_complete:
+        # At every call that reads a block, and later among batches that are ready.
+        event += 1
+        with InterruptedAt(event):
+            try:
+                for batch in iterator:
+                    delivered.append(indices_of(batch))
+                is_complete = True
+            except KeyboardInterrupt:
+                pass
+        assert len(iterator) == len(expected) - len(delivered)
+    assert delivered == expected
+    assert event > 50
