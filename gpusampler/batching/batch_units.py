@@ -31,6 +31,8 @@ class BatchUnits(NamedTuple):
         Patch of each bin, ascending; None if units are patches.
     has_sample_costs : bool
         Whether samples of one unit may differ in cost.
+    max_cost : float, or None
+        Maximum cost of a batch; None without a budget.
     """
 
     groups: PatchGroups
@@ -39,18 +41,21 @@ class BatchUnits(NamedTuple):
     costs: NDArray[Any] | None
     patch_of_bin: Int64 | None
     has_sample_costs: bool = False
+    max_cost: float | None = None
 
     @classmethod
     def of(cls, groups: PatchGroups, batch_size: Any, partial: str) -> BatchUnits:
         """Return cost bins if ``batch_size`` is a budget with ``sample_costs``, else patches."""
+        max_cost = float(batch_size.max_cost) if isinstance(batch_size, CostBudget) else None
         if isinstance(batch_size, CostBudget) and batch_size.sample_costs is not None:
             bins = cut_into_bins(groups, batch_size, partial)
             if bins.groups.num_patches == groups.num_patches:
                 # One bin per patch: the patches themselves are the units.
-                return cls(groups, bins.sizes, common_size(bins.sizes), bins.costs, None, True)
-            return cls(bins.groups, bins.sizes, None, bins.costs, bins.patch_of_bin, True)
+                size = common_size(bins.sizes)
+                return cls(groups, bins.sizes, size, bins.costs, None, True, max_cost)
+            return cls(bins.groups, bins.sizes, None, bins.costs, bins.patch_of_bin, True, max_cost)
         sizes = batch_sizes_of(batch_size, groups, partial)
-        return cls(groups, sizes.sizes, sizes.common_size, sizes.costs, None)
+        return cls(groups, sizes.sizes, sizes.common_size, sizes.costs, None, max_cost=max_cost)
 
     @property
     def fingerprint(self) -> int:

@@ -75,7 +75,8 @@ class StepLayout(NamedTuple):
         if not self.short:
             return image * self.width + within
         # The short step takes consecutive batches, cyclically, from a random start in the natural
-        # order, so uneven="drop" drops every batch equally often. Full steps use the other batches.
+        # order, so uneven="drop" drops every batch equally often if batches are shuffled. Full
+        # steps use the other batches.
         total = self.full * self.width + self.short
         short_start = keyed_hash(key, SHORT_STEP_ROUND, 0) * min(total, (1 << 31) - 1) >> 32
         overflow = short_start + self.short - total

@@ -27,6 +27,9 @@ _COUNT_NAMES = ("counts", "seen_once", "repeated", "missed", "batches")
 class Coverage:
     """How often an epoch returns the samples of each patch, over all ranks.
 
+    Another epoch misses other samples if they are shuffled. Under ``shuffle_within_batches=False``,
+    ``partial="drop"`` and ``min_partial`` leave out the same samples in every epoch.
+
     Attributes
     ----------
     patch_ids : int64 array, or array of names if patches have names, shape (G,)
@@ -92,35 +95,61 @@ class OmittedSamples(NamedTuple):
 
     ``over_budget``: their batches cost more than ``max_cost``; ``dropped``: their whole patch does
     not fill a batch under ``partial="drop"``, or only batches below ``min_partial``;
-    ``without_step``: the batches of their patch do not fill a step. If a patch is divided into cost
-    bins, this applies to each bin.
+    ``without_step``: the batches of their patch do not fill a step. Without shuffling, samples of
+    other patches are omitted, too. ``rest_of_batches`` and ``rest_of_steps``: they are left over
+    when their patch is cut into full batches, or its batches into steps; ``rest_of_ranks``: their
+    batches are left over by the last step of all ranks. If a patch is divided into cost bins, this
+    applies to each bin.
     """
 
     over_budget: Int64
     dropped: Int64
     without_step: Int64
+    rest_of_batches: Int64
+    rest_of_steps: Int64
+    rest_of_ranks: Int64
 
 
-def omitted_samples(plan: EpochPlan) -> OmittedSamples:
-    """Return the number of samples that a plan omits."""
+def omitted_samples(plan: EpochPlan, num_slots: int) -> OmittedSamples:
+    """Return how many samples a plan omits if ranks process its first ``num_slots`` slots."""
     tables, units = plan.tables, plan.units
-    masks = (
-        units.sizes == 0,
-        (tables.own_batches == 0) & (units.sizes > 0),
-        # (Weights of 0 leave out patches on purpose.)
-        (tables.batches == 0) & (tables.own_batches > 0) & (tables.slot_shares is None),
+    counts, batches, own_batches = tables.counts, tables.batches, tables.own_batches
+    has_batches = batches > 0
+    # (Weights of 0 leave out patches on purpose. Passes over the others go on in later epochs.)
+    if tables.slot_shares is not None or tables.visited is not None:
+        batches, num_slots = own_batches, plan.num_batches
+    rest_of_batches, rest_of_steps, rest_of_ranks = (np.zeros_like(counts) for _ in range(3))
+    if not plan.shuffle_within_batches:
+        in_batches, in_steps = (
+            np.minimum(num_positions(plan, number), counts)
+            for number in (own_batches, np.minimum(batches, own_batches))
+        )
+        rest_of_batches = np.where(has_batches, counts - in_batches, 0)
+        rest_of_steps = np.where(has_batches, in_batches - in_steps, 0)
+    if not plan.shuffle_patches and num_slots < plan.num_batches:
+        rest = plan.evaluator.locate(0, np.arange(num_slots, plan.num_batches, dtype=np.int64))
+        if plan.shuffle_within_batches:
+            # Samples change places within their patch, so only whole patches are omitted.
+            num_left = np.bincount(rest.group, minlength=counts.size)
+            rest_of_ranks = np.where(has_batches & (num_left == batches), counts, 0)
+        else:
+            np.add.at(rest_of_ranks, rest.group, rest.length)
+    by_unit = (
+        np.where(units.sizes == 0, counts, 0),
+        np.where((own_batches == 0) & (units.sizes > 0), counts, 0),
+        np.where((batches == 0) & (own_batches > 0), counts, 0),
+        rest_of_batches,
+        rest_of_steps,
+        rest_of_ranks,
     )
     return OmittedSamples(
-        *(
-            reduce_by_patch(np.where(mask, tables.counts, 0), units.patch_of_bin, np.add)
-            for mask in masks
-        )
+        *(reduce_by_patch(samples, units.patch_of_bin, np.add) for samples in by_unit)
     )
 
 
-def warn_of_omitted_samples(plan: EpochPlan) -> None:
-    """Warn of the samples that a plan omits, once per reason."""
-    omitted = omitted_samples(plan)
+def warn_of_omitted_samples(plan: EpochPlan, num_slots: int) -> None:
+    """Warn of the samples that a plan omits, once per reason; arguments of `omitted_samples`."""
+    omitted = omitted_samples(plan, num_slots)
     skipped = omitted.over_budget
     if skipped.any():
         warn(
@@ -147,6 +176,19 @@ def warn_of_omitted_samples(plan: EpochPlan) -> None:
                 f"{setting} leaves out {patches} ({int(samples.sum())} samples): each has {cause}. "
                 f"Use {advice} to include them."
             )
+    uneven, within = ("uneven='drop'", "uneven='pad'"), "shuffle_within_batches"
+    for samples, (setting, advice), cause, shuffle in (
+        (omitted.rest_of_batches, dropping[::2], "they do not fill a batch", within),
+        (omitted.rest_of_steps, uneven, "their batches do not fill a step", within),
+        (omitted.rest_of_ranks, uneven, "too few batches for all ranks remain", "shuffle_patches"),
+    ):
+        if samples.any():
+            warn(
+                f"{setting} leaves out the same {int(samples.sum())} samples of "
+                f"{int((samples > 0).sum())} of {samples.size} patches in every epoch, because "
+                f"{shuffle}=False: {cause}. Use {shuffle}=True to leave out others each time, or "
+                f"{advice} to include them."
+            )
 
 
 def warn_of_copies(plan: EpochPlan) -> None:
@@ -156,15 +198,19 @@ def warn_of_copies(plan: EpochPlan) -> None:
     if plan.partial != "pad" or not is_copied.any():
         return
     group = int(np.argmax(np.where(is_copied, tables.sizes / tables.counts, 0)))
-    patch_id = plan.groups.patch_ids[tables.patches_of(np.array([group]))[0]]
-    patch = label_of(patch_id, plan.groups.names)
     units = "patches" if tables.patch_of_bin is None else "cost bins"
     warn(
         f"partial='pad' makes batches of {int(is_copied.sum())} of {is_copied.size} {units} more "
-        f"than half copies, such as those of patch {patch!r}: {int(tables.counts[group])} of "
-        f"{int(tables.sizes[group])} samples differ. Use partial='keep' or 'even', or smaller "
-        "batch sizes for them."
+        f"than half copies, such as those of patch {patch_label(plan, group)!r}: "
+        f"{int(tables.counts[group])} of {int(tables.sizes[group])} samples differ. Use "
+        "partial='keep' or 'even', or smaller batch sizes for them."
     )
+
+
+def patch_label(plan: EpochPlan, group: int) -> Any:
+    """Return the name or id of the patch of a group, which may be one of its cost bins."""
+    patch = plan.tables.patches_of(np.array([group]))[0]
+    return label_of(plan.groups.patch_ids[patch], plan.groups.names)
 
 
 def coverage_of(plan: EpochPlan, epoch: int, slots_handed_out: int) -> Coverage:

@@ -50,7 +50,8 @@ class EpochPlan:
         0 .. 2**64 - 1.
     shuffle_within_batches : bool
         Permute each patch's samples every epoch before they are cut into batches, so that
-        membership changes (not only the order in a batch).
+        membership changes (not only the order in a batch). If False, samples that fill no batch
+        (under ``partial``, ``min_partial`` or ``uneven``) are the same in every epoch.
     shuffle_patches : bool
         Permute the order of the batches each epoch.
     interleave : bool
@@ -81,8 +82,8 @@ class EpochPlan:
         ascending patch id. Shares are met to within one batch. A patch has at least one batch, or
         none if its weight is 0. A patch with more batches than its samples fill starts its next
         pass in the same epoch, under a different permutation. A patch with fewer continues its pass
-        in the next epoch. Each pass contains every sample once. Default: as many batches as the
-        samples fill.
+        in the next epoch. Each pass contains every sample of its batches once. Default: as many
+        batches as the samples fill.
     epoch_batches : int, optional
         Number of batches per epoch (all ranks together), below 2**60. With weights, at least one
         per patch. Without, it may be less than the number G of patches (or cost bins): then each
@@ -390,6 +391,9 @@ class EpochPlan:
 
     def evaluate(self, epoch: int, slots: Any, dtype: str = "int64") -> BatchBlock:
         """Return the batches at slots of an epoch.
+
+        Rows are as wide as the largest batch, also if a budget or sizes by patch make the others
+        smaller: ``lengths`` says how many samples of a row count.
 
         Parameters
         ----------

@@ -94,9 +94,12 @@ class PatchBatchSampler(ProfiledSampler):
         ints. A `CostBudget` limits the cost per batch instead, if patches differ in the cost of a
         sample.
     shuffle_within_batches : bool
-        Permute each patch's samples every epoch before batches are cut, so that members change.
+        Permute each patch's samples every epoch before batches are cut, so that members change. If
+        False, ``partial="drop"``, ``min_partial`` and, under ``steps="same_patch"``,
+        ``uneven="drop"`` leave out the same samples in every epoch.
     shuffle_patches : bool
-        Permute the order of the batches each epoch.
+        Permute the order of the batches each epoch. If False, ``uneven="drop"`` leaves out the same
+        batches in every epoch.
     seed : int, optional
         0 .. 2**64 - 1. None draws a seed, which the state saves. The ranks of a process group share
         the drawn seed (through the group's store, without a collective).
@@ -137,8 +140,8 @@ class PatchBatchSampler(ProfiledSampler):
         ids (or a pandas Series), or by ascending patch id. Shares are met to within one batch; each
         patch has at least one, or none if its weight is 0. A patch with more batches than its
         samples fill starts its next pass in the same epoch, under a new permutation. A patch with
-        fewer continues its pass in the next epoch. Each pass contains every sample once. Default:
-        as many batches as the samples fill.
+        fewer continues its pass in the next epoch. Each pass contains every sample of its batches
+        once. Default: as many batches as the samples fill.
     epoch_batches : int, optional
         Number of batches per epoch (all ranks together), below 2**60. Default: as many as the
         samples of all patches fill. With weights, at least one per patch. Without, it may be less
@@ -175,9 +178,10 @@ class PatchBatchSampler(ProfiledSampler):
     -----
     UserWarning
         If ``partial="drop"``, ``min_partial``, or ``uneven="drop"`` under ``steps="same_patch"``,
-        leaves out whole patches. If ``partial="pad"`` makes more than half of a batch copies. At
-        the first batch, if the sampler was created before the process group was initialised, so
-        that it is not sharded.
+        leaves out whole patches. If one of them, or ``uneven="drop"`` on several ranks, leaves out
+        the same samples in every epoch, because nothing shuffles them. If ``partial="pad"`` makes
+        more than half of a batch copies. At the first batch, if the sampler was created before the
+        process group was initialised, so that it is not sharded.
 
     Examples
     --------
@@ -261,11 +265,11 @@ class PatchBatchSampler(ProfiledSampler):
             self._tracker = EpochTracker(
                 plan, num_replicas, rank, uneven, seed_given, group_warning, recorder=recorder
             )
-        warn_of_omitted_samples(plan)
+        check_num_batches(plan.num_batches, num_replicas, uneven)
+        warn_of_omitted_samples(plan, self._tracker.steps_per_epoch * num_replicas)
         if shuffle_patches or shuffle_within_batches:
             # (Unshuffled samplers are for evaluation, where ``valid`` does not count copies.)
             warn_of_copies(plan)
-        check_num_batches(plan.num_batches, num_replicas, uneven)
         self._has_default_device = is_auto and plan_device.is_torch_cuda
         self.sampler = EpochSetter(self._tracker)
 
@@ -455,6 +459,9 @@ class PatchBatchSampler(ProfiledSampler):
         changes: if the sampler has loaded a state with a different ``step_width``, the cursor uses
         the loaded width, in later epochs as well.
 
+        Its rows are as wide as the largest batch, so a budget or sizes by patch bound only the
+        samples that count.
+
         Returns
         -------
         gpusampler.sampler.cursor.BatchCursor
@@ -463,6 +470,11 @@ class PatchBatchSampler(ProfiledSampler):
         ------
         RuntimeError
             If torch is not installed.
+
+        Warns
+        -----
+        UserWarning
+            If rows exceed the budget or the batch size of their patch by more than a tenth.
         """
         if not devices.has_torch():
             raise RuntimeError("cursor() needs torch, which is not installed: pip install torch")
@@ -501,7 +513,8 @@ class PatchBatchSampler(ProfiledSampler):
     def reshuffle(self) -> None:
         """Skip an epoch: the next iterator starts the epoch after the one it would have started.
 
-        Every epoch has a different order anyway; call this only to get a new order immediately.
+        A shuffled sampler has a different order in every epoch anyway; call this only to get a new
+        order immediately.
         """
         self._tracker.skip_epoch()
 

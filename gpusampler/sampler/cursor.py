@@ -9,13 +9,17 @@ import copy
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from gpusampler.batching.cost_budget import CostBudget
 from gpusampler.batching.steps import UNEVENS
 from gpusampler.core.devices import Device
+from gpusampler.core.log import warn
 from gpusampler.core.text import short_repr
 from gpusampler.core.validation import check_choice, check_int
+from gpusampler.plan.coverage import patch_label
 from gpusampler.plan.epoch_plan import EpochPlan
 from gpusampler.plan.evaluators.kernels.fused import Advance
 from gpusampler.sampler.state import (
@@ -26,6 +30,12 @@ from gpusampler.sampler.state import (
     remaining_steps,
     with_saved_seed,
 )
+
+HARMLESS_EXCESS = 1.1
+"""Multiple of a budget that rows may cost without a warning.
+
+`calibrate` leaves a tenth of the memory free by default, so such rows still fit.
+"""
 
 
 class CursorBatch(NamedTuple):
@@ -55,6 +65,10 @@ class BatchCursor(torch.nn.Module):
     in a CUDA graph, where each replay returns the next batch. After the last batch of an epoch, the
     next call returns the first batch of the next epoch.
 
+    Every row is as wide as the largest batch. With a `CostBudget` or sizes by patch, rows of other
+    patches then exceed the budget or their size; only ``valid`` stays within. Iterate over
+    ``sampler.batches()`` instead, or bound the sizes with ``max_batch_size``.
+
     Parameters
     ----------
     plan : EpochPlan
@@ -81,6 +95,12 @@ class BatchCursor(torch.nn.Module):
     ------
     TypeError, ValueError
         If an argument is not as described, or an epoch has no batch for every rank.
+
+    Warns
+    -----
+    UserWarning
+        If a row costs more than 1.1 times the budget, or has more than 1.1 times as many samples as
+        the batch size of its patch.
 
     Examples
     --------
@@ -122,6 +142,7 @@ class BatchCursor(torch.nn.Module):
         self._advance = Advance(self.num_replicas, self.rank, drops_uneven, repeats_count)
         self._plan = plan
         check_num_batches(plan.num_batches, self.num_replicas, self._uneven)
+        _warn_of_wide_rows(plan)
         for name in ("epoch", "slot"):
             self.register_buffer(name, torch.zeros((), dtype=torch.int64, device=plan.device.name))
         self.seek(epoch, slot)
@@ -268,6 +289,32 @@ class BatchCursor(torch.nn.Module):
         """Return the plan and the ranks."""
         ranks = f", rank {self.rank} of {self.num_replicas}" if self.num_replicas > 1 else ""
         return f"{self._plan!r}, device={str(self._plan.device)!r}{ranks}"
+
+
+def _warn_of_wide_rows(plan: EpochPlan) -> None:
+    """Warn if rows, which are as wide as the largest batch, exceed the budget or batch sizes."""
+    if plan.batch_size is not None:
+        return
+    units, width = plan.units, plan.max_batch_size
+    groups = np.flatnonzero(plan.tables.batches)
+    sizes = units.sizes[groups]
+    excess = width / sizes
+    if units.costs is not None and units.max_cost is not None:
+        excess = width * units.costs[groups] / units.max_cost
+    worst = int(np.argmax(excess))
+    if excess[worst] <= HARMLESS_EXCESS:
+        return
+    rule, advice = "the batch size of", f"batch_size={sizes.min()} for all patches"
+    if units.costs is not None and units.max_cost is not None:
+        fitting = CostBudget(units.max_cost).sizes_for(units.costs[groups[worst : worst + 1]])[0]
+        rule = f"what max_cost={units.max_cost:g} allows for"
+        advice = f"max_batch_size={fitting} to CostBudget"
+    warn(
+        f"every row of a cursor has {width} samples, the size of the largest batch: "
+        f"{excess[worst]:.3g} times {rule} patch {patch_label(plan, int(groups[worst]))!r}, of "
+        f"whose rows at most {sizes[worst]} samples count. For batches of their own sizes, use "
+        f"`for batch in sampler.batches()`; for narrower rows, pass {advice}."
+    )
 
 
 def _check_integer_tensor(value: Any, name: str) -> None:

@@ -132,7 +132,7 @@ def test_sizes_are_the_largest_within_the_budget(data, partial):
     skipped = [
         n if oracle_size is None else 0 for n, oracle_size in zip(counts, expected, strict=True)
     ]
-    assert omitted_samples(plan).over_budget.tolist() == skipped
+    assert omitted_samples(plan, plan.num_batches).over_budget.tolist() == skipped
     np.testing.assert_array_equal(plan.costs_by_patch, np.array(budget.costs, float))
 
 

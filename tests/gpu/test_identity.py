@@ -101,10 +101,10 @@ class Case(NamedTuple):
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Ignore warnings about samples that a plan leaves out or repeats."""
+    """Ignore warnings about samples that a plan leaves out or repeats, and about wide rows."""
     with warnings.catch_warnings():
         warnings.filterwarnings(
-            "ignore", message=".* (leaves? out|makes batches)", category=UserWarning
+            "ignore", message=".* (leaves? out|makes batches|row of a cursor)", category=UserWarning
         )
         yield
 

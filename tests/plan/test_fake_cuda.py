@@ -127,6 +127,7 @@ def test_launches_of_a_block(cuda, groups, name):
         assert counts[UPLOAD] == 0
 
 
+@pytest.mark.filterwarnings("ignore:every row of a cursor has")
 @every_plan
 def test_launches_of_a_call_of_a_cursor(cuda, groups, name):
     cursor = sampler_of(name, groups).cursor()

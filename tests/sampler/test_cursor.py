@@ -11,9 +11,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gpusampler import EpochPlan, PatchBatchSampler, PatchGroups
+from gpusampler import CostBudget, EpochPlan, PatchBatchSampler, PatchGroups
 from gpusampler.core.devices import Device
-from support.strategies import IDS, epoch_of, make
+from support.strategies import IDS, epoch_of, make, quiet
 
 torch = pytest.importorskip("torch")
 
@@ -70,6 +70,49 @@ def test_a_batch_lies_in_tensors_of_fixed_shapes():
     assert isinstance(batch, CursorBatch)
     assert [part.dtype for part in batch] == [torch.int64] * 3
     assert [tuple(part.shape) for part in batch] == [(8,), (), (1,)]
+
+
+TWO_PATCHES = np.repeat([1, 2], [200, 40])
+
+
+@pytest.mark.parametrize(
+    ("batch_size", "message", "fitting"),
+    [
+        (
+            CostBudget(80, cost={1: 1, 2: 20}),
+            "has 80 samples, .*: 20 times what max_cost=80 allows for patch 2, .* at most 4 ",
+            CostBudget(80, cost={1: 1, 2: 20}, max_batch_size=4),
+        ),
+        (
+            CostBudget(80, sample_costs=np.where(np.arange(240) % 3, 1, 20)),
+            "has 80 samples, .*: 20 times what max_cost=80 allows for patch 1, .* max_batch_size=4",
+            CostBudget(80, sample_costs=np.where(np.arange(240) % 3, 1, 20), max_batch_size=4),
+        ),
+        ({1: 80, 2: 4}, "80 samples, .*: 20 times the batch size of patch 2.* batch_size=4", 4),
+    ],
+)
+def test_rows_over_the_budget_are_warned_of(batch_size, message, fitting):
+    sampler = PatchBatchSampler(TWO_PATCHES, batch_size, seed=0)
+    with pytest.warns(UserWarning, match=message) as warned:
+        assert sampler.cursor()().indices.shape == (80,)
+    assert warned[0].filename == __file__
+    # Warnings are errors here: what the text advises is silent.
+    assert PatchBatchSampler(TWO_PATCHES, fitting, seed=0).cursor()().indices.shape == (4,)
+
+
+@pytest.mark.parametrize(
+    "batch_size",
+    [
+        80,
+        {1: 80, 2: 76},
+        CostBudget(80, cost={1: 1, 2: 1.05}),
+        # The few samples of patch 2 make its batches small, not its cost.
+        CostBudget(400, cost={1: 4, 2: 3}),
+        CostBudget(80, cost={1: 1, 2: 90}, over_budget="skip"),
+    ],
+)
+def test_rows_within_a_tenth_of_the_budget_are_not_warned_of(batch_size):
+    quiet(TWO_PATCHES, batch_size, seed=0).cursor()
 
 
 @pytest.mark.parametrize("uneven", ["pad", "drop"])
