@@ -16,10 +16,9 @@ import traceback
 import warnings
 from collections.abc import Callable
 from contextlib import suppress
-from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
 from time import monotonic
-from typing import Any, TypeVar
+from typing import Any, BinaryIO, TypeVar
 
 from gpusampler.core import devices, memory
 
@@ -34,6 +33,7 @@ POLL_INTERVAL = 0.02
 MALLOC_THRESHOLD = 1 << 16
 """Bytes from which the child's malloc uses mmap, so that a freed block returns to the system."""
 
+_LENGTH_BYTES = 8
 _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_THRESHOLD = -1, -2, -3
 _PR_SET_PDEATHSIG = 1
 _CRASH_SIGNALS = ("SIGABRT", "SIGBUS", "SIGSEGV")
@@ -77,21 +77,23 @@ def call_in_child(
     hangs, RuntimeError is raised.
     """
     context = multiprocessing.get_context("fork")
-    receiver, sender = context.Pipe(duplex=False)
-    child = context.Process(
-        target=_run_child, args=(function, memory_limit, release_freed, sender, os.getpid())
-    )
-    _start(child)
-    try:
-        sender.close()
-        answer, peak = _wait_for_answer(receiver, child, memory_limit)
-        child.join()
-    finally:
-        child.kill()
-        child.join()
-        receiver.close()
-    if answer:
-        status, result = pickle.loads(answer)
+    # A file, not a pipe: processes that step starts would keep a pipe open after the child's end.
+    with open(os.memfd_create("answer"), "w+b") as answer:
+        child = context.Process(
+            target=_run_child, args=(function, memory_limit, release_freed, answer, os.getpid())
+        )
+        _start(child)
+        try:
+            peak = _wait_for_end(child, memory_limit)
+        finally:
+            child.kill()
+            child.join()
+        answer.seek(0)
+        length = int.from_bytes(answer.read(_LENGTH_BYTES), "little")
+        packed = answer.read()
+    # A child that is killed while it writes leaves a part of an answer.
+    if packed and len(packed) == length:
+        status, result = pickle.loads(packed)
         if isinstance(status, BaseException):
             raise status from StepTraceback(result)
         return status, result
@@ -123,16 +125,15 @@ def _start(child: BaseProcess) -> None:
             process.daemon = is_daemon
 
 
-def _wait_for_answer(
-    receiver: Connection, child: BaseProcess, memory_limit: int | None
-) -> tuple[bytes, int]:
-    """Return a child's answer (empty if it ended without one) and its peak resident bytes.
+def _wait_for_end(child: BaseProcess, memory_limit: int | None) -> int:
+    """Wait until a child has ended, and return its peak resident bytes.
 
     Kill the child if it exceeds the limit; raise RuntimeError if it hangs.
     """
     assert child.pid is not None
     peak, last_ticks, last_active = 0, -1, monotonic()
-    while not receiver.poll(POLL_INTERVAL):
+    # `join` returns at the child's end, or later if step has started processes that still run.
+    while child.exitcode is None:
         ticks = _cpu_ticks(child.pid)
         if ticks != last_ticks:
             last_ticks, last_active = ticks, monotonic()
@@ -146,10 +147,8 @@ def _wait_for_answer(
                 "calibrate() before starting threads or a process group, with a model that is not "
                 "wrapped in DDP"
             )
-    try:
-        return receiver.recv_bytes(), peak
-    except (EOFError, OSError):
-        return b"", peak
+        child.join(POLL_INTERVAL)
+    return peak
 
 
 def _cpu_ticks(process: int) -> int:
@@ -164,12 +163,13 @@ def _run_child(
     function: Callable[[], Any],
     memory_limit: int | None,
     release_freed: bool,
-    sender: Connection,
+    answer: BinaryIO,
     parent: int,
 ) -> None:
-    """Send a function's result or error, and exit without the parent's exit handlers."""
+    """Write a function's result or error, and exit without the parent's exit handlers."""
     import resource
 
+    process = os.getpid()
     limits = resource.getrlimit(resource.RLIMIT_DATA)
     try:
         _configure_child(parent, release_freed)
@@ -179,12 +179,16 @@ def _run_child(
             result: Any = function()
         finally:
             resource.setrlimit(resource.RLIMIT_DATA, limits)
-        answer = pickle.dumps((True, result))
+        packed = pickle.dumps((True, result))
     except BaseException as error:
-        answer = pickle.dumps((False, None)) if is_out_of_memory(error) else _pack_error(error)
+        packed = pickle.dumps((False, None)) if is_out_of_memory(error) else _pack_error(error)
+    if os.getpid() != process:
+        # A process that the function forked has returned from it, too. It has no answer.
+        os._exit(0)
     for stream in filter(None, (sys.stdout, sys.stderr)):
         stream.flush()
-    sender.send_bytes(answer)
+    answer.write(len(packed).to_bytes(_LENGTH_BYTES, "little") + packed)
+    answer.flush()
     os._exit(0)
 
 

@@ -27,7 +27,10 @@ def short_repr(value: Any) -> str:
     # Python raises for the repr of an integer with more than a few thousand digits.
     if isinstance(value, int) and value.bit_length() > 256:
         return f"an int of {value.bit_length()} bits"
-    text = repr(value)
+    try:
+        text = repr(value)
+    except RecursionError:
+        return f"a deeply nested {type(value).__name__}"
     return text if len(text) <= 200 else f"{text[:200]} ..."
 
 

@@ -42,7 +42,7 @@ def explain_keywords(advice: Mapping[str, str]) -> Callable[[F], F]:
 def check_int(value: Any, name: str, *, low: int, high: int | None = None) -> int:
     """Return ``value`` as an int, ``low <= value < high``, or raise; booleans are rejected."""
     if isinstance(value, (bool, np.bool_)):
-        raise TypeError(f"{name} must be an int, got {value!r}")
+        raise TypeError(f"{name} must be an int, got {short_repr(value)}")
     try:
         number = operator.index(value)
     except TypeError:
@@ -98,7 +98,7 @@ def check_bool(value: Any, name: str) -> bool:
     """Return ``value`` as a bool, or raise TypeError."""
     if isinstance(value, (bool, np.bool_)):
         return bool(value)
-    raise TypeError(f"{name} must be a bool, got {value!r}")
+    raise TypeError(f"{name} must be a bool, got {short_repr(value)}")
 
 
 def check_path(value: Any, name: str = "path") -> Path:
@@ -122,7 +122,7 @@ def check_choice(value: Any, name: str, choices: tuple[str, ...]) -> str:
     if isinstance(value, str) and value in choices:
         return value
     choice_list = ", ".join(repr(choice) for choice in choices)
-    raise ValueError(f"{name} must be one of {choice_list}, got {value!r}")
+    raise ValueError(f"{name} must be one of {choice_list}, got {short_repr(value)}")
 
 
 def check_ids(ids: Any) -> Any:

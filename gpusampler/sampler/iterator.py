@@ -112,6 +112,8 @@ class EpochIterator(Iterator[T], Generic[T]):
             # returned is read again.
             self._reader = None
             self._unwatched = self._watched = iter(())
+            if self._pass is None:
+                self._pass = self._tracker.pass_of(self)
             if self._pass is not None:
                 self._pass.num_read, self._pass.waiting = drawn, self._watched
             raise

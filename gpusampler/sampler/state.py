@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import threading
 import warnings
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Set
@@ -27,6 +28,11 @@ SAMPLES = frozenset({"ids", "num_samples", "num_patches", "permutation"})
 """Members of a fingerprint that are not settings."""
 HASHES = frozenset({"ids", "batch_sizes", "weights", "patch_costs"})
 """Members of a fingerprint that are hashes of values."""
+BIND_LOCK = threading.Lock()
+"""Held while a pass takes the next epoch, so that threads do not take the same one.
+
+It is not a member of `EpochTracker`, because a lock cannot be pickled.
+"""
 
 
 def remaining_steps(slot: int, num_batches: int, num_replicas: int, uneven: str) -> int:
@@ -244,7 +250,8 @@ class EpochTracker:
                 "more pass than the other ranks is an epoch ahead of them",
                 stacklevel=4,
             )
-        return self._start_pass(iterator, self.pending_shard())
+        with BIND_LOCK:
+            return self._start_pass(iterator, self.pending_shard())
 
     def bind_state(self, iterator: Any, state: Mapping[str, Any]) -> EpochPass:
         """Begin a pass of an iterator at the epoch and slot of a state."""
@@ -260,13 +267,17 @@ class EpochTracker:
         for old in others:
             old.note_next()
         following = EpochPosition(self.plan, shard.epoch + 1, 0)
-        # No call from here on: Ctrl-C is noticed before or after all of it.
+        # No call from here on, so that Ctrl-C is noticed before or after all of it.
         self._num_passes += 1
         self._is_epoch_chosen = False
         self._loaded_position = None
         self._passes = [*others, new]
         self._next_position = following
         return new
+
+    def pass_of(self, iterator: Any) -> EpochPass | None:
+        """Return the pass of an iterator; None if it has begun none since the position was set."""
+        return next((each for each in self._passes if each.iterator is iterator), None)
 
     def set_epoch(self, epoch: int, stacklevel: int) -> None:
         """Choose the epoch of the next pass."""
@@ -395,9 +406,10 @@ class EpochTracker:
         saved_plan = with_saved_step_width(plan, state["step_width"])
         epoch = check_epoch(state["epoch"], "state_dict epoch")
         slot = check_int(state["slot"], "state_dict slot", low=0, high=saved_plan.num_batches + 1)
-        self.plan = plan
         position = EpochPosition(saved_plan, epoch, slot)
         self._warn_of_mixed_steps(position)
+        # Last: a warning that is an error changes nothing.
+        self.plan = plan
         return position
 
     def _skip_advice(self, state: Mapping[str, Any], differing: Set[str]) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import faulthandler
 import gc
@@ -9,11 +10,14 @@ import json
 import math
 import mmap
 import os
+import pickle
 import random
 import signal
 import sys
+import tempfile
 import time
 from importlib.util import find_spec
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -201,6 +205,70 @@ def test_a_child_that_is_killed_has_run_out_of_memory():
     assert call_in_child(lambda: os.kill(os.getpid(), signal.SIGKILL)) == (False, None)
 
 
+@contextlib.contextmanager
+def process_left_behind():
+    """A function that starts a process, which outlives its child and is ended here."""
+    with tempfile.TemporaryFile() as file:
+
+        def start():
+            # Forked, it holds every file of the child.
+            process = os.fork()
+            if process == 0:
+                time.sleep(30)
+                os._exit(0)
+            os.pwrite(file.fileno(), b"%d" % process, 0)
+
+        try:
+            yield start
+        finally:
+            os.kill(int(os.pread(file.fileno(), 20, 0)), signal.SIGKILL)
+
+
+@linux
+@pytest.mark.parametrize("ends", [False, True])
+def test_a_process_that_step_started_is_not_waited_for(ends):
+    with process_left_behind() as start:
+
+        def work():
+            start()
+            if ends:
+                os._exit(3)
+            return "done"
+
+        begun = time.monotonic()
+        if ends:
+            with pytest.raises(RuntimeError, match="exit status 3"):
+                call_in_child(work)
+        else:
+            assert call_in_child(work) == (True, "done")
+        assert time.monotonic() - begun < 15
+
+
+@linux
+def test_a_process_that_returns_from_step_has_no_answer():
+    def work():
+        process = os.fork()
+        if process:
+            os.waitpid(process, 0)
+        return process > 0
+
+    assert call_in_child(work) == (True, True)
+
+
+@linux
+def test_half_an_answer_is_none(monkeypatch):
+    real = pickle.dumps
+
+    class Truncated(bytes):
+        def __len__(self):
+            return super().__len__() + 3
+
+    stand_in = SimpleNamespace(dumps=lambda value: Truncated(real(value)[:-3]), loads=pickle.loads)
+    monkeypatch.setattr(forked_child, "pickle", stand_in)
+    with pytest.raises(RuntimeError, match="ended with exit status 0, without a Python error"):
+        call_in_child(lambda: [1, 2, 3])
+
+
 def abort():
     # pytest would print where, to the terminal.
     faulthandler.disable()
@@ -279,7 +347,7 @@ def test_an_interrupted_wait_leaves_no_child(monkeypatch):
     def interrupted(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(forked_child, "_wait_for_answer", interrupted)
+    monkeypatch.setattr(forked_child, "_wait_for_end", interrupted)
     with pytest.raises(KeyboardInterrupt):
         call_in_child(lambda: time.sleep(60))
     with pytest.raises(ChildProcessError):

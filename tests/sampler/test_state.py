@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import json
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from gpusampler import PatchBatchSampler, PatchGroups
+from gpusampler.sampler.state import EpochTracker
 from support.strategies import (
     draw,
     epoch_of,
@@ -376,3 +380,23 @@ def test_reshuffle_after_a_load_goes_on_with_the_next_epoch():
     sampler.load_state_dict(mid_epoch_state(3))
     sampler.reshuffle()
     assert list(sampler) == epoch_of(sampler, 4)
+
+
+def test_threads_that_begin_at_once_have_epochs_of_their_own(monkeypatch):
+    sampler, pending_shard = make(), EpochTracker.pending_shard
+    barrier = threading.Barrier(8)
+
+    def slow(tracker):
+        shard = pending_shard(tracker)
+        time.sleep(0.005)  # other threads run here
+        return shard
+
+    def begin(_):
+        batches = iter(sampler)
+        barrier.wait()
+        next(batches)
+        return batches.state_dict()["epoch"]
+
+    monkeypatch.setattr(EpochTracker, "pending_shard", slow)
+    with ThreadPoolExecutor(8) as pool:
+        assert sorted(pool.map(begin, range(8))) == list(range(8))

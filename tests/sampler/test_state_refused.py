@@ -409,3 +409,22 @@ def test_values_that_neither_print_nor_compare_are_refused_by_name(path, value):
     message = refusal(fresh(1), changed(STATE, path, value))
     assert message is not None
     assert NAMES[path] in message
+
+
+def test_a_warning_that_is_an_error_changes_nothing():
+    kind = {"steps": "same_patch", "step_width": 4}
+    state = PatchBatchSampler(IDS, 4, seed=5, **kind).state_dict()
+    sampler = PatchBatchSampler(IDS, 4, seed=1, num_replicas=3, rank=0, steps="same_patch")
+    sampler._tracker.seed_given = False  # as if the ranks of a process group had drawn it
+    seed, before = sampler.seed, sampler.state_dict()
+    # (Warnings are errors in these tests.)
+    with pytest.raises(UserWarning, match="may process different patches"):
+        sampler.load_state_dict(state)
+    assert (sampler.seed, sampler.state_dict()) == (seed, before)
+
+    loaded = make()
+    loaded.load_state_dict(mid_epoch_state())
+    position = loaded.state_dict()
+    with pytest.raises(UserWarning, match="drops the loaded position"):
+        loaded.set_epoch(position["epoch"] + 1)
+    assert loaded.state_dict() == position
