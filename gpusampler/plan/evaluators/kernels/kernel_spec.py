@@ -40,10 +40,9 @@ class KernelSpec(NamedTuple):
     or several slots (1), with a short step (2). ``runs``: batches are found by runs of cost
     buckets (1), after a permutation inside the bucket (2). ``few``: there are so few patches (or
     runs) that all their offsets are loaded at once and counted (in Triton, for a single row),
-    instead of a binary search, of which each step waits for a load. ``costliest``: the most
-    expensive batches come first (1); which batches these are depends on the epoch (2).
-    ``in_order``: each patch's batches are consecutive, in the order that the patch-order kernel
-    wrote. ``visits``: a
+    instead of a binary search, of which each step waits for a load. ``costliest``: the most expensive
+    batches come first (1); which batches these are depends on the epoch (2). ``in_order``: each
+    patch's batches are consecutive, in the order that the patch-order kernel wrote. ``visits``: a
     slot visits the next group (1), in permuted order (2). ``own``: a group's batch is taken modulo
     its own batches (1), or continues its passes across epochs (2). ``passes``: each row has its own
     pass over its patch; otherwise the epoch is the pass. ``samples``: samples are permuted inside
