@@ -46,7 +46,6 @@ MIXED = (20, 70_000, 300, 1200, 33) * 8
 COSTS = np.arange(1, 41)
 KINDS: dict[str, tuple[tuple[int, ...], Any, dict[str, Any]]] = {
     "plain": (LARGE, 64, {}),
-    "plain, 32 patches": (LARGE[:32], 64, {}),
     "plain, int32": (LARGE, 64, {}),
     "gathered": (LARGE, 64, {}),
     "rows of 100": (LARGE, 100, {}),

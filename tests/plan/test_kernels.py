@@ -554,7 +554,6 @@ def test_epoch_and_slot_are_read_on_the_device(kind, counts, batch_size, setting
 
 
 NONE = KernelSpec(*[0] * len(KernelSpec._fields))
-FEW = NONE._replace(few=1)
 
 
 @pytest.mark.parametrize(
@@ -595,7 +594,7 @@ FEW = NONE._replace(few=1)
             1,
             {"epoch_batches": 1},
             {},
-            {"few": 0, "visits": 2, "passes": 1, "samples": 1, "small": 8},
+            {"visits": 2, "passes": 1, "samples": 1, "small": 8},
         ),
         (
             [5, 6],
@@ -632,26 +631,14 @@ FEW = NONE._replace(few=1)
 )
 def test_what_no_patch_needs_is_left_out(counts, batch_size, settings, asked, expected):
     result = form_of(plan_of(counts, batch_size, **settings), **asked)
-    assert result == FEW._replace(**expected)
+    assert result == NONE._replace(**expected)
     assert result.flags() == {name.upper(): value for name, value in result._asdict().items()}
     assert {type(value) for value in result.flags().values()} == {int}
 
 
 def test_an_order_is_a_form_of_its_own():
     plan = EpochPlan(PatchGroups.from_ids([1, 0, 1]), 3, 0, shuffle_within_batches=False)
-    assert form_of(plan) == FEW._replace(slots=1, ordered=1)
-
-
-@pytest.mark.parametrize(("num_patches", "few"), [(1, True), (32, True), (33, False)])
-def test_few_offsets_are_counted(num_patches, few):
-    assert form_of(plan_of([5] * num_patches, 5)).few == few
-
-
-@pytest.mark.parametrize(("num_patches", "few"), [(16, True), (17, False)])
-def test_few_runs_are_counted(num_patches, few):
-    # Two runs per patch: its last batch is smaller than the others.
-    plan = plan_of([40] * num_patches, 9, steps="balanced", step_width=2)
-    assert form_of(plan).few == few
+    assert form_of(plan) == NONE._replace(slots=1, ordered=1)
 
 
 PLAIN = NONE._replace(samples=1, fewest=3, most=3)

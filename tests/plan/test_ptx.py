@@ -21,7 +21,7 @@ EPOCH = 2**33 + 5
 """Every word of the keys is needed."""
 
 
-INSTRUCTIONS = {"triton ptx": 115, "cuda-c ptx": 105}
+INSTRUCTIONS = {"triton ptx": 119, "cuda-c ptx": 120}
 """Of PTX, executed per index by a plain plan, at most; see `benchmarks.gpu.instructions`."""
 
 

@@ -8,7 +8,6 @@
 //   SLOTS     0 no permutation of slots, 1 Fisher-Yates, 2 grid of 32-bit slots, 3 of 64-bit slots
 //   STEPS     steps of several slots: 1 all of one size, 2 with a short step
 //   RUNS      batches lie in runs of cost buckets, 2 after a permutation inside the bucket
-//   FEW       few patches (or runs): count their offsets instead of searching them
 //   COSTLIEST the most expensive batches come first; 2: which ones these are depends on the epoch
 //   IN_ORDER  the batches of a patch are consecutive, patches in the order of `epoch_patches`
 //   VISITS    each slot visits the next group, 2 in permuted order
@@ -52,16 +51,14 @@ static thread_local Index blockIdx;
 
 struct Row {
     i64 base, out;
-    u32 first, lanes, n, a, last, b, rem, inverse, k0, step, coin;
+    u32 first, lanes, n, a, b, rem, inverse, k0, step, coin;
     int pairs;
 };
 
 // The image of (line, col) after `pairs` pairs of rounds; both stay in the ragged grid.
-// `last` is a - 1; read from memory, it spares an instruction: two values are selected from.
-DEVICE void shuffle_grid(
-    u32 &line, u32 &col, u32 a, u32 last, u32 b, u32 rem, u32 key, u32 step, int pairs) {
+DEVICE void shuffle_grid(u32 &line, u32 &col, u32 a, u32 b, u32 rem, u32 key, u32 step, int pairs) {
     for (int pair = 0; pair < pairs; ++pair) {
-        rotate_pair(&line, &col, a, last, b, rem, key, step);
+        rotate_pair(&line, &col, a, b, rem, key, step);
         key += 2 * step;
     }
 }
@@ -79,7 +76,7 @@ DEVICE i64 permute_wide(i64 x, i64 n, i64 a, i64 b, i64 rem, u32 k0, u32 k1) {
     const u32 step = k1 | 1u;
     if (n <= SMALL_N) return n > 1 ? permute_few((u32)x, (u32)n, k0, step) : x;
     u32 line = (u32)(x / b), col = (u32)(x - (i64)line * b);
-    shuffle_grid(line, col, (u32)a, (u32)a - 1, (u32)b, (u32)rem, k0, step, pairs_of(n));
+    shuffle_grid(line, col, (u32)a, (u32)b, (u32)rem, k0, step, pairs_of(n));
     x = (i64)line * b + col;
     return x < 2 ? x ^ coin_of(k0, step) : x;
 }
@@ -95,13 +92,6 @@ DEVICE int search_offsets(const i64 *offsets, int count, int bits, i64 value) {
         const int ahead = place + (1 << bit);
         if (ahead < count && offsets[ahead] <= value) place = ahead;
     }
-    return place;
-}
-
-// The same among few offsets, of which the first is 0. The loads do not wait for each other.
-DEVICE int count_offsets(const i64 *offsets, int count, i64 value) {
-    int place = 0;
-    for (int i = 1; i < count; ++i) place += offsets[i] <= value;
     return place;
 }
 
@@ -140,8 +130,8 @@ DEVICE i64 batch_of(i64 slot, const i64 *plan, const Epoch &epoch) {
 #else
     u32 line = (u32)(index / epoch.slot_b), col = (u32)(index - (i64)line * epoch.slot_b);
 #endif
-    shuffle_grid(line, col, epoch.slot_a, epoch.slot_a - 1, epoch.slot_b, epoch.slot_rem, epoch.key0,
-                 key_step, epoch.slot_pairs);
+    shuffle_grid(line, col, epoch.slot_a, epoch.slot_b, epoch.slot_rem, epoch.key0, key_step,
+                 epoch.slot_pairs);
     index = (i64)line * epoch.slot_b + col;
     if (index < 2) index ^= coin_of(epoch.key0, key_step);
 #endif
@@ -225,12 +215,14 @@ KERNEL void gpusampler_patch_order(
             END_THREADS
             now = 1 - now;
         }
-        const i64 total = sizes[now][THREADS - 1];
         FOR_EACH_THREAD(t)
             if (first + t < num_patches)
                 offsets[first + t] = before + (t ? sizes[now][t - 1] : 0);
         END_THREADS
-        before += total;
+        before += sizes[now][THREADS - 1];
+        FOR_EACH_THREAD(t)
+            (void)t;
+        END_THREADS
     }
 }
 #else
@@ -297,11 +289,7 @@ KERNEL void gpusampler_batches(
 #endif
 #endif
             // The last group (or run) whose first batch is not after this one.
-#if FEW
-            const int place = count_offsets(search, num_offsets, index);
-#else
             const int place = search_offsets(search, num_offsets, search_bits, index);
-#endif
             i64 j = index - search[place];
 #if RUNS
             const i64 group = ARRAY(RUN_GROUPS)[place];
@@ -351,7 +339,6 @@ KERNEL void gpusampler_batches(
             row.coin = coin_of(row.k0, row.step);
             // Low words: a and rem. High words: b and its reciprocal.
             row.a = (u32)sides[group];
-            row.last = row.a - 1;
             row.b = (u32)(sides[group] >> 32);
             row.rem = (u32)rests[group];
             row.inverse = (u32)(rests[group] >> 32);
@@ -373,9 +360,7 @@ KERNEL void gpusampler_batches(
         for (int r = t / columns; r < here; r += THREADS / columns) {
             const Row row = rows[r];
             const u32 end = row.lanes < from + span ? row.lanes : from + span;
-            u32 lane = from + (t & (columns - 1));
-            OUT_T *to = out + row.out + lane;
-            for (; lane < end; lane += columns, to += columns) {
+            for (u32 lane = from + (t & (columns - 1)); lane < end; lane += columns) {
                 u32 x = row.first + lane;
                 if (x >= row.n) x %= row.n;
 #if SAMPLES && SMALL
@@ -390,10 +375,8 @@ KERNEL void gpusampler_batches(
                 if (!SMALL || row.pairs) {
                     // Division by a multiplication that is at most 1 too small.
                     u32 line = MULHI(x, row.inverse), col = x - line * row.b;
-                    const u32 over = col - row.b;
-                    line += col >= row.b;
-                    col = over < col ? over : col;
-                    shuffle_grid(line, col, row.a, row.last, row.b, row.rem, row.k0, row.step,
+                    if (col >= row.b) { ++line; col -= row.b; }
+                    shuffle_grid(line, col, row.a, row.b, row.rem, row.k0, row.step,
                                  FEWEST == MOST ? MOST : row.pairs);
                     x = line * row.b + col;
                     if (x < 2) x ^= row.coin;
@@ -401,9 +384,9 @@ KERNEL void gpusampler_batches(
 #endif
                 const i64 sample = row.base + x;
 #if ORDERED
-                *to = (OUT_T)order[sample];
+                out[row.out + lane] = (OUT_T)order[sample];
 #else
-                *to = (OUT_T)sample;
+                out[row.out + lane] = (OUT_T)sample;
 #endif
             }
         }

@@ -25,7 +25,6 @@ from gpusampler.plan.evaluators.kernels.kernel_spec import (
     Geometry,
     KernelSpec,
     cuda_geometry,
-    offsets_to_search,
     plan_words,
     search_bits,
     slots_form,
@@ -81,7 +80,11 @@ class KernelEvaluator:
             self._plan_words = plan_words(
                 self._xp, tables, lambda numbers: arrays.upload(np.array(numbers, np.int64), device)
             )
-        self._search, self._num_offsets = offsets_to_search(tables)
+        self._search = tables.batch_offsets
+        self._num_offsets = int(tables.counts.shape[0])
+        if tables.buckets is not None:
+            self._search = tables.buckets.run_offsets
+            self._num_offsets = int(self._search.shape[0])
 
     def members(self) -> list[Any]:
         """Return the arrays that the kernel reads besides the tables."""

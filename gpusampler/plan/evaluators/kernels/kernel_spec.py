@@ -25,9 +25,6 @@ PLAN_WORDS = (
 """What the first numbers of a `plan_words` array are."""
 
 
-FEW_OFFSETS = 32
-"""Maximum number of offsets that are counted instead of searched; a constant of the kernels."""
-
 ORDER_ARGUMENT = 15
 """Index of the samples' order among the arguments of a launch."""
 
@@ -38,9 +35,7 @@ class KernelSpec(NamedTuple):
     ``slots``: how slots (or whole steps) are permuted: not at all (0), by Fisher-Yates (1), on a
     grid of 32-bit slots (2), or on a grid of 64-bit slots (3). ``steps``: a step is one slot (0),
     or several slots (1), with a short step (2). ``runs``: batches are found by runs of cost
-    buckets (1), after a permutation inside the bucket (2). ``few``: there are so few patches (or
-    runs) that all their offsets are loaded at once and counted (in Triton, for a single row),
-    instead of a binary search, of which each step waits for a load. ``costliest``: the most expensive
+    buckets (1), after a permutation inside the bucket (2). ``costliest``: the most expensive
     batches come first (1); which batches these are depends on the epoch (2). ``in_order``: each
     patch's batches are consecutive, in the order that the patch-order kernel wrote. ``visits``: a
     slot visits the next group (1), in permuted order (2). ``own``: a group's batch is taken modulo
@@ -61,7 +56,6 @@ class KernelSpec(NamedTuple):
     slots: int
     steps: int
     runs: int
-    few: bool
     costliest: int
     in_order: bool
     visits: int
@@ -113,7 +107,6 @@ class KernelSpec(NamedTuple):
             slots=slots,
             steps=(1 + (layout.short > 0)) if has_step_order and layout.width > 1 else 0,
             runs=0 if tables.buckets is None or in_order else 1 + shuffled,
-            few=not visits and offsets_to_search(tables)[1] <= FEW_OFFSETS,
             costliest=0 if costliest is None else 1 + (costliest.nth is not None),
             in_order=in_order,
             visits=visits * (1 + shuffled),
@@ -187,13 +180,6 @@ def plan_words(xp: Any, tables: PatchTables, to_device: Callable[[list[int]], An
     return xp.concat([to_device(numbers), *arrays])
 
 
-def offsets_to_search(tables: PatchTables) -> tuple[Any, int]:
-    """Return the ascending first batches that the kernel searches, and how many there are."""
-    if tables.buckets is not None:
-        return tables.buckets.run_offsets, int(tables.buckets.run_offsets.shape[0])
-    return tables.batch_offsets, int(tables.counts.shape[0])
-
-
 def search_bits(count: int) -> int:
     """Return the number of steps of a binary search among ``count`` offsets."""
     return (count - 1).bit_length() if count > 0 else 0
@@ -244,7 +230,7 @@ BLOCK_LANES = 4096
 def cuda_geometry(spec: KernelSpec, num_rows: int, width: int) -> Geometry:
     """Return blocks of 256 threads and about 4,096 lanes (constants of ``batches.cu``)."""
     rows = max(1, min(MOST_ROWS, BLOCK_LANES // width, num_rows))
-    columns = min(power_of_two(width), max(8, THREADS // power_of_two(rows)))
+    columns = min(power_of_two(width), max(32, THREADS // power_of_two(rows)))
     span = width if width <= BLOCK_LANES else max(BLOCK_LANES, -(-width // MAX_BLOCKS))
     return Geometry(rows, columns, span, (-(-num_rows // rows), -(-width // span)))
 

@@ -68,7 +68,7 @@ def _coin(key, step):
 
 @triton.jit
 def _round_pair(line, col, a, b, rem, key, step):
-    line = _rotate(line, _hash(col, key), tl.where(col >= rem, a - 1, a))
+    line = _rotate(line, _hash(col, key), a - (col >= rem).to(tl.uint32))
     col = _rotate(col, _hash(line, key + step), tl.where(line == a - 1, rem, b))
     return line, col
 
@@ -122,17 +122,15 @@ def _permute_wide(x, n, a, b, rem, key, step):
     own = tl.where(n >= 128, 5, 6)
     own = tl.where(n >= 65536, 3, tl.where(n >= 1024, 4, own))
     round_key = key
-    for pair in range(tl.max(own, axis=0)):
+    for pair in range(6):
         more_line, more_col = _round_pair(line, col, side_a, side_b, side_rem, round_key, step)
         line = tl.where(pair < own, more_line, line)
         col = tl.where(pair < own, more_col, col)
         round_key += 2 * step
     image = line.to(tl.int64) * b + col.to(tl.int64)
     image = tl.where(image < 2, image ^ _coin(key, step).to(tl.int64), image)
-    if tl.min(n, axis=0) <= 32:
-        few = _fisher_yates(x.to(tl.uint32), n.to(tl.uint32), key, step, 32)
-        image = tl.where(n <= 32, few.to(tl.int64), image)
-    return image
+    few = _fisher_yates(x.to(tl.uint32), n.to(tl.uint32), key, step, 32)
+    return tl.where(n <= 32, few.to(tl.int64), image)
 
 
 @triton.jit
@@ -153,15 +151,6 @@ def _search(offsets, count, bits, value, inside):
         entry = tl.load(offsets + ahead, mask=known, other=0)
         place = tl.where(known & (entry <= value), ahead, place)
     return place
-
-
-@triton.jit
-def _count(offsets, count, value):
-    """The same among at most 32 offsets, of which the first is 0, in a single load."""
-    at = tl.arange(0, 32)
-    entries = tl.load(offsets + at, mask=at < count, other=0x7FFFFFFFFFFFFFFF)
-    is_reached = (entries[None, :] <= value[:, None]) & (at > 0)[None, :]
-    return tl.sum(is_reached.to(tl.int32), axis=1)
 
 
 @triton.jit
@@ -318,7 +307,6 @@ def batches_kernel(
     SLOTS: tl.constexpr,
     STEPS: tl.constexpr,
     RUNS: tl.constexpr,
-    FEW: tl.constexpr,
     COSTLIEST: tl.constexpr,
     IN_ORDER: tl.constexpr,
     VISITS: tl.constexpr,
@@ -435,11 +423,7 @@ def batches_kernel(
             chosen = _chosen_batch(plan, now, turn, is_first, COSTLIEST)
             index = tl.where(is_first, chosen, index)
         # The last patch (or run) whose first batch is not after this one.
-        if FEW and ROWS == 1:
-            # With many rows, counting takes a fifth more instructions than all the rest.
-            place = _count(search, num_offsets, index)
-        else:
-            place = _search(search, num_offsets, search_bits, index, inside)
+        place = _search(search, num_offsets, search_bits, index, inside)
         j = index - tl.load(search + place, mask=inside, other=0)
         if RUNS > 0:
             group = tl.load(_array(plan, AT_RUN_GROUPS) + place, mask=inside, other=0)
