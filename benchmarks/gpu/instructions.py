@@ -50,6 +50,7 @@ KINDS: dict[str, tuple[tuple[int, ...], Any, dict[str, Any]]] = {
     "gathered": (LARGE, 64, {}),
     "rows of 100": (LARGE, 100, {}),
     "rows of 1,000": (LARGE, 1000, {}),
+    "few patches": (LARGE[:9], 64, {}),
     "pad": (LARGE, 64, {"partial": "pad"}),
     "even": (LARGE, 64, {"partial": "even"}),
     "patches of 1,024 to 5,000": ((1024, 5000, 3000) * 13, 64, {}),

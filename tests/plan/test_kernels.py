@@ -21,6 +21,7 @@ from gpusampler.permutation.reference import (
     SPREAD,
     Streams,
     absorb_pair,
+    grids_of,
     key_of,
 )
 from gpusampler.plan.evaluators.kernels import kernel_spec
@@ -573,6 +574,9 @@ NONE = KernelSpec(*[0] * len(KernelSpec._fields))
         ([1024, 65535], 1, {}, {}, {"slots": 2, "samples": 1, "fewest": 4, "most": 4}),
         ([1024, 65536], 1, {}, {}, {"slots": 2, "samples": 1, "fewest": 3, "most": 4}),
         ([65536], 9, {}, {}, {"slots": 2, "samples": 1, "fewest": 3, "most": 3}),
+        ([128] * 4, 1, {}, {}, {"few": 4, "slots": 2, "samples": 1, "fewest": 5, "most": 5}),
+        ([128] * 9, 1, {}, {}, {"few": 8, "slots": 2, "samples": 1, "fewest": 5, "most": 5}),
+        ([128] * 10, 1, {}, {}, {"few": 0, "slots": 2, "samples": 1, "fewest": 5, "most": 5}),
         ([3, 65536], 9, {}, {}, {"slots": 2, "samples": 1, "small": 32, "fewest": 3, "most": 6}),
         ([5, 6], 1, {"interleave": False}, {}, {"in_order": 1, "samples": 1, "small": 8}),
         (
@@ -594,7 +598,7 @@ NONE = KernelSpec(*[0] * len(KernelSpec._fields))
             1,
             {"epoch_batches": 1},
             {},
-            {"visits": 2, "passes": 1, "samples": 1, "small": 8},
+            {"few": 0, "visits": 2, "passes": 1, "samples": 1, "small": 8},
         ),
         (
             [5, 6],
@@ -631,14 +635,39 @@ NONE = KernelSpec(*[0] * len(KernelSpec._fields))
 )
 def test_what_no_patch_needs_is_left_out(counts, batch_size, settings, asked, expected):
     result = form_of(plan_of(counts, batch_size, **settings), **asked)
-    assert result == NONE._replace(**expected)
+    # Tables of up to three patches have two ends.
+    assert result == NONE._replace(**{"few": 2} | expected)
     assert result.flags() == {name.upper(): value for name, value in result._asdict().items()}
     assert {type(value) for value in result.flags().values()} == {int}
 
 
 def test_an_order_is_a_form_of_its_own():
     plan = EpochPlan(PatchGroups.from_ids([1, 0, 1]), 3, 0, shuffle_within_batches=False)
-    assert form_of(plan) == NONE._replace(slots=1, ordered=1)
+    assert form_of(plan) == NONE._replace(slots=1, few=2, ordered=1)
+
+
+@pytest.mark.parametrize("num_patches", [1, 2, 3, 4, 5, 8, 9, 10])
+@every_kernel
+def test_the_group_of_every_batch(kind, num_patches):
+    # Patches that have no batch share their first one with the next patch.
+    counts = [40, 3, 7, 3, 90, 3, 3, 25, 60, 3][:num_patches]
+    plan = plan_of(counts, 5, partial="drop", shuffle_patches=False)
+    check(plan, kind, 2, np.arange(plan.num_batches))
+
+
+def test_division_by_multiplication():
+    n = np.unique(np.concatenate([np.arange(3, 3000), 2 ** np.arange(2, 31), [2**31 - 1]]))
+    grid = grids_of(np, n)
+    sides, rests = (words.view(np.uint64) for words in kernel_spec.side_words(grid))
+    low = np.uint64(0xFFFF)
+    a, last, b, shift = (sides >> np.uint64(16 * field) & low for field in range(4))
+    np.testing.assert_array_equal(np.stack([a, last + np.uint64(1), b]), [grid.a, grid.a, grid.b])
+    np.testing.assert_array_equal(rests & np.uint64(0xFFFFFFFF), grid.rem)
+    # The worst numbers are multiples of b and those just below.
+    for line in (np.zeros_like(n), np.ones_like(n), grid.a // 2, grid.a - 1):
+        for x in (line * grid.b, line * grid.b + grid.b - 1, np.full_like(n, 2**31 - 1)):
+            quotient = (x.view(np.uint64) * (rests >> np.uint64(32)) >> np.uint64(32)) >> shift
+            np.testing.assert_array_equal(quotient, x // grid.b)
 
 
 PLAIN = NONE._replace(samples=1, fewest=3, most=3)

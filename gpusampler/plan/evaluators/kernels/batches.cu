@@ -11,6 +11,7 @@
 //   COSTLIEST the most expensive batches come first; 2: which ones these are depends on the epoch
 //   IN_ORDER  the batches of a patch are consecutive, patches in the order of `epoch_patches`
 //   VISITS    each slot visits the next group, 2 in permuted order
+//   FEW       the number of group ends compared with a batch to find its group, 0 to bisect
 //   OWN       1 a group's batches repeat, 2 its passes continue from epoch to epoch
 //   PASSES    each row is in its own pass over its patch, not in the epoch
 //   SAMPLES   permute inside the patches
@@ -38,6 +39,7 @@
 #define DEVICE static inline
 #define SHARED static thread_local
 struct Index { int x, y; };
+struct longlong2 { long long x, y; };
 static thread_local Index blockIdx;
 #define FOR_EACH_THREAD(t) for (int t = 0; t < THREADS; ++t) {
 #define END_THREADS }
@@ -49,16 +51,20 @@ static thread_local Index blockIdx;
 #define THREADS 256
 #define MOST_ROWS 64
 
-struct Row {
-    i64 base, out;
-    u32 first, lanes, n, a, b, rem, inverse, k0, step, coin;
+// Aligned so that loads take 16 bytes.
+struct alignas(16) Row {
+    i64 base, out_bytes;
+    u32 first, end, n, a, last, b, rem, inverse, shift, k0, step, coin;
     int pairs;
 };
 
-// The image of (line, col) after `pairs` pairs of rounds; both stay in the ragged grid.
-DEVICE void shuffle_grid(u32 &line, u32 &col, u32 a, u32 b, u32 rem, u32 key, u32 step, int pairs) {
+// The image of (line, col) after `pairs` pairs of rounds; both stay in the ragged grid. A pair is
+// `rotate_pair`, but selects a side where that one subtracts from it: `last` is a - 1.
+DEVICE void shuffle_grid(u32 &line, u32 &col, u32 a, u32 last, u32 b, u32 rem, u32 key, u32 step,
+                         int pairs) {
     for (int pair = 0; pair < pairs; ++pair) {
-        rotate_pair(&line, &col, a, b, rem, key, step);
+        line = rotate(line, col, key, col >= rem ? last : a);
+        col = rotate(col, line, key + step, line == last ? rem : b);
         key += 2 * step;
     }
 }
@@ -76,7 +82,7 @@ DEVICE i64 permute_wide(i64 x, i64 n, i64 a, i64 b, i64 rem, u32 k0, u32 k1) {
     const u32 step = k1 | 1u;
     if (n <= SMALL_N) return n > 1 ? permute_few((u32)x, (u32)n, k0, step) : x;
     u32 line = (u32)(x / b), col = (u32)(x - (i64)line * b);
-    shuffle_grid(line, col, (u32)a, (u32)b, (u32)rem, k0, step, pairs_of(n));
+    shuffle_grid(line, col, (u32)a, (u32)a - 1, (u32)b, (u32)rem, k0, step, pairs_of(n));
     x = (i64)line * b + col;
     return x < 2 ? x ^ coin_of(k0, step) : x;
 }
@@ -130,8 +136,8 @@ DEVICE i64 batch_of(i64 slot, const i64 *plan, const Epoch &epoch) {
 #else
     u32 line = (u32)(index / epoch.slot_b), col = (u32)(index - (i64)line * epoch.slot_b);
 #endif
-    shuffle_grid(line, col, epoch.slot_a, epoch.slot_b, epoch.slot_rem, epoch.key0, key_step,
-                 epoch.slot_pairs);
+    shuffle_grid(line, col, epoch.slot_a, epoch.slot_a - 1, epoch.slot_b, epoch.slot_rem,
+                 epoch.key0, key_step, epoch.slot_pairs);
     index = (i64)line * epoch.slot_b + col;
     if (index < 2) index ^= coin_of(epoch.key0, key_step);
 #endif
@@ -220,9 +226,6 @@ KERNEL void gpusampler_patch_order(
                 offsets[first + t] = before + (t ? sizes[now][t - 1] : 0);
         END_THREADS
         before += sizes[now][THREADS - 1];
-        FOR_EACH_THREAD(t)
-            (void)t;
-        END_THREADS
     }
 }
 #else
@@ -238,10 +241,12 @@ KERNEL void gpusampler_batches(
     int rows_a_block, int columns, int span) {
     SHARED Row rows[MOST_ROWS];
 #if SAMPLES && SMALL
-    SHARED unsigned char swaps[MOST_ROWS][32];
+    // Rows of 36 bytes begin in different banks.
+    SHARED unsigned char images[MOST_ROWS][36];
 #endif
     const int row_0 = blockIdx.x * rows_a_block;
     const int here = num_rows - row_0 < rows_a_block ? num_rows - row_0 : rows_a_block;
+    const u32 from = (u32)blockIdx.y * span;
 
     FOR_EACH_THREAD(t)
         if (t < here) {
@@ -289,8 +294,16 @@ KERNEL void gpusampler_batches(
 #endif
 #endif
             // The last group (or run) whose first batch is not after this one.
+#if FEW
+            int place = 0;
+            for (int pair = 0; pair < FEW / 2; ++pair) {
+                const longlong2 last = ((const longlong2 *)search)[pair];
+                place += (last.x < index) + (last.y < index);
+            }
+#else
             const int place = search_offsets(search, num_offsets, search_bits, index);
-            i64 j = index - search[place];
+#endif
+            i64 j = index - search[FEW + place];
 #if RUNS
             const i64 group = ARRAY(RUN_GROUPS)[place];
             j += ARRAY(RUN_FIRST)[place];
@@ -313,12 +326,12 @@ KERNEL void gpusampler_batches(
             row.first = (u32)first;
             row.base = bases[group];
 #if RAGGED
-            row.out = starts[row_0 + t];
+            row.out_bytes = starts[row_0 + t] * (i64)sizeof(OUT_T);
             // No lanes, so no writes, for an invalid slot.
-            row.lanes = (u32)(PAD ? size : length > 0 ? length : 0);
+            const u32 lanes = (u32)(PAD ? size : length > 0 ? length : 0);
 #else
-            row.out = (i64)(row_0 + t) * width;
-            row.lanes = width;
+            row.out_bytes = (i64)(row_0 + t) * width * (i64)sizeof(OUT_T);
+            const u32 lanes = width;
             if (blockIdx.y == 0) {
                 lengths[row_0 + t] = length;
 #if BINS
@@ -328,6 +341,7 @@ KERNEL void gpusampler_batches(
 #endif
             }
 #endif
+            row.end = lanes < from + span ? lanes : from + span;
 #if SAMPLES
             u32 s0 = state0, s1 = state1;
 #if PASSES
@@ -337,9 +351,11 @@ KERNEL void gpusampler_batches(
             row.k0 = s0;
             row.step = s1 | 1u;
             row.coin = coin_of(row.k0, row.step);
-            // Low words: a and rem. High words: b and its reciprocal.
-            row.a = (u32)sides[group];
-            row.b = (u32)(sides[group] >> 32);
+            const u32 lines = (u32)sides[group], columns = (u32)(sides[group] >> 32);
+            row.a = lines & 0xFFFF;
+            row.last = lines >> 16;
+            row.b = columns & 0xFFFF;
+            row.shift = columns >> 16;
             row.rem = (u32)rests[group];
             row.inverse = (u32)(rests[group] >> 32);
             row.pairs = pairs_of(n);
@@ -350,43 +366,49 @@ KERNEL void gpusampler_batches(
     FOR_EACH_THREAD(t)
         for (int at = t; at < here * 32; at += THREADS) {
             const Row &row = rows[at >> 5];
-            swaps[at >> 5][at & 31] = (unsigned char)swap_of(row.k0, row.step, at & 31);
+            images[at >> 5][at & 31] = (unsigned char)swap_of(row.k0, row.step, at & 31);
+        }
+    END_THREADS
+    // Compose a row's swaps: the image of i becomes that of j, whose own becomes i.
+    FOR_EACH_THREAD(t)
+        if (t < here && rows[t].pairs == 0) {
+            for (u32 i = 1; i < rows[t].n; ++i) {
+                const u32 j = images[t][i];
+                images[t][i] = images[t][j];
+                images[t][j] = (unsigned char)i;
+            }
         }
     END_THREADS
 #endif
     // `columns` threads, a power of two, share a row.
     FOR_EACH_THREAD(t)
-        const u32 from = (u32)blockIdx.y * span;
         for (int r = t / columns; r < here; r += THREADS / columns) {
             const Row row = rows[r];
-            const u32 end = row.lanes < from + span ? row.lanes : from + span;
-            for (u32 lane = from + (t & (columns - 1)); lane < end; lane += columns) {
+            OUT_T *const row_out = (OUT_T *)((char *)out + row.out_bytes);
+            for (u32 lane = from + (t & (columns - 1)); lane < row.end; lane += columns) {
                 u32 x = row.first + lane;
                 if (x >= row.n) x %= row.n;
 #if SAMPLES && SMALL
-                if (row.pairs == 0) {
-                    for (u32 i = row.n - 1; i > 0; --i) {
-                        const u32 j = swaps[r][i];
-                        x = x == i ? j : x == j ? i : x;
-                    }
-                }
+                if (row.pairs == 0) x = images[r][x];
 #endif
 #if SAMPLES && MOST
                 if (!SMALL || row.pairs) {
-                    // Division by a multiplication that is at most 1 too small.
-                    u32 line = MULHI(x, row.inverse), col = x - line * row.b;
-                    if (col >= row.b) { ++line; col -= row.b; }
-                    shuffle_grid(line, col, row.a, row.b, row.rem, row.k0, row.step,
-                                 FEWEST == MOST ? MOST : row.pairs);
+                    // Division by multiplication with a reciprocal: see `side_words`.
+                    u32 line = MULHI(x, row.inverse) >> row.shift, col = x - line * row.b;
+                    shuffle_grid(line, col, row.a, row.last, row.b, row.rem, row.k0, row.step, FEWEST);
+#if FEWEST < MOST
+                    shuffle_grid(line, col, row.a, row.last, row.b, row.rem,
+                                 row.k0 + 2 * FEWEST * row.step, row.step, row.pairs - FEWEST);
+#endif
                     x = line * row.b + col;
                     if (x < 2) x ^= row.coin;
                 }
 #endif
                 const i64 sample = row.base + x;
 #if ORDERED
-                out[row.out + lane] = (OUT_T)order[sample];
+                row_out[lane] = (OUT_T)order[sample];
 #else
-                out[row.out + lane] = (OUT_T)sample;
+                row_out[lane] = (OUT_T)sample;
 #endif
             }
         }

@@ -25,8 +25,11 @@ from gpusampler.plan.evaluators.kernels.kernel_spec import (
     Geometry,
     KernelSpec,
     cuda_geometry,
+    first_batches,
     plan_words,
     search_bits,
+    search_table,
+    side_words,
     slots_form,
     triton_geometry,
 )
@@ -70,25 +73,24 @@ class KernelEvaluator:
         self._geometry = geometry
         self._operator = operator
         self._xp = arrays.namespace(device)
+
+        def to_device(numbers: list[int]) -> Any:
+            return arrays.upload(np.array(numbers, np.int64), device)
+
         with devices.device_context(device):
-            # Two numbers in a word take one load. The reciprocal of b replaces a division.
+            # Several numbers in a word take one load.
             self._sizes = tables.sizes
             if tables.larger is not None:
                 self._sizes = tables.sizes + (tables.larger << 32)
-            a, b, rem = tables.grid
-            self._sides, self._rests = a + (b << 32), rem + (MASK // b << 32)
-            self._plan_words = plan_words(
-                self._xp, tables, lambda numbers: arrays.upload(np.array(numbers, np.int64), device)
-            )
-        self._search = tables.batch_offsets
-        self._num_offsets = int(tables.counts.shape[0])
-        if tables.buckets is not None:
-            self._search = tables.buckets.run_offsets
-            self._num_offsets = int(self._search.shape[0])
+            self._sides, self._rests = side_words(tables.grid)
+            offsets = first_batches(tables)
+            self._num_offsets = int(offsets.shape[0])
+            self._search = search_table(self._xp, offsets, to_device)
+            self._plan_words = plan_words(self._xp, tables, to_device)
 
     def members(self) -> list[Any]:
         """Return the arrays that the kernel reads besides the tables."""
-        return [self._sizes, self._sides, self._rests, self._plan_words]
+        return [self._sizes, self._search, self._sides, self._rests, self._plan_words]
 
     def block(
         self, streams: Streams, epoch: int, slots: Any, dtype: str = "int64"

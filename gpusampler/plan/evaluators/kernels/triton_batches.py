@@ -67,9 +67,10 @@ def _coin(key, step):
 
 
 @triton.jit
-def _round_pair(line, col, a, b, rem, key, step):
-    line = _rotate(line, _hash(col, key), a - (col >= rem).to(tl.uint32))
-    col = _rotate(col, _hash(line, key + step), tl.where(line == a - 1, rem, b))
+def _round_pair(line, col, a, last, b, rem, key, step):
+    """A pair of rounds on the grid; ``last`` is ``a - 1``."""
+    line = _rotate(line, _hash(col, key), tl.where(col >= rem, last, a))
+    col = _rotate(col, _hash(line, key + step), tl.where(line == last, rem, b))
     return line, col
 
 
@@ -105,7 +106,9 @@ def _permute_slots(slot, n, a, b, rem, pairs, key, step, FORM: tl.constexpr):
         side_a, side_b, side_rem = a.to(tl.uint32), b.to(tl.uint32), rem.to(tl.uint32)
         round_key = key
         for _pair in range(pairs):
-            line, col = _round_pair(line, col, side_a, side_b, side_rem, round_key, step)
+            line, col = _round_pair(
+                line, col, side_a, side_a - 1, side_b, side_rem, round_key, step
+            )
             round_key += 2 * step
         image = line.to(tl.int64) * b + col.to(tl.int64)
         coin = _coin(key, step).to(tl.int64)
@@ -119,18 +122,22 @@ def _permute_wide(x, n, a, b, rem, key, step):
     side_a, side_b, side_rem = a.to(tl.uint32), b.to(tl.uint32), rem.to(tl.uint32)
     line = (x // b).to(tl.uint32)
     col = (x - line.to(tl.int64) * b).to(tl.uint32)
-    own = tl.where(n >= 128, 5, 6)
+    own = tl.where(n >= 128, 5, tl.where(n > 32, 6, 0))
     own = tl.where(n >= 65536, 3, tl.where(n >= 1024, 4, own))
     round_key = key
-    for pair in range(6):
-        more_line, more_col = _round_pair(line, col, side_a, side_b, side_rem, round_key, step)
+    for pair in range(tl.max(own, axis=0)):
+        more_line, more_col = _round_pair(
+            line, col, side_a, side_a - 1, side_b, side_rem, round_key, step
+        )
         line = tl.where(pair < own, more_line, line)
         col = tl.where(pair < own, more_col, col)
         round_key += 2 * step
     image = line.to(tl.int64) * b + col.to(tl.int64)
     image = tl.where(image < 2, image ^ _coin(key, step).to(tl.int64), image)
-    few = _fisher_yates(x.to(tl.uint32), n.to(tl.uint32), key, step, 32)
-    return tl.where(n <= 32, few.to(tl.int64), image)
+    if tl.min(n, axis=0) <= 32:
+        few = _fisher_yates(x.to(tl.uint32), n.to(tl.uint32), key, step, 32)
+        image = tl.where(n <= 32, few.to(tl.int64), image)
+    return image
 
 
 @triton.jit
@@ -310,6 +317,7 @@ def batches_kernel(
     COSTLIEST: tl.constexpr,
     IN_ORDER: tl.constexpr,
     VISITS: tl.constexpr,
+    FEW: tl.constexpr,
     OWN: tl.constexpr,
     PASSES: tl.constexpr,
     SAMPLES: tl.constexpr,
@@ -423,8 +431,15 @@ def batches_kernel(
             chosen = _chosen_batch(plan, now, turn, is_first, COSTLIEST)
             index = tl.where(is_first, chosen, index)
         # The last patch (or run) whose first batch is not after this one.
-        place = _search(search, num_offsets, search_bits, index, inside)
-        j = index - tl.load(search + place, mask=inside, other=0)
+        if FEW > 0:
+            # Loads that do not wait for each other. A tile of rows and ends would take more
+            # instructions to exchange its values between threads than it saves.
+            place = (index * 0).to(tl.int32)
+            for end in tl.static_range(FEW):
+                place += (tl.load(search + end) < index).to(tl.int32)
+        else:
+            place = _search(search, num_offsets, search_bits, index, inside)
+        j = index - tl.load(search + FEW + place, mask=inside, other=0)
         if RUNS > 0:
             group = tl.load(_array(plan, AT_RUN_GROUPS) + place, mask=inside, other=0)
             j += tl.load(_array(plan, AT_RUN_FIRST) + place, mask=inside, other=0)
@@ -480,11 +495,10 @@ def batches_kernel(
         key, step = _absorb(key, step, (group * 0).to(tl.uint32))
         step = step | 1
         coin = _coin(key, step)[:, None]
-        # Low words: a and rem. High words: b, and its reciprocal: with it, a division is a
-        # multiplication that is at most 1 too small.
         side_word = tl.load(sides + group, mask=inside, other=1)
         rest_word = tl.load(rests + group, mask=inside, other=1)
-        a, b = side_word.to(tl.uint32)[:, None], (side_word >> 32).to(tl.uint32)[:, None]
+        lines, columns = side_word.to(tl.uint32)[:, None], (side_word >> 32).to(tl.uint32)[:, None]
+        a, last, b, shift = lines & 0xFFFF, lines >> 16, columns & 0xFFFF, columns >> 16
         rem, inverse = rest_word.to(tl.uint32)[:, None], (rest_word >> 32).to(tl.uint32)[:, None]
         own = tl.where(n >= 128, 5, tl.where(n > 32, 6, 0))
         own = tl.where(n >= 65536, 3, tl.where(n >= 1024, 4, own))
@@ -511,17 +525,18 @@ def batches_kernel(
         image = x
         if SAMPLES and MOST > 0:
             if SMALL == 0 or pairs > 0:
-                line = tl.umulhi(x, inverse)
+                # Division by multiplication with a reciprocal: see `side_words`.
+                line = tl.umulhi(x, inverse) >> shift
                 col = x - line * b
-                line += (col >= b).to(tl.uint32)
-                col = tl.minimum(col, col - b)
                 round_key = tile_key
                 for _common in tl.static_range(FEWEST):
-                    line, col = _round_pair(line, col, a, b, rem, round_key, row_step)
+                    line, col = _round_pair(line, col, a, last, b, rem, round_key, row_step)
                     round_key += 2 * row_step
                 if MOST > FEWEST:
                     for pair in range(FEWEST, pairs):
-                        more_line, more_col = _round_pair(line, col, a, b, rem, round_key, row_step)
+                        more_line, more_col = _round_pair(
+                            line, col, a, last, b, rem, round_key, row_step
+                        )
                         line = tl.where(pair < own, more_line, line)
                         col = tl.where(pair < own, more_col, col)
                         round_key += 2 * row_step
