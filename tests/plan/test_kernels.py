@@ -655,6 +655,13 @@ def test_the_group_of_every_batch(kind, num_patches):
     check(plan, kind, 2, np.arange(plan.num_batches))
 
 
+@pytest.mark.parametrize("num_patches", [31, 32, 33])
+@every_kernel
+def test_visits_of_as_many_patches_as_are_permuted_by_fisher_yates(kind, num_patches):
+    plan = plan_of([6] * num_patches, 3, epoch_batches=20)
+    check(plan, kind, 7, np.arange(20))
+
+
 def test_division_by_multiplication():
     n = np.unique(np.concatenate([np.arange(3, 3000), 2 ** np.arange(2, 31), [2**31 - 1]]))
     grid = grids_of(np, n)
