@@ -30,7 +30,8 @@ ALLOCATIONS = {"empty", "empty_like", "empty_strided", "new_empty", "new_empty_s
 VIEWS = {
     *("_reshape_alias", "_unsafe_view", "alias", "as_strided", "detach", "diagonal", "expand"),
     *("lift_fresh", "permute", "select", "slice", "split", "split_with_sizes", "squeeze", "t"),
-    *("transpose", "unbind", "unflatten", "unfold", "unsqueeze", "view", "view_as_real"),
+    *("transpose", "unbind", "unflatten", "unfold", "unsafe_split_with_sizes", "unsqueeze"),
+    *("view", "view_as_real"),
 }
 # Their result, or its size, depends on values that the host has to read.
 READ_BY_HOST = {
