@@ -41,6 +41,7 @@ from gpusampler.sampler.distributed import (
 )
 from gpusampler.sampler.iterator import EpochIterator, Reader
 from gpusampler.sampler.profile import ProfiledSampler
+from gpusampler.sampler.rank_check import RankCheck
 from gpusampler.sampler.state import (
     EpochSetter,
     EpochTracker,
@@ -157,6 +158,11 @@ class PatchBatchSampler(ProfiledSampler):
         on the host, for datasets with ``__getitems__``.
     progress : bool
         Show progress bars if reading and grouping the ids takes more than a second.
+    check_ranks : bool
+        Check at the first pass that the ranks of torch's process group have the same ids, settings
+        and seed. A rank compares its sampler with the one that another rank made at the same line
+        of code, through the group's store, and never waits for another rank. Only if both
+        ``num_replicas`` and ``rank`` are taken from the process group.
 
     Attributes
     ----------
@@ -216,12 +222,15 @@ class PatchBatchSampler(ProfiledSampler):
         device: Any = "auto",
         output: Literal["list", "numpy", "tensor"] = "list",
         progress: bool = True,
+        check_ranks: bool = True,
     ) -> None:
         # Check cheap arguments before reading a source, which may take minutes.
         check_batch_size(batch_size)
         check_epoch_batches(epoch_batches)
         group_warning = ProcessGroupWarning(defaulted=num_replicas is None)
+        is_of_group = num_replicas is None and rank is None
         num_replicas, rank = resolve_ranks(num_replicas, rank)
+        is_checked = check_bool(check_ranks, "check_ranks") and is_of_group and num_replicas > 1
         seed_given = seed is not None
         seed = draw_seed(num_replicas) if seed is None else check_seed(seed)
         check_choice(uneven, "uneven", UNEVENS)
@@ -263,7 +272,14 @@ class PatchBatchSampler(ProfiledSampler):
                 device=plan_device,
             )
             self._tracker = EpochTracker(
-                plan, num_replicas, rank, uneven, seed_given, group_warning, recorder=recorder
+                plan,
+                num_replicas,
+                rank,
+                uneven,
+                seed_given,
+                group_warning,
+                recorder=recorder,
+                rank_check=RankCheck(num_replicas, rank) if is_checked else None,
             )
         check_num_batches(plan.num_batches, num_replicas, uneven)
         warn_of_omitted_samples(plan, self._tracker.steps_per_epoch * num_replicas)
@@ -286,6 +302,7 @@ class PatchBatchSampler(ProfiledSampler):
         device: Any = "auto",
         output: Literal["list", "numpy", "tensor"] = "list",
         progress: bool = True,
+        check_ranks: bool = True,
     ) -> PatchBatchSampler:
         """Return a sampler for validation and tests: unshuffled, every sample counts exactly once.
 
@@ -295,7 +312,7 @@ class PatchBatchSampler(ProfiledSampler):
 
         Parameters
         ----------
-        source, batch_size, num_replicas, rank, device, output, progress
+        source, batch_size, num_replicas, rank, device, output, progress, check_ranks
             As for the constructor.
         partial : {"keep", "pad", "even"}
             If the last batch of a patch is short: keep it short, fill it up with samples that are
@@ -333,6 +350,7 @@ class PatchBatchSampler(ProfiledSampler):
             device=device,
             output=output,
             progress=progress,
+            check_ranks=check_ranks,
         )
         sampler._tracker.repeats_count = False
         return sampler
@@ -385,7 +403,8 @@ class PatchBatchSampler(ProfiledSampler):
         ------
         RuntimeError
             If a loader of Accelerate would shard this rank's batches again, or cannot shard them
-            because they are arrays.
+            because they are arrays. At the first batch, if another rank has different ids, settings
+            or seed (see ``check_ranks``); the other kinds of passes raise it, too.
         """
         check_sharding(self.num_replicas, self.output)
         return EpochIterator(self._tracker, functools.partial(self._make_reader, self.output))
@@ -469,7 +488,8 @@ class PatchBatchSampler(ProfiledSampler):
         Raises
         ------
         RuntimeError
-            If torch is not installed.
+            If torch is not installed, or another rank has different ids, settings or seed (see
+            ``check_ranks``).
 
         Warns
         -----
@@ -480,6 +500,7 @@ class PatchBatchSampler(ProfiledSampler):
             raise RuntimeError("cursor() needs torch, which is not installed: pip install torch")
         from gpusampler.sampler.cursor import BatchCursor
 
+        self._tracker.check_ranks()
         shard = self._tracker.pending_shard()
         return BatchCursor(
             shard.plan.on(devices.as_torch_device(shard.plan.device)),

@@ -22,11 +22,10 @@ from gpusampler.core.validation import check_choice, check_int
 from gpusampler.plan.coverage import patch_label
 from gpusampler.plan.epoch_plan import EpochPlan
 from gpusampler.plan.evaluators.kernels.fused import Advance
+from gpusampler.sampler.fingerprint import check_fingerprint, fingerprint_of
 from gpusampler.sampler.state import (
     check_epoch,
-    check_fingerprint,
     check_num_batches,
-    fingerprint_of,
     remaining_steps,
     with_saved_seed,
 )

@@ -120,6 +120,8 @@ class EpochIterator(Iterator[T], Generic[T]):
 
     def _read(self, epoch_pass: EpochPass) -> list[T]:
         if self._reader is None:
+            # Every kind of pass begins here, also one over an explicit epoch or a loaded state.
+            self._tracker.check_ranks()
             self._reader = self._make_reader(epoch_pass.rest())
             self._recorder.iterators.add(self)
         batches = self._reader.read()

@@ -18,16 +18,13 @@ from gpusampler.core.memory import GrowthWatch
 from gpusampler.core.text import short_repr
 from gpusampler.core.tracing import Recorder
 from gpusampler.core.validation import check_int, check_seed
-from gpusampler.permutation.reference import VERSION
 from gpusampler.plan.epoch_plan import EPOCH_LIMIT, EpochPlan
 from gpusampler.sampler.distributed import ProcessGroupWarning
+from gpusampler.sampler.fingerprint import SAMPLES, check_fingerprint, fingerprint_of
+from gpusampler.sampler.rank_check import RankCheck
 
 STATE_VERSION = 1
 STATE_KEYS = frozenset({"version", "epoch", "slot", "seed", "step_width", "fingerprint"})
-SAMPLES = frozenset({"ids", "num_samples", "num_patches", "permutation"})
-"""Members of a fingerprint that are not settings."""
-HASHES = frozenset({"ids", "batch_sizes", "weights", "patch_costs"})
-"""Members of a fingerprint that are hashes of values."""
 BIND_LOCK = threading.Lock()
 """Held while a pass takes the next epoch, so that threads do not take the same one.
 
@@ -189,6 +186,7 @@ class EpochTracker:
         group_warning: ProcessGroupWarning | None = None,
         repeats_count: bool = True,
         recorder: Recorder | None = None,
+        rank_check: RankCheck | None = None,
     ) -> None:
         self.plan = plan
         self.num_replicas = num_replicas
@@ -198,6 +196,7 @@ class EpochTracker:
         self.repeats_count = repeats_count
         self.recorder = Recorder() if recorder is None else recorder
         self._group_warning = group_warning
+        self._rank_check = rank_check
         self._growth = GrowthWatch()
         self._next_position = EpochPosition(plan, 0, 0)
         self._loaded_position: EpochPosition | None = None
@@ -234,6 +233,11 @@ class EpochTracker:
         return RankShard(
             *position, steps, self.num_replicas, self.rank, self.repeats_count, self.recorder
         )
+
+    def check_ranks(self) -> None:
+        """Raise RuntimeError if another rank makes different batches; call as a pass begins."""
+        if self._rank_check is not None:
+            self._rank_check.check(self.plan, self.uneven)
 
     def bind(self, iterator: Any) -> EpochPass:
         """Begin a pass of an iterator over the next epoch, from the pending slot on."""
@@ -452,47 +456,3 @@ class EpochSetter:
     def set_epoch(self, epoch: int) -> None:
         """Call `PatchBatchSampler.set_epoch`."""
         self._tracker.set_epoch(epoch, stacklevel=2)
-
-
-def fingerprint_of(plan: EpochPlan) -> dict[str, Any]:
-    """Return what determines a plan's batches besides the seed, as JSON-safe values by name."""
-    return {
-        "ids": plan.groups.fingerprint,
-        "num_samples": plan.groups.num_samples,
-        "num_patches": plan.groups.num_patches,
-        "permutation": VERSION,
-        **plan.settings,
-    }
-
-
-def check_fingerprint(
-    saved: Any, current: Mapping[str, Any], advice: Callable[[Set[str]], str] = lambda _: ""
-) -> None:
-    """Raise, naming the differences, if a saved fingerprint differs from the current one.
-
-    ``advice`` returns the end of the message, given the names of the members that differ.
-    """
-    if not isinstance(saved, Mapping):
-        raise TypeError(f"state_dict fingerprint must be a mapping, got {type(saved).__name__}")
-
-    def describe(fingerprint: Mapping[str, Any], name: str) -> str:
-        return short_repr(fingerprint[name]) if name in fingerprint else "absent"
-
-    def differs(name: str) -> bool:
-        if name not in saved or name not in current:
-            return True
-        # Types must agree, too: 1 is neither True nor 1.0. Values of different types are not
-        # compared.
-        return type(saved[name]) is not type(current[name]) or bool(saved[name] != current[name])
-
-    differing = [name for name in {**current, **saved} if differs(name)]
-    if differing:
-        listed = "; ".join(
-            f"{'hash of ' * (name in HASHES)}{name} is {describe(saved, name)} in the checkpoint, "
-            f"{describe(current, name)} in this sampler"
-            for name in differing
-        )
-        raise ValueError(
-            f"Cannot load state: {listed}. Build the sampler with the same ids and settings."
-            f"{advice(set(differing))}"
-        )
