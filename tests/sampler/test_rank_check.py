@@ -8,6 +8,8 @@ import multiprocessing
 import os
 import pickle
 import sys
+import threading
+import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -19,6 +21,7 @@ import pytest
 
 from gpusampler import PatchBatchSampler, PatchTensorLoader
 from gpusampler.sampler import fingerprint, rank_check
+from gpusampler.sampler.distributed import world_and_rank
 from support.paths import SUPPORT
 from support.processes import run_ranks
 
@@ -74,6 +77,7 @@ def requests(monkeypatch) -> list[str]:
 
         def asked(self, *arguments, name=name, original=original):
             names.append(name)
+            time.sleep(0.001)  # so that other threads come between
             return original(self, *arguments)
 
         monkeypatch.setattr(distributed.Store, name, asked)
@@ -236,7 +240,8 @@ def test_ranks_come_in_any_order_after_a_restart():
 def test_a_group_of_another_size_has_references_of_its_own():
     store = distributed.HashStore()
     use_in_turn([{}, {}], store=store)
-    use_in_turn([{"batch_size": 5}] * 3, store=store)
+    # Rank 2 has not been in the earlier group.
+    use_in_turn([{"batch_size": 5}] * 3, store=store, order=[2, 0, 1])
 
 
 def test_a_sampler_of_only_one_rank_at_its_own_line_matters_to_no_other():
@@ -326,7 +331,15 @@ def test_threads_share_the_count(requests):
     assert requests.count("compare_set") == 2 * (2 + 6)
 
 
-def test_threads_check_one_sampler_once(requests):
+def test_threads_check_one_sampler_once(requests, monkeypatch):
+    all_began = threading.Barrier(6)
+
+    def world_when_all_began():
+        all_began.wait(60)
+        return world_and_rank()
+
+    monkeypatch.setattr(rank_check, "world_and_rank", world_when_all_began)
+
     def use(sampler):
         with ThreadPoolExecutor(6) as threads:
             list(threads.map(lambda _: draw_first(sampler), range(6)))
@@ -354,6 +367,14 @@ def test_a_forked_child_asks_the_store_nothing(requests):
         requests.clear()
         draw_first(sampler)
     assert requests
+
+
+def test_a_worker_asks_the_store_nothing(requests, monkeypatch):
+    monkeypatch.setattr(rank_check.devices, "is_in_worker", lambda: True)
+    with group(0, distributed.HashStore()):
+        make_and_draw()
+        requests.append("end")
+    assert requests == ["end"]
 
 
 def test_a_store_that_cannot_compare_is_noted_once(caplog):
