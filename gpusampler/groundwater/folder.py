@@ -10,17 +10,15 @@ from __future__ import annotations
 import errno
 import os
 import re
-import threading
-import tokenize
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from numpy.lib.format import open_memmap
 from numpy.typing import NDArray
 
+from gpusampler.core.npy_header import read_npy_header
 from gpusampler.core.progress_bar import iterate_with_bar
 
 COLUMNS = ("mass_concentration", "head", "pressure")
@@ -28,30 +26,6 @@ COLUMNS = ("mass_concentration", "head", "pressure")
 _FOLDER_NAME = re.compile(r"patch_(.*)", re.DOTALL)
 _PATCH_NUMBER = re.compile(r"-?[0-9]+")
 _INT64 = np.iinfo(np.int64)
-# What NumPy raised on 20,000 damaged headers, which it tokenizes and evaluates as Python.
-_HEADER_ERRORS = (
-    ValueError,
-    TypeError,
-    OverflowError,
-    EOFError,
-    SyntaxError,
-    tokenize.TokenError,
-)
-
-
-# NumPy parses a header as Python, which Python up to 3.12 cannot always do in two threads at once
-# ("AST constructor recursion depth mismatch").
-_parse_lock = threading.Lock()
-
-
-def _renew_parse_lock() -> None:
-    # A fork can copy the lock while a thread that does not exist in the child holds it.
-    global _parse_lock
-    _parse_lock = threading.Lock()
-
-
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_renew_parse_lock)
 
 
 class PatchArrays(NamedTuple):
@@ -127,8 +101,21 @@ def _open_array(path: Path) -> NDArray[Any]:
     file_name = f"{path.parent.name}/{path.name}"
     try:
         # NumPy resolves the links of a Path, not of a str, which takes a third of the time.
-        with _parse_lock:
-            return open_memmap(str(path), mode="r")
+        with open(str(path), "rb") as file:
+            header = read_npy_header(file)
+            if header.dtype.hasobject:
+                raise ValueError("its values are Python objects")
+            size = os.fstat(file.fileno()).st_size
+            if size < header.file_bytes:
+                raise ValueError(f"it must have {header.file_bytes} bytes, got {size}")
+            return np.memmap(
+                file,
+                header.dtype,
+                "r",
+                header.offset,
+                header.shape,
+                "F" if header.fortran_order else "C",
+            )
     except FileNotFoundError:
         raise FileNotFoundError(f"{file_name} is missing: no file {path}") from None
     except OSError as error:
@@ -137,7 +124,7 @@ def _open_array(path: Path) -> NDArray[Any]:
         if error.errno in (errno.EMFILE, errno.ENFILE):
             reason += "; reduce max_open_patches of the dataset, or raise `ulimit -n`"
         raise OSError(error.errno, f"{file_name} cannot be opened: {reason}", str(path)) from error
-    except _HEADER_ERRORS as error:
+    except (ValueError, TypeError) as error:
         raise ValueError(f"{file_name} cannot be mapped as a .npy array: {error}") from error
 
 

@@ -9,13 +9,13 @@ import os
 from typing import Any, BinaryIO
 
 import numpy as np
-from numpy.lib import format as npy
 from numpy.typing import NDArray
 
+from gpusampler.core.npy_header import NpyHeader, read_npy_header
 from gpusampler.core.validation import check_id_shape
 from gpusampler.sources.base import IntegerIds, PatchIds
 from gpusampler.sources.checks import check_no_column, wrong_dtype_error
-from gpusampler.sources.strings import NamedIds, factorize_list
+from gpusampler.sources.strings import NamedIds, fixed_width_factorizer
 
 _GZIP, _ZIP = b"\x1f\x8b", b"PK\x03\x04"
 
@@ -24,13 +24,14 @@ def npy_ids(path: str, column: Any, progress: bool) -> PatchIds:
     """Return the ids in an .npy file; only its header is read now, unless the ids are strings."""
     check_no_column(column, "an .npy file")
     with open(path, "rb") as file:
-        shape, dtype = _read_header(file, path)
-        start, length = file.tell(), os.fstat(file.fileno()).st_size
+        header = _read_header(file, path)
+        length = os.fstat(file.fileno()).st_size
         modified = os.fstat(file.fileno()).st_mtime_ns
+    start, dtype = header.offset, header.dtype
     if dtype.hasobject:
         raise wrong_dtype_error(dtype, f" (pickled arrays are not supported) in {path!r}")
-    size = check_id_shape(shape, f"ids in {path!r}")
-    needed = start + size * dtype.itemsize
+    size = check_id_shape(header.shape, f"ids in {path!r}")
+    needed = header.file_bytes
     if length < needed:
         raise ValueError(
             f"source must be a complete .npy file: {path!r} must have {needed} bytes, got "
@@ -51,7 +52,7 @@ def npy_ids(path: str, column: Any, progress: bool) -> PatchIds:
 
     if dtype.kind in "US":
         return NamedIds(
-            lambda first, stop: factorize_list(load(first, stop).tolist(), first),
+            fixed_width_factorizer(load, dtype, repr(path)),
             size,
             modified=modified,
             progress=progress,
@@ -73,7 +74,7 @@ def _fill(file: Any, buffer: memoryview) -> int:
     return num_bytes
 
 
-def _read_header(file: BinaryIO, path: str) -> tuple[tuple[int, ...], np.dtype[Any]]:
+def _read_header(file: BinaryIO, path: str) -> NpyHeader:
     magic = file.read(4)
     file.seek(0)
     if magic[:2] == _GZIP:
@@ -86,16 +87,6 @@ def _read_header(file: BinaryIO, path: str) -> tuple[tuple[int, ...], np.dtype[A
             "with numpy.save"
         )
     try:
-        version = npy.read_magic(file)
-        if version == (1, 0):
-            shape, _, dtype = npy.read_array_header_1_0(file)
-        elif version == (2, 0):
-            shape, _, dtype = npy.read_array_header_2_0(file)
-        else:
-            raise ValueError(
-                f"its format version must be (1, 0) or (2, 0), got {version}; save a 1-D array of "
-                "the ids with numpy.save"
-            )
+        return read_npy_header(file)
     except ValueError as error:
         raise ValueError(f"source must be an .npy file, got {path!r}: {error}") from None
-    return shape, dtype

@@ -15,11 +15,18 @@ from numpy.typing import NDArray
 from gpusampler.core import arrays
 from gpusampler.core.progress_bar import ProgressBar
 from gpusampler.core.text import short_repr
-from gpusampler.sources.base import BLOCK, PatchIds
+from gpusampler.sources.base import BLOCK, Load, PatchIds
 from gpusampler.sources.checks import check_key, is_key, is_missing, raise_missing
 
 Factorized = tuple[NDArray[Any], Sequence[Any]]
 """(codes, labels): an index per sample into labels, which may be unsorted or unused."""
+
+
+READ_BYTES = 1 << 26
+"""Default number of bytes per read of values that are wider than integers."""
+
+MAX_BYTES = 1 << 30
+"""Maximum number of bytes that a file may require to be read at once: of a chunk or a string."""
 
 
 class NamedIds(PatchIds):
@@ -128,6 +135,32 @@ def find_name(names: tuple[Any, ...], name: Any) -> int | None:
         # The name cannot be compared with the others, so it is none of them.
         return None
     return index if index < len(names) and names[index] == name else None
+
+
+def fixed_width_factorizer(
+    load: Load, dtype: np.dtype[Any], label: str
+) -> Callable[[int, int], Factorized]:
+    """Return ``factorize(start, stop)`` of strings that `load` returns as an array of a dtype.
+
+    It loads at most `READ_BYTES` at once. Raises ValueError if one string has over `MAX_BYTES`.
+    """
+    if dtype.itemsize > MAX_BYTES:
+        raise ValueError(
+            f"a string must have at most {MAX_BYTES} bytes, got {dtype.itemsize} in {label}"
+        )
+    num_rows = max(READ_BYTES // dtype.itemsize, 1)
+
+    def factorize(start: int, stop: int) -> Factorized:
+        codes = np.empty(stop - start, np.int64)
+        code_of_label: dict[Any, int] = {}
+        for first in range(start, stop, num_rows):
+            last = min(first + num_rows, stop)
+            piece, labels = factorize_list(load(first, last).tolist(), first)
+            new_codes = [code_of_label.setdefault(name, len(code_of_label)) for name in labels]
+            codes[first - start : last - start] = np.array(new_codes, np.int64)[piece]
+        return codes, list(code_of_label)
+
+    return factorize
 
 
 def factorize_list(values: list[Any], first: int) -> Factorized:

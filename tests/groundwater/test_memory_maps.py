@@ -9,6 +9,7 @@ import shutil
 import sys
 import threading
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 import pytest
@@ -17,6 +18,7 @@ import tqdm
 from torch.utils.data import DataLoader
 
 from gpusampler import PatchBatchSampler
+from gpusampler.core.npy_header import NpyHeader
 from gpusampler.groundwater import GWPatchDataset, Normalize, folder
 from gpusampler.groundwater.reader import _read_windows
 from support.processes import run_python
@@ -369,14 +371,14 @@ def test_a_file_that_vanishes(tmp_path):
 
 
 def _opens_badly(monkeypatch: pytest.MonkeyPatch, error: OSError) -> None:
-    plain = folder.open_memmap
+    plain = folder.read_npy_header
 
-    def opened(path: str, mode: str) -> np.ndarray:
-        if path.endswith(os.path.join("patch_4", "ghost_obs.npy")):
+    def read(file: BinaryIO) -> NpyHeader:
+        if file.name.endswith(os.path.join("patch_4", "ghost_obs.npy")):
             raise error
-        return plain(path, mode=mode)
+        return plain(file)
 
-    monkeypatch.setattr(folder, "open_memmap", opened)
+    monkeypatch.setattr(folder, "read_npy_header", read)
 
 
 @pytest.mark.parametrize("when", ["constructor", "read"])
