@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import enum
-from collections.abc import Sequence, Set
+from collections.abc import Iterator, Sequence, Set
+from contextlib import contextmanager
 from importlib import import_module
 from numbers import Number
 from typing import Any, NoReturn
@@ -37,6 +38,27 @@ def import_library(module: str, source: Any) -> Any:
         raise RuntimeError(
             f"Cannot read {str(source)!r}: {library} is not installed. Run `pip install {library}`."
         ) from error
+
+
+@contextmanager
+def explain_errors(kind: str, label: str) -> Iterator[None]:
+    """Turn any exception of a library into an OSError or ValueError that names the source.
+
+    Damaged files make libraries raise almost any exception, MemoryError among them, and releases
+    differ. Errors of the types that we raise pass if they already name the source.
+    """
+    try:
+        yield
+    except PermissionError:
+        raise
+    except Exception as error:
+        if isinstance(error, (OSError, TypeError, ValueError)) and label in str(error):
+            raise
+        detail = str(error) or type(error).__name__
+        # The source exists: zarr means that it found no metadata in it.
+        is_os_error = isinstance(error, OSError) and not isinstance(error, FileNotFoundError)
+        error_type = OSError if is_os_error else ValueError
+        raise error_type(f"source must be {kind}, got {label}: {detail}") from error
 
 
 def list_names(names: Sequence[Any]) -> str:

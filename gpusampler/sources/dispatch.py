@@ -9,9 +9,17 @@ from gpusampler.sources.base import PatchIds
 from gpusampler.sources.checks import check_no_column
 from gpusampler.sources.datasets import dataset_patch_ids
 from gpusampler.sources.formats import known_format_ids
+from gpusampler.sources.zarr_hdf5 import Allowed
 
 
-def read_patch_ids(source: Any, column: Any = None, *, progress: bool = True) -> PatchIds:
+def read_patch_ids(
+    source: Any,
+    column: Any = None,
+    *,
+    progress: bool = True,
+    allow_external: bool = False,
+    allow_missing: bool = False,
+) -> PatchIds:
     """Open the patch ids of all samples in any supported source, to be read in blocks.
 
     The number and dtype of the ids are read now. Integer ids are read later; string ids are read
@@ -40,6 +48,12 @@ def read_patch_ids(source: Any, column: Any = None, *, progress: bool = True) ->
         Parquet. Default: "patch_id" if it exists, else the only column.
     progress : bool
         Whether to show a progress bar if reading strings or samples takes over a second.
+    allow_external : bool
+        Whether an HDF5 file may name other files to read: in external links, external storage and
+        virtual datasets. Such a file can name any file of the machine.
+    allow_missing : bool
+        Whether samples of Zarr and HDF5 without a stored value have the fill value: those of
+        chunks that are not stored, or of external files that are missing or too short.
 
     Returns
     -------
@@ -57,7 +71,9 @@ def read_patch_ids(source: Any, column: Any = None, *, progress: bool = True) ->
     ValueError
         If the source is empty or not 1-D, its ``__getitem__`` and ``__getitems__`` disagree, an id
         is missing or does not fit in int64, a file is truncated or of an unknown format, or the
-        column does not exist or must be given.
+        column does not exist or must be given. If a Zarr or HDF5 source reads other files or lacks
+        values without being allowed to, has a codec that executes code, or has chunks of over 1
+        GiB.
     OSError
         If a file does not exist, is not readable, or shrinks while it is read.
     RuntimeError
@@ -81,7 +97,10 @@ def read_patch_ids(source: Any, column: Any = None, *, progress: bool = True) ->
     ((64, 64), (512, 768))
     """
     check_bool(progress, "progress")
-    ids = known_format_ids(source, column, progress=progress)
+    allowed = Allowed(
+        check_bool(allow_external, "allow_external"), check_bool(allow_missing, "allow_missing")
+    )
+    ids = known_format_ids(source, column, progress=progress, allowed=allowed)
     if ids is not None:
         return ids
     check_no_column(column, f"a {type(source).__name__}")

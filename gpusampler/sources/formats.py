@@ -14,24 +14,30 @@ from gpusampler.sources.dataframes import dataframe_ids
 from gpusampler.sources.in_memory import array_ids, is_list_of_ids, list_ids
 from gpusampler.sources.npy import npy_ids
 from gpusampler.sources.parquet import SUFFIXES, has_parquet, parquet_ids, parquet_path_ids
-from gpusampler.sources.zarr_hdf5 import hdf5_path_ids, zarr_hdf5_ids, zarr_path_ids
+from gpusampler.sources.zarr_hdf5 import (
+    Allowed,
+    hdf5_path_ids,
+    zarr_hdf5_ids,
+    zarr_path_ids,
+)
 
 _SUPPORTED = (
     ".npy, .parquet or .pq (a file or a folder of them), .zarr (a folder), .h5, .hdf5 or .hdf"
 )
 _HDF5_SUFFIXES = (".h5", ".hdf5", ".hdf")
 _ZARR_FILES = ("zarr.json", ".zarray", ".zgroup")
-_READER_BY_MAGIC = {
-    b"\x93NUMPY": npy_ids,
-    b"PAR1": parquet_path_ids,
-    b"\x89HDF\r\n": hdf5_path_ids,
-}
+_NOTHING = Allowed()
 _INDEX_MAGIC = b"gpusampl"
 """First bytes of `gpusampler.groups.index_format.MAGIC`."""
 
 
 def known_format_ids(
-    source: Any, column: Any = None, *, name: str = "ids", progress: bool = True
+    source: Any,
+    column: Any = None,
+    *,
+    name: str = "ids",
+    progress: bool = True,
+    allowed: Allowed = _NOTHING,
 ) -> PatchIds | None:
     """`read_patch_ids` for arrays, lists, files, tables and columns; None for anything else.
 
@@ -42,13 +48,16 @@ def known_format_ids(
         return source
     if isinstance(source, (str, os.PathLike)):
         # Make the path absolute, because the working directory may change before the ids are read.
-        return _reopenable_ids(os.path.abspath(os.fsdecode(source)), column, progress)
+        return _reopenable_ids(os.path.abspath(os.fsdecode(source)), column, progress, allowed)
     if arrays.library_of(source) is not None:
         return array_ids(source, column, name, progress)
-    for reader in (dataframe_ids, arrow_ids, parquet_ids, zarr_hdf5_ids):
+    for reader in (dataframe_ids, arrow_ids, parquet_ids):
         ids = reader(source, column, progress)
         if ids is not None:
             return ids
+    ids = zarr_hdf5_ids(source, column, progress, allowed)
+    if ids is not None:
+        return ids
     # Columns of other table libraries have __array__.
     if is_list_of_ids(source) or hasattr(source, "__array__"):
         check_no_column(column, f"a {type(source).__name__}")
@@ -56,30 +65,32 @@ def known_format_ids(
     return None
 
 
-def _reopenable_ids(path: str, column: Any, progress: bool) -> PatchIds:
+def _reopenable_ids(
+    path: str, column: Any, progress: bool, allowed: Allowed = _NOTHING
+) -> PatchIds:
     """Return the ids at a path; only the path is pickled."""
-    ids = _path_ids(path, column, progress)
-    ids.reopen = _reopenable_ids, (path, column, False)
+    ids = _path_ids(path, column, progress, allowed)
+    ids.reopen = _reopenable_ids, (path, column, False, allowed)
     return ids
 
 
-def _path_ids(path: str, column: Any, progress: bool) -> PatchIds:
+def _path_ids(path: str, column: Any, progress: bool, allowed: Allowed) -> PatchIds:
     """Return the ids in a file or folder; suffixes take precedence over the first bytes."""
     try:
         if os.path.isdir(path):
-            return _folder_ids(path, column, progress)
+            return _folder_ids(path, column, progress, allowed)
         with open(path, "rb") as file:
             head = file.read(8)
         name = path.lower()
-        if name.endswith(".npy"):
+        if name.endswith((".npy", *SUFFIXES, *_HDF5_SUFFIXES)):
+            # The suffix takes precedence.
+            head = b""
+        if name.endswith(".npy") or head.startswith(b"\x93NUMPY"):
             return npy_ids(path, column, progress)
-        if name.endswith(SUFFIXES):
+        if name.endswith(SUFFIXES) or head.startswith(b"PAR1"):
             return parquet_path_ids(path, column, progress)
-        if name.endswith(_HDF5_SUFFIXES):
-            return hdf5_path_ids(path, column, progress)
-        for magic, reader in _READER_BY_MAGIC.items():
-            if head.startswith(magic):
-                return reader(path, column, progress)
+        if name.endswith(_HDF5_SUFFIXES) or head.startswith(b"\x89HDF\r\n"):
+            return hdf5_path_ids(path, column, progress, allowed)
     except FileNotFoundError as error:
         if error.filename not in (None, path):
             raise
@@ -100,10 +111,10 @@ def _path_ids(path: str, column: Any, progress: bool) -> PatchIds:
     raise ValueError(f"source must be a path that ends in {_SUPPORTED}, got {path!r}")
 
 
-def _folder_ids(path: str, column: Any, progress: bool) -> PatchIds:
+def _folder_ids(path: str, column: Any, progress: bool, allowed: Allowed) -> PatchIds:
     names = set(os.listdir(path))
     if path.rstrip(os.sep).lower().endswith(".zarr") or names.intersection(_ZARR_FILES):
-        return zarr_path_ids(path, column, progress)
+        return zarr_path_ids(path, column, progress, allowed)
     if path.rstrip(os.sep).lower().endswith(SUFFIXES) or has_parquet(path):
         return parquet_path_ids(path, column, progress)
     raise ValueError(

@@ -11,11 +11,12 @@ import numpy as np
 
 from gpusampler.sources.arrow import arrow_values_ids, id_dtype
 from gpusampler.sources.base import BLOCK, PatchIds
-from gpusampler.sources.checks import choose_column, import_library, is_instance
+from gpusampler.sources.checks import choose_column, explain_errors, import_library, is_instance
 
 SUFFIXES = (".parquet", ".pq")
 
 _READ_BYTES = 1 << 20
+_KIND = "a complete Parquet file"
 
 
 def parquet_ids(source: Any, column: Any, progress: bool) -> PatchIds | None:
@@ -49,17 +50,7 @@ def parquet_path_ids(path: str, column: Any, progress: bool) -> PatchIds:
     paths = _list_files(path) if os.path.isdir(path) else [path]
 
     def opener(path: str) -> Callable[[], Any]:
-        def open_file() -> Any:
-            try:
-                return pq.ParquetFile(path, buffer_size=_READ_BYTES)
-            # ArrowInvalid, for truncated or other files, is a ValueError.
-            except ValueError as error:
-                raise ValueError(
-                    f"source must be a complete Parquet file; {path!r} is truncated or not "
-                    f"Parquet: {error}"
-                ) from error
-
-        return open_file
+        return lambda: pq.ParquetFile(path, buffer_size=_READ_BYTES)
 
     modified = max(os.stat(path).st_mtime_ns for path in paths)
     return _column_ids([opener(path) for path in paths], paths, column, modified, progress)
@@ -100,23 +91,26 @@ def _column_ids(
     rows: list[int] = []
     groups: list[tuple[int, int]] = []
     for file_index, (open_file, name) in enumerate(zip(openers, names, strict=True)):
-        file = open_file()
-        if file_index == 0:
-            column = _choose_field(file.schema_arrow, column, name)
-        arrow_type = _type_of(file.schema_arrow, column, name)
-        dtypes.add(id_dtype(arrow_type, f" in column {column!r} of {name!r}"))
-        if "str" in dtypes and len(dtypes) > 1:
-            raise TypeError(
-                f"ids must be all strings or all integers, got {arrow_type} in column {column!r} "
-                f"of {name!r}, unlike the files before it; convert them to one type"
-            )
-        for group in range(file.metadata.num_row_groups):
-            rows.append(file.metadata.row_group(group).num_rows)
-            groups.append((file_index, group))
+        with explain_errors(_KIND, repr(name)):
+            file = open_file()
+            if file_index == 0:
+                column = _choose_field(file.schema_arrow, column, name)
+            arrow_type = _type_of(file.schema_arrow, column, name)
+            dtypes.add(id_dtype(arrow_type, f" in column {column!r} of {name!r}"))
+            if "str" in dtypes and len(dtypes) > 1:
+                raise TypeError(
+                    f"ids must be all strings or all integers, got {arrow_type} in column "
+                    f"{column!r} of {name!r}, unlike the files before it; convert them to one type"
+                )
+            for group, num_rows in enumerate(_rows_of_groups(file.metadata, column)):
+                rows.append(num_rows)
+                groups.append((file_index, group))
     if not dtypes:
         raise ValueError("source must be a dataset with at least one file, got none")
     dtype = dtypes.pop() if len(dtypes) == 1 else np.result_type(*dtypes).name
-    reader = _ColumnReader(openers, groups, np.cumsum(np.array(rows, np.int64)), str(column))
+    if sum(rows) >= 1 << 63:
+        raise ValueError(f"source must have < 2**63 rows, got {sum(rows)} in {names[0]!r}")
+    reader = _ColumnReader(openers, names, groups, np.cumsum(np.array(rows, np.int64)), str(column))
     return arrow_values_ids(
         reader.values,
         # NumPy promotes uint64 and signed integers to a float; all valid ids fit in int64.
@@ -126,6 +120,23 @@ def _column_ids(
         seekable=False,
         progress=progress,
     )
+
+
+def _rows_of_groups(metadata: Any, column: str) -> list[int]:
+    """Return the numbers of rows of the row groups, which a damaged footer contradicts."""
+    paths = [metadata.schema.column(i).path for i in range(metadata.num_columns)]
+    index = paths.index(column) if column in paths else None
+    rows: list[int] = []
+    for group in map(metadata.row_group, range(metadata.num_row_groups)):
+        rows.append(group.num_rows)
+        num_values = rows[-1] if index is None else group.column(index).num_values
+        if rows[-1] < 0 or num_values != rows[-1]:
+            raise ValueError(
+                f"a row group has {rows[-1]} rows, but {num_values} values of a column"
+            )
+    if sum(rows) != metadata.num_rows:
+        raise ValueError(f"its row groups have {sum(rows)} rows, but it has {metadata.num_rows}")
+    return rows
 
 
 def _choose_field(schema: Any, column: Any, name: str) -> Any:
@@ -157,11 +168,13 @@ class _ColumnReader:
     def __init__(
         self,
         openers: list[Callable[[], Any]],
+        names: list[str],
         groups: list[tuple[int, int]],
         ends: np.ndarray[Any, np.dtype[np.int64]],
         column: str,
     ) -> None:
         self._openers = openers
+        self._names = names
         self._groups = groups
         self._ends = ends
         self._column = column
@@ -186,17 +199,20 @@ class _ColumnReader:
 
     def _batch_of(self, sample: int) -> Any:
         """Return the decoded batch that contains a sample."""
-        if not self._first <= sample < self._end:
-            self._begin_group(int(np.searchsorted(self._ends, sample, side="right")))
-        while sample >= self._first + len(self._batch):
-            self._first += len(self._batch)
-            try:
-                batch = next(self._batches)
-            except StopIteration:
-                raise OSError(
-                    f"source must not shrink while it is read, got no sample {sample}"
-                ) from None
-            self._batch = self._field(batch)
+        group = int(np.searchsorted(self._ends, sample, side="right"))
+        name = self._names[self._groups[group][0]]
+        with explain_errors(_KIND, repr(name)):
+            if not self._first <= sample < self._end:
+                self._begin_group(group)
+            while sample >= self._first + len(self._batch):
+                self._first += len(self._batch)
+                batch = next(self._batches, None)
+                if batch is None:
+                    raise OSError(
+                        f"source must not shrink while it is read, got no sample {sample} in "
+                        f"{name!r}"
+                    )
+                self._batch = self._field(batch)
         return self._batch
 
     def _begin_group(self, group: int) -> None:

@@ -546,10 +546,10 @@ def test_nulls_in_parquet_are_found_when_they_are_read(tmp_path):
 def test_parquet_that_is_none_or_cut_off(tmp_path):
     path = parquet(np.arange(100), tmp_path)
     os.truncate(path, os.path.getsize(path) - 9)
-    with pytest.raises(ValueError, match=r"a complete Parquet file; .*ids\.parquet' is trunc"):
+    with pytest.raises(ValueError, match=r"a complete Parquet file, got .*ids\.parquet'"):
         read_patch_ids(path)
     path.write_text("no Parquet")
-    with pytest.raises(ValueError, match=r"a complete Parquet file; .*ids\.parquet' is trunc"):
+    with pytest.raises(ValueError, match=r"a complete Parquet file, got .*ids\.parquet'"):
         read_patch_ids(path)
 
 
@@ -610,7 +610,7 @@ def test_a_chunk_larger_than_a_block_is_dear(tmp_path, monkeypatch):
     from gpusampler.sources import zarr_hdf5
 
     zarr = pytest.importorskip("zarr")
-    array = zarr.create_array(tmp_path / "a", shape=(100,), chunks=(50,), dtype="int8")
+    array = zarr.create_array(tmp_path / "a", data=np.arange(100), chunks=(50,))
     assert read_patch_ids(array).seekable
     monkeypatch.setattr(zarr_hdf5, "BLOCK", 49)
     assert not read_patch_ids(array).seekable
