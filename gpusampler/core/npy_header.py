@@ -76,12 +76,12 @@ def read_npy_header(file: BinaryIO) -> NpyHeader:
         raise ValueError("its header is truncated")
     fields = _parse(content.decode("latin1"))
     sizes = [int(size.strip().rstrip("L")) for size in fields["shape"].split(",") if size.strip()]
-    return NpyHeader(
-        tuple(sizes),
-        _parse_dtype(fields["descr"]),
-        fields["fortran_order"] == "True",
-        len(magic) + len(prefix) + length,
-    )
+    dtype = _parse_dtype(fields["descr"])
+    # NumPy multiplies all sizes but 0, even of an empty array.
+    if math.prod(size or 1 for size in sizes) * dtype.itemsize >= 1 << 63:
+        raise ValueError(f"its array must have < 2**63 bytes, got shape {short_repr(tuple(sizes))}")
+    is_fortran_order = fields["fortran_order"] == "True"
+    return NpyHeader(tuple(sizes), dtype, is_fortran_order, len(magic) + len(prefix) + length)
 
 
 def _parse(text: str) -> dict[str, str]:

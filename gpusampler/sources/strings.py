@@ -155,7 +155,16 @@ def fixed_width_factorizer(
         code_of_label: dict[Any, int] = {}
         for first in range(start, stop, num_rows):
             last = min(first + num_rows, stop)
-            piece, labels = factorize_list(load(first, last).tolist(), first)
+            values = load(first, last)
+            try:
+                texts = values.tolist()
+            # NumPy raises SystemError for a code point above U+10FFFF.
+            except (SystemError, ValueError) as error:
+                raise ValueError(
+                    f"ids must be Unicode, got other bytes in samples {first} .. {last - 1} of "
+                    f"{label}: {error}"
+                ) from error
+            piece, labels = factorize_list(texts, first)
             new_codes = [code_of_label.setdefault(name, len(code_of_label)) for name in labels]
             codes[first - start : last - start] = np.array(new_codes, np.int64)[piece]
         return codes, list(code_of_label)
