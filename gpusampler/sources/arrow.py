@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gpusampler.core import devices
+from gpusampler.core.text import short_repr
 from gpusampler.core.validation import check_id_shape
 from gpusampler.sources.base import IntegerIds, PatchIds
 from gpusampler.sources.checks import (
@@ -131,6 +132,12 @@ def _factorize(values: Any, first: int) -> Factorized:
             chunk = decoded.dictionary_encode()
         if dictionary is None or not chunk.dictionary.equals(dictionary):
             dictionary, offset = chunk.dictionary, len(labels)
-            labels.extend(dictionary.to_pylist())
+            try:
+                labels.extend(dictionary.to_pylist())
+            except UnicodeDecodeError as error:
+                raise ValueError(
+                    f"ids must be UTF-8, got {short_repr(error.object)} in a sample from sample "
+                    f"{start} on"
+                ) from None
         pieces.append(chunk.indices.to_numpy().astype(np.int64) + offset)
     return np.concatenate(pieces), labels

@@ -360,6 +360,15 @@ def test_a_parquet_footer_that_contradicts_itself(tmp_path, groups, values, tota
         _column_ids([lambda: damaged], ["a.parquet"], None, None, False)
 
 
+def test_a_parquet_string_that_is_not_utf8(tmp_path):
+    pa, pq = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    path = tmp_path / "ids.parquet"
+    pq.write_table(pa.table({"patch_id": ["abcdefg", "b"]}), path, compression="none")
+    path.write_bytes(path.read_bytes().replace(b"abcdefg", b"abc\xffefg"))
+    with pytest.raises(ValueError, match=r"must be UTF-8, got b'abc.* in a sample from sample 0"):
+        read_patch_ids(path)
+
+
 def test_wide_strings_are_read_in_pieces(tmp_path, monkeypatch):
     from gpusampler.sources import strings
 
