@@ -125,7 +125,7 @@ def cut_into_bins(groups: PatchGroups, budget: CostBudget, partial: str) -> Cost
     Costs of samples outside ``groups`` are ignored; integers above 2**53 are rounded up.
     """
     costs = check_numbers(budget.sample_costs, groups.source_size, "sample_costs", "sample")
-    order = None if groups.order is None else arrays.to_numpy(groups.order)
+    order = groups._host_order
     classes, class_of_sample = _sort_into_size_classes(groups, order, costs, budget)
     sizes = budget.sizes_for(classes.costs)
     samples = expand_runs(groups.starts, groups.counts) if order is None else order

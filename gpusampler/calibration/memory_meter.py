@@ -96,11 +96,7 @@ def batch_of(plan: EpochPlan, group: int, size: int) -> Batch:
     groups = plan.groups
     start = int(groups.starts[group])
     stop = start + min(size, int(groups.counts[group]))
-    if groups.order is None:
-        samples = np.arange(start, stop, dtype=np.int64)
-    else:
-        samples = arrays.to_numpy(groups.order[start:stop]).astype(np.int64)
-    indices = arrays.to_device(np.resize(samples, size), plan.device)
+    indices = arrays.to_device(np.resize(groups._samples_between(start, stop), size), plan.device)
     return Batch(groups.labels[group : group + 1].tolist()[0], indices, size)
 
 

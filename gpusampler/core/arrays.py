@@ -248,7 +248,11 @@ def to_index(index: Any, device: Device) -> Any:
 
 
 def take_rows(array: Any, index: Any) -> Any:
-    """Return a new array of the rows at ``index``, which `to_index` made for the array's device."""
+    """Return a new array of the rows at ``index``, which `to_index` made for the array's device.
+
+    Raise IndexError for an index outside the array. On a GPU indices are not checked, which would
+    wait for the device: the sampler has checked its samples before it uploads them.
+    """
     library = library_of(array)
     if library == "torch":
         import torch
@@ -256,17 +260,29 @@ def take_rows(array: Any, index: Any) -> Any:
         if library_of(index) == "numpy":
             rows = _numpy_view_of_short_rows(array)
             if rows is not None:
+                _check_rows(index, rows.shape[0])
                 return torch.from_numpy(np.take(rows, index, axis=0, mode="clip"))
             index = _from_numpy(index)
         return torch.index_select(_selectable(array), 0, index).view(array.dtype)
     if library == "cupy":
         with device_context(device_of(array)):
             return array.take(index, axis=0)
+    _check_rows(index, array.shape[0])
     if not array.flags.c_contiguous:
         # np.take would first copy the whole array.
         return array[index]
-    # The indices are valid, and mode "raise" would copy through a buffer.
     return np.take(array, index, axis=0, mode="clip")
+
+
+def _check_rows(index: Int64, num_rows: int) -> None:
+    """Raise IndexError unless all indices are in 0 .. num_rows - 1.
+
+    NumPy's own mode "raise" takes negative indices, and copies through a buffer.
+    """
+    # As unsigned numbers, negative indices are too large.
+    if index.size and int(index.view(np.uint64).max()) >= num_rows:
+        wrong = index[(index < 0) | (index >= num_rows)]
+        raise IndexError(f"samples must be in 0 .. {num_rows - 1}, got {int(wrong[0])}")
 
 
 def _numpy_view_of_short_rows(tensor: Any) -> Any:
@@ -293,7 +309,10 @@ def _selectable(tensor: Any) -> Any:
 
 
 def take_rows_into(pinned: Any, array: Any, index: Int64) -> None:
-    """Gather rows of a host array into pinned memory, a 1-D buffer of exactly their size."""
+    """Gather rows of a host array into pinned memory, a 1-D buffer of exactly their size.
+
+    Raise IndexError for an index outside the array.
+    """
     shape = (index.size, *array.shape[1:])
     if library_of(array) == "torch":
         import torch
@@ -305,6 +324,7 @@ def take_rows_into(pinned: Any, array: Any, index: Int64) -> None:
         return
     flat = pinned.numpy() if library_of(pinned) == "torch" else pinned
     rows = flat.reshape(shape)
+    _check_rows(index, array.shape[0])
     if array.flags.c_contiguous:
         np.take(array, index, axis=0, out=rows, mode="clip")
     else:
@@ -323,6 +343,8 @@ def split_rows(array: Any, sizes: list[int]) -> list[Any]:
     for size in sizes:
         views.append(array[start : start + size])
         start += size
+    if start != array.shape[0]:
+        raise ValueError(f"sizes must add up to {array.shape[0]} rows, got {start}")
     return views
 
 

@@ -98,11 +98,11 @@ class IdSum:
 
     def value(self, size: int) -> int:
         """Return the fingerprint after the ids of samples 0 .. size - 1 have been added."""
-        return (2 * self.total + _total_weight(size)) & WRAP
+        return (2 * self.total + total_weight(size)) & WRAP
 
 
 @lru_cache(maxsize=64)
-def _total_weight(size: int) -> int:
+def total_weight(size: int) -> int:
     """Return the wrapping sum of w(i) over ``0 <= i < size``."""
     return int(weights_before(np.array([size], np.int64))[0])
 
@@ -126,7 +126,7 @@ def of_device_ids(xp: Any, ids: Any, device: Any) -> int:
             first_samples = first + offset + np.arange(sums.size, dtype=np.int64) * BLOCK
             scales = weights_of(first_samples) * inverse_weight
             total += int((sums * scales).sum(dtype=np.uint64))
-    return (2 * total + _total_weight(size)) & WRAP
+    return (2 * total + total_weight(size)) & WRAP
 
 
 def _mix_device_ids(ids: Any) -> Any:
@@ -158,9 +158,31 @@ def blocks_of_order(counts: Int64, order: NDArray[Any]) -> Iterator[tuple[Int64,
 
 def of_samples(patch_ids: Int64, group: Int64, samples: NDArray[Any]) -> int:
     """Return the contribution of samples and their groups, in any order, to the fingerprint."""
-    first, last = int(group.min()), int(group.max()) + 1
-    factors = mix_ids(patch_ids[first:last]) * np.uint64(2) + np.uint64(1)
-    return int((factors[group - first] * weights_of(samples)).sum(dtype=np.uint64))
+    sample_sum = SampleSum(patch_ids)
+    sample_sum.add(group, samples)
+    return sample_sum.value
+
+
+class SampleSum:
+    """Accumulates the fingerprint of samples with their groups, in any order.
+
+    ``weight`` is the wrapping sum of w(i) over the samples. All N samples of a dataset, each once,
+    have the weight ``total_weight(N)``.
+    """
+
+    def __init__(self, patch_ids: Int64) -> None:
+        self._patch_ids = patch_ids
+        self.value = 0
+        self.weight = 0
+
+    def add(self, group: Int64, samples: NDArray[Any]) -> None:
+        """Add samples, shape (K,) with K >= 1, and the group of each."""
+        first, last = int(group.min()), int(group.max()) + 1
+        factors = mix_ids(self._patch_ids[first:last]) * np.uint64(2) + np.uint64(1)
+        weights = weights_of(samples)
+        products = factors[group - first] * weights
+        self.value = (self.value + int(products.sum(dtype=np.uint64))) & WRAP
+        self.weight = (self.weight + int(weights.sum(dtype=np.uint64))) & WRAP
 
 
 def of_numbers(numbers: Int64) -> int:

@@ -28,6 +28,7 @@ from gpusampler.groups.index_format import (
     sync_file,
 )
 from gpusampler.groups.verification import difference, fingerprint_ids, signature_of
+from gpusampler.groups.verified_order import block_sums
 from gpusampler.sources.base import PatchIds
 
 if TYPE_CHECKING:
@@ -240,6 +241,7 @@ class IndexBuild:
                 source_size=self._ids.size,
                 fingerprint=grouping.fingerprint,
                 signature=self._signature,
+                order_sums=block_sums(grouping.order),
             )
             dtype = None if grouping.order is None else grouping.order.dtype.str
             if self._map is not None:

@@ -7,9 +7,11 @@ Layout::
     24      header, JSON; spaces up to ORDER_OFFSET
     16384   order: little-endian int32 or int64, shape (N,), or nothing
     ...     patch_ids, counts, starts: little-endian int64, shape (G,) each
+    ...     checksums of the blocks of the order: little-endian uint64, shape (B,)
     ...     names: JSON, or nothing
 
-A temporary file is written, synced and renamed, so the file at the final path is always complete.
+Version 1 has no checksums of blocks; it is read, and checked as a whole when it is opened. A
+temporary file is written, synced and renamed, so the file at the final path is always complete.
 """
 
 from __future__ import annotations
@@ -22,7 +24,7 @@ import struct
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -31,16 +33,24 @@ from numpy.typing import NDArray
 
 from gpusampler.core import progress_bar
 from gpusampler.core.arrays import Int64
+from gpusampler.groups import verification
+from gpusampler.groups.index_checks import REBUILD, check_head, check_tables
+from gpusampler.groups.verified_order import (
+    BlockSums,
+    BlockVerifier,
+    VerifiedOrder,
+    block_sums,
+    num_blocks,
+)
 
 MAGIC = b"gpusampler index"
-VERSION = 1
+VERSION = 2
 ORDER_OFFSET = 1 << 14
 _CHUNK_BYTES = 1 << 24
 _DISK_FULL = (errno.ENOSPC, errno.EFBIG, errno.EDQUOT)
 # Errors of filesystems without preallocation, if the C library does not emulate it.
 _NOT_SUPPORTED = (errno.EOPNOTSUPP, errno.ENOTSUP, errno.ENOSYS, errno.EINVAL)
 _TABLE_NAMES = ("patch_ids", "counts", "starts")
-REBUILD = "Delete it and rebuild it with PatchGroups.from_ids(path=...) or save."
 
 
 @dataclass(frozen=True)
@@ -48,6 +58,7 @@ class IndexContents:
     """Contents of an index file except the order, as in `gpusampler.PatchGroups`.
 
     ``signature`` identifies the source ids (see `gpusampler.groups.verification`); None if unknown.
+    ``order_sums`` are the checksums of the order's blocks.
     """
 
     patch_ids: Int64
@@ -57,12 +68,13 @@ class IndexContents:
     source_size: int
     fingerprint: int
     signature: dict[str, Any] | None
+    order_sums: BlockSums
 
     def pack_tables(self) -> bytes:
-        """Return the tables and names, which follow the array of sample indices."""
+        """Return the tables, checksums and names, which follow the array of sample indices."""
         tables = [getattr(self, name).astype("<i8").tobytes() for name in _TABLE_NAMES]
         names = b"" if self.names is None else encode_names(self.names)
-        return b"".join([*tables, names])
+        return b"".join([*tables, self.order_sums.astype("<u8").tobytes(), names])
 
     def pack_head(self, order_dtype: str | None, order_bytes: int, table_bytes: bytes) -> bytes:
         """Return the file header, which precedes the array of sample indices."""
@@ -171,12 +183,14 @@ def check_path_is_free(path: Path) -> None:
 
 
 def read_index(
-    path: Path, *, mapped: bool, progress: bool
-) -> tuple[IndexContents, MappedFile | NDArray[Any] | None]:
+    path: Path, *, mapped: bool, verify: bool = False, progress: bool
+) -> tuple[IndexContents, VerifiedOrder | NDArray[Any] | None]:
     """Return the contents of an index file and its order, None if every patch is one run.
 
-    ``mapped`` maps the order into memory instead of reading it. Raise ValueError if the file is not
-    an index, has a different version, or is truncated or damaged.
+    ``mapped`` maps the order into memory instead of reading it; its blocks are verified when they
+    are used. The header and the tables are checked now, and so is an order that is not mapped. With
+    ``verify``, and for version 1, the whole order is also compared with its fingerprint now. Raise
+    ValueError if the file is not an index, has a different version, or is truncated or damaged.
     """
     with open(path, "rb") as file:
         head = _parse_head(path, file)
@@ -191,16 +205,36 @@ def read_index(
         table_bytes = file.read(head["tables_bytes"])
         if zlib.crc32(table_bytes) != head["tables_crc"]:
             raise ValueError(f"{path} is damaged: wrong checksum of the tables. {REBUILD}")
-        contents = _parse_contents(head, table_bytes)
-        if head["order"] is None:
-            return contents, None
-        dtype, size = head["order"], head["num_samples"]
-        if mapped:
-            return contents, MappedFile(path, file, dtype, size)
-        file.seek(ORDER_OFFSET)
-        order = np.empty(size, dtype)
-        _transfer(order, file.readinto, f"reading {path.name}", progress)
+        with _name_damage(path):
+            contents = _parse_contents(head, table_bytes)
+        order: VerifiedOrder | NDArray[Any] | None = None
+        if head["order"] is not None and mapped:
+            order_file = MappedFile(path, file, head["order"], head["num_samples"])
+            if head["version"] == 1:
+                contents = replace(contents, order_sums=block_sums(order_file.order))
+            order = VerifiedOrder(order_file, contents.order_sums, contents.source_size)
+        elif head["order"] is not None:
+            order = np.empty(head["num_samples"], head["order"])
+            file.seek(ORDER_OFFSET)
+            _transfer(order, file.readinto, f"reading {path.name}", progress)
+    if isinstance(order, np.ndarray) and head["version"] > 1:
+        verifier = BlockVerifier(path, contents.order_sums, contents.source_size)
+        verifier.verify_all(order, progress=progress)
+    if not verify and head["version"] > 1:
         return contents, order
+    whole = order.whole() if isinstance(order, VerifiedOrder) else order
+    fault = verification.fault_of_order(
+        contents.patch_ids,
+        contents.counts,
+        contents.starts,
+        whole,
+        contents.source_size,
+        contents.fingerprint,
+        progress=progress,
+    )
+    if fault is not None:
+        raise ValueError(f"{path} is damaged: {fault}. {REBUILD}")
+    return contents, order
 
 
 def read_head(path: Path) -> dict[str, Any]:
@@ -208,6 +242,16 @@ def read_head(path: Path) -> dict[str, Any]:
     check_path_is_free(path)
     with open(path, "rb") as file:
         return _parse_head(path, file)
+
+
+@contextmanager
+def _name_damage(path: Path) -> Iterator[None]:
+    """Add the path to errors of parsing."""
+    try:
+        yield
+    # Python's JSON parser gives up on deep nesting.
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is damaged: {error}. {REBUILD}") from None
 
 
 def _parse_head(path: Path, file: BinaryIO) -> dict[str, Any]:
@@ -221,16 +265,22 @@ def _parse_head(path: Path, file: BinaryIO) -> dict[str, Any]:
             f"{path} is truncated: {len(first_bytes)} bytes, header incomplete. {REBUILD}"
         )
     size, crc = struct.unpack_from("<II", first_bytes, len(MAGIC))
-    text = first_bytes[len(MAGIC) + 8 :][:size]
-    if zlib.crc32(text) != crc:
+    start = len(MAGIC) + 8
+    text, padding = first_bytes[start : start + size], first_bytes[start + size :]
+    if zlib.crc32(text) != crc or padding.strip(b" "):
         raise ValueError(f"{path} is damaged: wrong checksum of the header. {REBUILD}")
-    head: dict[str, Any] = json.loads(text)
-    if head["version"] != VERSION:
+    with _name_damage(path):
+        head: Any = json.loads(text)
+    version = head.get("version") if isinstance(head, dict) else None
+    if type(version) is int and not 1 <= version <= VERSION:
         raise ValueError(
-            f"{path} must be an index of version {VERSION}, got version {head['version']}; "
-            "rebuild it, or load it with the release that wrote it"
+            f"{path} must be an index of version 1 or {VERSION}, got version {version}; rebuild "
+            "it, or load it with the release that wrote it"
         )
-    return head
+    with _name_damage(path):
+        check_head(head, verification.BLOCK_IDS)
+    fields: dict[str, Any] = head
+    return fields
 
 
 def encode_names(names: tuple[Any, ...]) -> bytes:
@@ -254,22 +304,35 @@ def _to_number(value: Any) -> Any:
 
 def _decode_names(encoded: bytes) -> tuple[Any, ...]:
     names = json.loads(encoded)
+    if not isinstance(names, list):
+        raise ValueError("names must be a JSON array")
     return tuple(tuple(name) if isinstance(name, list) else name for name in names)
 
 
 def _parse_contents(head: dict[str, Any], table_bytes: bytes) -> IndexContents:
+    """Return the contents; raise ValueError if a table does not fit the others or the header."""
     size = head["num_patches"]
-    names = _decode_names(table_bytes[3 * 8 * size :]) if head["named"] else None
+    num_sums = 0 if head["version"] == 1 else num_blocks(head["order_bytes"])
+    names_start = 8 * (len(_TABLE_NAMES) * size + num_sums)
+    if len(table_bytes) < names_start or (not head["named"] and len(table_bytes) > names_start):
+        raise ValueError(
+            f"the tables of {size} patches must have {names_start} bytes without names, got "
+            f"{len(table_bytes)}"
+        )
+    names = _decode_names(table_bytes[names_start:]) if head["named"] else None
     tables = {
         name: np.frombuffer(table_bytes, "<i8", size, 8 * size * i).astype(np.int64)
         for i, name in enumerate(_TABLE_NAMES)
     }
+    check_tables(head, **tables, names=names)
+    sums_start = 8 * len(_TABLE_NAMES) * size
     return IndexContents(
         **tables,
         names=names,
         source_size=head["source_size"],
         fingerprint=head["fingerprint"],
         signature=head["signature"],
+        order_sums=np.frombuffer(table_bytes, "<u8", num_sums, sums_start).astype(np.uint64),
     )
 
 

@@ -23,7 +23,7 @@ from gpusampler.groups import fingerprint, index_format, subsets, verification
 from gpusampler.groups.census import check_patch_sizes, label_of
 from gpusampler.groups.counting_sort import INT32_SAMPLES, group_ids
 from gpusampler.groups.index_build import build
-from gpusampler.groups.index_format import MappedFile
+from gpusampler.groups.verified_order import VerifiedOrder, block_sums
 from gpusampler.sources.base import HostIds, PatchIds
 from gpusampler.sources.checks import is_key
 from gpusampler.sources.dispatch import read_patch_ids
@@ -198,6 +198,7 @@ class PatchGroups:
         validation.check_bool(progress, "progress")
         target = validation.check_path(path)
         index_format.check_path_is_free(target)
+        order = self._host_order
         contents = index_format.IndexContents(
             self.patch_ids,
             self.counts,
@@ -206,8 +207,9 @@ class PatchGroups:
             source_size=self.source_size,
             fingerprint=self._id_fingerprint(),
             signature=self._signature,
+            order_sums=block_sums(order),
         )
-        index_format.write_index(target, contents, self._host_order, progress=progress)
+        index_format.write_index(target, contents, order, progress=progress)
 
     @classmethod
     def load(
@@ -236,7 +238,9 @@ class PatchGroups:
         verify : bool
             Compare the fingerprints of all ids and of the whole index instead of modification
             times; reads everything once. A following `save` stores the current modification time,
-            so that later calls need no ``verify``.
+            so that later calls need no ``verify``. Without it, the header and the tables are
+            checked now, and the blocks of a mapped order when they are first used: a damaged block
+            then raises ValueError.
         progress : bool
             Show a progress bar after one second, if stderr is a terminal.
 
@@ -264,9 +268,7 @@ class PatchGroups:
         validation.check_bool(verify, "verify")
         if source is None and column is not None:
             raise ValueError(f"column must be None without a source, got {short_repr(column)}")
-        groups = cls._from_index(validation.check_path(path), mmap, progress)
-        if verify:
-            groups._verify_order(path, progress)
+        groups = cls._from_index(validation.check_path(path), mmap, progress, verify)
         if source is None:
             return groups
         ids = read_patch_ids(source, column, progress=progress)
@@ -290,8 +292,12 @@ class PatchGroups:
         return groups
 
     @classmethod
-    def _from_index(cls, path: Path, mapped: bool, progress: bool) -> PatchGroups:
-        contents, order = index_format.read_index(path, mapped=mapped, progress=progress)
+    def _from_index(
+        cls, path: Path, mapped: bool, progress: bool, verify: bool = False
+    ) -> PatchGroups:
+        contents, order = index_format.read_index(
+            path, mapped=mapped, verify=verify, progress=progress
+        )
         groups = cls(
             contents.patch_ids,
             contents.counts,
@@ -312,16 +318,6 @@ class PatchGroups:
         order = self._host_order
         mask[subsets.expand_runs(self.starts, self.counts) if order is None else order] = True
         return mask
-
-    def _verify_order(self, path: Any, progress: bool) -> None:
-        """Raise ValueError if the order does not match the saved fingerprint."""
-        current = verification.fingerprint_order(
-            self.patch_ids, self.counts, self.starts, self._host_order, progress=progress
-        )
-        if current != self._fingerprint:
-            raise ValueError(
-                f"{path} is damaged: wrong fingerprint of the order. {index_format.REBUILD}"
-            )
 
     @classmethod
     def from_counts(
@@ -393,14 +389,17 @@ class PatchGroups:
     def order(self) -> Any:
         """Sample indices sorted stably by patch, on `device`: int32 or int64, shape (N,), or None.
 
-        None if every patch is one run of consecutive samples.
+        None if every patch is one run of consecutive samples. An order that is mapped from a file
+        is verified as a whole when it is first returned.
 
         Raises
         ------
         OSError
             If the order is mapped from a file that has changed since it was opened.
+        ValueError
+            If the order is mapped from a damaged file.
         """
-        return self._order.order if isinstance(self._order, MappedFile) else self._order
+        return self._order.whole() if isinstance(self._order, VerifiedOrder) else self._order
 
     @property
     def _host_order(self) -> NDArray[Any] | None:
@@ -410,8 +409,29 @@ class PatchGroups:
 
     @property
     def _unchecked_order(self) -> Any:
-        """`order`, even if its file has changed; use it only for dtype and size."""
-        return self._order.unchecked_order if isinstance(self._order, MappedFile) else self._order
+        """`order` without any check; use it only for dtype and size."""
+        order = self._order
+        return order.unchecked_order if isinstance(order, VerifiedOrder) else order
+
+    @property
+    def _needs_verification(self) -> bool:
+        """Whether blocks of the order's file are not verified yet."""
+        return isinstance(self._order, VerifiedOrder) and not self._order.is_verified
+
+    @property
+    def _order_to_look_up(self) -> Any:
+        """`order`, or a `VerifiedOrder` while some of its blocks are not verified."""
+        return self._order if self._needs_verification else self.order
+
+    def _samples_between(self, start: int, stop: int) -> Int64:
+        """Return the samples at positions ``start .. stop - 1`` of all patches, on the host."""
+        if self._order is None:
+            return np.arange(start, stop, dtype=np.int64)
+        if isinstance(self._order, VerifiedOrder):
+            samples = self._order.read(start, stop)
+        else:
+            samples = self._order[start:stop]
+        return arrays.to_numpy(samples).astype(np.int64)
 
     @property
     def labels(self) -> NDArray[Any]:
@@ -481,10 +501,8 @@ class PatchGroups:
             raise KeyError(
                 f"patch_id must be one of the {self.num_patches} patches, got {patch_id!r}"
             )
-        start, count = int(self.starts[group]), int(self.counts[group])
-        if self.order is None:
-            return np.arange(start, start + count, dtype=np.int64)
-        return arrays.to_numpy(self.order[start : start + count]).astype(np.int64)
+        start = int(self.starts[group])
+        return self._samples_between(start, start + int(self.counts[group]))
 
     def _find_group(self, patch_id: Any) -> int | None:
         """Return the index of a patch in `patch_ids`, or None."""
@@ -618,7 +636,7 @@ class PatchGroups:
         # The ids of a whole dataset may be large, or not picklable.
         wholes = tuple(ids for ids in self._wholes if isinstance(ids, HostIds))
         state = {**self.__dict__, "device": HOST, "_wholes": wholes}
-        if self._order is not None and not isinstance(self._order, MappedFile):
+        if self._order is not None and not isinstance(self._order, VerifiedOrder):
             state["_order"] = arrays.to_numpy(self._order)
         return state
 

@@ -36,23 +36,46 @@ def fingerprint_ids(
     return id_sum.value(ids.size) if sample_mask is None else total & fingerprint.WRAP
 
 
-def fingerprint_order(
-    patch_ids: Int64, counts: Int64, starts: Int64, order: Any, *, progress: bool
-) -> int | None:
-    """Read a host order and return its fingerprint, or None if it is not sorted."""
+def fault_of_order(
+    patch_ids: Int64,
+    counts: Int64,
+    starts: Int64,
+    order: NDArray[Any] | None,
+    source_size: int,
+    expected: int,
+    *,
+    progress: bool,
+) -> str | None:
+    """Read a host order, and return what is wrong with it, or None if it is right.
+
+    It is right if its samples are distinct and in 0 .. source_size - 1, if those of a patch ascend,
+    and if its fingerprint is the expected one.
+    """
+    wrong_fingerprint = "wrong fingerprint of the order"
     if order is None:
-        return fingerprint.of_runs(patch_ids, starts, counts)
-    total, last_sample, last_group = 0, -1, -1
+        current = fingerprint.of_runs(patch_ids, starts, counts)
+        return None if current == expected else wrong_fingerprint
+    sums = fingerprint.SampleSum(patch_ids)
+    last_sample, last_group = -1, -1
     with ProgressBar(order.size, "checking the index", "samples", progress) as bar:
         for group, samples in fingerprint.blocks_of_order(counts, order):
+            if int(samples.min()) < 0 or int(samples.max()) >= source_size:
+                return f"samples of the order must be in 0 .. {source_size - 1}"
             # Samples ascend within a patch, also across block boundaries.
             starts_patch = np.diff(group, prepend=last_group) != 0
             if not (starts_patch | (np.diff(samples, prepend=last_sample) > 0)).all():
-                return None
-            total += fingerprint.of_samples(patch_ids, group, samples)
+                return "the samples of a patch do not ascend in the order"
+            sums.add(group, samples)
             last_sample, last_group = int(samples[-1]), int(group[-1])
             bar.update(samples.size)
-    return total & fingerprint.WRAP
+    if sums.value != expected:
+        return wrong_fingerprint
+    if order.size == source_size:
+        are_distinct = sums.weight == fingerprint.total_weight(source_size)
+    else:
+        ascending = np.sort(order)
+        are_distinct = bool((ascending[1:] > ascending[:-1]).all())
+    return None if are_distinct else "a sample is twice in the order"
 
 
 def signature_of(ids: PatchIds, num_blocks: int | None = None) -> dict[str, Any]:

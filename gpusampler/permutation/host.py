@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,6 +13,13 @@ from gpusampler.core.devices import HOST
 from gpusampler.permutation import _native, numpy_impl, position_ranges
 from gpusampler.permutation._native import address, contiguous_int64
 from gpusampler.permutation.reference import grid_of, key_of, permute
+
+
+class StoredOrder(Protocol):
+    """An order that is not an array in memory, such as one in a file."""
+
+    def look_up(self, positions: Int64) -> None:
+        """Replace positions, int64 of shape (T,), by the samples at them."""
 
 
 def permute_one(x: Int64, n: int, key: tuple[int, int]) -> Int64:
@@ -53,7 +60,7 @@ def permute_ranges(
     n: Int64,
     key: tuple[Int64, Int64] | None,
     base: Int64,
-    order: NDArray[Any] | None,
+    order: NDArray[Any] | StoredOrder | None,
 ) -> Int64:
     """Permute ranges of consecutive positions, one range per row, and look up their samples.
 
@@ -68,7 +75,7 @@ def permute_ranges(
         None for no permutation.
     base : int64 array, shape (K,)
         Start of each row's patch in ``order``, or its first sample if ``order`` is None.
-    order : integer array or None
+    order : integer array, StoredOrder or None
         Samples sorted by patch; None if the samples of each patch are contiguous.
 
     Returns
@@ -78,7 +85,11 @@ def permute_ranges(
     """
     native = _native.module
     if native is None:
-        return position_ranges.permute_ranges(first, lengths, n, key, base, order)
+        array = order if isinstance(order, np.ndarray) else None
+        samples = position_ranges.permute_ranges(first, lengths, n, key, base, array)
+        if order is not None and array is None:
+            look_up(order, samples)
+        return samples
     columns = [
         contiguous_int64(np.broadcast_to(column, n.shape)) for column in (first, lengths, n, base)
     ]
@@ -93,14 +104,23 @@ def permute_ranges(
     return samples
 
 
-def look_up(order: NDArray[Any], positions: Int64) -> None:
-    """Replace positions, int64 of shape (T,), by the elements of ``order`` at them."""
+def look_up(order: NDArray[Any] | StoredOrder, positions: Int64) -> None:
+    """Replace positions, int64 of shape (T,), by the elements of ``order`` at them.
+
+    Raise ValueError if a position is outside the order.
+    """
     look_up_at(order, order_address(order), positions, address(positions))
 
 
-def look_up_at(order: NDArray[Any], first_item: int, positions: Int64, first_position: int) -> None:
+def look_up_at(
+    order: NDArray[Any] | StoredOrder, first_item: int, positions: Int64, first_position: int
+) -> None:
     """`look_up`, with the addresses `order_address` of the order and that of the positions."""
+    if not isinstance(order, np.ndarray):
+        order.look_up(positions)
+        return
     if not first_item:
+        position_ranges.check_positions(positions, order.size)
         np.copyto(positions, order[positions])
         return
     _native.module.look_up(
@@ -108,9 +128,9 @@ def look_up_at(order: NDArray[Any], first_item: int, positions: Int64, first_pos
     )
 
 
-def order_address(order: NDArray[Any]) -> int:
+def order_address(order: NDArray[Any] | StoredOrder) -> int:
     """Return the address of an order; 0 if there is no compiled code that can read it."""
-    if _native.module is None:
+    if _native.module is None or not isinstance(order, np.ndarray):
         return 0
     # Not the package's own, which are contiguous: big-endian, unaligned or strided ones.
     is_plain = order.dtype in (np.int32, np.int64) and order.flags.aligned

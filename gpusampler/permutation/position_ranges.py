@@ -142,8 +142,17 @@ def _permute_tile(
         _look_up(order, x, out)
 
 
+def check_positions(positions: Int64, size: int) -> None:
+    """Raise ValueError unless positions, int64 of shape (T,), are in 0 .. size - 1."""
+    # As unsigned numbers, negative positions are too large.
+    if positions.size and int(positions.view(np.uint64).max()) >= size:
+        raise ValueError(f"a position is not in 0 .. {size - 1}, the order's last")
+
+
 def _look_up(order: NDArray[Any], positions: Int64, out: Int64) -> None:
-    """Compute ``out = order[positions]`` for at most `TILE` valid positions."""
+    """Compute ``out = order[positions]`` for at most `TILE` positions."""
+    check_positions(positions, order.size)
+    # np.take writes to `out` without a buffer only with "clip".
     if order.dtype == np.int32:
         samples = WORK.i32[: out.size]
         np.take(order, positions, out=samples, mode="clip")

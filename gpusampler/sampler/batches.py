@@ -10,7 +10,7 @@ import numpy as np
 
 from gpusampler.core import arrays, devices
 from gpusampler.core.arrays import Int64
-from gpusampler.core.tracing import EVALUATE, TRANSFER, Range
+from gpusampler.core.tracing import EVALUATE, LOAD_IDS, TRANSFER, Range
 from gpusampler.core.transfer import HostTransfer, Prefetcher, side_stream
 from gpusampler.plan.epoch_plan import EpochPlan
 from gpusampler.plan.evaluators.base import BatchLocations, RaggedBlock
@@ -82,9 +82,13 @@ class BlockReader:
 
     def read(self) -> RaggedBlock | None:
         """Return the next block of batches; None after the last."""
-        if self._slot_evaluator is None and self.plan.evaluator.needs_upload:
+        evaluator = self.plan.evaluator
+        if self._slot_evaluator is None and evaluator.needs_upload:
+            if evaluator.needs_verification:
+                with self._shard.recorder.range(LOAD_IDS):
+                    evaluator.verify_order()
             with self._shard.recorder.range(TRANSFER):
-                self.plan.evaluator.upload_tables()
+                evaluator.upload_tables()
         with self._evaluate_range:
             return self._evaluate()
 

@@ -140,12 +140,29 @@ def place(native: Any, arrays: Arrays) -> None:
         raise ValueError
 
 
+def verify(native: Any, arrays: Arrays) -> None:
+    item_bytes = random.choice([4, 8])
+    # More items than a block, now and then.
+    size = random.choice([random.randint(1, 50), random.randint(1, 50), random.randint(1, 40_000)])
+    each = 65536 // item_bytes
+    blocks = -(-size // each)
+    order = arrays.new(list(range(size)), item_bytes)
+    sums = arrays.new([0] * blocks)
+    native.sums(order, item_bytes, size, sums)
+    is_verified = arrays.new([0] * -(-blocks // 4), 4)
+    positions = column(random.randint(0, 200), size)
+    arguments = order, item_bytes, size, abs(some(2 * size)) % 2**63, sums, is_verified
+    _, wrong = native.verify(*arguments, arrays.new(positions), len(positions))
+    if wrong:
+        raise ValueError
+
+
 def main(folder: str, seconds: str, seed: str) -> None:
     sys.path.insert(0, folder)
     import native
 
     random.seed(int(seed))
-    calls = dict.fromkeys((evaluate, ranges, permute, keys, look_up, place), (0, 0))
+    calls = dict.fromkeys((evaluate, ranges, permute, keys, look_up, place, verify), (0, 0))
     forms = native.forms()
     end = time.monotonic() + float(seconds)
     while time.monotonic() < end:

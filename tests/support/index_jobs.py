@@ -131,7 +131,7 @@ def check_unfinished(folder: Path, ids: np.ndarray) -> None:
             continue
         # Killed between the last byte and the name.
         assert path.name in ("a", "a.partial"), path
-        groups._verify_order(path, False)
+        groups = PatchGroups.load(path, verify=True)
         assert groups.fingerprint == PatchGroups.from_ids(ids).fingerprint
 
 

@@ -18,6 +18,7 @@
 
 #include <math.h>
 #include <stdint.h>
+#include <string.h>
 
 #include "permutation.h"
 
@@ -185,6 +186,42 @@ DEVICE void permute_tile(i64 *x, int count, i64 n, Grid grid, u32 k0, u32 k1) {
     }
 }
 
+/* ---- checksums of an order ---- */
+
+/* The wrapping sum of a block's words, each times a factor of its place. The factors differ and are
+ * not 0, so a changed word and two exchanged words always change the sum. */
+DEVICE u64 sum_words(const u32 *words, u32 count) {
+    u64 sum = 0;
+    for (u32 i = 0; i < count; ++i) sum += (u64)words[i] * mix(i + 1);
+    return sum;
+}
+
+/* Whether all items are in 0 .. last, a number that is not negative: else a sign bit is set. */
+DEVICE int are_in_range(const void *items, int is_32_bit, i64 count, i64 last) {
+    u64 wrong = 0;
+    if (is_32_bit) {
+        const u32 *item = items, end = (u32)last;
+        u32 signs = 0;
+        for (i64 i = 0; i < count; ++i) signs |= item[i] | (end - item[i]);
+        wrong = (u64)signs << 32;
+    } else {
+        const u64 *item = items, end = (u64)last;
+        for (i64 i = 0; i < count; ++i) wrong |= item[i] | (end - item[i]);
+    }
+    return !(wrong >> 63);
+}
+
+/* The lowest and the highest of at least one position. */
+DEVICE void find_span(const i64 *positions, i64 count, i64 *low, i64 *high) {
+    i64 lowest = positions[0], highest = positions[0];
+    for (i64 i = 1; i < count; ++i) {
+        lowest = positions[i] < lowest ? positions[i] : lowest;
+        highest = positions[i] > highest ? positions[i] : highest;
+    }
+    *low = lowest;
+    *high = highest;
+}
+
 /* ---- the same code, compiled for several processors ---- */
 
 typedef struct {
@@ -192,6 +229,9 @@ typedef struct {
     void (*rows)(const Rows *, int, int, i64 *);
     void (*keys)(u32, u32, const i64 *, i64, const i64 *, int, u32 *, u32 *);
     void (*tile)(i64 *, int, i64, Grid, u32, u32);
+    u64 (*sum)(const u32 *, u32);
+    int (*range)(const void *, int, i64, i64);
+    void (*span)(const i64 *, i64, i64 *, i64 *);
 } Form;
 
 #define DEFINE_FORM(name, target)                                                               \
@@ -204,6 +244,15 @@ typedef struct {
     }                                                                                           \
     target static void tile_##name(i64 *x, int count, i64 n, Grid grid, u32 k0, u32 k1) {       \
         permute_tile(x, count, n, grid, k0, k1);                                                \
+    }                                                                                           \
+    target static u64 sum_##name(const u32 *words, u32 count) {                                 \
+        return sum_words(words, count);                                                         \
+    }                                                                                           \
+    target static int range_##name(const void *items, int is_32_bit, i64 count, i64 last) {     \
+        return are_in_range(items, is_32_bit, count, last);                                     \
+    }                                                                                           \
+    target static void span_##name(const i64 *positions, i64 count, i64 *low, i64 *high) {      \
+        find_span(positions, count, low, high);                                                 \
     }
 
 #if (defined(__GNUC__) || defined(__clang__)) && defined(__x86_64__)
@@ -222,10 +271,13 @@ DEFINE_FORM(plain, )
 /* Best first. The compiler vectorizes `plain` for what every processor of the platform has. */
 static const Form FORMS[] = {
 #ifdef HAS_X86_FORMS
-    {"avx512", rows_avx512, keys_avx512, tile_avx512},
-    {"avx2", rows_avx2, keys_avx2, tile_avx2},
+    {"avx512", rows_avx512, keys_avx512, tile_avx512, sum_avx512, range_avx512,
+     span_avx512},
+    {"avx2", rows_avx2, keys_avx2, tile_avx2, sum_avx2, range_avx2,
+     span_avx2},
 #endif
-    {"plain", rows_plain, keys_plain, tile_plain},
+    {"plain", rows_plain, keys_plain, tile_plain, sum_plain, range_plain,
+     span_plain},
 };
 #define NUM_FORMS ((int)(sizeof FORMS / sizeof FORMS[0]))
 
@@ -387,6 +439,69 @@ static int look_up(const void *order, int is_32_bit, i64 order_size, const i64 *
     return !beyond;
 }
 
+/* An order of `size` items of 4 or 8 bytes, in blocks of 64 KiB. */
+typedef struct {
+    const char *items;
+    i64 item_bytes, size;
+} Order;
+
+#define BLOCK_BYTES 65536
+#define POSITIONS_PER_BLOCK 64
+
+static i64 items_in_block(const Order *order, i64 block) {
+    const i64 each = BLOCK_BYTES / order->item_bytes, left = order->size - block * each;
+    return left < each ? left : each;
+}
+
+static u64 block_sum(const Order *order, i64 block) {
+    const u32 words = (u32)(items_in_block(order, block) * order->item_bytes / 4);
+    return form->sum((const u32 *)(order->items + block * BLOCK_BYTES), words);
+}
+
+/* Compare a block's sum, and its items with the last sample, unless the block is verified. Return
+ * whether it is right. Threads may verify a block at once: they store the same 1. */
+static int verify_block(const Order *order, i64 last, const u64 *sums,
+                        unsigned char *is_verified, i64 block) {
+    if (is_verified[block]) return 1;
+    if (block_sum(order, block) != sums[block] ||
+        !form->range(order->items + block * BLOCK_BYTES, order->item_bytes == 4,
+                     items_in_block(order, block), last))
+        return 0;
+    is_verified[block] = 1;
+    return 1;
+}
+
+/* Find the blocks of the lowest and the highest of positions, at least one. */
+static void find_blocks(const Order *order, const i64 *positions, i64 count, i64 *first, i64 *last) {
+    const int shift = order->item_bytes == 4 ? 14 : 13;
+    form->span(positions, count, first, last);
+    *first >>= shift;
+    *last >>= shift;
+}
+
+/* Verify the blocks of positions, which are in `first_block` .. `last_block`: all of these, if they
+ * are few. Return 1 + the number of a wrong block, or 0. */
+static i64 verify_blocks(const Order *order, i64 last, const u64 *sums, unsigned char *is_verified,
+                         const i64 *positions, i64 count, i64 first_block, i64 last_block) {
+    const i64 part = count > TILE ? (count + 7) / 8 : 1;
+    if (memchr(is_verified + first_block, 0, (size_t)(last_block - first_block + 1)) == NULL)
+        return 0;
+    if (last_block - first_block <= count / POSITIONS_PER_BLOCK) {
+        for (i64 block = first_block; block <= last_block; ++block)
+            if (!verify_block(order, last, sums, is_verified, block)) return 1 + block;
+        return 0;
+    }
+    /* Neighbours are mostly of one patch, so parts have few blocks; a single position has one. */
+    for (i64 start = 0; start < count; start += part) {
+        const i64 size = count - start < part ? count - start : part;
+        find_blocks(order, positions + start, size, &first_block, &last_block);
+        const i64 wrong = verify_blocks(order, last, sums, is_verified, positions + start, size,
+                                        first_block, last_block);
+        if (wrong) return wrong;
+    }
+    return 0;
+}
+
 /* Write sample numbers, counting from `sample`, to the next place of each one's group. Return how
  * many were written: fewer than `count` if a group is unknown or full. */
 DEVICE i64 place(const void *groups, int group_bytes, i64 count, i64 sample, i64 *next,
@@ -541,6 +656,63 @@ static PyObject *py_look_up(PyObject *self, PyObject *const *args, Py_ssize_t gi
     Py_RETURN_NONE;
 }
 
+static int read_order(const i64 *v, Order *order) {
+    order->items = ADDRESS(const char, v[0]);
+    order->item_bytes = v[1];
+    order->size = v[2];
+    if (v[2] >= 1 && (v[1] == 4 || v[1] == 8)) return 1;
+    PyErr_SetString(PyExc_ValueError, "order must not be empty, and its items have 4 or 8 bytes");
+    return 0;
+}
+
+/* Whether positions are in an order; sets an exception if one is not. */
+static int check_positions(const Order *order, const i64 *positions, i64 count) {
+    i64 low = 0, high = 0;
+    if (count > 0) form->span(positions, count, &low, &high);
+    if (low >= 0 && high < order->size) return 1;
+    PyErr_Format(PyExc_ValueError, "a position is not in 0 .. %lld, the order's last", order->size - 1);
+    return 0;
+}
+
+static PyObject *py_sums(PyObject *self, PyObject *const *args, Py_ssize_t given) {
+    i64 v[4];
+    Order order;
+    (void)self;
+    if (!read_numbers(args, given, 4, v) || !read_order(v, &order)) return NULL;
+    const i64 num_blocks = (order.size - 1) / (BLOCK_BYTES / order.item_bytes) + 1;
+    u64 *sums = ADDRESS(u64, v[3]);
+    PyThreadState *state = PyEval_SaveThread();
+    for (i64 block = 0; block < num_blocks; ++block) sums[block] = block_sum(&order, block);
+    PyEval_RestoreThread(state);
+    Py_RETURN_NONE;
+}
+
+static PyObject *py_verify(PyObject *self, PyObject *const *args, Py_ssize_t given) {
+    i64 v[8], wrong = 0;
+    Order order;
+    (void)self;
+    if (!read_numbers(args, given, 8, v) || !read_order(v, &order)) return NULL;
+    if (v[3] < 0) {
+        PyErr_Format(PyExc_ValueError, "the last sample must be >= 0, got %lld", v[3]);
+        return NULL;
+    }
+    const i64 *positions = ADDRESS(const i64, v[6]), count = v[7];
+    unsigned char *is_verified = ADDRESS(unsigned char, v[5]);
+    i64 first = 0, last = -1;
+    if (!check_positions(&order, positions, count)) return NULL;
+    if (count > 0) find_blocks(&order, positions, count, &first, &last);
+    const int is_new = memchr(is_verified + first, 0, (size_t)(last - first + 1)) != NULL;
+    if (is_new) {
+        /* Reading may wait for a disk. */
+        PyThreadState *state = PyEval_SaveThread();
+        wrong = verify_blocks(&order, v[3], ADDRESS(const u64, v[4]), is_verified, positions, count,
+                              first, last);
+        PyEval_RestoreThread(state);
+    }
+    /* Whether blocks may have been verified, and 1 + the number of a wrong one. */
+    return Py_BuildValue("iL", is_new, wrong);
+}
+
 static PyObject *py_place(PyObject *self, PyObject *const *args, Py_ssize_t given) {
     i64 v[10], placed = 0;
     (void)self;
@@ -621,6 +793,11 @@ static PyMethodDef METHODS[] = {
     METHOD(look_up, METH_FASTCALL,
            "look_up(order, itemsize, order_size, positions, out, count)\n--\n\n"
            "Replace positions by the order's items."),
+    METHOD(sums, METH_FASTCALL,
+           "sums(order, itemsize, order_size, sums)\n--\n\nWrite the checksum of each block."),
+    METHOD(verify, METH_FASTCALL,
+           "verify(order, itemsize, order_size, last, sums, is_verified, positions, count)\n--\n\n"
+           "Verify the blocks that positions are in."),
     METHOD(place, METH_FASTCALL,
            "place(groups, group_bytes, count, sample, next, ends, num_groups, order, order_bytes, "
            "order_size)\n--\n\nWrite samples to the next places of their groups; return how many."),

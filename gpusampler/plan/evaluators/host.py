@@ -216,8 +216,8 @@ class HostEvaluator(Evaluator):
 
     def _order(self) -> Any:
         # Not cached: each read checks the file that the order may be mapped from.
-        order = self._groups.order
-        if order is None or arrays.is_numpy(order):
+        order = self._groups._order_to_look_up
+        if order is None or arrays.library_of(order) in ("numpy", None):
             return order
         if self._order_copy is None:
             device = arrays.device_of(order)

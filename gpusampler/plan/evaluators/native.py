@@ -11,7 +11,7 @@ from gpusampler.batching.tables import PatchOrder, PatchTables
 from gpusampler.core.arrays import Int64
 from gpusampler.permutation import _native
 from gpusampler.permutation._native import address, contiguous_int64
-from gpusampler.permutation.host import look_up_at, order_address
+from gpusampler.permutation.host import StoredOrder, look_up_at, order_address
 from gpusampler.permutation.reference import Streams
 from gpusampler.plan.evaluators.base import EvaluatorSettings
 
@@ -63,7 +63,7 @@ class SlotEvaluator:
         epoch: int,
         slots: Int64 | range,
         patch_order: PatchOrder | None,
-        order: NDArray[Any] | None,
+        order: NDArray[Any] | StoredOrder | None,
         max_samples: int,
         *,
         pad_rows: bool = False,
@@ -77,7 +77,7 @@ class SlotEvaluator:
             Slots >= 0; those beyond the epoch's last repeat its first.
         patch_order : PatchOrder, or None
             The order of the patches in this epoch, if batches are not interleaved.
-        order : integer array, or None
+        order : integer array, StoredOrder or None
             As `PatchGroups.order`.
         max_samples : int
             Number of samples that fit. 0 to locate all slots without evaluating them.

@@ -82,6 +82,15 @@ class PlanEvaluator(Evaluator):
         return self._device_evaluator is None and not self.works_on_host
 
     @property
+    def needs_verification(self) -> bool:
+        """Whether the order must still be verified before it is uploaded."""
+        return self._groups._needs_verification
+
+    def verify_order(self) -> None:
+        """Verify the whole order; raise ValueError if its file is damaged."""
+        _ = self._groups.order
+
+    @property
     def table_bytes(self) -> dict[str, int]:
         """See `EpochPlan.table_bytes`."""
         order = self._groups._unchecked_order
