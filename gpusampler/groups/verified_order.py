@@ -87,6 +87,7 @@ class BlockVerifier:
         self._sums = sums
         self._last_sample = source_size - 1
         self._is_verified = np.zeros(sums.size, np.uint8)
+        self._addresses = address(sums), address(self._is_verified)
         self.is_complete = False
         """Whether all blocks are verified."""
 
@@ -102,14 +103,14 @@ class BlockVerifier:
             return
         first_item = _compiled_address(order)
         if first_item:
-            positions = contiguous_int64(positions)
+            if not positions.flags.c_contiguous:
+                positions = contiguous_int64(positions)
             is_new, wrong = _native.module.verify(
                 first_item,
                 order.itemsize,
                 order.size,
                 self._last_sample,
-                address(self._sums),
-                address(self._is_verified),
+                *self._addresses,
                 address(positions),
                 positions.size,
             )

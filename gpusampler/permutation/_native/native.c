@@ -446,7 +446,7 @@ typedef struct {
 } Order;
 
 #define BLOCK_BYTES 65536
-#define POSITIONS_PER_BLOCK 64
+#define POSITIONS_PER_BLOCK 256
 
 static i64 items_in_block(const Order *order, i64 block) {
     const i64 each = BLOCK_BYTES / order->item_bytes, left = order->size - block * each;
@@ -471,19 +471,13 @@ static int verify_block(const Order *order, i64 last, const u64 *sums,
     return 1;
 }
 
-/* Find the blocks of the lowest and the highest of positions, at least one. */
-static void find_blocks(const Order *order, const i64 *positions, i64 count, i64 *first, i64 *last) {
-    const int shift = order->item_bytes == 4 ? 14 : 13;
-    form->span(positions, count, first, last);
-    *first >>= shift;
-    *last >>= shift;
-}
-
-/* Verify the blocks of positions, which are in `first_block` .. `last_block`: all of these, if they
- * are few. Return 1 + the number of a wrong block, or 0. */
+/* Verify the blocks of positions, of which `low` is the lowest and `high` the highest: all blocks
+ * between these, if they are few. Return 1 + the number of a wrong block, or 0. */
 static i64 verify_blocks(const Order *order, i64 last, const u64 *sums, unsigned char *is_verified,
-                         const i64 *positions, i64 count, i64 first_block, i64 last_block) {
+                         const i64 *positions, i64 count, i64 low, i64 high) {
+    const int shift = order->item_bytes == 4 ? 14 : 13;
     const i64 part = count > TILE ? (count + 7) / 8 : 1;
+    const i64 first_block = low >> shift, last_block = high >> shift;
     if (memchr(is_verified + first_block, 0, (size_t)(last_block - first_block + 1)) == NULL)
         return 0;
     if (last_block - first_block <= count / POSITIONS_PER_BLOCK) {
@@ -494,9 +488,9 @@ static i64 verify_blocks(const Order *order, i64 last, const u64 *sums, unsigned
     /* Neighbours are mostly of one patch, so parts have few blocks; a single position has one. */
     for (i64 start = 0; start < count; start += part) {
         const i64 size = count - start < part ? count - start : part;
-        find_blocks(order, positions + start, size, &first_block, &last_block);
+        form->span(positions + start, size, &low, &high);
         const i64 wrong = verify_blocks(order, last, sums, is_verified, positions + start, size,
-                                        first_block, last_block);
+                                        low, high);
         if (wrong) return wrong;
     }
     return 0;
@@ -665,15 +659,6 @@ static int read_order(const i64 *v, Order *order) {
     return 0;
 }
 
-/* Whether positions are in an order; sets an exception if one is not. */
-static int check_positions(const Order *order, const i64 *positions, i64 count) {
-    i64 low = 0, high = 0;
-    if (count > 0) form->span(positions, count, &low, &high);
-    if (low >= 0 && high < order->size) return 1;
-    PyErr_Format(PyExc_ValueError, "a position is not in 0 .. %lld, the order's last", order->size - 1);
-    return 0;
-}
-
 static PyObject *py_sums(PyObject *self, PyObject *const *args, Py_ssize_t given) {
     i64 v[4];
     Order order;
@@ -698,15 +683,21 @@ static PyObject *py_verify(PyObject *self, PyObject *const *args, Py_ssize_t giv
     }
     const i64 *positions = ADDRESS(const i64, v[6]), count = v[7];
     unsigned char *is_verified = ADDRESS(unsigned char, v[5]);
-    i64 first = 0, last = -1;
-    if (!check_positions(&order, positions, count)) return NULL;
-    if (count > 0) find_blocks(&order, positions, count, &first, &last);
-    const int is_new = memchr(is_verified + first, 0, (size_t)(last - first + 1)) != NULL;
+    const i64 items = BLOCK_BYTES / order.item_bytes;
+    i64 low = 0, high = 0;
+    if (count < 1) return Py_BuildValue("iL", 0, wrong);
+    form->span(positions, count, &low, &high);
+    if (low < 0 || high >= order.size) {
+        PyErr_Format(PyExc_ValueError, "a position is not in 0 .. %lld, the order's last", v[2] - 1);
+        return NULL;
+    }
+    const size_t num_blocks = (size_t)(high / items - low / items + 1);
+    const int is_new = memchr(is_verified + low / items, 0, num_blocks) != NULL;
     if (is_new) {
         /* Reading may wait for a disk. */
         PyThreadState *state = PyEval_SaveThread();
         wrong = verify_blocks(&order, v[3], ADDRESS(const u64, v[4]), is_verified, positions, count,
-                              first, last);
+                              low, high);
         PyEval_RestoreThread(state);
     }
     /* Whether blocks may have been verified, and 1 + the number of a wrong one. */
