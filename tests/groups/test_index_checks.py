@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from gpusampler import PatchBatchSampler, PatchGroups
+from gpusampler.groups import fingerprint
 from support.index_files import IndexFile
 
 IDS = np.random.default_rng(0).permutation(np.repeat([3, 5, 9], [400, 70, 30]))
@@ -286,8 +287,6 @@ def test_verify_proves_the_order(tmp_path, case):
 
 @pytest.mark.parametrize("made", ["order", "selected"])
 def test_a_sample_of_two_patches_is_found_under_a_right_fingerprint(tmp_path, made):
-    from gpusampler.groups import fingerprint
-
     MADE[made]().save(tmp_path / "a")
     file = IndexFile(tmp_path / "a")
     # The last patch has a sample of the first one; all samples of a patch ascend.
@@ -298,3 +297,19 @@ def test_a_sample_of_two_patches_is_found_under_a_right_fingerprint(tmp_path, ma
     file.write()
     with pytest.raises(ValueError, match="a sample is twice in the order"):
         PatchGroups.load(tmp_path / "a", verify=True)
+
+
+@pytest.mark.parametrize("mmap", [True, False])
+@pytest.mark.parametrize("sample", [-1, 500, 2**31 - 1])
+def test_samples_outside_the_dataset_in_version_1(tmp_path, mmap, sample):
+    MADE["selected"]().save(tmp_path / "a")
+    file = IndexFile(tmp_path / "a")
+    file.head["version"] = 1
+    file.write()
+    use(tmp_path / "a", mmap=mmap)
+    # The first or the last of its patch, so that the samples ascend.
+    file.samples[0 if sample < 0 else -1] = sample
+    file.lies["fingerprint"] = fingerprint.of_order(file.patch_ids, file.counts, file.samples)
+    file.write()
+    with pytest.raises(ValueError, match=r"a is damaged: samples .* must be in 0 \.\. 499"):
+        use(tmp_path / "a", mmap=mmap)

@@ -44,8 +44,8 @@ class IndexFile:
         self.patch_ids, self.counts, self.starts = self.tables
         rest = data[end + 24 * patches :]
         # Version 1 has no checksums of blocks.
-        self._has_sums = self.head["version"] > 1
-        self.names = rest[8 * -(-len(self.order) // BLOCK) if self._has_sums else 0 :]
+        num_sums = -(-len(self.order) // BLOCK) if self.head["version"] > 1 else 0
+        self.names = rest[8 * num_sums :]
 
     @property
     def samples(self) -> np.ndarray:
@@ -55,7 +55,7 @@ class IndexFile:
     def write(self, text: bytes | None = None, tables: bytes | None = None) -> None:
         """Write the file; ``text`` replaces the header's, and ``tables`` all after the order."""
         if tables is None:
-            sums = block_sums(bytes(self.order)) if self._has_sums else []
+            sums = block_sums(bytes(self.order)) if self.head["version"] > 1 else []
             tables = self.tables.tobytes() + np.array(sums, "<u8").tobytes() + self.names
         if text is None:
             sizes = {"tables_bytes": len(tables), "tables_crc": zlib.crc32(tables)}
