@@ -252,6 +252,7 @@ def test_epochs(host_form, xp, epoch):
     ] == epoch["batches"]
 
 
+@pytest.mark.filterwarnings("ignore:every row of a cursor has")
 @pytest.mark.parametrize(
     "epoch", [*STEPS["epochs"], *MIXING["epochs"], *SHORT["epochs"]], ids=named_epoch
 )
