@@ -48,8 +48,11 @@ class InterruptedAt:
         sys.setprofile(None)
 
     def profile(self, frame, event, argument):
-        is_ours = frame.f_code.co_filename.startswith(PACKAGE)
-        if is_ours and event in ("call", "c_call", "c_return"):
+        if not frame.f_code.co_filename.startswith(PACKAGE):
+            return
+        # Signals are not handled between a lock and the block that it guards.
+        is_lock = getattr(argument, "__name__", "") in ("__enter__", "__exit__")
+        if event in ("call", "c_call", "c_return") and not is_lock:
             self.left -= 1
             if self.left == 0:
                 sys.setprofile(None)
