@@ -343,7 +343,10 @@ def test_a_weight_of_0_is_as_if_the_patch_were_not_there():
     arguments = {"weights": weights, "epoch_batches": 19}
     plan = plan_of(**arguments)
     switched_on = np.isin(IDS, [4, 8, 11])
-    others = PatchBatchSampler(IDS[switched_on], 9, seed=3, **arguments).plan
+    positive = {patch: weight for patch, weight in weights.items() if weight}
+    others = PatchBatchSampler(
+        IDS[switched_on], 9, seed=3, **{**arguments, "weights": positive}
+    ).plan
     assert plan.batches_by_patch.tolist() == [
         0 if weight == 0 else others.batches_by_patch[others.labels.tolist().index(patch)]
         for patch, weight in sorted(weights.items())
