@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import gc
+import sys
 import threading
 import warnings
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Set
 from operator import length_hint
+from types import FrameType
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from gpusampler.core.arrays import Int64
-from gpusampler.core.log import warn
+from gpusampler.core.log import is_own_frame, warn
 from gpusampler.core.memory import GrowthWatch
 from gpusampler.core.text import short_repr
 from gpusampler.core.tracing import Recorder
@@ -25,6 +27,8 @@ from gpusampler.sampler.rank_check import RankCheck
 
 STATE_VERSION = 1
 STATE_KEYS = frozenset({"version", "epoch", "slot", "seed", "step_width", "fingerprint"})
+STATEFUL_LOADER = "torchdata.stateful_dataloader"
+"""Its modules ask for a sampler's state, but resume from that of its iterator."""
 BIND_LOCK = threading.Lock()
 """Held while a pass takes the next epoch, so that threads do not take the same one.
 
@@ -343,6 +347,8 @@ class EpochTracker:
             if not running:
                 outlasting = [each for each in passes if each.has_outlasted_next]
                 return (outlasting or passes[-1:])[0]
+        if _calling_module().startswith(STATEFUL_LOADER):
+            return running[-1]
         listed = " and ".join(
             f"epoch {each.shard.epoch} ({each.num_drawn} batches drawn)" for each in running
         )
@@ -445,6 +451,14 @@ class EpochTracker:
     def __getstate__(self) -> dict[str, Any]:
         """Leave out the passes: a copy begins at the next epoch."""
         return {**self.__dict__, "_passes": []}
+
+
+def _calling_module() -> str:
+    """Return the name of the module that called the package."""
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None and is_own_frame(frame):
+        frame = frame.f_back
+    return "" if frame is None else str(frame.f_globals.get("__name__", ""))
 
 
 class EpochSetter:
