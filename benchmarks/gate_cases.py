@@ -195,6 +195,8 @@ def resumed() -> Callable[[], Any]:
     """Time loading a state of the middle of an epoch, and its next batch."""
     sampler = PatchBatchSampler(PatchGroups.from_counts([1024] * 1000), 64, seed=0)
     next(iter(sampler))
+    # Of the next pass, of which nothing has been drawn yet.
+    sampler.set_epoch(0)
     state = sampler.state_dict(step=len(sampler) // 2)
 
     def work() -> None:
