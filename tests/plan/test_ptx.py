@@ -53,6 +53,8 @@ QUICK = {
     "plain": Case(LARGE, 64),
     "mixed, gathered": Case(gathered("int32", 20, 3000, 300, 3, 33), 48, {"partial": "pad"}),
     "in a row": Case(MIXED, 32, {"interleave": False}),
+    # The kernel of the patches' order goes over them in several turns.
+    "many patches, in a row": Case(contiguous(*[3] * 600), 2, {"interleave": False}),
     "weights": Case(MIXED, 16, {"weights": [1, 5, 0, 2, 1, 1], "epoch_batches": 300}),
 }
 SLOW = {

@@ -221,11 +221,13 @@ KERNEL void gpusampler_patch_order(
             END_THREADS
             now = 1 - now;
         }
+        // Read before the barrier: after it, the next turn writes to the totals.
+        const i64 total = sizes[now][THREADS - 1];
         FOR_EACH_THREAD(t)
             if (first + t < num_patches)
                 offsets[first + t] = before + (t ? sizes[now][t - 1] : 0);
         END_THREADS
-        before += sizes[now][THREADS - 1];
+        before += total;
     }
 }
 #else
