@@ -14,7 +14,7 @@ from gpusampler.sampler.batch_sampler import PatchBatchSampler
 if TYPE_CHECKING:
     from lightning.pytorch import Callback, LightningModule, Trainer
 
-    from gpusampler.sampler.state import RankShard
+    from gpusampler.sampler.passes import RankShard
 else:
     try:
         from lightning.pytorch import Callback

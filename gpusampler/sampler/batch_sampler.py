@@ -40,12 +40,12 @@ from gpusampler.sampler.distributed import (
     resolve_ranks,
 )
 from gpusampler.sampler.iterator import EpochIterator, Reader
+from gpusampler.sampler.passes import RankShard
 from gpusampler.sampler.profile import ProfiledSampler
 from gpusampler.sampler.rank_check import RankCheck
 from gpusampler.sampler.state import (
     EpochSetter,
     EpochTracker,
-    RankShard,
     check_epoch,
     check_num_batches,
 )

@@ -16,7 +16,7 @@ from gpusampler.plan.epoch_plan import EpochPlan
 from gpusampler.plan.evaluators.base import BatchLocations, RaggedBlock
 from gpusampler.plan.evaluators.host import HostEvaluator
 from gpusampler.sampler.iterator import T
-from gpusampler.sampler.state import RankShard
+from gpusampler.sampler.passes import RankShard
 
 FIRST_BLOCK_SAMPLES = 1 << 11
 """Number of indices in the first block: few, so that the first batch is ready immediately."""

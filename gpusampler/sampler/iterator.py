@@ -7,7 +7,8 @@ from operator import length_hint
 from typing import Any, Generic, Protocol, TypeVar
 
 from gpusampler.core.tracing import HAND_OUT
-from gpusampler.sampler.state import EpochPass, EpochTracker, RankShard
+from gpusampler.sampler.passes import EpochPass, RankShard
+from gpusampler.sampler.state import EpochTracker
 
 T = TypeVar("T")
 
@@ -122,7 +123,7 @@ class EpochIterator(Iterator[T], Generic[T]):
         if self._reader is None:
             # Every kind of pass begins here, also one over an explicit epoch or a loaded state.
             self._tracker.check_ranks()
-            self._reader = self._make_reader(epoch_pass.rest())
+            self._reader = self._make_reader(epoch_pass.shard.after(epoch_pass.num_read))
             self._recorder.iterators.add(self)
         batches = self._reader.read()
         if batches is None:

@@ -1,21 +1,13 @@
-"""The epoch tracker, a rank's shard of an epoch, and the saved state."""
+"""The epoch tracker and the saved state."""
 
 from __future__ import annotations
 
-import gc
-import sys
 import threading
 import warnings
-import weakref
-from collections.abc import Callable, Iterator, Mapping, Set
-from operator import length_hint
-from types import FrameType
+from collections.abc import Mapping, Set
 from typing import Any, NamedTuple
 
-import numpy as np
-
-from gpusampler.core.arrays import Int64
-from gpusampler.core.log import is_own_frame, warn
+from gpusampler.core.log import warn
 from gpusampler.core.memory import GrowthWatch
 from gpusampler.core.text import short_repr
 from gpusampler.core.tracing import Recorder
@@ -23,12 +15,11 @@ from gpusampler.core.validation import check_int, check_seed
 from gpusampler.plan.epoch_plan import EPOCH_LIMIT, EpochPlan
 from gpusampler.sampler.distributed import ProcessGroupWarning
 from gpusampler.sampler.fingerprint import SAMPLES, check_fingerprint, fingerprint_of
+from gpusampler.sampler.passes import EpochPass, RankShard, pass_to_save
 from gpusampler.sampler.rank_check import RankCheck
 
 STATE_VERSION = 1
 STATE_KEYS = frozenset({"version", "epoch", "slot", "seed", "step_width", "fingerprint"})
-STATEFUL_LOADER = "torchdata.stateful_dataloader"
-"""Its modules ask for a sampler's state, but resume from that of its iterator."""
 BIND_LOCK = threading.Lock()
 """Held while a pass takes the next epoch, so that threads do not take the same one.
 
@@ -86,87 +77,6 @@ class EpochPosition(NamedTuple):
     plan: EpochPlan
     epoch: int
     slot: int
-
-
-class RankShard(NamedTuple):
-    """A rank's part of a plan's epoch, from a global slot on.
-
-    ``repeats_count``: whether a batch counts if it is repeated only to give all ranks the same
-    number of batches. ``recorder``: records the time that the batches take.
-    """
-
-    plan: EpochPlan
-    epoch: int
-    slot: int
-    steps: int
-    num_replicas: int
-    rank: int
-    repeats_count: bool
-    recorder: Recorder
-
-    def slots(self, start: int, stop: int) -> Int64:
-        """Return the global slots of steps start .. stop - 1; they may exceed the epoch's last."""
-        step = np.arange(start, stop, dtype=np.int64)
-        return self.slot + step * self.num_replicas + self.rank
-
-    def slot_after(self, steps: int) -> int:
-        """Return the global slot after ``steps`` steps, or the number of slots if none is left."""
-        total = self.plan.num_batches
-        return total if steps >= self.steps else min(self.slot + steps * self.num_replicas, total)
-
-
-class EpochPass:
-    """A pass over a shard that has begun, and how far it is. It outlives its iterator.
-
-    ``iterator`` draws from the pass. Batches that have been read wait in a list iterator, which
-    knows how many of them remain, so that nothing is counted per batch. Batches that a reader has
-    prefetched do not count as read.
-    """
-
-    def __init__(self, shard: RankShard, iterator: Any) -> None:
-        self.shard = shard
-        self._iterator: Callable[[], Any] = weakref.ref(iterator)
-        self.num_read = 0
-        self.waiting: Iterator[Any] = iter(())
-        self._drawn_before_next: int | None = None
-
-    @property
-    def num_drawn(self) -> int:
-        """Number of batches drawn from the iterator."""
-        return self.num_read - length_hint(self.waiting)
-
-    @property
-    def iterator(self) -> Any:
-        """The iterator; None if it no longer exists."""
-        return self._iterator()
-
-    @property
-    def is_running(self) -> bool:
-        """Whether batches remain, and the iterator still exists."""
-        return self.num_drawn < self.shard.steps and self.iterator is not None
-
-    def note_next(self) -> None:
-        """Note that another pass begins."""
-        if self._drawn_before_next is None:
-            self._drawn_before_next = self.num_drawn
-
-    @property
-    def has_outlasted_next(self) -> bool:
-        """Whether batches were drawn after another pass had begun."""
-        return self._drawn_before_next is not None and self.num_drawn > self._drawn_before_next
-
-    def rest(self) -> RankShard:
-        """Return the shard of the batches that were not read."""
-        slot = self.shard.slot + self.num_read * self.shard.num_replicas
-        return self.shard._replace(slot=slot, steps=self.shard.steps - self.num_read)
-
-    def __getstate__(self) -> dict[str, Any]:
-        """Leave out the iterator: a copy of a pass belongs to none, as its tracker has no pass."""
-        return {**self.__dict__, "_iterator": _no_iterator}
-
-
-def _no_iterator() -> None:
-    """Stand for the reference to an iterator in the copy of a pass."""
 
 
 class EpochTracker:
@@ -313,7 +223,7 @@ class EpochTracker:
         """Return the state of the pass that is running, else of the latest, else of the next."""
         if not self._passes:
             return self.pending_state(step)
-        return self.state_of(self._running_pass(step), step)
+        return self.state_of(pass_to_save(self._passes, step), step)
 
     def state_of(self, epoch_pass: EpochPass, step: int | None) -> dict[str, Any]:
         """Return the state of a pass after ``step`` batches; default: after those drawn."""
@@ -328,35 +238,6 @@ class EpochTracker:
                 * (slot > 0)
             )
         return self.state_after(epoch_pass.shard, step)
-
-    def _running_pass(self, step: int | None) -> EpochPass:
-        """Return the pass that a state is asked of.
-
-        A pass whose iterator is gone was a look at a few batches if an earlier pass goes on.
-        """
-        for collect in (False, True):
-            if collect:
-                # Iterators that are gone may be kept by reference cycles.
-                gc.collect()
-            passes = self._passes
-            if step is not None:
-                passes = [each for each in passes if each.num_drawn >= step] or passes[-1:]
-            running = [each for each in passes if each.is_running]
-            if len(running) == 1:
-                return running[0]
-            if not running:
-                outlasting = [each for each in passes if each.has_outlasted_next]
-                return (outlasting or passes[-1:])[0]
-        if _calling_module().startswith(STATEFUL_LOADER):
-            return running[-1]
-        listed = " and ".join(
-            f"epoch {each.shard.epoch} ({each.num_drawn} batches drawn)" for each in running
-        )
-        raise RuntimeError(
-            f"state_dict() cannot tell which pass to save: passes over {listed} are running. "
-            "Delete the iterator that is no longer used, as in `del iterator`, or call "
-            "sampler.set_epoch(epoch) before each pass, which ends those before it."
-        )
 
     def pending_state(self, step: int | None = None) -> dict[str, Any]:
         """Return the state of the next pass, after ``step`` of its batches."""
@@ -451,14 +332,6 @@ class EpochTracker:
     def __getstate__(self) -> dict[str, Any]:
         """Leave out the passes: a copy begins at the next epoch."""
         return {**self.__dict__, "_passes": []}
-
-
-def _calling_module() -> str:
-    """Return the name of the module that called the package."""
-    frame: FrameType | None = sys._getframe(1)
-    while frame is not None and is_own_frame(frame):
-        frame = frame.f_back
-    return "" if frame is None else str(frame.f_globals.get("__name__", ""))
 
 
 class EpochSetter:

@@ -22,7 +22,7 @@ from gpusampler.plan.evaluators.base import RaggedBlock
 from gpusampler.sampler.batch_sampler import PatchBatchSampler
 from gpusampler.sampler.batches import MAX_OBJECTS_AT_ONCE, BlockReader
 from gpusampler.sampler.iterator import EpochIterator
-from gpusampler.sampler.state import RankShard
+from gpusampler.sampler.passes import RankShard
 
 HOST_GATHER_BYTES = 1 << 20
 DEVICE_GATHER_BYTES = 1 << 25

@@ -15,7 +15,8 @@ from gpusampler.core.tracing import Recorder
 from gpusampler.plan.evaluators.native import SlotEvaluator
 from gpusampler.sampler import batches as batches_module
 from gpusampler.sampler.batches import BlockReader, locate_slots
-from gpusampler.sampler.state import RankShard, remaining_steps
+from gpusampler.sampler.passes import RankShard
+from gpusampler.sampler.state import remaining_steps
 from support import oracle
 from support.cases import cases, short_batch_cases, whole
 from support.strategies import epochs, patchy_ids, rows_of, seeds
