@@ -279,10 +279,15 @@ def _check_rows(index: Int64, num_rows: int) -> None:
 
     NumPy's own mode "raise" takes negative indices, and copies through a buffer.
     """
-    # As unsigned numbers, negative indices are too large.
-    if index.size and int(index.view(np.uint64).max()) >= num_rows:
+    if not are_indices(index, num_rows):
         wrong = index[(index < 0) | (index >= num_rows)]
         raise IndexError(f"samples must be in 0 .. {num_rows - 1}, got {int(wrong[0])}")
+
+
+def are_indices(numbers: Int64, size: int) -> bool:
+    """Return whether all numbers, int64 of shape (T,), are in 0 .. size - 1."""
+    # As unsigned numbers, negative ones are too large.
+    return not numbers.size or int(numbers.view(np.uint64).max()) < size
 
 
 def _numpy_view_of_short_rows(tensor: Any) -> Any:

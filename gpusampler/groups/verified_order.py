@@ -46,10 +46,14 @@ def block_sums(order: NDArray[Any] | None) -> BlockSums:
     if first_item:
         _native.module.sums(first_item, order.itemsize, order.size, address(sums))
         return sums
-    items = BLOCK_BYTES // order.itemsize
     for block in range(sums.size):
-        sums[block] = _sum_of(order[block * items : (block + 1) * items])
+        sums[block] = _sum_of(_block(order, block))
     return sums
+
+
+def _block(order: NDArray[Any], block: int) -> NDArray[Any]:
+    items = BLOCK_BYTES // order.itemsize
+    return order[block * items : (block + 1) * items]
 
 
 def _sum_of(block: NDArray[Any]) -> np.uint64:
@@ -137,21 +141,17 @@ class BlockVerifier:
         blocks = positions // (BLOCK_BYTES // order.itemsize)
         new_blocks = np.unique(blocks[self._is_verified[blocks] == 0])
         for block in new_blocks.tolist():
-            samples = self._block(order, block)
+            samples = _block(order, block)
             if _sum_of(samples) != self._sums[block] or not self._are_samples(samples):
                 self._raise_damaged(order, block)
             self._is_verified[block] = 1
         return new_blocks.size > 0
 
-    def _block(self, order: NDArray[Any], block: int) -> NDArray[Any]:
-        items = BLOCK_BYTES // order.itemsize
-        return order[block * items : (block + 1) * items]
-
     def _are_samples(self, samples: NDArray[Any]) -> bool:
         return int(samples.min()) >= 0 and int(samples.max()) <= self._last_sample
 
     def _raise_damaged(self, order: NDArray[Any], block: int) -> None:
-        samples = self._block(order, block)
+        samples = _block(order, block)
         reason = f"wrong checksum of block {block} of {self._sums.size} of the order"
         if _sum_of(samples) == self._sums[block]:
             reason = f"samples of the order must be in 0 .. {self._last_sample}"

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gpusampler.core import arrays
-from gpusampler.core.arrays import Int64
+from gpusampler.core.arrays import Int64, are_indices
 from gpusampler.core.devices import HOST
 from gpusampler.permutation.numpy_impl import TILE, WORK, permute_grid, permute_small
 from gpusampler.permutation.reference import MAX_ROUNDS, ROUNDS_FROM, SMALL, Grid, grids_of
@@ -144,8 +144,7 @@ def _permute_tile(
 
 def check_positions(positions: Int64, size: int) -> None:
     """Raise ValueError unless positions, int64 of shape (T,), are in 0 .. size - 1."""
-    # As unsigned numbers, negative positions are too large.
-    if positions.size and int(positions.view(np.uint64).max()) >= size:
+    if not are_indices(positions, size):
         raise ValueError(f"a position is not in 0 .. {size - 1}, the order's last")
 
 
