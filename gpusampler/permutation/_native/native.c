@@ -61,7 +61,7 @@ DEVICE Grid grid_of(i64 n) {
 DEVICE void permute_lanes(u32 *line, u32 *col, u32 lanes, Grid grid, u32 k0, u32 step, int pairs) {
     for (int pair = 0; pair < pairs; ++pair) {
         for (u32 i = 0; i < lanes; ++i)
-            rotate_pair(line + i, col + i, grid.a, grid.b, grid.rem, k0, step);
+            rotate_pair(line + i, col + i, grid.a, grid.a - 1, grid.b, grid.rem, k0, step);
         k0 += 2 * step;
     }
 }

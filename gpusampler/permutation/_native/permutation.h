@@ -49,10 +49,11 @@ DEVICE u32 rotate(u32 line, u32 value, u32 round_key, u32 side) {
     return moved < wrapped ? moved : wrapped;
 }
 
-/* A pair of rounds: rotate a column, then a row. The cell stays in the ragged grid. */
-DEVICE void rotate_pair(u32 *line, u32 *col, u32 a, u32 b, u32 rem, u32 key, u32 step) {
-    *line = rotate(*line, *col, key, a - (*col >= rem));
-    *col = rotate(*col, *line, key + step, *line == a - 1 ? rem : b);
+/* A pair of rounds: rotate a column, then a row. The cell stays in the ragged grid. `last` is a - 1:
+ * to select between two known sides takes less than to subtract. */
+DEVICE void rotate_pair(u32 *line, u32 *col, u32 a, u32 last, u32 b, u32 rem, u32 key, u32 step) {
+    *line = rotate(*line, *col, key, *col >= rem ? last : a);
+    *col = rotate(*col, *line, key + step, *line == last ? rem : b);
 }
 
 /* Number of pairs of rounds; 0 if n is small. */

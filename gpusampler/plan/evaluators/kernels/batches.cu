@@ -58,13 +58,11 @@ struct alignas(16) Row {
     int pairs;
 };
 
-// The image of (line, col) after `pairs` pairs of rounds; both stay in the ragged grid. A pair is
-// `rotate_pair`, but selects a side where that one subtracts from it: `last` is a - 1.
+// The image of (line, col) after `pairs` pairs of rounds; both stay in the ragged grid.
 DEVICE void shuffle_grid(u32 &line, u32 &col, u32 a, u32 last, u32 b, u32 rem, u32 key, u32 step,
                          int pairs) {
     for (int pair = 0; pair < pairs; ++pair) {
-        line = rotate(line, col, key, col >= rem ? last : a);
-        col = rotate(col, line, key + step, line == last ? rem : b);
+        rotate_pair(&line, &col, a, last, b, rem, key, step);
         key += 2 * step;
     }
 }
