@@ -50,8 +50,9 @@ class InterruptedAt:
     def profile(self, frame, event, argument):
         if not frame.f_code.co_filename.startswith(PACKAGE):
             return
-        # Signals are not handled between a lock and the block that it guards.
-        is_lock = getattr(argument, "__name__", "") in ("__enter__", "__exit__")
+        # Signals are not handled between a lock and the block that it guards, but are after it.
+        name = getattr(argument, "__name__", "")
+        is_lock = name == "__enter__" or (name == "__exit__" and event == "c_call")
         if event in ("call", "c_call", "c_return") and not is_lock:
             self.left -= 1
             if self.left == 0:
