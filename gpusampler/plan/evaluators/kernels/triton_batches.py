@@ -498,7 +498,9 @@ def batches_kernel(
         side_word = tl.load(sides + group, mask=inside, other=1)
         rest_word = tl.load(rests + group, mask=inside, other=1)
         lines, columns = side_word.to(tl.uint32)[:, None], (side_word >> 32).to(tl.uint32)[:, None]
-        a, last, b, shift = lines & 0xFFFF, lines >> 16, columns & 0xFFFF, columns >> 16
+        a, b, shift = lines & 0xFFFF, columns & 0xFFFF, columns >> 16
+        # Not from the word, which has it, too: on an A100, ptxas then has too few registers.
+        last = a - 1
         rem, inverse = rest_word.to(tl.uint32)[:, None], (rest_word >> 32).to(tl.uint32)[:, None]
         own = tl.where(n >= 128, 5, tl.where(n > 32, 6, 0))
         own = tl.where(n >= 65536, 3, tl.where(n >= 1024, 4, own))
