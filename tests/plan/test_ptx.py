@@ -12,6 +12,7 @@ import pytest
 
 from gpusampler import CostBudget, EpochPlan, PatchGroups
 from gpusampler.plan.evaluators.kernels.kernel_spec import KernelSpec
+from support.identity_cases import SETTINGS, make_case, quiet
 from support.kernels import Kernel, host, kernel_of
 from support.ptx import Array, Program, PtxError, UnknownInstructionError, run
 from support.ptx.launches import launches
@@ -147,19 +148,19 @@ def test_ragged_rows_are_those_of_numpy(kind, case):
     check_ragged(plan, kernel_of(plan, kind), slots_of(plan))
 
 
-@pytest.mark.battery("42 plans by each kernel")
-@pytest.mark.filterwarnings("ignore:partial='drop' leaves out")
+@pytest.mark.battery("58 plans by each kernel")
+@pytest.mark.parametrize("name", SETTINGS)
 @every_kernel
-def test_plans_of_the_identity_check(kind):
-    from benchmarks.gpu.identity import DRAWN, random_plans
-
-    for drawn in random_plans(DRAWN):
-        plan = drawn.plan(drawn.groups("numpy"), "numpy")
-        slots = drawn.slots(plan.num_batches, 40)
+def test_plans_of_the_identity_check(kind, name):
+    for is_gathered in (False, True):
+        case, rng = make_case("mixed", name, is_gathered)
+        with quiet():
+            plan = case.sampler(case.groups("numpy"), "numpy").plan
+        slots = rng.integers(0, plan.num_batches, 40)
         kernel = kernel_of(plan, kind)
         for dtype in ("int64", "int32"):
-            check_block(plan, kernel, slots, drawn.epoch, dtype)
-        check_ragged(plan, kernel, slots, drawn.epoch)
+            check_block(plan, kernel, slots, case.epoch, dtype)
+        check_ragged(plan, kernel, slots, case.epoch)
 
 
 @pytest.mark.parametrize("name", ["plain", "mixed, gathered"])
