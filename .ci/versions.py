@@ -71,7 +71,8 @@ def one(folder: Path, pattern: str) -> Path:
 
 def install(python: Path, wheel: Path, wanted: list[str]) -> None:
     """Install the wheel, what it needs, what tests need and `wanted`; then the wheel once more."""
-    pip = [str(python), "-m", "pip", "install", "-q"]
+    # -I here and below: modules of the current folder must not run in place of those asked for.
+    pip = [str(python), "-I", "-m", "pip", "install", "-q"]
     subprocess.run([*pip, str(wheel), *TOOLS, *wanted], check=True)
     # pip leaves a package of the same version where it is.
     subprocess.run([*pip, "--no-deps", "--force-reinstall", str(wheel)], check=True)
@@ -85,7 +86,7 @@ def tested(python: Path, sdist: Path, work: Path, tests: list[str]) -> dict[str,
     shutil.rmtree(tree / "gpusampler")
     env = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     env["OMP_NUM_THREADS"] = "1"
-    asked = [str(python), "-c", ASK % (SHOWN,)]
+    asked = [str(python), "-I", "-c", ASK % (SHOWN,)]
     done = subprocess.run(asked, cwd=tree, env=env, check=True, capture_output=True, text=True)
     found = json.loads(done.stdout)
     if "site-packages" not in Path(found["file"]).parts:
@@ -148,10 +149,11 @@ def main() -> None:
         work = Path(folder)
         dist = given.dist or work / "dist"
         if given.dist is None:
-            subprocess.run([sys.executable, "-m", "build", "-o", str(dist), str(ROOT)], check=True)
+            build = [sys.executable, "-I", "-m", "build", "-o", str(dist), str(ROOT)]
+            subprocess.run(build, check=True)
         env = given.env or work / "env"
         if given.env is None:
-            subprocess.run([given.python, "-m", "venv", str(env)], check=True)
+            subprocess.run([given.python, "-I", "-m", "venv", str(env)], check=True)
         python = env.absolute() / "bin" / "python"
         install(python, one(dist, "gpusampler-*.whl"), given.wanted)
         (work / "tree").mkdir()

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from gpusampler.batching.short_batches import Partial
 from gpusampler.core.arrays import Int64
+from gpusampler.core.files import open_output
 from gpusampler.core.text import format_table
 from gpusampler.sampler.batch_sampler import PatchBatchSampler
 
@@ -126,7 +127,8 @@ def draw(inspection: Inspection, path: Path) -> None:
         f"in {len(inspection.counts):,} patches",
         fontsize=11,
     )
-    figure.savefig(path, dpi=110, format="png")
+    with open_output(path) as file:
+        figure.savefig(file, dpi=110, format="png")
 
 
 def _outcome_row(outcome: Outcome, samples: int) -> list[str]:

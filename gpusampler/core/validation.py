@@ -15,7 +15,7 @@ from typing import Any, TypeVar, cast
 import numpy as np
 from numpy.typing import NDArray
 
-from gpusampler.core import arrays
+from gpusampler.core import arrays, files
 from gpusampler.core.arrays import Int64
 from gpusampler.core.text import short_repr
 
@@ -114,6 +114,7 @@ def check_path(value: Any, name: str = "path") -> Path:
         raise NotADirectoryError(
             errno.ENOTDIR, f"{name} must be in a folder, but its parent is a file", path_text
         )
+    files.check_regular(path, missing_ok=True)
     return path
 
 

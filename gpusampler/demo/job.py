@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
+from gpusampler.core.files import check_regular
 from gpusampler.demo.gino import PatchGino, fast_segment_csr
 from gpusampler.demo.head_map import head_map
 from gpusampler.demo.loading import INPUTS, OUTPUTS, DemoData, load
@@ -47,7 +48,10 @@ def run_demo(
     with watch.phase("job"), one_thread(), fast_segment_csr():
         loaded = data if isinstance(data, DemoData) else load(data)
         if folder is not None:
-            folder.mkdir(parents=True, exist_ok=True)  # fail before training, not after it
+            # Fail before training, not after it.
+            folder.mkdir(parents=True, exist_ok=True)
+            for name in (PICTURE, REPORT):
+                check_regular(folder / name, missing_ok=True)
         normalize = loaded.normalize
         model = PatchGino(
             INPUTS, OUTPUTS, len(normalize.columns), len(normalize.target_columns), seed=seed

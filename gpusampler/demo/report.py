@@ -6,6 +6,7 @@ import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from gpusampler.core.files import open_output
 from gpusampler.core.text import format_table
 
 
@@ -97,7 +98,8 @@ class DemoReport:
 
     def write_json(self, path: Path) -> None:
         """Write the report as JSON."""
-        path.write_text(json.dumps(asdict(self), indent=1) + "\n", encoding="utf-8")
+        with open_output(path) as file:
+            file.write((json.dumps(asdict(self), indent=1) + "\n").encode())
 
     def text(self) -> str:
         """Return the report as text."""

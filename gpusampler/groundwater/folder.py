@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from gpusampler.core.files import open_regular
 from gpusampler.core.npy_header import read_npy_header
 from gpusampler.core.progress_bar import iterate_with_bar
 
@@ -101,7 +102,7 @@ def _open_array(path: Path) -> NDArray[Any]:
     file_name = f"{path.parent.name}/{path.name}"
     try:
         # NumPy resolves the links of a Path, not of a str, which takes a third of the time.
-        with open(str(path), "rb") as file:
+        with open_regular(str(path)) as file:
             header = read_npy_header(file)
             if header.dtype.hasobject:
                 raise ValueError("its values are Python objects")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import glob
 import io
 import json
 import mmap
@@ -16,6 +17,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 import numpy as np
 from numpy.typing import NDArray
 
+from gpusampler.core import files
 from gpusampler.core.log import logger, warn
 from gpusampler.groups import index_format
 from gpusampler.groups.census import StateArrays
@@ -103,7 +105,6 @@ class IndexBuild:
         self._lock_path = path.with_name(f"{path.name}.lock")
         self._partial = path.with_name(f"{path.name}.partial")
         self._progress = path.with_name(f"{path.name}.progress")
-        self._new_progress = path.with_name(f"{path.name}.progress.saving")
         self._signature: dict[str, Any] = {}
         self._map: mmap.mmap | None = None
         self._token = b""
@@ -123,7 +124,7 @@ class IndexBuild:
                 # Resuming from this checkpoint would fail again.
                 self._progress.unlink(missing_ok=True)
             with contextlib.suppress(FileNotFoundError):
-                if self._partial.stat().st_size == 0 and not self._progress.exists():
+                if self._partial.lstat().st_size == 0 and not self._progress.exists():
                     self._partial.unlink()
             # Removed before it is released: a process that has just opened the lock file notices
             # and creates a new one. On Windows, releasing the lock removes the file.
@@ -135,7 +136,8 @@ class IndexBuild:
     def saved_state(self) -> Mapping[str, NDArray[Any]] | None:
         """Return the last checkpoint if it belongs to these ids, else None."""
         try:
-            content = self._progress.read_bytes()
+            with files.open_own(self._progress) as file:
+                content = file.read()
         except FileNotFoundError:
             return None
         try:
@@ -197,13 +199,14 @@ class IndexBuild:
             **state(),
         }
         with explain_full_disk(self._progress, sum(array.nbytes for array in archive.values())):
+            temporary, new_file = files.open_temporary(self._progress)
             try:
-                with open(self._new_progress, "wb") as file:
+                with new_file as file:
                     np.savez(file, **archive)
                     sync_file(file)
-                os.replace(self._new_progress, self._progress)
+                os.replace(temporary, self._progress)
             except BaseException:
-                self._new_progress.unlink(missing_ok=True)
+                temporary.unlink(missing_ok=True)
                 raise
         end = time.monotonic()
         self._next_checkpoint = end + max(CHECKPOINT_SECONDS, (end - start) / CHECKPOINT_SHARE)
@@ -227,9 +230,8 @@ class IndexBuild:
 
     def run(self, progress: bool) -> None:
         """Group the ids, finish the index and rename it."""
-        # Not truncated: it may be the partial file of a killed process.
-        self._partial.touch()
-        with open(self._partial, "r+b") as self._file:
+        # Not truncated: it may be the partial file of a killed process of this user.
+        with files.open_own(self._partial, create=True) as self._file:
             grouping = group_on_host(self._ids, self, progress=progress)
             if difference(self._signature, self._ids, all_compared=False) is not None:
                 raise IdsChanged
@@ -270,7 +272,10 @@ class IndexBuild:
 
     def _remove_progress(self) -> None:
         self._progress.unlink(missing_ok=True)
-        self._new_progress.unlink(missing_ok=True)
+        for temporary in self._path.parent.glob(f"{glob.escape(self._progress.name)}.*.saving"):
+            # A process that was killed during a checkpoint left it; if it stays, it does no harm.
+            with contextlib.suppress(OSError):
+                temporary.unlink()
 
     def _acquire_lock(self) -> BaseFileLock:
         """Wait for the lock of this index, and return it."""
@@ -279,6 +284,9 @@ class IndexBuild:
 
         # The soft lock that filelock falls back to would outlive a killed process.
         lock = FileLock(self._lock_path, fallback_to_soft=False)
+        # The lock empties the file at its path.
+        with contextlib.suppress(FileNotFoundError):
+            files.check_single_name(self._lock_path)
         try:
             try:
                 lock.acquire(blocking=False)

@@ -31,7 +31,7 @@ from typing import Any, BinaryIO
 import numpy as np
 from numpy.typing import NDArray
 
-from gpusampler.core import progress_bar
+from gpusampler.core import files, progress_bar
 from gpusampler.core.arrays import Int64
 from gpusampler.groups import verification
 from gpusampler.groups.index_checks import REBUILD, check_head, check_tables
@@ -163,14 +163,14 @@ class MappedFile:
 
 
 def _reopen(path: Path, dtype: str, size: int, expected_status: tuple[int, int]) -> MappedFile:
-    with open(path, "rb") as file:
+    with files.open_regular(path) as file:
         return MappedFile(path, file, dtype, size, expected_status)
 
 
 def is_index(path: str | os.PathLike[str]) -> bool:
     """Whether a file starts with the magic bytes of an index."""
     try:
-        with open(path, "rb") as file:
+        with files.open_regular(path) as file:
             return file.read(len(MAGIC)) == MAGIC
     except (FileNotFoundError, IsADirectoryError):
         return False
@@ -192,7 +192,7 @@ def read_index(
     ``verify``, and for version 1, the whole order is also compared with its fingerprint now. Raise
     ValueError if the file is not an index, has a different version, or is truncated or damaged.
     """
-    with open(path, "rb") as file:
+    with files.open_regular(path) as file:
         head = _parse_head(path, file)
         file_size = os.fstat(file.fileno()).st_size
         expected_size = ORDER_OFFSET + head["order_bytes"] + head["tables_bytes"]
@@ -240,7 +240,7 @@ def read_index(
 def read_head(path: Path) -> dict[str, Any]:
     """Return the header, with "signature" and "fingerprint" as in `IndexContents`."""
     check_path_is_free(path)
-    with open(path, "rb") as file:
+    with files.open_regular(path) as file:
         return _parse_head(path, file)
 
 
@@ -339,12 +339,14 @@ def _parse_contents(head: dict[str, Any], table_bytes: bytes) -> IndexContents:
 def write_index(
     path: Path, contents: IndexContents, order: NDArray[Any] | None, *, progress: bool
 ) -> None:
-    """Write an index atomically: an OSError leaves an existing file unchanged."""
-    # Random suffix: processes in different containers may share a disk and a process id.
-    temporary = path.with_name(f"{path.name}.{os.getpid()}-{os.urandom(4).hex()}.saving")
+    """Write an index atomically: an OSError leaves an existing file unchanged.
+
+    The new file has the permissions of the one that it replaces.
+    """
+    temporary, new_file = files.open_temporary(path, files.permissions(path))
     try:
         with explain_full_disk(path):
-            with open(temporary, "x+b") as file:
+            with new_file as file:
                 if order is not None:
                     order = np.ascontiguousarray(order, dtype=order.dtype.newbyteorder("<"))
                     reserve(file, ORDER_OFFSET + order.nbytes, path)
@@ -379,7 +381,16 @@ def write_tables_and_head(
 
 def rename(temporary: Path, path: Path) -> None:
     """Move a temporary file to its final path; on Windows it must be closed."""
-    os.replace(temporary, path)
+    try:
+        os.replace(temporary, path)
+    except PermissionError as error:
+        if not path.exists():
+            raise
+        raise PermissionError(
+            error.errno,
+            f"cannot replace {path}: {error.strerror}. Windows does not replace a file that is "
+            "mapped or open: load it with mmap=False, or choose another path",
+        ) from error
     sync_folder(path.parent)
 
 
@@ -443,8 +454,8 @@ def sync_file(file: BinaryIO) -> None:
 
 
 def sync_folder(folder: Path) -> None:
-    """Flush the entries of a folder to the disk, except on Windows."""
-    if os.name == "nt":
+    """Flush the entries of a folder to the disk, except on Windows, which cannot open a folder."""
+    if not hasattr(os, "O_DIRECTORY"):
         return
     fd = os.open(folder, os.O_RDONLY)
     try:

@@ -7,6 +7,7 @@ import os
 from typing import Any
 
 from gpusampler.core import arrays
+from gpusampler.core.files import open_regular
 from gpusampler.sources.arrow import arrow_ids
 from gpusampler.sources.base import PatchIds
 from gpusampler.sources.checks import check_no_column
@@ -79,7 +80,7 @@ def _path_ids(path: str, column: Any, progress: bool, allowed: Allowed) -> Patch
     try:
         if os.path.isdir(path):
             return _folder_ids(path, column, progress, allowed)
-        with open(path, "rb") as file:
+        with open_regular(path) as file:
             head = file.read(8)
         name = path.lower()
         if name.endswith((".npy", *SUFFIXES, *_HDF5_SUFFIXES)):

@@ -11,6 +11,7 @@ from typing import Any, BinaryIO
 import numpy as np
 from numpy.typing import NDArray
 
+from gpusampler.core.files import open_regular
 from gpusampler.core.npy_header import NpyHeader, read_npy_header
 from gpusampler.core.validation import check_id_shape
 from gpusampler.sources.base import IntegerIds, PatchIds
@@ -23,7 +24,7 @@ _GZIP, _ZIP = b"\x1f\x8b", b"PK\x03\x04"
 def npy_ids(path: str, column: Any, progress: bool) -> PatchIds:
     """Return the ids in an .npy file; only its header is read now, unless the ids are strings."""
     check_no_column(column, "an .npy file")
-    with open(path, "rb") as file:
+    with open_regular(path) as file:
         header = _read_header(file, path)
         length = os.fstat(file.fileno()).st_size
         modified = os.fstat(file.fileno()).st_mtime_ns
@@ -40,9 +41,9 @@ def npy_ids(path: str, column: Any, progress: bool) -> PatchIds:
 
     def load(first: int, stop: int) -> NDArray[Any]:
         content = np.empty((stop - first) * dtype.itemsize, np.uint8)
-        with open(path, "rb", buffering=0) as raw:
-            raw.seek(start + first * dtype.itemsize)
-            num_bytes = _fill(raw, content.data)
+        with open_regular(path) as file:
+            file.seek(start + first * dtype.itemsize)
+            num_bytes = _fill(file, content.data)
         if num_bytes < content.size:
             raise OSError(
                 f"source must not shrink while it is read: {path!r} must have {needed} bytes, "

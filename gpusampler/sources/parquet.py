@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from gpusampler.core.files import check_regular
 from gpusampler.sources.arrow import arrow_values_ids, id_dtype
 from gpusampler.sources.base import BLOCK, PatchIds
 from gpusampler.sources.checks import choose_column, explain_errors, import_library, is_instance
@@ -50,7 +51,11 @@ def parquet_path_ids(path: str, column: Any, progress: bool) -> PatchIds:
     paths = _list_files(path) if os.path.isdir(path) else [path]
 
     def opener(path: str) -> Callable[[], Any]:
-        return lambda: pq.ParquetFile(path, buffer_size=_READ_BYTES)
+        def open_file() -> Any:
+            check_regular(path)
+            return pq.ParquetFile(path, buffer_size=_READ_BYTES)
+
+        return open_file
 
     modified = max(os.stat(path).st_mtime_ns for path in paths)
     return _column_ids([opener(path) for path in paths], paths, column, modified, progress)

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from gpusampler.core.files import check_regular, open_regular
 from gpusampler.core.validation import check_id_shape
 from gpusampler.sources.base import BLOCK, IntegerIds, Load, PatchIds
 from gpusampler.sources.checks import (
@@ -93,11 +94,15 @@ def hdf5_path_ids(path: str, column: Any, progress: bool, allowed: Allowed) -> P
     h5py = import_library("h5py", path)
     label = repr(path)
 
+    def open_file() -> Any:
+        check_regular(path)
+        return h5py.File(path, "r")
+
     def load(start: int, stop: int) -> Any:
-        with h5py.File(path, "r") as file:
+        with open_file() as file:
             return _open_hdf5(file, name, label, allowed)[start:stop]
 
-    with explain_errors(_HDF5, label), h5py.File(path, "r") as file:
+    with explain_errors(_HDF5, label), open_file() as file:
         name = _choose_hdf5(file, column, label, allowed)
         dataset = _open_hdf5(file, name, label, allowed)
         modified = os.stat(path).st_mtime_ns
@@ -188,7 +193,7 @@ def _check_zarr_metadata(folder: str, label: str) -> None:
                 f"{name!r} of {label} must be a file of at most {_MAX_METADATA_BYTES} bytes, got "
                 f"{status.st_size} bytes"
             )
-        with open(path, "rb") as file:
+        with open_regular(path) as file:
             metadata = json.load(file)
         if not isinstance(metadata, dict):
             raise ValueError(f"{name!r} of {label} must be a JSON object")

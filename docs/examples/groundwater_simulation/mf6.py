@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
 from pathlib import Path
 
 ENV_VAR = "GPUSAMPLER_MF6"
@@ -12,6 +11,7 @@ ENV_VAR = "GPUSAMPLER_MF6"
 def find_mf6(explicit: str | os.PathLike[str] | None = None) -> Path:
     """Find the MODFLOW 6 program: ``explicit``, else ``GPUSAMPLER_MF6``, else ``mf6`` on ``PATH``.
 
+    Folders of ``PATH`` that are not absolute are skipped, and so is the current folder.
     There is no fallback for a path given as the argument or in the environment: if it is not a
     program, that is an error.
 
@@ -36,8 +36,13 @@ def find_mf6(explicit: str | os.PathLike[str] | None = None) -> Path:
         return _checked_program(Path(explicit), "mf6")
     if env_path := os.environ.get(ENV_VAR):
         return _checked_program(Path(env_path), ENV_VAR)
-    if program := shutil.which("mf6"):
-        return Path(program).absolute()
+    # Not shutil.which, which also looks in the current folder on Windows: a program that lies
+    # beside downloaded data must not run. For the same reason relative folders are skipped.
+    for folder in filter(os.path.isabs, os.get_exec_path()):
+        for name in ("mf6", "mf6.exe"):
+            program = Path(folder, name)
+            if program.is_file() and os.access(program, os.X_OK):
+                return program
     raise FileNotFoundError(
         f"mf6, the MODFLOW 6 program, was not found: {ENV_VAR} is not set and PATH has no mf6. "
         "Run `get-modflow :flopy`, a command of flopy, and add the folder that it prints to PATH. "

