@@ -18,7 +18,7 @@ from gpusampler.cli.main import cli
 from gpusampler.core import files
 from gpusampler.demo.job import PICTURE, REPORT
 from gpusampler.groundwater.folder import PatchArrays, open_arrays
-from gpusampler.groups import index_build, index_format
+from gpusampler.groups import index_build
 from gpusampler.sources.dispatch import read_patch_ids
 from support.index_jobs import posix
 
@@ -181,19 +181,27 @@ def test_a_replaced_index_keeps_its_permissions(tmp_path, monkeypatch, mode):
     groups.save(path)
     path.chmod(mode)
     seen = []
-    transfer = index_format._transfer
+    fchmod = os.fchmod
 
-    def watching(*arguments: Any) -> None:
-        (temporary,) = tmp_path.glob("a.*.saving")
-        seen.append(temporary.stat().st_mode & 0o777)
-        transfer(*arguments)
+    def watching(fd: int, new_mode: int) -> None:
+        seen.append(os.fstat(fd).st_mode & 0o777)
+        fchmod(fd, new_mode)
 
-    monkeypatch.setattr(index_format, "_transfer", watching)
+    monkeypatch.setattr(os, "fchmod", watching)
     groups.save(path)
     assert path.stat().st_mode & 0o777 == mode
-    # Nobody else may read it while it is written, either.
-    assert all(one & ~mode == 0 for one in seen)
-    assert seen
+    # Nobody else may open it before, either.
+    assert seen == [0o600]
+
+
+def test_a_link_at_the_random_name_is_not_followed(tmp_path, monkeypatch):
+    monkeypatch.setattr(os, "urandom", bytes)
+    (tmp_path / "victim").write_text(NOT_MINE)
+    name = f"a.{os.getpid()}-{bytes(8).hex()}.saving"
+    (tmp_path / name).symlink_to(tmp_path / "victim")
+    with pytest.raises(FileExistsError):
+        PatchGroups.from_ids(IDS).save(tmp_path / "a")
+    assert (tmp_path / "victim").read_text() == NOT_MINE
 
 
 def test_a_new_index_has_the_permissions_of_a_new_file(tmp_path):
@@ -236,3 +244,14 @@ def test_the_file_is_checked_again_after_it_was_opened(tmp_path, monkeypatch):
     with pytest.raises(OSError, match="got a FIFO"):
         files.open_output(tmp_path / "fifo")
     os.close(reader)
+
+
+def test_an_output_takes_the_place_of_all_of_the_old_one(tmp_path):
+    path = tmp_path / "report.json"
+    path.write_text(NOT_MINE)
+    path.chmod(0o600)
+    for content in (b"new", b""):
+        with files.open_output(path) as file:
+            file.write(content)
+        assert path.read_bytes() == content
+    assert path.stat().st_mode & 0o777 == 0o600

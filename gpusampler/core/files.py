@@ -79,8 +79,7 @@ def open_temporary(path: Path, mode: int | None = None) -> tuple[Path, BufferedR
     """
     # Random, because processes in different containers may share a disk and a process id.
     temporary = path.with_name(f"{path.name}.{os.getpid()}-{os.urandom(8).hex()}.saving")
-    # O_EXCL follows no link. Until it is complete, only the owner may open the copy of a file that
-    # others cannot read.
+    # O_EXCL follows no link. A descriptor that others open before fchmod would see what follows.
     flags = os.O_RDWR | os.O_CREAT | os.O_EXCL
     fd = os.open(temporary, flags | _BINARY, 0o666 if mode is None else 0o600)
     if mode is not None and hasattr(os, "fchmod"):
