@@ -102,7 +102,7 @@ class MappedFile:
     The caller closes ``file``. ``expected_status`` is the length and the modification time in ns
     from an earlier opening; raises OSError if those of the file differ. Use `unchecked_order`,
     which skips this check, only for dtype and size: reading a truncated file crashes the process
-    (SIGBUS).
+    (SIGBUS). So does a file that is truncated between the check and the read.
     """
 
     def __init__(
