@@ -27,6 +27,8 @@ from gpusampler.groups import index_build
 index_build.CHECKPOINT_SECONDS = 0.0
 ids = np.random.default_rng(0).permutation(np.repeat(np.arange(30), 100))
 expected = [batch.indices.tolist() for batch in PatchBatchSampler(ids, 8, seed=0).batches(0)]
+# What a killed process left is used.
+open("a.partial", "wb").close()
 groups = PatchGroups.from_ids(ids, path="a")
 sampler = PatchBatchSampler(groups, 8, seed=0)
 assert [batch.indices.tolist() for batch in sampler.batches(0)] == expected
