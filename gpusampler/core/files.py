@@ -40,7 +40,7 @@ def open_regular(path: str | os.PathLike[str]) -> BufferedReader:
         If it is a FIFO, a device or a socket, or cannot be opened.
     """
     try:
-        return open(_open_checked(path, os.O_RDONLY), "rb")
+        return open(path, "rb", opener=_open_checked)
     except OSError:
         # Windows reports a folder as PermissionError, and Linux a socket as ENXIO.
         check_regular(path)
