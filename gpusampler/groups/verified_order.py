@@ -25,6 +25,8 @@ from gpusampler.permutation.position_ranges import check_positions
 from gpusampler.permutation.reference import mix
 
 BLOCK_BYTES = 1 << 16
+AHEAD = 8
+"""For every block that is verified because it is used, so many more are verified in advance."""
 _BLOCKS_AT_ONCE = 256
 _FACTORS = mix(np.arange(1, BLOCK_BYTES // 4 + 1)).astype(np.uint64)
 
@@ -105,11 +107,26 @@ class BlockVerifier:
         """
         if self.is_complete:
             return
+        num_new = self._verify(order, positions)
+        if num_new == 0:
+            return
+        # Looking for blocks in positions takes as long as verifying them, so a few uses are enough
+        # to verify all, in the order of the file.
+        left = self._unverified(order)
+        self._verify(order, left[: AHEAD * num_new])
+        self.is_complete = left.size <= AHEAD * num_new
+
+    def _unverified(self, order: NDArray[Any]) -> Int64:
+        """Return the first positions of the blocks that are not verified."""
+        return np.flatnonzero(self._is_verified == 0) * (BLOCK_BYTES // order.itemsize)
+
+    def _verify(self, order: NDArray[Any], positions: Int64) -> int:
+        """Verify the blocks of ``positions``, and return how many were not verified before."""
         first_item = _compiled_address(order)
         if first_item:
             if not positions.flags.c_contiguous:
                 positions = contiguous_int64(positions)
-            is_new, wrong = _native.module.verify(
+            num_new, wrong = _native.module.verify(
                 first_item,
                 order.itemsize,
                 order.size,
@@ -120,23 +137,21 @@ class BlockVerifier:
             )
             if wrong:
                 self._raise_damaged(order, wrong - 1)
-        else:
-            is_new = self._verify_in_numpy(order, positions)
-        if is_new:
-            self.is_complete = bool(self._is_verified.all())
+            return int(num_new)
+        return self._verify_in_numpy(order, positions)
 
     def verify_all(self, order: NDArray[Any], *, progress: bool = False) -> None:
         """Verify all blocks that are not verified yet."""
-        items = BLOCK_BYTES // order.itemsize
-        first_positions = np.flatnonzero(self._is_verified == 0) * items
+        first_positions = self._unverified(order)
         with ProgressBar(first_positions.size, "verifying the index", "blocks", progress) as bar:
             for start in range(0, first_positions.size, _BLOCKS_AT_ONCE):
                 chunk = first_positions[start : start + _BLOCKS_AT_ONCE]
-                self.verify(order, chunk)
+                self._verify(order, chunk)
                 bar.update(chunk.size)
+        self.is_complete = True
 
-    def _verify_in_numpy(self, order: NDArray[Any], positions: Int64) -> bool:
-        """Do what `verify` does, and return whether a block was not verified before."""
+    def _verify_in_numpy(self, order: NDArray[Any], positions: Int64) -> int:
+        """Do what `verify` does, and return the number of blocks that were verified."""
         check_positions(positions, order.size)
         blocks = positions // (BLOCK_BYTES // order.itemsize)
         new_blocks = np.unique(blocks[self._is_verified[blocks] == 0])
@@ -145,7 +160,7 @@ class BlockVerifier:
             if _sum_of(samples) != self._sums[block] or not self._are_samples(samples):
                 self._raise_damaged(order, block)
             self._is_verified[block] = 1
-        return new_blocks.size > 0
+        return new_blocks.size
 
     def _are_samples(self, samples: NDArray[Any]) -> bool:
         return int(samples.min()) >= 0 and int(samples.max()) <= self._last_sample

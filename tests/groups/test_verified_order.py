@@ -15,7 +15,7 @@ import pytest
 
 from gpusampler import CostBudget, EpochPlan, PatchBatchSampler, PatchGroups, PatchTensorLoader
 from gpusampler.groups.index_format import ORDER_OFFSET
-from gpusampler.groups.verified_order import BLOCK_BYTES, BlockVerifier, block_sums
+from gpusampler.groups.verified_order import AHEAD, BLOCK_BYTES, BlockVerifier, block_sums
 from support import index_files
 from support.index_files import IndexFile, flip
 from support.paths import GOLDEN
@@ -99,19 +99,31 @@ def test_a_position_outside_the_order_is_an_error(position):
 # First uses
 
 
-def test_a_block_is_verified_when_it_is_first_used(index):
-    groups = PatchGroups.load(index)
+def test_a_block_is_verified_when_it_is_first_used(tmp_path):
+    ids = np.random.default_rng(0).integers(0, 40, 400_000)  # 25 blocks
+    PatchGroups.from_ids(ids).save(tmp_path / "a")
+
+    def expected(patch: int) -> set[int]:
+        start, count = int(groups.starts[patch]), int(groups.counts[patch])
+        used = range(start // ITEMS, (start + count - 1) // ITEMS + 1)
+        ahead = [block for block in range(25) if block not in used][: AHEAD * len(used)]
+        return {*used, *ahead}
+
+    groups = PatchGroups.load(tmp_path / "a")
     assert blocks_of(groups) == []
-    start, count = int(groups.starts[20]), int(groups.counts[20])
-    used = list(range(start // ITEMS, (start + count - 1) // ITEMS + 1))
-    np.testing.assert_array_equal(groups.samples_of(20), np.flatnonzero(IDS == 20))
-    assert blocks_of(groups) == used
+    np.testing.assert_array_equal(groups.samples_of(37), np.flatnonzero(ids == 37))
+    assert set(blocks_of(groups)) == expected(37)
     # As batches do.
-    plan = EpochPlan(PatchGroups.load(index), 64, seed=0)
+    plan = EpochPlan(PatchGroups.load(tmp_path / "a"), 64, seed=0)
     patch = int(plan.evaluate(0, [7]).groups[0])
-    start, count = int(groups.starts[patch]), int(groups.counts[patch])
-    assert set(blocks_of(plan.groups)) <= {start // ITEMS, (start + count - 1) // ITEMS}
     assert blocks_of(plan.groups)
+    assert set(blocks_of(plan.groups)) <= expected(patch)
+    # A few uses of new blocks verify all, in the order of the file.
+    uses = 0
+    while groups._needs_verification:
+        uses += 1
+        groups.samples_of(40 - uses)
+    assert uses < 5
 
 
 def test_after_an_epoch_nothing_is_verified(index, monkeypatch):

@@ -22,7 +22,7 @@ SPOILT = {
     "place": ("if (at < 0 || at >= ends[g] || at >= order_size) return i;", ""),
     "group of a sample": ("if (g >= (u64)num_groups) return i;", ""),
     "order": ("const int is_beyond = position >= (u64)order_size;", "const int is_beyond = 0;"),
-    "block": ("if (low < 0 || high >= order.size) {", "if (0) {"),
+    "block": ("if (low < 0 || high >= blocks->order.size) return -1;", ""),
     "product": ("j < 0 || j >= n || ", ""),
 }
 """Checks without which a wrong table leads outside an array, or to undefined behaviour."""

@@ -188,11 +188,16 @@ DEVICE void permute_tile(i64 *x, int count, i64 n, Grid grid, u32 k0, u32 k1) {
 
 /* ---- checksums of an order ---- */
 
-/* The wrapping sum of a block's words, each times a factor of its place. The factors differ and are
- * not 0, so a changed word and two exchanged words always change the sum. */
-DEVICE u64 sum_words(const u32 *words, u32 count) {
+#define BLOCK_BYTES 65536
+
+/* mix(i + 1) of each word i of a block. */
+static u32 factors[BLOCK_BYTES / 4];
+
+/* The wrapping sum of words, each times a factor of its place in its block. The factors differ and
+ * are not 0, so a changed word and two exchanged words always change the sum of a block. */
+DEVICE u64 sum_words(const u32 *words, const u32 *factor, u32 count) {
     u64 sum = 0;
-    for (u32 i = 0; i < count; ++i) sum += (u64)words[i] * mix(i + 1);
+    for (u32 i = 0; i < count; ++i) sum += (u64)words[i] * factor[i];
     return sum;
 }
 
@@ -229,7 +234,7 @@ typedef struct {
     void (*rows)(const Rows *, int, int, i64 *);
     void (*keys)(u32, u32, const i64 *, i64, const i64 *, int, u32 *, u32 *);
     void (*tile)(i64 *, int, i64, Grid, u32, u32);
-    u64 (*sum)(const u32 *, u32);
+    u64 (*sum)(const u32 *, const u32 *, u32);
     int (*range)(const void *, int, i64, i64);
     void (*span)(const i64 *, i64, i64 *, i64 *);
 } Form;
@@ -245,8 +250,8 @@ typedef struct {
     target static void tile_##name(i64 *x, int count, i64 n, Grid grid, u32 k0, u32 k1) {       \
         permute_tile(x, count, n, grid, k0, k1);                                                \
     }                                                                                           \
-    target static u64 sum_##name(const u32 *words, u32 count) {                                 \
-        return sum_words(words, count);                                                         \
+    target static u64 sum_##name(const u32 *words, const u32 *factor, u32 count) {              \
+        return sum_words(words, factor, count);                                                 \
     }                                                                                           \
     target static int range_##name(const void *items, int is_32_bit, i64 count, i64 last) {     \
         return are_in_range(items, is_32_bit, count, last);                                     \
@@ -445,53 +450,75 @@ typedef struct {
     i64 item_bytes, size;
 } Order;
 
-#define BLOCK_BYTES 65536
 #define POSITIONS_PER_BLOCK 256
+#define POSITIONS_AT_ONCE 4096
 
 static i64 items_in_block(const Order *order, i64 block) {
     const i64 each = BLOCK_BYTES / order->item_bytes, left = order->size - block * each;
     return left < each ? left : each;
 }
 
-static u64 block_sum(const Order *order, i64 block) {
-    const u32 words = (u32)(items_in_block(order, block) * order->item_bytes / 4);
-    return form->sum((const u32 *)(order->items + block * BLOCK_BYTES), words);
+/* Items that the cache closest to the processor holds while they are read twice. */
+#define ITEMS_AT_ONCE 2048
+
+/* The checksum of a block; *in_range is cleared if an item is not in 0 .. last. */
+static u64 block_sum(const Order *order, i64 block, i64 last, int *in_range) {
+    const i64 words = order->item_bytes / 4, count = items_in_block(order, block);
+    const u32 *block_words = (const u32 *)(order->items + block * BLOCK_BYTES);
+    u64 sum = 0;
+    for (i64 start = 0; start < count; start += ITEMS_AT_ONCE) {
+        const i64 items = count - start < ITEMS_AT_ONCE ? count - start : ITEMS_AT_ONCE;
+        const u32 *first = block_words + start * words;
+        sum += form->sum(first, factors + start * words, (u32)(items * words));
+        if (in_range != NULL) *in_range &= form->range(first, words == 1, items, last);
+    }
+    return sum;
 }
+
+/* Blocks of an order that are verified when they are first used. */
+typedef struct {
+    Order order;
+    i64 last; /* the last sample */
+    const u64 *sums;
+    unsigned char *is_verified;
+    i64 num_new; /* blocks verified by this call */
+} Blocks;
 
 /* Compare a block's sum, and its items with the last sample, unless the block is verified. Return
  * whether it is right. Threads may verify a block at once: they store the same 1. */
-static int verify_block(const Order *order, i64 last, const u64 *sums,
-                        unsigned char *is_verified, i64 block) {
-    if (is_verified[block]) return 1;
-    if (block_sum(order, block) != sums[block] ||
-        !form->range(order->items + block * BLOCK_BYTES, order->item_bytes == 4,
-                     items_in_block(order, block), last))
+static int verify_block(Blocks *blocks, i64 block) {
+    int in_range = 1;
+    if (blocks->is_verified[block]) return 1;
+    if (block_sum(&blocks->order, block, blocks->last, &in_range) != blocks->sums[block] ||
+        !in_range)
         return 0;
-    is_verified[block] = 1;
+    blocks->is_verified[block] = 1;
+    blocks->num_new += 1;
     return 1;
 }
 
-/* Verify the blocks of positions, of which `low` is the lowest and `high` the highest: all blocks
- * between these, if they are few. Return 1 + the number of a wrong block, or 0. */
-static i64 verify_blocks(const Order *order, i64 last, const u64 *sums, unsigned char *is_verified,
-                         const i64 *positions, i64 count, i64 low, i64 high) {
-    const int shift = order->item_bytes == 4 ? 14 : 13;
-    const i64 part = count > TILE ? (count + 7) / 8 : 1;
-    const i64 first_block = low >> shift, last_block = high >> shift;
-    if (memchr(is_verified + first_block, 0, (size_t)(last_block - first_block + 1)) == NULL)
-        return 0;
-    if (last_block - first_block <= count / POSITIONS_PER_BLOCK) {
-        for (i64 block = first_block; block <= last_block; ++block)
-            if (!verify_block(order, last, sums, is_verified, block)) return 1 + block;
-        return 0;
-    }
-    /* Neighbours are mostly of one patch, so parts have few blocks; a single position has one. */
+/* Verify the blocks of positions, `part` at a time: all blocks between the lowest and the highest,
+ * if they are few. Return 1 + the number of a wrong block, -1 for a position that the order does
+ * not have, or 0. */
+static i64 verify_blocks(Blocks *blocks, const i64 *positions, i64 count, i64 part) {
+    const int shift = blocks->order.item_bytes == 4 ? 14 : 13;
     for (i64 start = 0; start < count; start += part) {
         const i64 size = count - start < part ? count - start : part;
+        i64 low, high;
         form->span(positions + start, size, &low, &high);
-        const i64 wrong = verify_blocks(order, last, sums, is_verified, positions + start, size,
-                                        low, high);
-        if (wrong) return wrong;
+        if (low < 0 || high >= blocks->order.size) return -1;
+        const i64 first = low >> shift, last = high >> shift;
+        if (memchr(blocks->is_verified + first, 0, (size_t)(last - first + 1)) == NULL) continue;
+        if (last - first <= size / POSITIONS_PER_BLOCK) {
+            for (i64 block = first; block <= last; ++block)
+                if (!verify_block(blocks, block)) return 1 + block;
+        } else {
+            /* Neighbours are mostly of one patch, so smaller parts have few blocks. A single
+             * position has one. */
+            const i64 wrong = verify_blocks(blocks, positions + start, size,
+                                            size > TILE ? (size + 7) / 8 : 1);
+            if (wrong) return wrong;
+        }
     }
     return 0;
 }
@@ -667,41 +694,34 @@ static PyObject *py_sums(PyObject *self, PyObject *const *args, Py_ssize_t given
     const i64 num_blocks = (order.size - 1) / (BLOCK_BYTES / order.item_bytes) + 1;
     u64 *sums = ADDRESS(u64, v[3]);
     PyThreadState *state = PyEval_SaveThread();
-    for (i64 block = 0; block < num_blocks; ++block) sums[block] = block_sum(&order, block);
+    for (i64 block = 0; block < num_blocks; ++block) sums[block] = block_sum(&order, block, 0, NULL);
     PyEval_RestoreThread(state);
     Py_RETURN_NONE;
 }
 
 static PyObject *py_verify(PyObject *self, PyObject *const *args, Py_ssize_t given) {
-    i64 v[8], wrong = 0;
-    Order order;
+    i64 v[8];
+    Blocks blocks;
     (void)self;
-    if (!read_numbers(args, given, 8, v) || !read_order(v, &order)) return NULL;
+    if (!read_numbers(args, given, 8, v) || !read_order(v, &blocks.order)) return NULL;
     if (v[3] < 0) {
         PyErr_Format(PyExc_ValueError, "the last sample must be >= 0, got %lld", v[3]);
         return NULL;
     }
-    const i64 *positions = ADDRESS(const i64, v[6]), count = v[7];
-    unsigned char *is_verified = ADDRESS(unsigned char, v[5]);
-    const i64 items = BLOCK_BYTES / order.item_bytes;
-    i64 low = 0, high = 0;
-    if (count < 1) return Py_BuildValue("iL", 0, wrong);
-    form->span(positions, count, &low, &high);
-    if (low < 0 || high >= order.size) {
+    blocks.last = v[3];
+    blocks.sums = ADDRESS(const u64, v[4]);
+    blocks.is_verified = ADDRESS(unsigned char, v[5]);
+    blocks.num_new = 0;
+    /* Reading may wait for a disk. */
+    PyThreadState *state = PyEval_SaveThread();
+    const i64 wrong = verify_blocks(&blocks, ADDRESS(const i64, v[6]), v[7], POSITIONS_AT_ONCE);
+    PyEval_RestoreThread(state);
+    if (wrong < 0) {
         PyErr_Format(PyExc_ValueError, "a position is not in 0 .. %lld, the order's last", v[2] - 1);
         return NULL;
     }
-    const size_t num_blocks = (size_t)(high / items - low / items + 1);
-    const int is_new = memchr(is_verified + low / items, 0, num_blocks) != NULL;
-    if (is_new) {
-        /* Reading may wait for a disk. */
-        PyThreadState *state = PyEval_SaveThread();
-        wrong = verify_blocks(&order, v[3], ADDRESS(const u64, v[4]), is_verified, positions, count,
-                              low, high);
-        PyEval_RestoreThread(state);
-    }
-    /* Whether blocks may have been verified, and 1 + the number of a wrong one. */
-    return Py_BuildValue("iL", is_new, wrong);
+    /* The number of blocks that were verified, and 1 + the number of a wrong one. */
+    return Py_BuildValue("LL", blocks.num_new, wrong);
 }
 
 static PyObject *py_place(PyObject *self, PyObject *const *args, Py_ssize_t given) {
@@ -799,6 +819,7 @@ static PyMethodDef METHODS[] = {
 };
 
 static int execute(PyObject *module) {
+    for (u32 i = 0; i < BLOCK_BYTES / 4; ++i) factors[i] = mix(i + 1);
     for (int i = 0; form == NULL; ++i)
         if (is_supported(i)) form = &FORMS[i];
     return PyModule_AddStringConstant(module, "SOURCE_HASH", SOURCE_HASH);
