@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import subprocess
 import sysconfig
@@ -9,8 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from gpusampler.permutation._native.sources import FOLDER
-from support.processes import run_python
+import gpusampler
+from gpusampler.permutation._native.sources import FOLDER, source_hash
+from support.processes import environment, run_fuzzer, run_python
 
 FLAGS = ["-O1", "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
 
@@ -44,21 +46,49 @@ def gcc() -> tuple[str, str]:
     return gcc, " ".join(libraries)
 
 
-def fuzz(gcc: tuple[str, str], folder: Path, source: str, seconds: int):
-    """Compile a source with sanitizers, and call it with random tables."""
-    path = folder / "native.c"
+def compile_module(gcc: tuple[str, str], source: str, module: Path) -> dict[str, str]:
+    """Compile a source with sanitizers; return the environment in which it is loaded."""
+    path = module.with_suffix(".c")
     path.write_text(source)
     include = [f"-I{FOLDER}", f"-I{sysconfig.get_paths()['include']}"]
-    module = folder / "native.so"
-    command = [gcc[0], *FLAGS, "-shared", "-fPIC", *include, str(path), "-o", str(module), "-lm"]
-    subprocess.run(command, check=True)
-    return run_python(
-        *("-m", "support.fuzz_native", folder, seconds, 1),
-        check=False,
-        LD_PRELOAD=gcc[1],
-        ASAN_OPTIONS="detect_leaks=0",
-        PYTHONMALLOC="malloc",
-    )
+    options = ["-shared", "-fPIC", f'-DSOURCE_HASH="{source_hash()}"', *include, "-lm"]
+    subprocess.run([gcc[0], *FLAGS, str(path), "-o", str(module), *options], check=True)
+    return {
+        "LD_PRELOAD": gcc[1],
+        "ASAN_OPTIONS": "detect_leaks=0",
+        "PYTHONMALLOC": "malloc",
+    }
+
+
+def fuzz(gcc: tuple[str, str], folder: Path, source: str, seconds: int):
+    """Call a source, compiled with sanitizers, with random tables."""
+    variables = compile_module(gcc, source, folder / "native.so")
+    return run_python("-m", "support.fuzz_native", folder, seconds, 1, check=False, **variables)
+
+
+def fuzz_package(gcc: tuple[str, str], folder: Path, source: str, *fuzzer: object) -> None:
+    """Run a fuzzer on a copy of the package whose compiled module has sanitizers."""
+    package = Path(gpusampler.__file__).parent
+    shutil.copytree(package, folder / "gpusampler", ignore=shutil.ignore_patterns("*.so"))
+    module = folder / "gpusampler" / FOLDER.relative_to(package) / "native.abi3.so"
+    variables = compile_module(gcc, source, module)
+    variables["PYTHONPATH"] = f"{folder}{os.pathsep}{environment()['PYTHONPATH']}"
+    run_fuzzer(*fuzzer, GPUSAMPLER_NATIVE="1", **variables)
+
+
+@pytest.mark.slow("a minute of mutated inputs")
+@pytest.mark.parametrize("fuzzer", [("fuzz_files", "index", 2000, 5), ("fuzz_states", 4000, 5)])
+def test_no_file_or_state_leads_outside_an_array(gcc, tmp_path, fuzzer):
+    fuzz_package(gcc, tmp_path, (FOLDER / "native.c").read_text(), *fuzzer)
+
+
+@pytest.mark.slow("a copy of the package is compiled")
+def test_a_write_outside_an_array_is_found(gcc, tmp_path):
+    right, wrong = "blocks->is_verified[block] = 1;", "blocks->is_verified[block + 9] = 1;"
+    source = (FOLDER / "native.c").read_text()
+    assert source.count(right) == 1
+    with pytest.raises(AssertionError, match="AddressSanitizer: heap-buffer-overflow"):
+        fuzz_package(gcc, tmp_path, source.replace(right, wrong), "fuzz_files", "index", 20, 5)
 
 
 @pytest.mark.slow("half a minute of random calls")

@@ -44,18 +44,18 @@ class IndexFile:
         self.patch_ids, self.counts, self.starts = self.tables
         rest = data[end + 24 * patches :]
         # Version 1 has no checksums of blocks.
-        num_sums = -(-len(self.order) // BLOCK) if self.head["version"] > 1 else 0
+        num_sums = -(-len(self.order) // BLOCK) if self.head["version"] != 1 else 0
         self.names = rest[8 * num_sums :]
 
     @property
     def samples(self) -> np.ndarray:
         """The order as an array whose changes are written."""
-        return np.frombuffer(self.order, self.head["order"])
+        return np.frombuffer(self.order, self.head["order"] or "<i4")
 
     def write(self, text: bytes | None = None, tables: bytes | None = None) -> None:
         """Write the file; ``text`` replaces the header's, and ``tables`` all after the order."""
         if tables is None:
-            sums = block_sums(bytes(self.order)) if self.head["version"] > 1 else []
+            sums = block_sums(bytes(self.order)) if self.head["version"] != 1 else []
             tables = self.tables.tobytes() + np.array(sums, "<u8").tobytes() + self.names
         if text is None:
             sizes = {"tables_bytes": len(tables), "tables_crc": zlib.crc32(tables)}

@@ -12,6 +12,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 import gpusampler
 from support.paths import ROOT, TESTS
 
@@ -68,6 +70,22 @@ def run_python(
         output = f"{process.stdout[-8000:]}\n{process.stderr[-8000:]}"
         raise AssertionError(f"exit code {process.returncode}\n{output}")
     return process
+
+
+def run_fuzzer(module: str, *arguments: object, **variables: str | None) -> None:
+    """Run a fuzzer of this package, and check what it reports.
+
+    The last two arguments are a number of inputs and a seed.
+    """
+    if not sys.platform.startswith("linux"):
+        pytest.skip("limits its memory as Linux does")
+    command = ("-m", f"support.{module}", *arguments)
+    process = run_python(*command, timeout=1200, check=False, **variables)
+    assert process.returncode == 0, f"{command}, in or after input {process.stderr[-3000:]}"
+    result = json.loads(process.stdout)
+    assert result["errors"] == {}, command
+    assert result["read"] + result["raised"] == arguments[-2]
+    assert min(result["read"], result["raised"]) > 0
 
 
 def run_ranks(script: Path, ranks: int, out: Path, timeout: int = 300) -> list[dict]:
