@@ -130,6 +130,10 @@ class Recorder:
         """All ranges, in the order of `RANGES`."""
         return self._ranges.values()
 
+    def close_ranges(self) -> None:
+        """Close the ranges of this thread that an interrupt has left open."""
+        self._open_ranges.frames.clear()
+
     def range(self, name: str) -> Range:
         """Return the range of a name, always the same object."""
         return self._ranges[name]

@@ -168,11 +168,12 @@ class BatchCursor(torch.nn.Module):
         batch_slot = rank_slot % total if self.num_replicas > 1 and not drop else rank_slot
         block = self._plan.evaluator.batch(self.epoch, batch_slot)
         valid = block.lengths if self._repeats_count else block.lengths * (rank_slot < total)
-        self.slot.add_(self.num_replicas)
+        next_slot = self.slot + self.num_replicas
         # Under "drop" a step must have a slot for every rank.
-        is_epoch_done = self.slot > (total - self.num_replicas if drop else total - 1)
+        is_epoch_done = next_slot > (total - self.num_replicas if drop else total - 1)
+        # Between these two lines, where an interrupt may end the call, the position is in range.
         self.epoch.add_(is_epoch_done)
-        self.slot.masked_fill_(is_epoch_done, 0)
+        self.slot.copy_(next_slot.masked_fill(is_epoch_done, 0))
         return CursorBatch(block.indices, valid, block.groups.reshape(1))
 
     def seek(self, epoch: int, slot: int = 0) -> None:

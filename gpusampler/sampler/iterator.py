@@ -113,6 +113,7 @@ class EpochIterator(Iterator[T], Generic[T]):
             # returned is read again.
             self._reader = None
             self._unwatched = self._watched = iter(())
+            self._recorder.close_ranges()
             if self._pass is None:
                 self._pass = self._tracker.pass_of(self)
             if self._pass is not None:

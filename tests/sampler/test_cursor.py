@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from gpusampler import CostBudget, EpochPlan, PatchBatchSampler, PatchGroups
 from gpusampler.core.devices import Device
+from support.interrupts import InterruptedAt
 from support.strategies import IDS, epoch_of, make, quiet
 
 torch = pytest.importorskip("torch")
@@ -51,6 +52,28 @@ def same(actual, expected) -> bool:
     return len(actual) == len(expected) and all(
         (a[0][: len(b[0])], *a[1:]) == b for a, b in zip(actual, expected, strict=True)
     )
+
+
+@pytest.mark.parametrize("settings", [{}, {"num_replicas": 3, "rank": 2}])
+def test_the_position_of_an_interrupted_cursor_is_in_range(settings):
+    cursor = BatchCursor(plan_of(), **settings)
+    last = cursor.num_replicas * (cursor.steps_per_epoch - 1)
+    cursor.seek(4, last)
+    expected = drawn(cursor, 1)
+    event, is_complete, positions = 0, False, set()
+    while not is_complete:
+        event += 1
+        cursor.seek(4, last)
+        with InterruptedAt(event):
+            try:
+                cursor()
+                is_complete = True
+            except KeyboardInterrupt:
+                positions.add(cursor.position())
+        cursor.seek(4, last)
+        assert drawn(cursor, 1) == expected
+    assert positions == {(4, last), (5, last), (5, 0)}
+    assert event > 50
 
 
 def saved(cursor: torch.nn.Module) -> dict:
@@ -330,7 +353,7 @@ def test_a_state_of_other_settings_is_refused_and_changes_nothing(settings, name
     with pytest.raises(ValueError, match=names):
         cursor.load_state_dict(state)
     assert cursor.position() == (1, 3)
-    assert drawn(cursor, 2) == expected
+    assert drawn(cursor, 1) == expected
 
 
 def test_a_state_of_other_ids_is_refused_by_name():
