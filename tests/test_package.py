@@ -258,6 +258,7 @@ def test_examples_are_there(name):
 
 
 NEEDS = {"cuda_batches": "cupy", "triton_batches": "triton", "lightning": "lightning"}
+NEEDS["plot"] = "matplotlib"
 NEEDS |= dict.fromkeys(["cursor", "dataset", "collate", "normalize"], "torch")
 CORE = [
     path

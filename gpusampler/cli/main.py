@@ -9,11 +9,12 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import click
 
 from gpusampler import __version__
+from gpusampler.batching.short_batches import Partial
 from gpusampler.permutation import _native
 
 INTERRUPTED = 130
@@ -198,6 +199,25 @@ def demo(out: Path, epochs: int, batch_size: int, data: Path | None, seed: int) 
     show_default=True,
     help="Patch folders: part of the series.",
 )
+@click.option(
+    "--epoch",
+    type=click.IntRange(0, 2**63 - 1),
+    help="Draw the batches of this epoch, by patch and in order, instead of the patch sizes.",
+)
+@click.option(
+    "--seed",
+    type=click.IntRange(0, 2**64 - 1),
+    default=0,
+    show_default=True,
+    help="Epochs: seed of the batches.",
+)
+@click.option(
+    "--partial",
+    type=click.Choice(get_args(Partial)),
+    default="keep",
+    show_default=True,
+    help="Epochs: what to do with a short last batch of a patch.",
+)
 def inspect(
     source: Path,
     batch_size: int,
@@ -206,6 +226,9 @@ def inspect(
     input_window: int,
     output_window: int,
     split: str,
+    epoch: int | None,
+    seed: int,
+    partial: Partial,
 ) -> None:
     """Show patch sizes and how a batch size divides the patches into batches.
 
@@ -213,11 +236,15 @@ def inspect(
     Zarr or HDF5.
     """
     from gpusampler.cli.inspect import draw, inspect_source
+    from gpusampler.sampler import PatchBatchSampler
 
-    if out is not None:
+    if out is not None or epoch is not None:
         _need("the picture", "matplotlib")
     with _refusing():
         ids = _patch_ids(source, column, input_window, output_window, split)
+        if epoch is not None:
+            sampler = PatchBatchSampler(ids, batch_size, seed=seed, partial=partial)
+            ids = sampler.plan.groups
         found = inspect_source(ids, batch_size, source.name or str(source))
     click.echo(found.text())
     if out is None and find_spec("matplotlib") is None:
@@ -225,7 +252,12 @@ def inspect(
         return
     picture = Path("gpusampler-inspect.png") if out is None else out
     with _refusing():
-        draw(found, picture)
+        if epoch is None:
+            draw(found, picture)
+        else:
+            from gpusampler.sampler.plot import plot_epoch
+
+            plot_epoch(sampler, epoch).savefig(picture, dpi=110, format="png")
     click.echo(f"\nwritten: {picture}")
 
 
