@@ -97,11 +97,7 @@ def inspect_source(source: Any, batch_size: int, name: str) -> Inspection:
         if partial == "drop" and int(groups.counts.max()) < batch_size:
             outcomes.append(Outcome(partial, 0, groups.num_samples, 0))
             continue
-        with warnings.catch_warnings():
-            # The table already counts the patches that "drop" leaves out.
-            warnings.simplefilter("ignore", UserWarning)
-            partial_sampler = PatchBatchSampler(groups, batch_size, seed=0, partial=partial)
-        totals = partial_sampler.coverage(0).totals()
+        totals = make_sampler(groups, batch_size, partial).coverage(0).totals()
         outcomes.append(Outcome(partial, totals["batches"], totals["missed"], totals["repeated"]))
     return Inspection(
         source=name,
@@ -112,6 +108,15 @@ def inspect_source(source: Any, batch_size: int, name: str) -> Inspection:
         nbytes=groups.nbytes,
         outcomes=tuple(outcomes),
     )
+
+
+def make_sampler(
+    source: Any, batch_size: int, partial: Partial, seed: int = 0
+) -> PatchBatchSampler:
+    """Return a sampler, without warnings of missed or repeated samples, which the table counts."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)
+        return PatchBatchSampler(source, batch_size, seed=seed, partial=partial)
 
 
 def draw(inspection: Inspection, path: Path) -> None:

@@ -235,17 +235,17 @@ def inspect(
     SOURCE is a patch folder, an index file, or a file with one patch id per sample: .npy, Parquet,
     Zarr or HDF5.
     """
-    from gpusampler.cli.inspect import draw, inspect_source
+    from gpusampler.cli.inspect import draw, inspect_source, make_sampler
     from gpusampler.sampler import PatchBatchSampler
 
     if out is not None or epoch is not None:
         _need("the picture", "matplotlib")
     with _refusing():
         ids = _patch_ids(source, column, input_window, output_window, split)
+        groups = PatchBatchSampler(ids, batch_size, seed=0).plan.groups
         if epoch is not None:
-            sampler = PatchBatchSampler(ids, batch_size, seed=seed, partial=partial)
-            ids = sampler.plan.groups
-        found = inspect_source(ids, batch_size, source.name or str(source))
+            sampler = make_sampler(groups, batch_size, partial, seed)
+        found = inspect_source(groups, batch_size, source.name or str(source))
     click.echo(found.text())
     if out is None and find_spec("matplotlib") is None:
         click.echo("no picture: it needs matplotlib (pip install matplotlib)", err=True)

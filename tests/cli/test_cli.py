@@ -15,12 +15,13 @@ import pytest
 from click.testing import CliRunner
 
 import gpusampler
-from gpusampler import PatchGroups
+from gpusampler import PatchBatchSampler, PatchGroups
 from gpusampler.cli import main as cli_module
 from gpusampler.cli.inspect import draw, inspect_source
 from gpusampler.cli.main import cli
 from gpusampler.demo.embedded import small_data
 from support.processes import environment, refused, run_python
+from support.strategies import quiet
 
 
 @pytest.fixture
@@ -202,8 +203,6 @@ def test_inspect_sums_up_many_patches(run, tmp_path):
 
 
 def test_inspect_agrees_with_the_batches():
-    from gpusampler import PatchBatchSampler
-
     ids = np.repeat([3, 1, 2], [7, 2, 9])
     inspection = inspect_source(ids, 4, "x")
     for row in inspection.outcomes:
@@ -263,6 +262,58 @@ def test_inspect_without_matplotlib(run, ids, monkeypatch, tmp_path):
     assert list(tmp_path.glob("*.png")) == []
     refused(
         run("inspect", ids, "--batch-size", 4, "--out", "x.png"),
+        "the picture needs matplotlib: pip install matplotlib",
+    )
+
+
+def test_inspect_an_epoch(run, ids, tmp_path, monkeypatch):
+    plot = pytest.importorskip("gpusampler.sampler.plot")
+    drawn = []
+
+    def batches_of(sampler, epoch):
+        return [batch.indices.tolist() for batch in sampler.batches(epoch)]
+
+    def plot_epoch(sampler, epoch):
+        figure = actual(sampler, epoch)
+        drawn.append((figure.get_suptitle(), batches_of(sampler, epoch)))
+        return figure
+
+    actual = plot.plot_epoch
+    monkeypatch.setattr(plot, "plot_epoch", plot_epoch)
+    plain = run("inspect", ids, "--batch-size", 4)
+    assert drawn == []
+    result = run("inspect", ids, "--batch-size", 4, "--epoch", 2)
+    assert result.exit_code == 0, result.stderr
+    assert result.stdout == plain.stdout
+    assert is_png(tmp_path / "gpusampler-inspect.png")
+    options = ["--seed", 9, "--partial", "pad", "--out", "e.png"]
+    result = run("inspect", ids, "--batch-size", 4, "--epoch", 0, *options)
+    assert "written: e.png" in result.stdout
+    assert is_png(tmp_path / "e.png")
+    # 5, 1, 12 and 8 samples in 8 batches
+    headings = [
+        "Epoch 2: 8 batches from 4 patches, 26 samples, no padding",
+        "Epoch 0: 8 batches from 4 patches, 26 samples, 18.8 % padding",
+    ]
+    samplers = [
+        PatchBatchSampler(np.load(ids), 4, seed=0),
+        quiet(np.load(ids), 4, seed=9, partial="pad"),
+    ]
+    for sampler, epoch, heading, found in zip(samplers, (2, 0), headings, drawn, strict=True):
+        assert found == (heading, batches_of(sampler, epoch))
+
+
+def test_an_epoch_that_cannot_be_drawn(run, ids, monkeypatch):
+    refused(run("inspect", ids, "--batch-size", 4, "--epoch", -1), "'--epoch': -1 is not in the")
+    refused(
+        run("inspect", ids, "--batch-size", 40, "--epoch", 0, "--partial", "drop"),
+        "partial='drop' leaves no batches",
+    )
+    monkeypatch.setattr(
+        cli_module, "find_spec", lambda name: None if name == "matplotlib" else object()
+    )
+    refused(
+        run("inspect", ids, "--batch-size", 4, "--epoch", 0),
         "the picture needs matplotlib: pip install matplotlib",
     )
 
