@@ -99,6 +99,7 @@ def test_the_reference_has_every_public_name():
         "sources.base.PatchIds",
         "sampler.iterator.EpochIterator",
         "lightning.ResumeSampler",
+        "sampler.plot.plot_epoch",
         "sampler.profile.Profile",
         "sampler.profile.Row",
     }
@@ -112,6 +113,8 @@ def test_what_the_reference_names_is_there(name):
         pytest.importorskip("torch")
     if module == "gpusampler.lightning":
         pytest.importorskip("lightning")
+    if module == "gpusampler.sampler.plot":
+        pytest.importorskip("matplotlib")
     assert inspect.getdoc(getattr(import_module(module), attribute))
 
 
