@@ -9,7 +9,7 @@ from __future__ import annotations
 import warnings
 from typing import TYPE_CHECKING, Any
 
-from gpusampler.sampler.batch_sampler import PatchBatchSampler
+from gpusampler.sampler.batch_sampler import PatchBatchSampler, sampler_of_loader
 
 if TYPE_CHECKING:
     from lightning.pytorch import Callback, LightningModule, Trainer
@@ -115,17 +115,7 @@ class ResumeSampler(Callback):
 
 
 def _sampler_of(trainer: Trainer) -> PatchBatchSampler:
-    loader: Any = trainer.train_dataloader
-    sampler = getattr(loader, "batch_sampler", None)
-    if not isinstance(sampler, PatchBatchSampler):
-        loader_type = type(loader).__name__
-        if sampler is not None:
-            loader_type += f" with batch_sampler {type(sampler).__name__}"
-        raise TypeError(
-            "ResumeSampler needs one training loader, DataLoader(dataset, "
-            f"batch_sampler=PatchBatchSampler(...)), got {loader_type}"
-        )
-    return sampler
+    return sampler_of_loader(trainer.train_dataloader, "ResumeSampler")
 
 
 def _current_epoch(trainer: Trainer) -> int:

@@ -27,6 +27,7 @@ NAME_LIBRARIES = [
     "groundwater/*",
     "demo/*",
     "lightning.py",
+    "neuralop.py",
     "plan/evaluators/kernels/*",
     "sampler/cursor.py",
     "sampler/distributed.py",
@@ -97,7 +98,7 @@ def test_an_import_that_runs_up_is_found(tmp_path, module, line, message):
 
 def test_modules_live_in_wings():
     modules = {path.name for path in PACKAGE.glob("*.py")}
-    assert modules == {"__init__.py", "__main__.py", "lightning.py"}
+    assert modules == {"__init__.py", "__main__.py", "lightning.py", "neuralop.py"}
 
 
 def test_the_arithmetic_knows_no_library():
@@ -257,8 +258,8 @@ def test_examples_are_there(name):
     assert sum(len(test.examples) for test in tests) > 0, "no example"
 
 
-NEEDS = {"cuda_batches": "cupy", "triton_batches": "triton", "lightning": "lightning"}
-NEEDS["plot"] = "matplotlib"
+NEEDS = {"cuda_batches": "cupy", "triton_batches": "triton", "plot": "matplotlib"}
+NEEDS |= {library: library for library in ("lightning", "neuralop")}
 NEEDS |= dict.fromkeys(["cursor", "dataset", "collate", "normalize"], "torch")
 CORE = [
     path

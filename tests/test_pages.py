@@ -25,6 +25,7 @@ ALONE = {"calibrate.md"}
 MARKS = {
     "compiled-loops.md": [pytest.mark.slow("compiles to machine code")],
     "groundwater-gino.md": [pytest.mark.slow("trains a GINO")],
+    "neuralop.md": [pytest.mark.slow("trains a GINO")],
 }
 BLOCK = re.compile(r"^```(python|output)\n(.*?)^```", re.DOTALL | re.MULTILINE)
 
@@ -100,6 +101,8 @@ def test_the_reference_has_every_public_name():
         "sampler.iterator.EpochIterator",
         "lightning.ResumeSampler",
         "sampler.plot.plot_epoch",
+        "neuralop.PatchProcessor",
+        "neuralop.PatchTrainer",
         "sampler.profile.Profile",
         "sampler.profile.Row",
     }
@@ -111,8 +114,8 @@ def test_what_the_reference_names_is_there(name):
     module, _, attribute = name.rpartition(".")
     if module != "gpusampler":
         pytest.importorskip("torch")
-    if module == "gpusampler.lightning":
-        pytest.importorskip("lightning")
+    if module in ("gpusampler.lightning", "gpusampler.neuralop"):
+        pytest.importorskip(module.removeprefix("gpusampler."))
     if module == "gpusampler.sampler.plot":
         pytest.importorskip("matplotlib")
     assert inspect.getdoc(getattr(import_module(module), attribute))

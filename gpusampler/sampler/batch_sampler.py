@@ -632,3 +632,17 @@ class PatchBatchSampler(ProfiledSampler):
             f"{self._tracker.steps_per_epoch} batches of {size}, epoch={self.epoch}, "
             f"seed={self.seed}, partial={plan.partial!r}, device={str(plan.device)!r}{options})"
         )
+
+
+def sampler_of_loader(loader: Any, owner: str) -> PatchBatchSampler:
+    """Return the sampler of a training loader; raise TypeError, for ``owner``, if it has none."""
+    sampler = getattr(loader, "batch_sampler", None)
+    if not isinstance(sampler, PatchBatchSampler):
+        loader_type = type(loader).__name__
+        if sampler is not None:
+            loader_type += f" with batch_sampler {type(sampler).__name__}"
+        raise TypeError(
+            f"{owner} needs one training loader, DataLoader(dataset, "
+            f"batch_sampler=PatchBatchSampler(...)), got {loader_type}"
+        )
+    return sampler
