@@ -301,9 +301,8 @@ class PatchTrainer(Trainer):  # type: ignore[misc]
         if self.data_processor is not None:
             self.data_processor.train()
         start = default_timer()
-        # A run may resume after the last batch, but before the end of the epoch.
-        batches = train_loader if self._shard.steps else ()
-        for step, batch in enumerate(batches, start=1):
+        # There is none if the run was saved after the last batch, before the end of the epoch.
+        for step, batch in enumerate(train_loader, start=1):
             loss = self.train_one_batch(num_done + step - 1, batch, training_loss)
             loss.backward()
             self.optimizer.step()

@@ -107,7 +107,7 @@ def test_every_epoch_is_the_samplers_own(whole, workers):
 
 
 def test_the_rate_falls_in_these_runs(whole):
-    # Else a resumed run would not show that the sums of losses are restored.
+    # Else a resumed run would not show that the schedule and the sums of losses are restored.
     assert whole[0].learning_rates[-1] < whole[0].learning_rates[0]
 
 
@@ -128,6 +128,7 @@ def test_metrics_are_those_of_neuralops_trainer(whole):
 @pytest.mark.parametrize(
     ("stop_before", "save_every_batches", "resumed_at"),
     [
+        (7, 3, 6),  # without the losses before, the rate would fall an epoch early
         (25, 4, 22),  # in mid-epoch, three batches after the last save
         (23, 1, 23),
         (36, 5, 36),  # after the last batch of an epoch, which is evaluated once more
