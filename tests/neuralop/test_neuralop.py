@@ -19,13 +19,13 @@ from support.strategies import epoch_of
 pytest.importorskip("neuralop")
 
 import torch
+from neuralop import Trainer
+from neuralop import __version__ as neuralop_version
 from neuralop.models import GINO
 from torch.utils.data import DataLoader
 
 from gpusampler.groundwater import collate_fn
 from gpusampler.neuralop import STATE_FILE, PatchProcessor
-from neuralop import Trainer
-from neuralop import __version__ as neuralop_version
 from support.neuralop_script import (
     EPOCHS,
     Recorder,
