@@ -19,8 +19,8 @@ from torch import distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
+from gpusampler.core import files
 from gpusampler.core.validation import check_int
-from gpusampler.groups.index_format import rename, sync_file
 from gpusampler.sampler.batch_sampler import PatchBatchSampler, sampler_of_loader
 
 # On import, neuralop calls warnings.filterwarnings("once").
@@ -423,5 +423,5 @@ class PatchTrainer(Trainer):  # type: ignore[misc]
         temporary = folder / f"{STATE_FILE}.saving"
         with temporary.open("wb") as file:
             torch.save(state, file)
-            sync_file(file)
-        rename(temporary, folder / STATE_FILE)
+            files.sync_file(file)
+        files.replace(temporary, folder / STATE_FILE)

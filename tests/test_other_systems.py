@@ -38,7 +38,7 @@ try:
     other.save("a")
 except PermissionError as error:
     assert windows, error
-    assert "cannot replace a: " in str(error) and "load it with mmap=False" in str(error)
+    assert "cannot replace a: " in str(error) and "load an index with mmap=False" in str(error)
     assert PatchGroups.load("a", ids, verify=True).num_samples == ids.size
 else:
     assert not windows

@@ -1,4 +1,6 @@
-"""Open regular files only: never wait for a FIFO or a device, never write through a link.
+"""Files: open regular ones only, and replace them atomically.
+
+Nothing waits for a FIFO or a device, and working files are never written through a link.
 
 The type of a file is read from its open descriptor, so it cannot be exchanged after the check.
 """
@@ -11,7 +13,7 @@ import stat
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 if TYPE_CHECKING:
     from io import BufferedRandom, BufferedReader, BufferedWriter
@@ -122,6 +124,38 @@ def check_single_name(path: Path) -> None:
     if stat.S_ISLNK(status.st_mode):
         raise _planted(path, "is a symbolic link")
     _check_names(status, path)
+
+
+def replace(temporary: Path, path: Path) -> None:
+    """Move a temporary file, which is closed, to its final path, also if there is a file."""
+    try:
+        os.replace(temporary, path)
+    except PermissionError as error:
+        if not path.exists():
+            raise
+        raise PermissionError(
+            error.errno,
+            f"cannot replace {path}: {error.strerror}. Windows does not replace a file that is "
+            "mapped or open: close it (load an index with mmap=False), or choose another path",
+        ) from error
+    sync_folder(path.parent)
+
+
+def sync_file(file: BinaryIO) -> None:
+    """Flush a file to the disk."""
+    file.flush()
+    os.fsync(file.fileno())
+
+
+def sync_folder(folder: Path) -> None:
+    """Flush the entries of a folder to the disk, except on Windows, which cannot open a folder."""
+    if not hasattr(os, "O_DIRECTORY"):
+        return
+    fd = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
 
 
 def _check_owner(status: os.stat_result, path: Path) -> None:

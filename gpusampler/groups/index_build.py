@@ -27,7 +27,6 @@ from gpusampler.groups.index_format import (
     IndexContents,
     explain_full_disk,
     reserve,
-    sync_file,
 )
 from gpusampler.groups.verification import difference, fingerprint_ids, signature_of
 from gpusampler.groups.verified_order import block_sums
@@ -203,7 +202,7 @@ class IndexBuild:
             try:
                 with new_file as file:
                     np.savez(file, **archive)
-                    sync_file(file)
+                    files.sync_file(file)
                 os.replace(temporary, self._progress)
             except BaseException:
                 temporary.unlink(missing_ok=True)
@@ -252,7 +251,7 @@ class IndexBuild:
             del grouping
             self._map = None
             index_format.write_tables_and_head(self._file, contents, dtype, self._path)
-        index_format.rename(self._partial, self._path)
+        files.replace(self._partial, self._path)
         self._remove_progress()
         patches = contents.counts.size
         logger.info("%s: %d patches, %d samples", self._path, patches, self._ids.size)

@@ -355,7 +355,7 @@ def write_index(
                 write_tables_and_head(
                     file, contents, None if order is None else order.dtype.str, path
                 )
-            rename(temporary, path)
+            files.replace(temporary, path)
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
@@ -372,26 +372,11 @@ def write_tables_and_head(
     file.seek(ORDER_OFFSET + order_bytes)
     file.write(table_bytes)
     file.truncate()
-    sync_file(file)
+    files.sync_file(file)
     # The magic bytes come last: until then, no reader accepts the file as an index.
     file.seek(0)
     file.write(contents.pack_head(order_dtype, order_bytes, table_bytes))
-    sync_file(file)
-
-
-def rename(temporary: Path, path: Path) -> None:
-    """Move a temporary file to its final path; on Windows it must be closed."""
-    try:
-        os.replace(temporary, path)
-    except PermissionError as error:
-        if not path.exists():
-            raise
-        raise PermissionError(
-            error.errno,
-            f"cannot replace {path}: {error.strerror}. Windows does not replace a file that is "
-            "mapped or open: load it with mmap=False, or choose another path",
-        ) from error
-    sync_folder(path.parent)
+    files.sync_file(file)
 
 
 def reserve(file: BinaryIO, size: int, path: Path) -> None:
@@ -445,23 +430,6 @@ def _allocate(file: BinaryIO, size: int) -> None:
     while end < size:
         end += os.write(fd, bytes(min(_CHUNK_BYTES, size - end)))
     os.lseek(fd, position, os.SEEK_SET)
-
-
-def sync_file(file: BinaryIO) -> None:
-    """Flush a file to the disk."""
-    file.flush()
-    os.fsync(file.fileno())
-
-
-def sync_folder(folder: Path) -> None:
-    """Flush the entries of a folder to the disk, except on Windows, which cannot open a folder."""
-    if not hasattr(os, "O_DIRECTORY"):
-        return
-    fd = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
 
 
 def _transfer(order: NDArray[Any], transfer: Any, label: str, progress: bool) -> None:

@@ -19,7 +19,8 @@ import pytest
 from filelock import FileLock, SoftFileLock
 
 from gpusampler import PatchGroups, read_patch_ids
-from gpusampler.groups import index_build, index_format
+from gpusampler.core import files
+from gpusampler.groups import index_build
 from gpusampler.groups.index_format import MAGIC, ORDER_OFFSET
 from support.index_jobs import (
     BLOCK,
@@ -323,7 +324,7 @@ def test_a_head_of_other_ids_does_not_stay_over_a_new_order(folder, kept):
 def test_an_index_without_its_name_is_given_it(folder, kept):
     ids = ids_of("dense")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(index_format, "rename", lambda *_: (_ for _ in ()).throw(OSError("no name")))
+        patch.setattr(files, "replace", lambda *_: (_ for _ in ()).throw(OSError("no name")))
         with pytest.raises(OSError, match="no name"):
             PatchGroups.from_ids(SlowIds(ids), path=folder / "a")
     slow = SlowIds(ids)
