@@ -54,7 +54,8 @@ def plot_epoch(
     The left side follows the epoch from its first batch to its last, over all ranks. The right side
     sums up by patch, size and cost. With many patches or batches, ranges of them share a row or a
     column. With a `CostBudget`, the last row compares the batches with those of one size for all,
-    the largest that does not exceed ``max_cost`` either.
+    the largest that does not exceed ``max_cost`` either. With ``sample_costs``, a sample has the
+    largest cost in its cost bin.
 
     Only the batches' patches and sizes are computed, not their samples. If an epoch has more than
     4,194,304 batches, a sample of them is drawn evenly, and the title says that numbers are
