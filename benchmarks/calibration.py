@@ -115,9 +115,7 @@ def gino() -> Case:
     from gpusampler.groundwater import collate_fn
 
     data = load()
-    first_batch = collate_fn([data.train[0]])
-    columns, targets = first_batch["core_in"].shape[-1], first_batch["core_out"].shape[-1]
-    model = PatchGino(6, 1, columns=columns, targets=targets)
+    model = PatchGino(data)
     optimizer = torch.optim.Adam(model.net.parameters())
 
     def step(batch: Batch) -> None:

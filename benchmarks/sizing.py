@@ -156,12 +156,10 @@ class Run:
         import torch
 
         from gpusampler.demo.gino import PatchGino
-        from gpusampler.demo.loading import INPUTS, OUTPUTS
         from gpusampler.demo.train import LEARNING_RATE
 
-        columns, targets = len(data.normalize.columns), len(data.normalize.target_columns)
         self.data = data
-        self.model = PatchGino(INPUTS, OUTPUTS, columns, targets, seed=0)
+        self.model = PatchGino(data, seed=0)
         self.optimizer = torch.optim.Adam(self.model.net.parameters(), lr=LEARNING_RATE)
 
     def epoch(self, batches: Any) -> None:

@@ -149,7 +149,7 @@ def cli() -> None:
     help="Seed of the initial weights and of the batches.",
 )
 def demo(out: Path, epochs: int, batch_size: int, data: Path | None, seed: int) -> None:
-    """Train a GINO on groundwater patches (about 15 seconds)."""
+    """Train a GINO on groundwater patches (about 20 seconds)."""
     _need("the demo", "torch", "neuralop", "matplotlib")
     with _ending_at_once():
         import matplotlib.figure  # noqa: F401

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
+
+from gpusampler.demo.loading import DemoData, persistence
 
 if TYPE_CHECKING:
     import torch
@@ -30,8 +33,7 @@ class GinoConfig:
         Number of latent nodes per axis; even.
     in_radius, out_radius : float
         Radii of the two graphs, in units of the patch's box: about two cells of the latent
-        grid. Radii that cover the patch (1.6 and 5) cost 15 times as much and give a worse
-        probe loss (0.32, not 0.06): solute plumes are local.
+        grid. Radii that cover the patch (1.6 and 5) cost 15 times as much.
     """
 
     hidden: int = 16
@@ -56,40 +58,40 @@ def import_gino() -> Any:
 class PatchGino:
     """A GINO that forecasts a patch's core points from its core and ghost points.
 
-    The channels of the input function are the ``Tin * C`` past values of a core or ghost point;
-    the output is evaluated at the core points. All samples of a batch share the two graphs, so a
-    batch must come from one patch. The network, ``net``, is float32 on the CPU.
+    The channels of the input function are the ``Tin * C`` past values of a core or ghost point and
+    its location; the output is evaluated at the core points. All samples of a batch share the two
+    graphs, so a batch must come from one patch. The network, ``net``, is float32 on the CPU.
 
-    ``inputs`` and ``outputs`` are the numbers of time steps Tin and Tout, ``columns`` and
-    ``targets`` the numbers of columns C and Ct. ``seed`` gives the initial weights and leaves
-    torch's global generator unchanged.
+    The forecast is the last input step plus a change. Heads respond nearly linearly to forcing
+    (the principle of superposition), so the network returns, for each target, a change without
+    forcing and one response to each forcing series' value and one to its increase since the step
+    before. The change is their sum, weighted by the values and increases, in units of
+    ``data.change_std``. The untrained model returns the last input step: persistence.
+
+    ``data`` gives the windows, the columns and the number of forcing series. ``seed`` gives the
+    initial weights and leaves torch's global generator unchanged.
 
     Examples
     --------
-    >>> model = PatchGino(6, 1, columns=3, targets=1)
+    >>> from gpusampler.demo.loading import load
+    >>> model = PatchGino(load())
     >>> model.num_parameters > 10_000
     True
     """
 
-    def __init__(
-        self,
-        inputs: int,
-        outputs: int,
-        columns: int,
-        targets: int,
-        config: GinoConfig | None = None,
-        seed: int = 0,
-    ) -> None:
+    def __init__(self, data: DemoData, config: GinoConfig | None = None, seed: int = 0) -> None:
         import torch
 
         config = GinoConfig() if config is None else config
         gino = import_gino()
-        channels = inputs * columns
+        windows, normalize = data.train.windows, data.normalize
+        channels = windows.inputs * len(normalize.columns) + 3
+        self._shape = windows.outputs, len(normalize.target_columns), 1 + 2 * data.num_forcing
         with torch.random.fork_rng(devices=[]):
             torch.random.manual_seed(seed)
             self.net: torch.nn.Module = gino(
                 in_channels=channels,
-                out_channels=outputs * targets,
+                out_channels=math.prod(self._shape),
                 # A "linear" kernel passes the input channels to the grid unchanged.
                 fno_in_channels=channels,
                 gno_coord_dim=3,
@@ -105,12 +107,13 @@ class PatchGino:
                 gno_use_torch_scatter=False,
             )
         with torch.no_grad():
-            # Random weights give sums over the latent grid far off scale (a loss of 6). Zeros
-            # forecast the training mean, so the loss starts near 1 and falls only by learning.
+            # Random weights give sums over the latent grid far off scale. Zeros forecast no
+            # change, so the loss starts at that of persistence.
             for weight in self.net.projection.fcs[-1].parameters():
                 weight.zero_()
         self.config = config
-        self._outputs, self._targets = outputs, targets
+        self._normalize = data.normalize
+        self.change_std = data.change_std
         axis = torch.linspace(0.0, 1.0, config.grid)
         self._grid = torch.stack(torch.meshgrid(axis, axis, axis, indexing="ij"), dim=-1)[None]
 
@@ -124,15 +127,19 @@ class PatchGino:
         import torch
 
         past = torch.cat([batch["core_in"], batch["ghost_in"]], dim=2)
-        size, _, points, _ = past.shape
-        answer = self.net(
+        location = batch["location"]
+        responses = self.net(
             input_geom=torch.cat([batch["core_coords"], batch["ghost_coords"]], dim=1),
             latent_queries=self._grid,
             output_queries=batch["core_coords"],
-            x=past.permute(0, 2, 1, 3).reshape(size, points, -1),
-        )
-        shaped: torch.Tensor = answer.unflatten(-1, (self._outputs, self._targets))
-        return shaped.permute(0, 2, 1, 3)
+            x=torch.cat([past.transpose(1, 2).flatten(2), location], dim=2),
+        ).unflatten(-1, self._shape)
+        forcing = batch["forcing"]  # [B, 1 + Tout, F]
+        values, increases = forcing[:, 1:], forcing.diff(dim=1)
+        ones = values.new_ones(*values.shape[:2], 1)
+        weights = torch.cat([ones, values, increases], dim=2)
+        change = torch.einsum("bntcf,btf->btnc", responses, weights)
+        return persistence(batch, self._normalize) + change * self.change_std
 
 
 def segment_csr(

@@ -11,7 +11,7 @@ import numpy as np
 from gpusampler.core.files import check_regular
 from gpusampler.demo.gino import PatchGino, fast_segment_csr
 from gpusampler.demo.head_map import head_map
-from gpusampler.demo.loading import INPUTS, OUTPUTS, DemoData, load
+from gpusampler.demo.loading import DemoData, load
 from gpusampler.demo.picture import draw
 from gpusampler.demo.report import DataSummary, DemoReport
 from gpusampler.demo.speed import compare_speed
@@ -52,10 +52,7 @@ def run_demo(
             folder.mkdir(parents=True, exist_ok=True)
             for name in (PICTURE, REPORT):
                 check_regular(folder / name, missing_ok=True)
-        normalize = loaded.normalize
-        model = PatchGino(
-            INPUTS, OUTPUTS, len(normalize.columns), len(normalize.target_columns), seed=seed
-        )
+        model = PatchGino(loaded, seed=seed)
         training = train(
             model, loaded, epochs=epochs, batch_size=batch_size, seed=seed, progress=progress
         )
@@ -90,5 +87,6 @@ def _summary(data: DemoData) -> DataSummary:
         train_samples=len(data.train),
         probe_samples=len(data.probe),
         nbytes=data.train.nbytes,
+        forcing=data.num_forcing,
         steps=data.train.windows.steps,
     )

@@ -115,14 +115,15 @@ def _draw_loss(axes: Axes, training: Training) -> None:
         color="tab:blue",
         linestyle="--",
         linewidth=1,
-        label="probe, if nothing changed",
+        label="probe, persistence",
     )
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.set_yscale("log")
     axes.set_xlabel("epochs")
-    axes.set_ylabel("mean squared error (scaled)")
+    axes.set_ylabel("mean squared error (changes, scaled)")
     axes.set_title(
-        f"Loss: {training.probe_loss[0]:.2f} before, {training.probe_loss[-1]:.2f} after",
+        f"Held-out head error: {training.head_rmse:.3f} m, "
+        f"persistence {training.head_rmse_persistence:.3f} m",
         fontsize=10,
     )
     axes.legend(fontsize=8, frameon=False)

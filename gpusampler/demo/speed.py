@@ -11,7 +11,7 @@ from gpusampler.demo.gino import PatchGino
 from gpusampler.demo.loading import DemoData, as_torch, loader
 from gpusampler.demo.report import Speed
 from gpusampler.demo.stopwatch import Stopwatch
-from gpusampler.demo.train import LEARNING_RATE, batch_loss
+from gpusampler.demo.train import LEARNING_RATE, batch_loss, update
 from gpusampler.sampler.batch_sampler import PatchBatchSampler
 
 SAMPLES = 64
@@ -67,5 +67,5 @@ def _train_once(model: PatchGino, data: DemoData, batches: Sequence[Sequence[int
         for batch in loader(as_torch(data.train), batches):
             optimizer.zero_grad()
             batch_loss(model, batch).backward()  # type: ignore[no-untyped-call]
-            optimizer.step()
+            update(model, optimizer)
     return watch.seconds["train"]
