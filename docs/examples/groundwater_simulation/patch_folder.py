@@ -1,4 +1,4 @@
-"""Write patches to disk: coordinates and observations of core and ghost cells."""
+"""Write patches to disk: coordinates and observations of core and ghost cells, and forcing."""
 
 from __future__ import annotations
 
@@ -10,11 +10,13 @@ from tqdm import tqdm
 from gpusampler.groundwater import COLUMNS
 
 from .aquifer import Aquifer
+from .forcing import Forcing
 from .grid import Bools, Floats
 from .patches import PatchMasks
 
 DENSITY = 1000.0  # kilograms per cubic metre
 GRAVITY = 9.80665  # metres per second squared
+FORCING = "forcing.csv"
 
 
 def pressure_from_head(head: Floats, elevation: Floats) -> Floats:
@@ -57,6 +59,21 @@ def write_patches(
                 obs[step, :, 1] = h
                 obs[step, :, 2] = pressure_from_head(h, coords[:, 2])
             np.save(patch_path / f"{name}_obs.npy", obs)
+
+
+def write_forcing(folder: Path, forcing: Forcing, skip: int) -> None:
+    """Write ``folder/forcing.csv``: one row per written step, after ``skip`` stress periods.
+
+    A row has the forcing of the stress period that ends with its step: recharge (metres per day),
+    its concentration (grams per cubic metre), the shifts of both boundary stages (metres), and the
+    rate of each well (cubic metres per day, negative for pumping).
+    """
+    columns = ["recharge", "recharge_concentration", "inflow_shift", "river_shift"]
+    series = [getattr(forcing, name) for name in columns]
+    wells = [f"well_{i}" for i in range(forcing.well_rates.shape[1])]
+    table = np.column_stack([*series, forcing.well_rates])[skip:]
+    header = ",".join([*columns, *wells])
+    np.savetxt(folder / FORCING, table, fmt="%.10g", delimiter=",", header=header, comments="")
 
 
 def _coords(aquifer: Aquifer, mask: Bools) -> Floats:

@@ -71,6 +71,11 @@ def write_provenance(
             "mass_concentration": "g/m3",
             "head": "m",
             "pressure": "kPa, gauge, at the cell centre",
+            "recharge": "m/d",
+            "recharge_concentration": "g/m3",
+            "inflow_shift": "m",
+            "river_shift": "m",
+            "well_<i>": "m3/d, negative for pumping",
         },
         "constants": {"density_kg_m3": DENSITY, "gravity_m_s2": GRAVITY},
         "time": {

@@ -15,12 +15,12 @@ from pathlib import Path
 import numpy as np
 
 from .aquifer import Aquifer, build_aquifer
-from .forcing import PEAK_LOAD, build_forcing
+from .forcing import PEAK_LOAD, Forcing, build_forcing
 from .grid import Floats
 from .mf6 import find_mf6
 from .modflow import write_model
 from .modflow_run import RunReport, SimulationError, read_steps, run_model
-from .patch_folder import write_patches
+from .patch_folder import write_forcing, write_patches
 from .patches import PatchMasks, cut_aquifer
 from .provenance import PROVENANCE, RunInputs, sha256_of, write_provenance
 from .settings import SimulationSettings, preset_settings
@@ -43,6 +43,7 @@ def simulate(
     Draws an aquifer from the seed (`build_aquifer`), runs a coupled flow and transport model in a
     temporary folder, checks its output, cuts the map into patches (`cut_patches`) and writes::
 
+        out/forcing.csv                   recharge, stages and well rates of each step
         out/provenance.json               versions, settings, units, sizes, sha256 of each file
         out/patch_<id>/core_coords.npy    float32 (Nc, 3)      x, y, z of cell centres, metres
         out/patch_<id>/core_obs.npy       float32 (T, Nc, 3)   columns below
@@ -122,7 +123,7 @@ def simulate(
         write_model(aquifer, forcing, run_settings, workspace)
         report = run_model(program, workspace, len(forcing.recharge), progress=progress)
         with _staged(target, overwrite) as stage:
-            _write_results(stage, workspace, aquifer, patches, inputs, report, progress)
+            _write_results(stage, workspace, aquifer, forcing, patches, inputs, report, progress)
     return target
 
 
@@ -130,6 +131,7 @@ def _write_results(
     stage: Path,
     workspace: Path,
     aquifer: Aquifer,
+    forcing: Forcing,
     patches: list[PatchMasks],
     inputs: RunInputs,
     report: RunReport,
@@ -144,6 +146,7 @@ def _write_results(
     mass = read_steps(workspace / "gwt.bin", shape, skip, steps)
     _check_fields(head, mass, aquifer, settings)
     write_patches(stage, aquifer, patches, mass, head, progress=progress)
+    write_forcing(stage, forcing, skip)
     write_provenance(stage, inputs, report, patches)
 
 

@@ -193,6 +193,20 @@ def test_committed_data_is_lively():
     assert PEAK_LOAD * PRESETS["small"].recharge_concentration < 25.0
 
 
+def test_committed_forcing_is_that_of_the_written_steps():
+    settings = PRESETS["small"]
+    forcing = build_forcing(settings, DEFAULT_SEED)
+    lines = (SMALL_DATA / "forcing.csv").read_text().splitlines()
+    wells = [f"well_{i}" for i in range(5)]
+    columns = ["recharge", "recharge_concentration", "inflow_shift", "river_shift"]
+    assert lines[0].split(",") == [*columns, *wells]
+    table = np.array([[float(value) for value in line.split(",")] for line in lines[1:]])
+    first = 1 + settings.warmup_steps
+    for name, series in zip(columns, table.T, strict=False):
+        np.testing.assert_array_equal(series, getattr(forcing, name)[first:])
+    np.testing.assert_array_equal(table[:, 4:], forcing.well_rates[first:])
+
+
 def test_committed_pressure_is_that_of_head_and_elevation():
     for p in load(SMALL_DATA).values():
         head = p["core_obs"][:, :, 1].astype(np.float64)
@@ -591,6 +605,7 @@ def test_small_preset_makes_the_committed_files(program, tmp_path):
     made = simulate(tmp_path / "small", "small", mf6=program, progress=False)
     new, old = load(made), load(SMALL_DATA)
     assert set(new) == set(old)
+    assert (made / "forcing.csv").read_bytes() == (SMALL_DATA / "forcing.csv").read_bytes()
     same = total = 0
     for name in old:
         for array in ARRAYS:
@@ -609,7 +624,8 @@ def test_tiny_run_is_complete_and_leaves_nothing_temporary(program, tmp_path, sc
     work = tmp_path / "work"
     out = simulate(work / "deep" / "tiny", settings=TINY, seed=4, mf6=program, progress=False)
     assert out == work / "deep" / "tiny"
-    assert {p.name for p in out.iterdir()} == {"patch_0", "patch_1", "patch_2", "provenance.json"}
+    names = {"patch_0", "patch_1", "patch_2", "forcing.csv", "provenance.json"}
+    assert {p.name for p in out.iterdir()} == names
     assert [p.name for p in out.parent.iterdir()] == ["tiny"]
     assert not list(scratch.iterdir())
     patches = load(out)
