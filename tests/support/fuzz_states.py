@@ -42,6 +42,11 @@ def make(settings: dict[str, Any]) -> PatchBatchSampler:
     return PatchBatchSampler(**{"source": IDS, "batch_size": 8, "seed": 3, **settings})
 
 
+def some_value(rng: random.Random) -> Any:
+    # A copy, which later mutations may change.
+    return copy.deepcopy(rng.choice(VALUES))
+
+
 def places(value: Any) -> Iterator[tuple[Any, Any]]:
     """Every container of a state, and each of its keys."""
     items = value.items() if isinstance(value, dict) else enumerate(value)
@@ -58,11 +63,11 @@ def mutate(state: dict[str, Any], others: list[dict[str, Any]], rng: random.Rand
         container, key = rng.choice(list(places(changed)) or [(changed, None)])
         kind = rng.randrange(7)
         if key is None or kind == 0:
-            return rng.choice([*VALUES, list(state), list(state.items())])
+            return copy.deepcopy(rng.choice([*VALUES, list(state), list(state.items())]))
         if kind == 1:
             del container[key]
         elif kind == 2 and isinstance(container, dict):
-            container[rng.choice([*TEXTS, 7, None, (1,)])] = rng.choice(VALUES)
+            container[rng.choice([*TEXTS, 7, None, (1,)])] = some_value(rng)
         elif kind == 3 and isinstance(container[key], int):
             container[key] += rng.choice([-1, 1, 2, 1 << 32])
         elif kind == 4:
@@ -75,7 +80,7 @@ def mutate(state: dict[str, Any], others: list[dict[str, Any]], rng: random.Rand
             other, name = rng.choice(list(places(rng.choice(others))))
             container[key] = copy.deepcopy(other[name])
         else:
-            container[key] = rng.choice(VALUES)
+            container[key] = some_value(rng)
     return changed
 
 
