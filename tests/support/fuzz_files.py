@@ -1,6 +1,6 @@
 """Read mutated files, in a process with a memory limit.
 
-python -m support.fuzz_files KIND FILES SEED
+python -m support.fuzz_files KIND FILES SEED [SKIPPED ...]
 
 Each file is read with `read_patch_ids`, as a patch of a groundwater folder, or as an index. It
 either holds ids or raises a ValueError, TypeError or OSError that names the file or a sample.
@@ -219,7 +219,7 @@ class Tally:
     """Counts inputs that were read and that raised, and collects errors of another kind."""
 
     def __init__(self) -> None:
-        self.read = self.raised = 0
+        self.read = self.raised = self.skipped = 0
         self.errors: dict[str, str] = {}
 
     @contextmanager
@@ -236,7 +236,7 @@ class Tally:
                 self.errors[f"{type(error).__name__}: {text[:300]}"] = f"input {number}"
 
     def report(self) -> str:
-        return json.dumps({"read": self.read, "raised": self.raised, "errors": self.errors})
+        return json.dumps(vars(self))
 
 
 def limit_memory() -> None:
@@ -260,7 +260,7 @@ def read(kind: str, path: Path, rng: random.Random) -> object:
     return None
 
 
-def main(kind: str, count: int, seed: int) -> None:
+def main(kind: str, count: int, seed: int, *skipped: int) -> None:
     make, head = KINDS[kind]
     rng = random.Random(seed)
     warnings.simplefilter("error")
@@ -284,6 +284,10 @@ def main(kind: str, count: int, seed: int) -> None:
                 forge_index(path, rng)
             else:
                 damaged.write_bytes(mutate(content, head, rng))
+            if number in skipped:
+                tally.skipped += 1
+                damaged.write_bytes(content)
+                continue
             with tally.file(number, (damaged.name, path.name, "sample ")):
                 found = read(kind, path, rng)
                 if not is_forged and found != right[path]:
@@ -293,4 +297,4 @@ def main(kind: str, count: int, seed: int) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]))
+    main(sys.argv[1], *map(int, sys.argv[2:]))
