@@ -13,7 +13,6 @@ from typing import Any
 import numpy as np
 
 from gpusampler.core import arrays, devices
-from gpusampler.core.arrays import Int64
 from gpusampler.core.devices import HOST, Device
 from gpusampler.core.tracing import TRANSFER
 from gpusampler.core.transfer import Event, Prefetcher, SideStream, finish_copies, side_stream
@@ -21,8 +20,10 @@ from gpusampler.plan.epoch_plan import EpochPlan
 from gpusampler.plan.evaluators.base import RaggedBlock
 from gpusampler.sampler.batch_sampler import PatchBatchSampler
 from gpusampler.sampler.batches import MAX_OBJECTS_AT_ONCE, BlockReader
+from gpusampler.sampler.file_rows import FileRows, in_file
 from gpusampler.sampler.iterator import EpochIterator
 from gpusampler.sampler.passes import RankShard
+from gpusampler.sampler.read_ahead import ReadAhead, RowIndex
 
 HOST_GATHER_BYTES = 1 << 20
 DEVICE_GATHER_BYTES = 1 << 25
@@ -90,6 +91,7 @@ class PatchTensorLoader:
         if not tensors:
             raise ValueError("tensors must be given by name, such as x=x, got none")
         num_samples = sampler.plan.groups.source_size
+        tensors = {name: in_file(name, tensor) for name, tensor in tensors.items()}
         for name, tensor in tensors.items():
             _check_tensor(name, tensor, num_samples)
         self.batch_sampler = sampler
@@ -185,8 +187,11 @@ class TensorReader:
         stream: SideStream | None = None,
     ) -> None:
         devices.check_not_in_worker(device)
+        files = {n: t for n, t in tensors.items() if isinstance(t, FileRows)}
         self._resident_tensors = {n: t for n, t in tensors.items() if _is_on(t, device)}
-        host_tensors = {n: t for n, t in tensors.items() if n not in self._resident_tensors}
+        self._host_tensors = {
+            n: t for n, t in tensors.items() if n not in self._resident_tensors and n not in files
+        }
         self._names = list(tensors)
         self._plan = shard.plan
         self._device = device
@@ -196,18 +201,23 @@ class TensorReader:
         # A batch is a dictionary and a view of each tensor.
         max_batches = max(1, MAX_OBJECTS_AT_ONCE // (1 + len(tensors)))
         self._chunk_reader = ChunkReader(BlockReader(shard), max_rows, max_batches)
-        self._staging: StagingBuffers | None = None
-        if host_tensors:
-            stream = side_stream(device) if stream is None else stream
-            self._staging = StagingBuffers(host_tensors, device, stream)
         self._transfer_range = shard.recorder.range(TRANSFER)
+        self._read_ahead: ReadAhead | None = None
+        if files:
+            self._read_ahead = ReadAhead(files, self._chunk_reader, self._transfer_range)
+        self._staging: StagingBuffers | None = None
+        if self._host_tensors or (files and not device.on_host):
+            stream = side_stream(device) if stream is None else stream
+            self._staging = StagingBuffers(device, stream)
         self._prefetcher: Prefetcher[tuple[RaggedBlock, Any]] = Prefetcher()
 
     def read(self) -> list[TensorBatch] | None:
         """Return the next batches; None after the last."""
         rows: dict[str, Any] = {}
         if self._staging is None:
-            chunk = self._chunk_reader.read()
+            chunk, sources = self._read_chunk() or (None, {})
+            for name, (tensor, index) in sources.items():
+                rows[name] = arrays.take_rows(tensor, index)
         else:
             # The prefetcher sends the next chunk before waiting for this one.
             chunk, sent = self._prefetcher.get_next(self._send) or (None, {})
@@ -221,12 +231,26 @@ class TensorReader:
                 rows[name] = arrays.take_rows(tensor, index)
         return self._make_batches(chunk, rows)
 
+    def _read_chunk(self) -> tuple[RaggedBlock, dict[str, RowIndex]] | None:
+        """Return the next chunk, and the rows on the host that it needs; None after the last."""
+        if self._read_ahead is not None:
+            read = self._read_ahead.read()
+        else:
+            chunk = self._chunk_reader.read()
+            read = None if chunk is None else (chunk, {})
+        if read is not None:
+            chunk, sources = read
+            for name, tensor in self._host_tensors.items():
+                sources[name] = tensor, chunk.samples
+        return read
+
     def _send(self) -> tuple[RaggedBlock, Any] | None:
-        chunk = self._chunk_reader.read()
-        if chunk is None or self._staging is None:
+        read = self._read_chunk()
+        if read is None or self._staging is None:
             return None
+        chunk, sources = read
         with self._transfer_range:
-            return chunk, self._staging.send(chunk.samples)
+            return chunk, self._staging.send(sources)
 
     def _make_batches(self, chunk: RaggedBlock, rows: Mapping[str, Any]) -> list[TensorBatch]:
         sizes = chunk.sizes.tolist()
@@ -281,7 +305,7 @@ class ChunkReader:
 
 
 class StagingBuffers:
-    """Copies rows of host tensors to a device through pinned memory.
+    """Copies rows of arrays on the host to a device through pinned memory.
 
     One of two sets of buffers is filled while the copy of the other set may still run. Without a
     stream, copies are synchronous.
@@ -289,31 +313,29 @@ class StagingBuffers:
 
     NUM_SETS = 2
 
-    def __init__(
-        self, tensors: Mapping[str, Any], device: Device, stream: SideStream | None
-    ) -> None:
-        self._tensors = tensors
+    def __init__(self, device: Device, stream: SideStream | None) -> None:
         self._device = device
         self._stream = stream
         self._buffers: list[dict[str, Any]] = [{} for _ in range(self.NUM_SETS)]
         self._copies: list[list[Event]] = [[] for _ in range(self.NUM_SETS)]
         self._next = 0
 
-    def send(self, samples: Int64) -> dict[str, tuple[Any, Event | None]]:
+    def send(self, sources: Mapping[str, RowIndex]) -> dict[str, tuple[Any, Event | None]]:
         """Gather rows and start copying them."""
         buffer_set, self._next = self._next, (self._next + 1) % self.NUM_SETS
         for copy in self._copies[buffer_set]:
             copy.synchronize()
         self._copies[buffer_set] = []
         sent: dict[str, tuple[Any, Event | None]] = {}
-        for name, tensor in self._tensors.items():
+        for name, (tensor, index) in sources.items():
             if self._stream is None:
-                rows = arrays.take_rows(tensor, arrays.to_index(samples, arrays.device_of(tensor)))
+                rows = arrays.take_rows(tensor, arrays.to_index(index, arrays.device_of(tensor)))
                 sent[name] = arrays.to_device(rows, self._device), None
                 continue
-            shape = (samples.size, *tensor.shape[1:])
-            pinned = self._pinned_buffer(self._stream, buffer_set, name, prod(shape))
-            arrays.take_rows_into(pinned, tensor, samples)
+            shape = (index.size, *tensor.shape[1:])
+            dtype = arrays.dtype_name(tensor)
+            pinned = self._pinned_buffer(self._stream, buffer_set, name, dtype, prod(shape))
+            arrays.take_rows_into(pinned, tensor, index)
             device_rows, event = self._stream.copy_to_device(pinned, shape)
             sent[name] = device_rows, event
             self._copies[buffer_set].append(event)
@@ -330,20 +352,24 @@ class StagingBuffers:
         """Wait for running copies before the buffers are freed."""
         finish_copies(self._stream)
 
-    def _pinned_buffer(self, stream: SideStream, buffer_set: int, name: str, size: int) -> Any:
+    def _pinned_buffer(
+        self, stream: SideStream, buffer_set: int, name: str, dtype: str, size: int
+    ) -> Any:
         buffer = self._buffers[buffer_set].get(name)
         if buffer is None or int(buffer.shape[0]) < size:
-            buffer = stream.allocate_pinned(size, arrays.dtype_name(self._tensors[name]))
+            buffer = stream.allocate_pinned(size, dtype)
             self._buffers[buffer_set][name] = buffer
         return buffer[:size]
 
 
 def working_device(tensors: Mapping[str, Any], device: Device) -> Device:
-    """Return where indices are needed: on the host if any tensor is there, else on ``device``."""
+    """Return where indices are needed: on the host if any tensor is there or in a file."""
     return device if all(_is_on(tensor, device) for tensor in tensors.values()) else HOST
 
 
 def _is_on(tensor: Any, device: Device) -> bool:
+    if isinstance(tensor, FileRows):
+        return False
     tensor_device = arrays.device_of(tensor)
     return tensor_device == device or (tensor_device.on_host and device.on_host)
 
@@ -360,9 +386,9 @@ def _row_bytes(tensor: Any) -> int:
 def _check_tensor(name: str, tensor: Any, num_samples: int) -> None:
     if name in RESERVED_NAMES:
         raise ValueError(f"tensors must not be named {name!r}: every batch has a key of this name")
-    if arrays.library_of(tensor) is None:
+    if arrays.library_of(tensor) is None and not isinstance(tensor, FileRows):
         raise TypeError(
-            f"{name} must be a torch tensor or an array of NumPy or CuPy, "
+            f"{name} must be a torch tensor, an array of NumPy, CuPy or zarr, or an HDF5 dataset, "
             f"got {type(tensor).__name__}"
         )
     if arrays.library_of(tensor) == "torch" and not arrays.is_numeric(tensor):
@@ -379,7 +405,8 @@ def _check_tensor(name: str, tensor: Any, num_samples: int) -> None:
 
 
 def _batch_device(tensors: Mapping[str, Any], device: Any) -> Device:
-    tensor_devices = {name: arrays.device_of(tensor) for name, tensor in tensors.items()}
+    in_memory = {name: t for name, t in tensors.items() if not isinstance(t, FileRows)}
+    tensor_devices = {name: arrays.device_of(tensor) for name, tensor in in_memory.items()}
     gpu_devices = {name: d for name, d in tensor_devices.items() if not d.on_host}
     if device is None:
         batch_device = next(iter(gpu_devices.values()), HOST)

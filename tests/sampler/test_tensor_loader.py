@@ -748,10 +748,10 @@ class TestWrongUse:
             (
                 {"x": [0.0] * N},
                 TypeError,
-                "x must be a torch tensor or an array of NumPy or CuPy, got list",
+                "x must be a torch tensor, an array of NumPy, CuPy or zarr, or an HDF5 dataset, got list",
             ),
-            ({"x": None}, TypeError, "x must be a torch tensor .*, got NoneType"),
-            ({"x": np.float64(1)}, TypeError, "x must be a torch tensor .*, got float64"),
+            ({"x": None}, TypeError, "x must be a torch tensor, .*, got NoneType"),
+            ({"x": np.float64(1)}, TypeError, "x must be a torch tensor, .*, got float64"),
             (
                 {"patch_id": torch.zeros(N)},
                 ValueError,
