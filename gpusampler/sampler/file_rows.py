@@ -39,7 +39,7 @@ class FileRows:
         self.shape: tuple[int, ...] = tuple(array.shape)
         self.dtype: np.dtype[Any] = np.dtype(array.dtype)
         self.itemsize = self.dtype.itemsize
-        self.row_bytes = prod(self.shape[1:]) * self.itemsize
+        self.row_bytes: int = prod(self.shape[1:]) * self.itemsize
 
     def read(self, rows: Int64, stop: Event) -> NDArray[Any]:
         """Return the rows at ascending, distinct indices; fewer if ``stop`` is set meanwhile."""

@@ -17,10 +17,7 @@ from gpusampler.plan.evaluators.base import RaggedBlock
 from gpusampler.sampler.file_rows import FileRows
 
 READ_AHEAD_BYTES = 1 << 27
-"""Most bytes of rows in memory: those in use, and those that are read meanwhile.
-
-Each of the two windows has at least one chunk, which has at least one batch.
-"""
+"""Default of the most bytes of rows in memory: one window in use, one that is read meanwhile."""
 INDEX_BYTES = 32
 """Bytes that a sample takes in a window beside its row."""
 
@@ -46,6 +43,11 @@ class Window(NamedTuple):
     rows: Future[tuple[dict[str, Any], Int64]]
 
 
+def rows_within(max_bytes: int, files: Mapping[str, FileRows]) -> int:
+    """Return how many samples have rows of ``max_bytes`` in all files, at least one."""
+    return max(1, max_bytes // (INDEX_BYTES + sum(file.row_bytes for file in files.values())))
+
+
 class ReadAhead:
     """Chunks with their rows of arrays in files.
 
@@ -53,15 +55,17 @@ class ReadAhead:
     the window before is in use. The first window is one chunk, so that the first batch comes soon.
     The thread ends when all windows are read, or when this object is closed or freed.
 
-    ``wait_range`` records the time that the caller waits for rows.
+    A window has at most ``max_rows`` samples, but at least one chunk. ``wait_range`` records the
+    time that the caller waits for rows.
     """
 
-    def __init__(self, files: Mapping[str, FileRows], chunks: Chunks, wait_range: Range) -> None:
+    def __init__(
+        self, files: Mapping[str, FileRows], chunks: Chunks, max_rows: int, wait_range: Range
+    ) -> None:
         self._files = files
         self._chunks = chunks
         self._wait_range = wait_range
-        sample_bytes = INDEX_BYTES + sum(file.row_bytes for file in files.values())
-        self._max_rows = READ_AHEAD_BYTES // 2 // sample_bytes
+        self._max_rows = max_rows
         self._window_rows = 0
         self._next_chunk: RaggedBlock | None = None
         self._prefetcher: Prefetcher[Window] = Prefetcher()
@@ -89,11 +93,17 @@ class ReadAhead:
             window = self._prefetcher.get_next(self._start)
             if window is None:
                 return None
-            with self._wait_range:
-                self._rows, self._index = window.rows.result()
+            try:
+                with self._wait_range:
+                    self._rows, self._index = window.rows.result()
+            except BaseException:
+                # The traceback would keep this object, and so the thread.
+                self.close()
+                raise
             self._waiting = window.chunks[::-1]
         chunk = self._waiting.pop()
-        index, self._index = np.split(self._index, [chunk.samples.size])
+        size = chunk.samples.size
+        index, self._index = self._index[:size], self._index[size:]
         return chunk, {name: (rows, index) for name, rows in self._rows.items()}
 
     def _start(self) -> Window | None:
@@ -114,10 +124,14 @@ class ReadAhead:
         samples = np.concatenate([chunk.samples for chunk in chunks])
         return Window(chunks, self._executor.submit(_read_rows, self._files, samples, self._stop))
 
-    def __del__(self) -> None:
-        """End the thread, after the call to a library in which it is."""
+    def close(self) -> None:
+        """End the thread, after the call to a library that it is in; do not wait for it."""
         self._stop.set()
         self._executor.shutdown(wait=False, cancel_futures=True)
+
+    def __del__(self) -> None:
+        """Close, as an epoch can be abandoned early."""
+        self.close()
 
 
 def _read_rows(

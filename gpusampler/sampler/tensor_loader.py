@@ -1,4 +1,4 @@
-"""PatchTensorLoader: batches of one patch from tensors in memory, gathered on their device.
+"""PatchTensorLoader: batches of one patch from tensors in memory, or from arrays in files.
 
 A DataLoader reads single samples and stacks them, which takes most of the time if the samples are
 rows of a tensor. This loader gathers the rows of many batches at once and splits them.
@@ -16,6 +16,7 @@ from gpusampler.core import arrays, devices
 from gpusampler.core.devices import HOST, Device
 from gpusampler.core.tracing import TRANSFER
 from gpusampler.core.transfer import Event, Prefetcher, SideStream, finish_copies, side_stream
+from gpusampler.core.validation import check_int
 from gpusampler.plan.epoch_plan import EpochPlan
 from gpusampler.plan.evaluators.base import RaggedBlock
 from gpusampler.sampler.batch_sampler import PatchBatchSampler
@@ -23,7 +24,7 @@ from gpusampler.sampler.batches import MAX_OBJECTS_AT_ONCE, BlockReader
 from gpusampler.sampler.file_rows import FileRows, in_file
 from gpusampler.sampler.iterator import EpochIterator
 from gpusampler.sampler.passes import RankShard
-from gpusampler.sampler.read_ahead import ReadAhead, RowIndex
+from gpusampler.sampler.read_ahead import READ_AHEAD_BYTES, ReadAhead, RowIndex, rows_within
 
 HOST_GATHER_BYTES = 1 << 20
 DEVICE_GATHER_BYTES = 1 << 25
@@ -35,12 +36,13 @@ TensorBatch = dict[str, Any]
 
 
 class PatchTensorLoader:
-    """Loader of batches, each of one patch, from tensors that are in memory.
+    """Loader of batches, each of one patch, from tensors in memory or arrays in files.
 
     It replaces ``DataLoader(TensorDataset(...), batch_sampler=sampler)``. Tensors on the device of
     the batches are gathered there. If batches are on a GPU and tensors on the host, rows are
     gathered into pinned memory, and the next rows are copied on a side stream while a batch is in
-    use.
+    use. The rows of HDF5 datasets, zarr arrays and memory maps are read for many batches at once,
+    in the order of the file, by a thread that reads the next rows while these batches are in use.
 
     Parameters
     ----------
@@ -50,10 +52,14 @@ class PatchTensorLoader:
     device : str or torch.device, optional
         Device of the batches. Default: the GPU of the tensors if one is on a GPU, else the host.
         "cpu" and "numpy" both mean the host, where each array of a batch is of the same library as
-        its tensor.
+        its tensor; rows from files are NumPy arrays.
+    read_ahead_bytes : int, default 2**27 (128 MiB)
+        Most bytes of rows from files in memory, in use and read ahead; at least two batches are.
+        More of them are read faster: a chunk of a file is decoded once for all rows read together.
     **tensors : arrays, shape (N, ...)
-        Torch tensors, or NumPy or CuPy arrays, with one row per sample of the sampler's dataset.
-        Their names are the keys of the batches; "patch_id", "valid" and "device" are reserved.
+        Torch tensors, or NumPy or CuPy arrays, or datasets of h5py, arrays of zarr or memory maps
+        of NumPy, with one row per sample of the sampler's dataset. Their names are the keys of the
+        batches; "patch_id", "valid", "device" and "read_ahead_bytes" are reserved.
 
     Attributes
     ----------
@@ -66,8 +72,9 @@ class PatchTensorLoader:
         If the sampler is not a `PatchBatchSampler`, or a tensor is not an array of numbers. (NumPy
         arrays may have any dtype if the batches are on the host.)
     ValueError
-        If there are no tensors, a tensor does not have one row per sample, or tensors are on
-        several GPUs or on a GPU that is not ``device``.
+        If there are no tensors, a tensor does not have one row per sample, tensors are on several
+        GPUs or on a GPU that is not ``device``, an HDF5 file is closed, or ``read_ahead_bytes`` is
+        not positive.
     RuntimeError
         If ``device`` does not exist.
 
@@ -84,7 +91,13 @@ class PatchTensorLoader:
     """
 
     def __init__(
-        self, sampler: PatchBatchSampler, /, *, device: Any = None, **tensors: Any
+        self,
+        sampler: PatchBatchSampler,
+        /,
+        *,
+        device: Any = None,
+        read_ahead_bytes: int = READ_AHEAD_BYTES,
+        **tensors: Any,
     ) -> None:
         if not isinstance(sampler, PatchBatchSampler):
             raise TypeError(f"sampler must be a PatchBatchSampler, got {type(sampler).__name__}")
@@ -95,6 +108,7 @@ class PatchTensorLoader:
         for name, tensor in tensors.items():
             _check_tensor(name, tensor, num_samples)
         self.batch_sampler = sampler
+        self._read_ahead_bytes = check_int(read_ahead_bytes, "read_ahead_bytes", low=1)
         self.device = _batch_device(tensors, device)
         # One gather makes many batches, so a gradient could not flow through a single batch.
         self._tensors = {name: _detach(tensor) for name, tensor in tensors.items()}
@@ -113,6 +127,9 @@ class PatchTensorLoader:
         names; and ``valid``, the number of leading rows that count. Under ``partial="pad"``, the
         remaining rows fill the batch up. Consecutive batches share memory, so keeping one batch
         keeps a few more in memory. They never share memory with the tensors.
+
+        An error of the thread that reads files is raised here; the next batch is then tried again.
+        The thread ends with the epoch, or when the iterator is freed.
         """
         return self.batch_sampler._iterate(self._make_reader)
 
@@ -161,7 +178,10 @@ class PatchTensorLoader:
         if plans is None or plans[0] is not shard.plan:
             plans = shard.plan, shard.plan.on(working_device(self._tensors, self.device))
             self._working_plans = plans
-        return TensorReader(shard._replace(plan=plans[1]), self._tensors, self.device)
+        shard = shard._replace(plan=plans[1])
+        return TensorReader(
+            shard, self._tensors, self.device, read_ahead_bytes=self._read_ahead_bytes
+        )
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave out the cached plan; the copy makes it at first use."""
@@ -185,6 +205,7 @@ class TensorReader:
         tensors: Mapping[str, Any],
         device: Device,
         stream: SideStream | None = None,
+        read_ahead_bytes: int = READ_AHEAD_BYTES,
     ) -> None:
         devices.check_not_in_worker(device)
         files = {n: t for n, t in tensors.items() if isinstance(t, FileRows)}
@@ -198,13 +219,18 @@ class TensorReader:
         row_bytes = sum(_row_bytes(tensor) for tensor in tensors.values())
         gather_bytes = HOST_GATHER_BYTES if device.on_host else DEVICE_GATHER_BYTES
         max_rows = max(1, gather_bytes // max(row_bytes, 1))
+        window_rows = rows_within(read_ahead_bytes // 2, files)
+        if files:
+            max_rows = min(max_rows, window_rows)
         # A batch is a dictionary and a view of each tensor.
         max_batches = max(1, MAX_OBJECTS_AT_ONCE // (1 + len(tensors)))
         self._chunk_reader = ChunkReader(BlockReader(shard), max_rows, max_batches)
         self._transfer_range = shard.recorder.range(TRANSFER)
         self._read_ahead: ReadAhead | None = None
         if files:
-            self._read_ahead = ReadAhead(files, self._chunk_reader, self._transfer_range)
+            self._read_ahead = ReadAhead(
+                files, self._chunk_reader, window_rows, self._transfer_range
+            )
         self._staging: StagingBuffers | None = None
         if self._host_tensors or (files and not device.on_host):
             stream = side_stream(device) if stream is None else stream
