@@ -118,8 +118,7 @@ def compared(open_file: Open, ids: np.ndarray, ahead: int) -> Iterator[tuple[flo
     workers = DataLoader(RowByRow(open_file, size), batch_sampler=by_list, num_workers=2)
     for starts, make in ((False, lambda: plain(by_array, rows)), (True, lambda: workers)):
         pairs = [
-            (batch_seconds(ours), batch_seconds(make(), starts, MOST_SECONDS))
-            for _ in range(PAIRS)
+            (batch_seconds(ours), batch_seconds(make(), starts, MOST_SECONDS)) for _ in range(PAIRS)
         ]
         first, ratios = zip(*((one, one / other) for one, other in pairs), strict=True)
         yield statistics.median(first), statistics.median(ratios)
