@@ -170,9 +170,10 @@ def in_file(name: str, array: Any) -> Any:
     if is_hdf5 and not array:
         raise ValueError(f"{name} must be a dataset of an open HDF5 file, got {array!r}")
     kind = "an HDF5 dataset" if is_hdf5 else "a zarr array"
-    # A null dataset of HDF5 has no shape.
     if array.dtype.kind not in "biufc" or array.shape is None:
-        raise TypeError(f"{name} must be {kind} of numbers, got dtype {array.dtype}")
+        # A null dataset of HDF5.
+        detail = " without a shape" if array.shape is None else ""
+        raise TypeError(f"{name} must be {kind} of numbers, got dtype {array.dtype}{detail}")
     if not array.shape:
         raise ValueError(f"{name} must be {kind} with a row for each sample, got shape ()")
     if not is_hdf5:

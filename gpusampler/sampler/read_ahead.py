@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import weakref
 from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from threading import Event
@@ -76,6 +77,9 @@ class ReadAhead:
         self._stop = Event()
         # One thread: HDF5 has a global lock. The interpreter joins it at exit.
         self._executor = ThreadPoolExecutor(1, thread_name_prefix="gpusampler-rows")
+        # As in `close`. A finalizer, unlike `__del__`, needs no attribute of a half-made object.
+        weakref.finalize(self, self._stop.set)
+        weakref.finalize(self, self._executor.shutdown, wait=False, cancel_futures=True)
 
     def read(self) -> tuple[RaggedBlock, dict[str, RowIndex]] | None:
         """Return the next chunk, and where the rows of each array are; None after the last.
@@ -128,10 +132,6 @@ class ReadAhead:
         """End the thread, after the call to a library that it is in; do not wait for it."""
         self._stop.set()
         self._executor.shutdown(wait=False, cancel_futures=True)
-
-    def __del__(self) -> None:
-        """Close, as an epoch can be abandoned early."""
-        self.close()
 
 
 def _read_rows(

@@ -20,6 +20,12 @@ def loader_of(**settings) -> PatchTensorLoader:
     return PatchTensorLoader(sampler_of(**settings), row=np.arange(IDS.size))
 
 
+def file_loader_of(**settings) -> PatchTensorLoader:
+    """A loader whose rows a thread reads, as from a file, some batches ahead."""
+    rows = np.arange(IDS.size).view(np.memmap)
+    return PatchTensorLoader(sampler_of(**settings), read_ahead_bytes=1 << 15, row=rows)
+
+
 def indices_of(batch) -> list[int]:
     for name in ("indices", "row"):
         if hasattr(batch, name) or (isinstance(batch, dict) and name in batch):
@@ -36,8 +42,9 @@ def indices_of(batch) -> list[int]:
         lambda: sampler_of(num_replicas=2, rank=1).batches(),
         lambda: sampler_of().batches(epoch=0),
         lambda: iter(loader_of()),
+        lambda: iter(file_loader_of()),
     ],
-    ids=["lists", "arrays", "in a row", "of a rank", "of an epoch", "tensors"],
+    ids=["lists", "arrays", "in a row", "of a rank", "of an epoch", "tensors", "files"],
 )
 def test_an_interrupted_iterator_goes_on_where_it_was(passes):
     expected = [indices_of(batch) for batch in passes()]
