@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import os
 import pickle
+import signal
 import threading
 import time
 import traceback
@@ -178,9 +179,12 @@ def check_equal(actual, expected) -> None:
 
 
 class TestEqual:
-    @pytest.mark.parametrize("ahead", [1, 2000, 1 << 27])
+    @pytest.mark.parametrize(
+        ("ahead", "chunk"), [(1, 1 << 20), (4000, 300), (1 << 27, 1), (1 << 27, 1 << 20)]
+    )
     @pytest.mark.parametrize("settings", SETTINGS, ids=str)
-    def test_batches_are_those_in_memory(self, store, settings, ahead):
+    def test_batches_are_those_in_memory(self, store, monkeypatch, settings, ahead, chunk):
+        monkeypatch.setattr(tensor_loader, "HOST_GATHER_BYTES", chunk)
         x = some_values()
         sampler = quiet(IDS, **{"seed": 1, "batch_size": 4, **settings})
         loader = PatchTensorLoader(sampler, read_ahead_bytes=ahead, x=store(x), row=np.arange(N))
@@ -266,6 +270,7 @@ class TestDevice:
     def test_rows_go_through_pinned_memory(
         self, common, monkeypatch, cpu_as_device, settings, ahead
     ):
+        monkeypatch.setattr(tensor_loader, "DEVICE_GATHER_BYTES", 500)
         x, y = some_values(), some_values(width=2, seed=1)
         sampler = quiet(IDS, device="numpy", **{"seed": 1, "batch_size": 4, **settings})
         with late_side_streams(monkeypatch, tensor_loader) as sides:
@@ -395,7 +400,8 @@ class TestOrder:
 class TestMemory:
     @pytest.mark.parametrize("kind", ["hdf5", "hdf5, chunks", "memory map"])
     def test_rows_in_memory_are_bounded(self, tmp_path, monkeypatch, kind):
-        monkeypatch.setattr(file_rows, "PIECE_BYTES", 1 << 16)
+        monkeypatch.setattr(file_rows, "PIECE_BYTES", 1 << 14)
+        monkeypatch.setattr(tensor_loader, "HOST_GATHER_BYTES", 1 << 14)
         size, width = 8000, 256
         array = storer(kind, tmp_path)(some_values(size, width))
         sampler = PatchBatchSampler(np.arange(size) % 10, 16, seed=0)
@@ -409,8 +415,8 @@ class TestMemory:
             _, peak = tracemalloc.get_traced_memory()
         finally:
             tracemalloc.stop()
-        # Beside windows: batches in use, of at most half a window, indices, and a piece.
-        assert ahead / 2 < peak < 2.5 * ahead < size * width * 4 / 3
+        # A third window would be half of that more.
+        assert ahead / 2 < peak < 1.5 * ahead < size * width * 4 / 5
 
     def test_of_a_large_chunk_only_wanted_rows_are_kept(self, tmp_path, monkeypatch):
         monkeypatch.setattr(file_rows, "PIECE_BYTES", 1 << 16)
@@ -693,6 +699,8 @@ def in_fork(call) -> str:
     reader, writer = os.pipe()
     pid = os.fork()
     if pid == 0:
+        # A child that waits for a thread of its parent would wait forever.
+        signal.alarm(20)
         try:
             result = str(call())
         except BaseException as error:
