@@ -41,13 +41,8 @@ PAIRS = 3
 MOST_SECONDS = 1.0
 
 Open = Callable[[], Any]
-FILES = (
-    "HDF5, contiguous",
-    "HDF5, chunks",
-    "HDF5, chunks, gzip",
-    "zarr, chunks",
-    "zarr, chunks, zstd",
-)
+HDF5 = "HDF5, contiguous", "HDF5, chunks", "HDF5, chunks, gzip"
+FILES = *HDF5, "zarr, chunks", "zarr, chunks, zstd"
 
 
 def write(kind: str, rows: np.ndarray, folder: Path) -> Open:
@@ -55,14 +50,8 @@ def write(kind: str, rows: np.ndarray, folder: Path) -> Open:
     path = folder / kind.replace(", ", "-")
     chunks = (max(1, CHUNK_BYTES // rows[0].nbytes), rows.shape[1])
     if kind.startswith("zarr"):
-        array = zarr.create_array(
-            path,
-            shape=rows.shape,
-            dtype=rows.dtype,
-            chunks=chunks,
-            compressors="auto" if "zstd" in kind else None,
-        )
-        array[:] = rows
+        compressors = "auto" if "zstd" in kind else None
+        zarr.create_array(path, data=rows, chunks=chunks, compressors=compressors)
         return partial(zarr.open_array, path, mode="r")
     options: dict[str, Any] = {} if "contiguous" in kind else {"chunks": chunks}
     if "gzip" in kind:

@@ -48,7 +48,12 @@ class FileRows:
         for start, end in self.pieces(rows):
             if stop.is_set():
                 return result[:start]
-            self.read_piece(rows[start:end], result[start:end])
+            try:
+                self.read_piece(rows[start:end], result[start:end])
+            except Exception:
+                # Only the reason may be unclear.
+                self.check_readable()
+                raise
         return result
 
     def check_readable(self) -> None:
@@ -192,9 +197,8 @@ def _map_hdf5(dataset: Any) -> NDArray[Any] | None:
     is_plain_file = os.name == "posix" and file.driver == "sec2"
     if not is_plain_file or file.mode != "r" or file.swmr_mode:
         return None
-    if dataset.chunks or dataset.is_virtual or dataset.external:
-        return None
-    # A dataset that was never written has no place in the file; a small one may lie in its header.
+    # Chunked, virtual, external and compact datasets have no offset; one that was never written has
+    # no size.
     offset = dataset.id.get_offset()
     if offset is None or size == 0 or dataset.id.get_storage_size() != size:
         return None

@@ -548,6 +548,19 @@ class TestErrors:
         ):
             list(iterator)
 
+    @pytest.mark.parametrize("kind", ["hdf5", "hdf5, chunks"])
+    def test_a_file_that_is_closed_during_a_read(self, tmp_path, monkeypatch, kind):
+        array = storer(kind, tmp_path)(np.arange(N))
+
+        def read_piece(self, rows, out):
+            array.file.close()
+            raise BrokenError
+
+        monkeypatch.setattr(Hdf5Rows, "read_piece", read_piece)
+        monkeypatch.setattr(MappedHdf5Rows, "read_piece", read_piece)
+        with pytest.raises(ValueError, match="must stay open while rows are read: '/x' of"):
+            list(PatchTensorLoader(make(), row=array))
+
     def test_a_chunk_that_is_damaged(self, tmp_path):
         array = zarr_array(tmp_path / "x", np.arange(N), chunks=(30,))
         loader = PatchTensorLoader(make(), row=array)
