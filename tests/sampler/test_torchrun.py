@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-import re
+import os
 import runpy
+import signal
 import sys
 import time
 from collections import Counter
+from collections.abc import Iterator
 from itertools import chain
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from support.paths import ROOT
+from support.pages import page_script
 
 pytest.importorskip("torch")
 
@@ -22,6 +24,7 @@ import torch.distributed
 
 from gpusampler import PatchBatchSampler
 from support.ddp_script import SIZES, OnPoints, Patches
+from support.network_hosts import ADDRESSES, CABLE, Hosts, two_hosts
 from support.strategies import epoch_of
 from support.torchrun import (
     SCRIPT,
@@ -173,17 +176,10 @@ def check_error(out: Path, ranks: int) -> None:
     assert float(actual.pop()) == pytest.approx(alone, rel=1e-6)
 
 
-def page_script() -> str:
-    """The script that the how-to page shows."""
-    page = (ROOT / "docs" / "how-to" / "distributed.md").read_text()
-    (block,) = re.findall(r"^```py\n(# train\.py\n.*?)^```", page, re.DOTALL | re.MULTILINE)
-    return block
-
-
 @pytest.mark.slow("one more job of torchrun")
 def test_the_script_of_the_page_goes_on(tmp_path):
     script, checkpoint = tmp_path / "train.py", tmp_path / "checkpoint.pt"
-    script.write_text(page_script())
+    script.write_text(page_script("distributed.md", "train.py"))
     # As if three ranks had done two steps, and all had gone wrong: the model is one that nobody
     # could have made anew.
     page = runpy.run_path(str(script))
@@ -268,6 +264,96 @@ def test_a_machine_joins_and_another_goes(tmp_path):
     attempts = read_attempts(tmp_path)
     assert [attempt.ranks for attempt in attempts] == [2, 3, 2]
     assert all(attempt.steps for attempt in attempts)
+    for epoch in range(epochs):
+        check_epoch(attempts, epoch)
+    check_end(attempts)
+
+
+@pytest.fixture
+def hosts() -> Iterator[Hosts]:
+    with two_hosts() as made:
+        yield made
+
+
+def start_on_host(hosts: Hosts, host: int, out: Path, nodes: str, epochs: int = 2) -> TorchrunJob:
+    """One rank on a host; the store that torchrun needs is on the first one."""
+    rendezvous = f"is_host={1 - host},last_call_timeout=3,read_timeout=10"
+    command = [
+        *("--nnodes", nodes, "--nproc-per-node", 1, "--max-restarts", 3 if ":" in nodes else 0),
+        *("--rdzv-backend", "c10d", "--rdzv-endpoint", f"{ADDRESSES[0]}:29500"),
+        *("--rdzv-id", "cable", "--rdzv-conf", rendezvous, "--local-addr", ADDRESSES[host]),
+        # gloo waits for half an hour by default: no packet says that the cable is cut.
+        *(SCRIPT, "--out", out, "--epochs", epochs, "--timeout", 15),
+    ]
+    launcher = hosts.launcher(host)
+    return TorchrunJob(out, command, launcher, GLOO_SOCKET_IFNAME=CABLE, PAUSE="0.2")
+
+
+CUT_AFTER = 1 + 24 + 12
+"""Lines of a log: the start, an epoch of two ranks, and half of the next one."""
+
+
+def check_cut(attempts: list[Attempt]) -> None:
+    """The first attempt was broken off in the second epoch, after a checkpoint."""
+    first, second = attempts[:2]
+    assert (first.ranks, second.ranks) == (2, 1)
+    epoch, slot = second.start
+    assert (epoch, slot % 10) == (1, 0)
+    assert 0 < slot <= first.steps[-1].slot + 2 < M
+
+
+@pytest.mark.parametrize("survivor", [0, 1], ids=["first", "second"])
+@pytest.mark.battery("two hosts whose cable is cut, and the wait for that to be noticed")
+def test_a_cable_is_cut_and_one_host_is_started_again(tmp_path, hosts, survivor):
+    first, second = (start_on_host(hosts, host, tmp_path, "2") for host in (0, 1))
+    with first, second:
+        wait_for_lines(first, tmp_path / "rank0.jsonl", CUT_AFTER)
+        hosts.cut()
+        assert first.wait() != 0
+        assert "Timed out" in first.output()
+    again = ["--standalone", "--nproc-per-node", 1, SCRIPT, "--out", tmp_path]
+    with TorchrunJob(tmp_path, again, hosts.launcher(survivor), GLOO_SOCKET_IFNAME="lo") as job:
+        assert job.wait() == 0, job.output()
+    attempts = read_attempts(tmp_path)
+    assert len(attempts) == 2
+    check_cut(attempts)
+    for epoch in range(2):
+        check_epoch(attempts, epoch)
+    check_end(attempts)
+
+
+@pytest.mark.battery("two hosts whose cable is cut, and the wait for that to be noticed")
+def test_a_cable_is_cut_and_the_first_host_goes_on_alone(tmp_path, hosts):
+    first, second = (start_on_host(hosts, host, tmp_path, "1:2") for host in (0, 1))
+    with first, second:
+        wait_for_lines(first, tmp_path / "rank0.jsonl", CUT_AFTER)
+        hosts.cut()
+        assert first.wait() == 0, first.output()
+    attempts = read_attempts(tmp_path)
+    assert len(attempts) == 2
+    check_cut(attempts)
+    for epoch in range(2):
+        check_epoch(attempts, epoch)
+    check_end(attempts)
+
+
+@pytest.mark.battery("two hosts whose cable is cut, and the wait for that to be noticed")
+def test_a_cable_is_mended_and_the_second_host_joins_again(tmp_path, hosts):
+    epochs, log = 8, tmp_path / "rank0.jsonl"
+    first, second = (start_on_host(hosts, host, tmp_path, "1:2", epochs) for host in (0, 1))
+    with first, second:
+        wait_for_lines(first, log, CUT_AFTER)
+        hosts.cut()
+        wait_for_lines(first, log, CUT_AFTER + 30)
+        # It waits for the store, and would raise an error when that answers again.
+        os.killpg(second.process.pid, signal.SIGKILL)
+        hosts.mend()
+        with start_on_host(hosts, 1, tmp_path, "1:2", epochs) as again:
+            assert first.wait() == 0, first.output()
+            assert again.wait() == 0, again.output()
+    attempts = read_attempts(tmp_path)
+    assert [attempt.ranks for attempt in attempts] == [2, 1, 2]
+    check_cut(attempts)
     for epoch in range(epochs):
         check_epoch(attempts, epoch)
     check_end(attempts)

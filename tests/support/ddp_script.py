@@ -14,6 +14,7 @@ import json
 import os
 import signal
 import time
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -183,9 +184,10 @@ def main() -> None:
     parser.add_argument("--uneven", choices=["pad", "drop"], default="pad")
     parser.add_argument("--num-workers", type=int, default=0)
     parser.add_argument("--save-every", type=int, default=5, help="steps")
+    parser.add_argument("--timeout", type=int, default=1800, help="of a collective, seconds")
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
-    dist.init_process_group("gloo")
+    dist.init_process_group("gloo", timeout=timedelta(seconds=args.timeout))
     train(args)
     dist.destroy_process_group()
 

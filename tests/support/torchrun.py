@@ -10,7 +10,7 @@ import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -52,10 +52,13 @@ class Attempt:
 class TorchrunJob:
     """Torchrun in a session of its own; leaving the block ends whatever is left of it.
 
-    ``variables`` of the environment tell ranks to die, or to go slowly.
+    ``launcher`` is a command that starts it, on another host for example. ``variables`` of the
+    environment tell ranks to die, or to go slowly.
     """
 
-    def __init__(self, out: Path, command: list[Any], **variables: str) -> None:
+    def __init__(
+        self, out: Path, command: list[Any], launcher: Sequence[str] = (), **variables: str
+    ) -> None:
         self.out = out
         out.mkdir(parents=True, exist_ok=True)
         self.log = (out / f"output-{len([*out.glob('output-*')])}.txt").open("w+")
@@ -67,7 +70,7 @@ class TorchrunJob:
             **variables,
         )
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "torch.distributed.run", *map(str, command)],
+            [*launcher, sys.executable, "-m", "torch.distributed.run", *map(str, command)],
             env=env,
             stdout=self.log,
             stderr=subprocess.STDOUT,
