@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import runpy
 from pathlib import Path
 
@@ -30,10 +31,11 @@ import signal
 OUT = Path({out!r})
 
 
-def record(sampler=None, **line):
+def record(sampler=None, optimizer=None, **line):
     context = ray.train.get_context()
     if sampler:
-        line = dict(started=sampler.state_dict(), ranks=context.get_world_size())
+        trained = max((int(part["step"]) for part in optimizer.state.values()), default=0)
+        line = dict(started=sampler.state_dict(), ranks=context.get_world_size(), trained=trained)
     with (OUT / f"rank{{context.get_world_rank()}}.jsonl").open("a") as file:
         print(json.dumps(line), file=file)
     if {kill} == (line.get("epoch"), line.get("step"), context.get_world_rank()):
@@ -55,7 +57,7 @@ def script_of(out: Path, kill: tuple[int, int, int] | None) -> str:
     script = page_script("ray.md", "train_ray.py")
     for line, with_more in (
         ("def train(config):\n", RECORD.format(out=str(out), kill=kill)),
-        ("model = prepare_model(plain)\n", "{}    record(sampler)\n"),
+        ("model = prepare_model(plain)\n", "{}    record(sampler, optimizer)\n"),
         ("optimizer.step()\n", "{}            " + RECORD_STEP),
         # Workers beyond the CPUs of this machine wait for ever.
         ("trainer = TorchTrainer(\n", "ray.init(num_cpus=4, include_dashboard=False)\n    {}"),
@@ -87,6 +89,11 @@ def check_epochs(out: Path, numbers: list[int]) -> None:
     row_of = {value: row for row, value in enumerate(dataset.values[:, 0].tolist())}
     attempts = read_attempts(out)
     assert [attempt.ranks for attempt in attempts] == numbers
+    # The parameters have had the steps that lie before the sampler's place, and no other.
+    lines = map(json.loads, (out / "rank0.jsonl").read_text().splitlines())
+    trained = [line["trained"] for line in lines if "started" in line]
+    (epoch, slot), steps_per_epoch = attempts[1].start, 24
+    assert (epoch, trained) == (1, [0, steps_per_epoch + slot // 2])
     sampler = PatchBatchSampler(dataset, 8, seed=42, num_replicas=1, rank=0)
     steps = surviving_steps(attempts)
     for epoch in range(EPOCHS):
