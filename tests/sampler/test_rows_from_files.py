@@ -293,7 +293,9 @@ class TestDevice:
     def test_without_a_side_stream(self, common, cpu_as_device):
         x = some_values()
         loader = PatchTensorLoader(make(device="numpy"), device="cpu", x=common(x))
-        check_equal(list(loader), list(PatchTensorLoader(make(), x=x)))
+        actual = list(loader)
+        assert {type(batch["x"]) for batch in actual} == {torch.Tensor}
+        check_equal(actual, list(PatchTensorLoader(make(), x=x)))
 
 
 class TestOrder:
@@ -398,7 +400,7 @@ class TestOrder:
 
 
 class TestMemory:
-    @pytest.mark.parametrize("kind", ["hdf5", "hdf5, chunks", "memory map"])
+    @pytest.mark.parametrize("kind", ["hdf5", "hdf5, chunks", "memory map", "memory map, columns"])
     def test_rows_in_memory_are_bounded(self, tmp_path, monkeypatch, kind):
         monkeypatch.setattr(file_rows, "PIECE_BYTES", 1 << 14)
         monkeypatch.setattr(tensor_loader, "HOST_GATHER_BYTES", 1 << 14)
