@@ -1,9 +1,9 @@
 """Samplers of other projects beside ours, on the same ids: ``python -m benchmarks``.
 
 Each peer runs on each case in a process of its own. Prints one table, with ratios against torch's
-ungrouped ``BatchSampler(RandomSampler)`` and against ours; ``--out`` writes all figures as JSON,
-``--pictures`` draws them, ``--markdown`` puts the tables into the page. Times are those of the
-processor, on one thread: other work on the machine disturbs them less. Peers come with the
+ungrouped ``BatchSampler(RandomSampler)`` and against ours; ``--out`` writes all figures as JSON, of
+which ``python -m docs.figures.peers`` makes the pictures and tables of the page. Times are those of
+the processor, on one thread: other work on the machine disturbs them less. Peers come with the
 ``bench`` extra; one that is not there is named, with the reason.
 """
 
@@ -25,7 +25,7 @@ import torch
 from tqdm import tqdm
 
 from benchmarks.gpu.machine import commit
-from benchmarks.peers import cases, pictures, tables
+from benchmarks.peers import cases, tables
 from benchmarks.peers.measure import ROUNDS
 from benchmarks.peers.ours import OURS, UNGROUPED
 from benchmarks.peers.registry import PEERS
@@ -64,10 +64,6 @@ def parsed(arguments: list[str] | None) -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
     parser.add_argument("--out", type=Path, metavar="DIR", help="folder for the figures, as JSON")
-    parser.add_argument("--pictures", type=Path, metavar="DIR", help="folder for the pictures")
-    parser.add_argument(
-        "--markdown", type=Path, metavar="FILE", help="page whose tables are put between its marks"
-    )
     parser.add_argument("--quick", action="store_true", help="small cases, one round: a rehearsal")
     parser.add_argument(
         "--cases",
@@ -83,7 +79,7 @@ def parsed(arguments: list[str] | None) -> argparse.Namespace:
         "--read",
         type=Path,
         metavar="FILE",
-        help="print and draw a file of figures, measure nothing",
+        help="print a file of figures, measure nothing",
     )
     return parser.parse_args(arguments)
 
@@ -138,19 +134,13 @@ def write(found: dict[str, Any], folder: Path) -> Path:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Print what was measured; write it, and draw it, if asked to."""
+    """Print what was measured; write it if asked to."""
     asked = parsed(arguments)
     found = json.loads(asked.read.read_text()) if asked.read else measure(asked)
     print(tables.everything(found))
     print(tables.machine(found), end="")
     if asked.out:
         print(f"wrote {write(found, asked.out)}")
-    if asked.pictures:
-        for path in pictures.draw(found, asked.pictures):
-            print(f"wrote {path}")
-    if asked.markdown:
-        tables.put_into(asked.markdown, tables.of_page(found))
-        print(f"wrote {asked.markdown}")
 
 
 if __name__ == "__main__":

@@ -379,54 +379,6 @@ def print_peers(found: Mapping[str, Any]) -> None:
         print(f"{name}: {json.dumps(found[name])}")
 
 
-def draw(found: Mapping[str, Any], path: Path) -> None:
-    """Draw the fill of the budget: fixed beside budget, and the peers."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 5), layout="constrained")
-    cases = [(name, case) for name, case in found["memory"].items() if ", core," in name]
-    for row, (_, case) in enumerate(cases):
-        one = next(one for one in case["by_size"] if one["fixed"] == SHOWN)
-        for shift, key, colour in ((-0.2, "fill_fixed", "#c44e52"), (0.2, "fill", "#2a7f62")):
-            left.barh(row + shift, one[key], 0.38, color=colour)
-            left.text(one[key] + 0.01, row + shift, f"{one[key]:.2f}", va="center", fontsize=8)
-    names = [
-        f"{name.split(', ')[0]}, {case['points'][0]} to {case['points'][-1]:,} points,\n"
-        f"{case['samples']:,} samples a patch"
-        for name, case in cases
-    ]
-    left.set_yticks(range(len(cases)), names, fontsize=8)
-    left.barh(0, 0, color="#c44e52", label=f"batch size {SHOWN}")
-    left.barh(0, 0, color="#2a7f62", label="CostBudget of the same peak")
-    left.set(xlim=(0, 1.02), xlabel="mean use of the budget", title="Groundwater patches")
-    # Both bars are long at the bottom and short at the top, so the legend is below.
-    left.legend(frameon=False, fontsize=8, loc="upper center", bbox_to_anchor=(0.4, -0.12))
-
-    workload = found["peers"]["workloads"][1]
-    there = [peer for peer in workload["peers"] if "missing" not in peer]
-    for row, peer in enumerate(there):
-        right.barh(row, peer["fill_padded"], 0.7, color="#d8d8d8")
-        right.barh(row, peer["fill"], 0.7, color="#2a7f62" if row == 0 else "#4c72b0")
-        text = f"{peer['fill']:.2f}, padded {peer['fill_padded']:.2f}, "
-        text += f"{peer['mixed'] / peer['batches']:.0%} mixed" if peer["mixed"] else "one patch"
-        right.text(max(peer["fill_padded"], 1) + 0.05, row, text, va="center", fontsize=7)
-    right.axvline(1, color="black", linewidth=0.8)
-    right.set_yticks(range(len(there)), [peer["name"] for peer in there], fontsize=7)
-    right.set_xticks([0, 1, 2, 3])
-    right.set(
-        xlabel="use of the budget (grey: padded)",
-        title=f"{workload['samples']:,} lengths in {workload['patches']} patches",
-        xlim=(0, 5.5),
-    )
-    for axes in (left, right):
-        axes.invert_yaxis()
-        axes.spines[["top", "right"]].set_visible(False)
-    figure.savefig(path, dpi=110)
-
-
 def _machine() -> dict[str, str]:
     found = {
         "processor": platform.machine(),
@@ -443,7 +395,7 @@ def _machine() -> dict[str, str]:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Print the tables; write them, and draw them, if asked to."""
+    """Print the tables; write them if asked to."""
     parts: dict[str, tuple[Callable[[], dict[str, Any]], Callable[[Mapping[str, Any]], None]]] = {
         "memory": (memory, print_memory),
         "training": (training, print_training),
@@ -452,13 +404,10 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.sizing", description=__doc__)
     parser.add_argument("parts", nargs="*", help=f"some of the parts only: {', '.join(parts)}")
     parser.add_argument("--out", type=Path, help="folder for the figures, as JSON")
-    parser.add_argument("--picture", type=Path, help="draw memory and peers there (PNG or SVG)")
     asked = parser.parse_args(arguments)
     if unknown := set(asked.parts) - set(parts):
         parser.error(f"parts must be among {', '.join(parts)}, got {', '.join(sorted(unknown))}")
     chosen = asked.parts or list(parts)
-    if asked.picture and not {"memory", "peers"} <= set(chosen):
-        parser.error("--picture must go with the parts memory and peers")
     found: dict[str, Any] = {"machine": _machine()}
     print(", ".join(f"{name} {value}" for name, value in found["machine"].items()))
     for name in chosen:
@@ -469,8 +418,6 @@ def main(arguments: list[str] | None = None) -> None:
         asked.out.mkdir(parents=True, exist_ok=True)
         path = asked.out / f"sizing-{found['machine']['date']}.json"
         path.write_text(json.dumps(found, indent=2) + "\n")
-    if asked.picture:
-        draw(found, asked.picture)
 
 
 if __name__ == "__main__":

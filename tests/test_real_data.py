@@ -7,7 +7,7 @@ import json
 import numpy as np
 import pytest
 
-from benchmarks.real_data import even_sizes, load, sizes_of
+from docs.figures.real_data import even_sizes, load, sizes_of
 from gpusampler import CostBudget, PatchBatchSampler, PatchGroups, Temperature
 from support.strategies import quiet
 

@@ -15,7 +15,7 @@ from torch import nn
 from torch.nn import functional
 from torch.utils.data import DataLoader
 
-from benchmarks.real_data import load, sizes_of
+from docs.figures.real_data import load, sizes_of
 from gpusampler import Batch, PatchBatchSampler, PatchGroups, PatchTensorLoader
 
 

@@ -1,14 +1,12 @@
-"""What was found, as tables: one with everything, and those of the page."""
+"""What was found, as one table."""
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable, Iterable, Mapping
-from pathlib import Path
+from collections.abc import Mapping
 from typing import Any
 
 from benchmarks import markdown
-from benchmarks.peers.cases import SERIES, Case
+from benchmarks.peers.cases import Case
 from benchmarks.peers.ours import LISTED, UNGROUPED
 
 Row = Mapping[str, Any]
@@ -30,12 +28,6 @@ HEAD = (
 
 BY_CHANCE = 0.01
 """So many of the batches, at most, have the members of an old one: some are of two samples only."""
-
-
-def table(head: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
-    """Return a table in Markdown."""
-    head = list(head)
-    return "\n".join(map(markdown.row, [head, ["---"] * len(head), *rows])) + "\n"
 
 
 def case_of(row: Row) -> Case:
@@ -134,74 +126,7 @@ def everything(found: Mapping[str, Any]) -> str:
     for case in dict.fromkeys(case_of(row) for row in found["rows"]):
         lines.append([f"**{case}**", *[""] * (len(HEAD) - 1)])
         lines += [cells(rows, row) for row in found["rows"] if case_of(row) == case]
-    return table(HEAD, lines)
-
-
-def of_middle(found: Mapping[str, Any]) -> str:
-    """Return what was found where the series meet."""
-    rows, middle = looked_up(found), Case(**found["middle"])
-    return table(HEAD, [cells(rows, row) for row in found["rows"] if case_of(row) == middle])
-
-
-def of_series(found: Mapping[str, Any], series: str, value: Callable[[Row], float | None]) -> str:
-    """Return a figure of each peer along a series of cases."""
-    rows = looked_up(found)
-    cases = [Case(**case) for case in found["series"].get(series, ())]
-    field = "batch_size" if series == "batch" else series
-    lines = []
-    for peer in found["peers"]:
-        line = [peer["name"]]
-        for case in cases:
-            row = rows.get((peer["name"], case))
-            figure = None if row is None else value(row)
-            skipped = row is not None and ("over" in row or "skipped" in row)
-            line.append(number(figure) if figure is not None else "over" if skipped else "-")
-        lines.append(line)
-    return table([series, *(f"{getattr(case, field):,}" for case in cases)], lines)
-
-
-def to_the_first_batch(row: Row) -> float | None:
-    """Return the milliseconds from ids to the first batch."""
-    if "first_s" not in row:
-        return None
-    return float((row["construct_s"] + row["first_s"]) * 1e3)
-
-
-def of_page(found: Mapping[str, Any]) -> dict[str, str]:
-    """Return the tables of the page, by name."""
-    rows = looked_up(found)
-
-    def against_torch(row: Row) -> float | None:
-        return ratio(rows, row, UNGROUPED.name)
-
-    called = [
-        [
-            peer["name"],
-            f"{peer['package']} {peer['version'] or ''}" if peer["package"] else "-",
-            peer["given"],
-            peer["note"] or "-",
-        ]
-        for peer in found["peers"]
-    ]
-    return {
-        "machine": machine(found),
-        "called": table(("sampler", "package", "given", "how"), called),
-        "middle": of_middle(found),
-        **{f"epoch by {name}": of_series(found, name, against_torch) for name in SERIES},
-        "first batch by samples": of_series(found, "samples", to_the_first_batch),
-        "peak by samples": of_series(found, "samples", lambda row: row.get("peak_mb")),
-        "peak by patches": of_series(found, "patches", lambda row: row.get("peak_mb")),
-        "not measured": unmeasured(found),
-    }
-
-
-def unmeasured(found: Mapping[str, Any]) -> str:
-    """Return which figures are not there, and why."""
-    lines = []
-    for row in found["rows"]:
-        if why := why_not(row):
-            lines.append([row["peer"], "all" if "missing" in row else str(case_of(row)), why])
-    return table(("sampler", "case", "why"), dict.fromkeys(map(tuple, lines)))
+    return markdown.table(HEAD, lines) + "\n"
 
 
 def machine(found: Mapping[str, Any]) -> str:
@@ -212,24 +137,3 @@ def machine(found: Mapping[str, Any]) -> str:
         f"Python {on['python']}, NumPy {on['numpy']}, torch {on['torch']}; best of up to "
         f"{found['rounds']} rounds, at most {found['limit_s']:g} s of the processor a case.\n"
     )
-
-
-def put_into(page: Path, named: Mapping[str, str]) -> None:
-    """Put tables between their marks in a page, or write a page of them where there is none.
-
-    Raises
-    ------
-    ValueError
-        A mark names a table that there is not.
-    """
-    if not page.exists():
-        page.write_text("\n".join(f"## {name}\n\n{text}" for name, text in named.items()))
-        return
-
-    def replaced(mark: re.Match[str]) -> str:
-        if mark[2] not in named:
-            raise ValueError(f"a mark must be one of {', '.join(named)}, got {mark[2]}")
-        return f"{mark[1]}\n\n{named[mark[2]]}\n{mark[3]}"
-
-    marks = re.compile(r"(<!-- table: (.+?) -->).*?(<!-- end -->)", re.DOTALL)
-    page.write_text(marks.sub(replaced, page.read_text()))

@@ -17,7 +17,6 @@ from typing import Any
 import numpy as np
 
 from benchmarks.scale import measures
-from benchmarks.scale.picture import draw
 
 LARGEST = 2 * 10**9
 
@@ -42,13 +41,12 @@ def parts(folder: Path, largest: int) -> dict[str, Callable[[], dict[str, Any]]]
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Print what was measured; write it, and draw it, if asked to."""
+    """Print what was measured; write it if asked to."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.scale", description=__doc__)
     parser.add_argument("parts", nargs="*", help="some of the parts only")
     parser.add_argument("--size", type=float, default=LARGEST, help="samples of the largest set")
     parser.add_argument("--folder", type=Path, help="where the ids are written, and removed again")
     parser.add_argument("--out", type=Path, help="folder for the figures, as JSON")
-    parser.add_argument("--picture", type=Path, help="draw the time against N there")
     asked = parser.parse_args(arguments)
     found: dict[str, Any] = {
         "machine": {
@@ -71,8 +69,6 @@ def main(arguments: list[str] | None = None) -> None:
         asked.out.mkdir(parents=True, exist_ok=True)
         path = asked.out / f"scale-{found['machine']['date']}.json"
         path.write_text(json.dumps(found, indent=2) + "\n")
-    if asked.picture:
-        draw(found, asked.picture)
 
 
 if __name__ == "__main__":

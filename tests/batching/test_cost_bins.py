@@ -495,7 +495,7 @@ def test_many_patches_and_classes():
 
 
 def test_the_benchmark_of_the_rule(monkeypatch):
-    from benchmarks import parts as bench
+    from docs.figures import cost_bins as bench
 
     before = cost_bins._bin_ends, cost_bins.MIN_COUNTED_BATCHES
     result = dict(bench.table(bench.lognormal, 5, 200, 8, "keep"))

@@ -23,7 +23,7 @@ EPOCH = 2**33 + 5
 
 
 INSTRUCTIONS = {"triton ptx": 108, "cuda-c ptx": 101}
-"""Of PTX, executed per index by a plain plan, at most; see `benchmarks.gpu.instructions`."""
+"""Of PTX, executed per index by a plain plan, at most; see `docs.figures.kernel_instructions`."""
 
 
 class Case(NamedTuple):

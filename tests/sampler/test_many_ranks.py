@@ -127,7 +127,7 @@ def test_the_state_is_small():
 
 
 def test_the_command_prints_these_figures():
-    done = run_python("-m", "benchmarks.paper")
+    done = run_python("-m", "docs.figures.many_ranks")
     lines = done.stdout.splitlines()
     assert lines[0].endswith(f"{M:,} batches an epoch, 1,024 ranks")
     table = [line.split(" | ") for line in lines if line.startswith("| ")][1:]

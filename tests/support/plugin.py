@@ -61,7 +61,7 @@ GPU_SECONDS = 120.0
 LENIENT_ON_A_GPU = (
     # Modules that are not ours, and torch's C++, whose warnings name the line that called it. What
     # is installed beside a GPU differs from machine to machine.
-    r"default:::(?!(gpusampler|tests|support|benchmarks|groundwater_simulation|_pytest)\b)",
+    r"default:::(?!(gpusampler|tests|support|benchmarks|docs|groundwater_simulation|_pytest)\b)",
     r"default:[\s\S]*\(Triggered internally at",
 )
 

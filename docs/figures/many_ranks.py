@@ -1,4 +1,4 @@
-"""What one rank of 1,024 needs for 1e12 samples: ``python -m benchmarks.paper``.
+"""What one rank of 1,024 needs for 1e12 samples: ``python -m docs.figures.many_ranks``.
 
 Nothing is trained and no other rank is started: a rank's batches are a function of its number, so
 one process can be any of them. Memory is what NumPy and Python report to tracemalloc; times are the
@@ -107,6 +107,6 @@ def main() -> None:
 
 if __name__ == "__main__":
     argparse.ArgumentParser(
-        prog="python -m benchmarks.paper", description=__doc__.splitlines()[0]
+        prog="python -m docs.figures.many_ranks", description=__doc__.splitlines()[0]
     ).parse_args()
     main()

@@ -10,9 +10,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from benchmarks import make_data
-from benchmarks.make_data import ORIGINS, OUT
-from benchmarks.real_data import load, sizes_of
+from docs.figures import make_data
+from docs.figures.make_data import ORIGINS, OUT
+from docs.figures.real_data import load, sizes_of
 
 WHEELS = os.environ.get("GPUSAMPLER_WHEELS")
 PROVENANCE = (OUT / "PROVENANCE.md").read_text()

@@ -1,7 +1,13 @@
-"""Time against N, memory against N, and correctness beside speed."""
+"""The pictures and tables of the page beside others: ``python -m docs.figures.peers FILE``.
+
+FILE is what ``python -m benchmarks --out DIR`` has written. ``--pictures`` draws time against N,
+memory against N, and correctness beside speed; ``--markdown`` puts the tables into the page.
+"""
 
 from __future__ import annotations
 
+import argparse
+import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -14,9 +20,9 @@ from benchmarks.peers.tables import (
     looked_up,
     members,
     ratio,
-    to_the_first_batch,
     why_not,
 )
+from docs.figures.peer_tables import of_page, put_into, to_the_first_batch
 
 # Of Okabe and Ito's colours, which the colour-blind tell apart; marks and lines differ, too.
 OURS_COLOUR = "#0072B2"
@@ -178,3 +184,23 @@ def _judged(row: Row) -> list[tuple[str, bool]]:
         ("" if right == "right" else right, right == "right"),
         ("" if changed == "new" else changed, changed == "new"),
     ]
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Draw the pictures, and put the tables into a page."""
+    parser = argparse.ArgumentParser(prog="python -m docs.figures.peers", description=__doc__)
+    parser.add_argument("file", type=Path, help="figures, as JSON")
+    parser.add_argument("--pictures", type=Path, metavar="DIR", help="folder for the pictures")
+    parser.add_argument("--markdown", type=Path, metavar="FILE", help="page with marks for tables")
+    asked = parser.parse_args(arguments)
+    found = json.loads(asked.file.read_text())
+    if asked.pictures:
+        for path in draw(found, asked.pictures):
+            print(f"wrote {path}")
+    if asked.markdown:
+        put_into(asked.markdown, of_page(found))
+        print(f"wrote {asked.markdown}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,11 +1,11 @@
-"""``python -m benchmarks.steps``: what it prints is what ranks would wait."""
+"""``python -m docs.figures.steps``: what it prints is what ranks would wait."""
 
 from __future__ import annotations
 
 import numpy as np
 import pytest
 
-from benchmarks import steps as bench
+from docs.figures import steps as bench
 from gpusampler import PatchGroups
 from support.strategies import quiet
 

@@ -1,4 +1,4 @@
-"""``python -m benchmarks.real_data``: the pages say what it prints, and it counts what it says."""
+"""``python -m docs.figures.real_data``: pages say what it prints; it counts what it says."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ import io
 import numpy as np
 import pytest
 
-from benchmarks import real_data
-from benchmarks.real_data import load, sizes_of
+from docs.figures import real_data
+from docs.figures.real_data import load, sizes_of
 from support.paths import ROOT
 
 HOW_TO = ROOT / "docs" / "how-to"

@@ -6,7 +6,7 @@ from importlib.util import find_spec
 
 import pytest
 
-from benchmarks.gpu import instructions
+from docs.figures import kernel_instructions
 
 SASS = """
         /*0000*/   MOV R1, c[0x0][0x28] ;       /* 0x0 */
@@ -24,25 +24,25 @@ SASS = """
 
 
 def test_of_machine_code_the_innermost_loop_with_a_store_counts():
-    assert instructions._loop_that_stores(SASS) == 3
+    assert kernel_instructions._loop_that_stores(SASS) == 3
     # Without any, all but what fills up the end.
-    assert instructions._loop_that_stores(SASS.replace("STG", "LDG")) == 10
+    assert kernel_instructions._loop_that_stores(SASS.replace("STG", "LDG")) == 10
 
 
 @pytest.mark.slow("compiles both kernels")
 def test_prints_a_line_for_each_kernel(capsys):
     if not find_spec("triton") or not find_spec("torch"):
         pytest.skip("torch or triton is not installed")
-    instructions.main(["samples as they are"])
+    kernel_instructions.main(["samples as they are"])
     lines = capsys.readouterr().out.splitlines()[2:]
     assert lines
     for line in lines:
         name, kernel, executed, *_ = (cell.strip() for cell in line.strip("|").split("|"))
-        assert (name, kernel in instructions.KERNELS) == ("samples as they are", True)
+        assert (name, kernel in kernel_instructions.KERNELS) == ("samples as they are", True)
         assert 10 < float(executed) < 40
 
 
 def test_a_kind_that_is_not_there(capsys):
     with pytest.raises(SystemExit):
-        instructions.main(["plane"])
+        kernel_instructions.main(["plane"])
     assert "no kind of plan: plane" in capsys.readouterr().err

@@ -1,6 +1,6 @@
 """The gate, with functions of the package made to take twice as long; `test_gate.py` runs it.
 
-python -m benchmarks.tests.slow_down gpusampler.permutation.host:permute_ranges [...] -- [OPTIONS]
+python -m benchmarks.slow_down gpusampler.permutation.host:permute_ranges [...] -- [OPTIONS]
 
 OPTIONS are those of the gate.
 """

@@ -1,4 +1,4 @@
-"""How long ranks wait for the slowest of them: ``python -m benchmarks.steps [--picture PATH]``.
+"""How long ranks wait for the slowest of them: ``python -m docs.figures.steps [--picture PATH]``.
 
 Nothing is trained: what a step takes is the largest of its ranks' costs, and a batch costs its
 samples times its patch's cost per sample. Time is the sum of that over the steps of an epoch,
@@ -169,7 +169,7 @@ def draw(found: list[tuple[Case, dict[str, Waiting]]], path: Path) -> None:
 
 def main(arguments: list[str] | None = None) -> None:
     """Print the tables, and draw if asked to."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.steps", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m docs.figures.steps", description=__doc__)
     parser.add_argument("--picture", type=Path, help="draw the first table there (PNG or SVG)")
     asked = parser.parse_args(arguments)
     print(f"{platform.machine()}, Python {platform.python_version()}, numpy {np.__version__}")

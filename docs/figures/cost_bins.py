@@ -1,4 +1,4 @@
-"""What cost bins inside a patch are worth: ``python -m benchmarks.parts``.
+"""What cost bins inside a patch are worth: ``python -m docs.figures.cost_bins``.
 
 One epoch of a plan is evaluated for each way to cut patches by the costs of their samples. A batch
 uses of its budget what its samples cost together, and, where they are padded to the longest of
@@ -131,7 +131,7 @@ def table(lengths: Callable[..., np.ndarray], patches: int, size: int, mean: int
 def main() -> None:
     """Print a table for each of the lengths."""
     parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.parts", description=__doc__.splitlines()[0]
+        prog="python -m docs.figures.cost_bins", description=__doc__.splitlines()[0]
     )
     parser.add_argument("--partial", default="keep", choices=("keep", "drop", "pad"))
     partial = parser.parse_args().partial

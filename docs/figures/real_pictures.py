@@ -1,4 +1,4 @@
-"""The pictures of the pages on real data; `benchmarks.real_data` draws them."""
+"""The pictures of the pages on real data; `docs.figures.real_data` draws them."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import matplotlib
 import matplotlib.ticker
 import numpy as np
 
-from benchmarks.real_data import WIDTH, Padding, Shares, buckets, load, quarters, sizes_of
+from docs.figures.real_data import WIDTH, Padding, Shares, buckets, load, quarters, sizes_of
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt

@@ -21,19 +21,11 @@ from benchmarks.peers.cases import Case
 from benchmarks.peers.correctness import Epoch, compared, counted
 from benchmarks.peers.measure import _judge
 from benchmarks.peers.peer import Peer, as_array, importer, missing, version
-from benchmarks.peers.pictures import draw
 from benchmarks.peers.registry import PEERS
 from benchmarks.peers.running import run
-from benchmarks.peers.tables import (
-    HEAD,
-    everything,
-    length,
-    members,
-    of_page,
-    of_series,
-    put_into,
-    unmeasured,
-)
+from benchmarks.peers.tables import HEAD, everything, length, members
+from docs.figures.peer_tables import of_page, of_series, put_into, unmeasured
+from docs.figures.peers import draw
 
 ON_LINUX = Path("/proc/self/clear_refs").exists()
 PATCH_OF = np.repeat([0, 1, 2], [7, 4, 1])
@@ -268,9 +260,10 @@ def quick(tmp_path_factory):
     page = folder / "page.md"
     page.write_text("# Page\n\n<!-- table: middle -->\nold\n<!-- end -->\n\nText.\n")
     command = ["-m", "benchmarks", "--quick", "--peers", "mask", "clustered"]
-    command += ["--out", folder, "--pictures", folder / "img", "--markdown", page]
-    process = run_python(*command, timeout=240)
+    process = run_python(*command, "--out", folder, timeout=240)
     (written,) = folder.glob("peers-*.json")
+    page_command = ["-m", "docs.figures.peers", written, "--pictures", folder / "img"]
+    run_python(*page_command, "--markdown", page, timeout=240)
     return folder, process.stdout, json.loads(written.read_text())
 
 

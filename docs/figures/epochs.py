@@ -1,4 +1,4 @@
-"""The pictures of how batches lie in an epoch: ``python -m benchmarks.pictures --out docs/img``.
+"""The pictures of how batches lie in an epoch: ``python -m docs.figures.epochs --out docs/img``.
 
 What is drawn is what the library hands out: nothing here decides which batch is where.
 """
@@ -293,7 +293,7 @@ PICTURES = {
 def main(arguments: list[str] | None = None) -> None:
     """Draw all pictures."""
     parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.pictures", description=__doc__.splitlines()[0]
+        prog="python -m docs.figures.epochs", description=__doc__.splitlines()[0]
     )
     parser.add_argument("--out", type=Path, required=True, help="folder for the PNG files")
     folder = parser.parse_args(arguments).out

@@ -1,8 +1,8 @@
 """Instructions per index of both kernels, for every kind of plan, without a GPU.
 
-Run ``python -m benchmarks.gpu.instructions [KIND ...]``. Triton compiles for sm_90, nvcc does where
-there is one. An index is one sample of one batch; batches have 64, of patches of 70,000 samples,
-except where the kind says otherwise. Two counts, neither of which measures time:
+Run ``python -m docs.figures.kernel_instructions [KIND ...]``. Triton compiles for sm_90, nvcc does
+where there is one. An index is one sample of one batch; batches have 64, of patches of 70,000
+samples, except where the kind says otherwise. Two counts, neither of which measures time:
 
 - *PTX executed*: instructions that run when the tests' emulation evaluates 1,024 batches, from the
   first instruction of the kernel to the last, divided by the indices. Every warp counts as 32

@@ -8,6 +8,7 @@ import pytest
 
 from benchmarks.scale import measures
 from benchmarks.scale.__main__ import main
+from docs.figures.scale import main as draw_scale
 from support.processes import environment
 
 
@@ -39,9 +40,10 @@ def test_1e12_samples_from_counts():
 @pytest.mark.slow("the whole benchmark, on small files")
 def test_the_whole_is_printed_written_and_drawn(tmp_path, capsys):
     some = ["linearity", "argsort", "drained", "opening", "asking"]
-    main([*some, "--size", "2e6", "--out", str(tmp_path), "--picture", str(tmp_path / "p.png")])
+    main([*some, "--size", "2e6", "--out", str(tmp_path)])
     assert "exponent" in capsys.readouterr().out
     (written,) = tmp_path.glob("scale-*.json")
+    draw_scale([str(written), str(tmp_path / "p.png")])
     found = json.loads(written.read_text())
     assert set(found) == {"machine", *some}
     assert found["argsort"]["same"]
