@@ -13,35 +13,30 @@ from __future__ import annotations
 
 import argparse
 import gc
+import importlib
 import os
 import platform
 import statistics
 import sys
 import time
 from collections.abc import Callable, Sequence
+from functools import wraps
 from importlib.util import find_spec
-from typing import Any, NamedTuple
+from typing import Any
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import numpy as np
 
+from benchmarks import markdown
 from benchmarks.forms import FORMS, evaluated_by
 from benchmarks.gate_cases import CASES, Case
+from benchmarks.timing import PAIRS, Paired, in_pairs
 from benchmarks.yardsticks import together
 from gpusampler import PatchGroups
 from gpusampler.permutation import _native
 
-PAIRS = 9
 ATTEMPTS = 5
-
-
-class Measured(NamedTuple):
-    """Milliseconds of ours and of the baseline, and their ratio: medians over pairs."""
-
-    ours_ms: float
-    baseline_ms: float
-    ratio: float
 
 
 class Pair:
@@ -50,38 +45,24 @@ class Pair:
     def __init__(self, case: Case) -> None:
         self._calls = case.ours(), together(case.baseline)
         self._form = case.form
-        self._once()
+        self.measured(1)
 
-    def measured(self, pairs: int = PAIRS) -> Measured:
+    def measured(self, pairs: int = PAIRS) -> Paired:
         """Time both in turn."""
         # A collection of garbage falls into one or the other.
         gc.collect()
         gc.disable()
         try:
-            taken = [self._once() for _ in range(pairs)]
+            with evaluated_by(self._form):
+                return in_pairs(*self._calls, pairs)
         finally:
             gc.enable()
-        ours, baseline = (statistics.median(times) for times in zip(*taken, strict=True))
-        ratio = statistics.median(one / other for one, other in taken)
-        return Measured(ours * 1e3, baseline * 1e3, ratio)
-
-    def _once(self) -> tuple[float, float]:
-        ours, baseline = self._calls
-        with evaluated_by(self._form):
-            return seconds(ours), seconds(baseline)
 
 
-def seconds(call: Callable[[], Any]) -> float:
-    """Return the processor time of a call, of all threads: what others take does not count."""
-    start = time.process_time()
-    call()
-    return time.process_time() - start
-
-
-def lowest(case: Case) -> Measured:
+def lowest(case: Case) -> Paired:
     """Return the first of a few attempts that holds the limit, else the one nearest to it."""
     pair = Pair(case)
-    found: list[Measured] = []
+    found: list[Paired] = []
     for _ in range(ATTEMPTS):
         found.append(pair.measured())
         if found[-1].ratio <= case.limit:
@@ -91,10 +72,10 @@ def lowest(case: Case) -> Measured:
 
 def limits(cases: Sequence[Case]) -> str:
     """Return the committed limits as a table, as it stands in the documentation."""
-    lines = ["| case | reference | slack | limit |", "|---|---|---|---|"]
-    for case in cases:
-        lines.append(f"| {case.name} | {case.reference:.2f} | {case.slack:g} | {case.limit:.2f} |")
-    return "\n".join(lines)
+    return markdown.table(
+        ("case", "reference", "slack", "limit"),
+        [(one.name, f"{one.reference:.2f}", f"{one.slack:g}", f"{one.limit:.2f}") for one in cases],
+    )
 
 
 def missing(case: Case) -> str:
@@ -107,20 +88,20 @@ def missing(case: Case) -> str:
 
 def hold(cases: Sequence[Case]) -> bool:
     """Measure cases, print a line for each, and say whether all limits hold."""
-    print("\n| case | ours, ms | baseline, ms | ratio | reference | slack | limit | |")
-    print("|---|---|---|---|---|---|---|---|")
+    head = "case", "ours, ms", "baseline, ms", "ratio", "reference", "slack", "limit", ""
+    print(f"\n{markdown.head(head)}")
     missed = []
     for case in cases:
-        declared = f"{case.reference:.2f} | {case.slack:g} | {case.limit:.2f}"
+        declared = f"{case.reference:.2f}", f"{case.slack:g}", f"{case.limit:.2f}"
         if why := missing(case):
-            print(f"| {case.name} | | | | {declared} | {why} |")
+            print(markdown.row((case.name, "", "", "", *declared, why)))
             continue
         one = lowest(case)
         held = one.ratio <= case.limit
         missed += [] if held else [case.name]
-        times = f"{one.ours_ms:.2f} | {one.baseline_ms:.2f} | {one.ratio:.2f}"
+        times = (f"{1e3 * one.ours_s:.2f}", f"{1e3 * one.baseline_s:.2f}", f"{one.ratio:.2f}")
         said = "held" if held else "MISSED"
-        print(f"| {case.name} | {times} | {declared} | {said} |", flush=True)
+        print(markdown.row((case.name, *times, *declared, said)), flush=True)
     print()
     for name in missed:
         print(f"slower than its limit in each of {ATTEMPTS} attempts: {name}")
@@ -130,13 +111,14 @@ def hold(cases: Sequence[Case]) -> bool:
 
 def measure(cases: Sequence[Case], times: int) -> None:
     """Print what the references of cases would be."""
-    print(f"\n| case | median of {times} | lowest | highest | reference |\n|---|---|---|---|---|")
+    head = "case", f"median of {times}", "lowest", "highest", "reference"
+    print(f"\n{markdown.head(head)}")
     for case in cases:
         if not missing(case):
             pair = Pair(case)
             found = sorted(pair.measured().ratio for _ in range(times))
-            seen = f"{statistics.median(found):.2f} | {found[0]:.2f} | {found[-1]:.2f}"
-            print(f"| {case.name} | {seen} | {case.reference:.2f} |", flush=True)
+            seen = statistics.median(found), found[0], found[-1], case.reference
+            print(markdown.row((case.name, *(f"{ratio:.2f}" for ratio in seen))), flush=True)
 
 
 def prepare(cases: Sequence[Case]) -> None:
@@ -149,12 +131,52 @@ def prepare(cases: Sequence[Case]) -> None:
         torch.set_num_threads(1)
 
 
+def slowed(call: Callable[..., Any]) -> Callable[..., Any]:
+    """Return the same function, which then goes on to burn as much time as it took."""
+
+    @wraps(call)
+    def twice(*args: Any, **kwargs: Any) -> Any:
+        start = time.process_time()
+        result = call(*args, **kwargs)
+        stop = time.process_time()
+        while time.process_time() - stop < stop - start:
+            pass
+        return result
+
+    return twice
+
+
+def plant(place: str) -> None:
+    """Slow a function or a method down, under whatever names modules of the package have it."""
+    module, path = place.split(":")
+    owner = importlib.import_module(module)
+    *way, name = path.split(".")
+    for step in way:
+        owner = getattr(owner, step)
+    call = getattr(owner, name)
+    slow = slowed(call)
+    setattr(owner, name, slow)
+    for module_object in [m for n, m in sys.modules.items() if n.partition(".")[0] == "gpusampler"]:
+        for key, value in list(vars(module_object).items()):
+            if value is call:
+                setattr(module_object, key, slow)
+            elif isinstance(value, dict):
+                value.update({k: slow for k, v in value.items() if v is call})
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Print the table; 1 if a limit is missed, 2 if no case is asked for."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.gate", description=__doc__)
     parser.add_argument("--case", action="append", metavar="WORDS", help="cases so named only")
     parser.add_argument("--measure", type=int, metavar="TIMES", help="hold nothing: print ratios")
     parser.add_argument("--limits", action="store_true", help="measure nothing: print the limits")
+    parser.add_argument(
+        "--slow-down",
+        action="append",
+        default=[],
+        metavar="MODULE:NAME",
+        help="make a function of the package take twice as long, to see that it is found",
+    )
     asked = parser.parse_args(arguments)
     wanted = [case for case in CASES if any(words in case.name for words in asked.case or [""])]
     if not wanted:
@@ -166,6 +188,8 @@ def main(arguments: list[str] | None = None) -> int:
     versions = f"Python {platform.python_version()}, numpy {np.__version__}"
     print(f"{platform.machine()}, {versions}, {_native.describe()}")
     prepare(wanted)
+    for place in asked.slow_down:
+        plant(place)
     if asked.measure:
         measure(wanted, asked.measure)
         return 0

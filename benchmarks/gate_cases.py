@@ -6,7 +6,6 @@ would be. `docs/explanation/gate.md` tells how to choose the parts of a baseline
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -14,6 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from benchmarks.forms import evaluated_by
+from benchmarks.timing import drain
 from benchmarks.yardsticks import (
     TILE,
     Arithmetic,
@@ -80,11 +80,6 @@ class Case:
     @property
     def limit(self) -> float:
         return self.reference * self.slack
-
-
-def drain(batches: Any) -> None:
-    """Draw them all and forget them."""
-    deque(batches, maxlen=0)
 
 
 def shuffled_ids(samples: int = N, patches: int = PATCHES) -> Any:

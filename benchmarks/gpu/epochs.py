@@ -7,11 +7,11 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-from benchmarks.gpu.bench import Bench
 from benchmarks.gpu.machine import Timing
 from benchmarks.gpu.workload import (
     BATCH,
     SEED,
+    Bench,
     Dataset,
     contiguous,
     gathered,

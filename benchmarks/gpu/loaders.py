@@ -8,9 +8,8 @@ from collections.abc import Callable, Iterable
 from itertools import islice
 from typing import Any
 
-from benchmarks.gpu.bench import Bench
 from benchmarks.gpu.machine import Timing
-from benchmarks.gpu.workload import BATCH, SEED, contiguous, gathered
+from benchmarks.gpu.workload import BATCH, SEED, Bench, contiguous, gathered
 from gpusampler import PatchBatchSampler, PatchTensorLoader
 from gpusampler.core import arrays
 

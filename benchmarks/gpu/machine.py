@@ -280,26 +280,11 @@ def _nvidia_smi(index: int) -> dict[str, str]:
 
 
 def versions() -> dict[str, str | None]:
-    """Versions of everything, and the commit, where it is known."""
+    """Versions of everything."""
     found: dict[str, str | None] = {"python": platform.python_version(), "numpy": np.__version__}
     for name in ("torch", "triton", "cupy", "array_api_compat"):
         try:
             found[name] = str(import_module(name).__version__)
         except Exception as error:
             found[name] = f"none ({type(error).__name__})"
-    found["commit"] = commit()
     return found
-
-
-def commit() -> str | None:
-    """Return the commit of the checkout, marked where files differ; None outside of one."""
-    try:
-        return subprocess.run(
-            ["git", "describe", "--always", "--dirty"],
-            capture_output=True,
-            text=True,
-            timeout=20,
-            check=True,
-        ).stdout.strip()
-    except (OSError, subprocess.SubprocessError):
-        return None

@@ -7,9 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.gpu.bench import Bench
 from benchmarks.gpu.machine import Timing
-from benchmarks.gpu.workload import SEED, Dataset, contiguous, gathered
+from benchmarks.gpu.workload import SEED, Bench, Dataset, contiguous, gathered
 from gpusampler import PatchBatchSampler
 from gpusampler.sampler.cursor import BatchCursor, CursorBatch
 

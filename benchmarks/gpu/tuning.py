@@ -10,8 +10,7 @@ from unittest.mock import patch
 
 import numpy as np
 
-from benchmarks.gpu.bench import Bench
-from benchmarks.gpu.workload import Dataset, contiguous, gathered
+from benchmarks.gpu.workload import Bench, Dataset, contiguous, gathered
 from gpusampler.core import arrays, devices
 from gpusampler.plan.evaluators.base import EvaluatorSettings
 from gpusampler.plan.evaluators.kernels.fused import KernelEvaluator

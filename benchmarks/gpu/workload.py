@@ -1,4 +1,4 @@
-"""Sizes of patches, and the datasets that are timed: seeded, the same on every machine."""
+"""What every case is given, and the datasets that are timed: the same on every machine."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from benchmarks.gpu.machine import Machine
+from benchmarks.gpu.record import Record
 from gpusampler import EpochPlan, PatchGroups
 from gpusampler.core import devices
 
@@ -55,6 +57,29 @@ DRY = Scale(
     together=2,
     repeats=1,
 )
+
+
+class Bench(NamedTuple):
+    """The device, where results go, and how much is to be done."""
+
+    machine: Machine
+    record: Record
+    scale: Scale
+
+    @property
+    def torch(self) -> Any:
+        """The library."""
+        return self.machine.torch
+
+    @property
+    def device(self) -> str:
+        """Torch's name of the device."""
+        return self.machine.device
+
+    def check_kernel(self, plan: Any, what: str) -> None:
+        """Write whether a kernel evaluates: otherwise the times are those of array operations."""
+        in_use = plan.evaluator.device_evaluator().has_kernel
+        self.record.check(f"{what}: a kernel evaluates", in_use)
 
 
 def patch_counts(samples: int, mix: str, rng: np.random.Generator) -> Int64:
