@@ -12,10 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import sys
-import time
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -24,40 +21,14 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import torch
 from tqdm import tqdm
 
-from benchmarks.gpu.machine import commit
+from benchmarks.machine import machine
 from benchmarks.peers import cases, tables
 from benchmarks.peers.measure import ROUNDS
 from benchmarks.peers.ours import OURS, UNGROUPED
 from benchmarks.peers.registry import PEERS
 from benchmarks.peers.running import LIMIT, described, run
-from gpusampler.permutation import _native
 
 QUICK_ROUNDS = 1
-
-
-def processor() -> str:
-    """Return the name of the processor."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        lines = []
-    names = (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
-    return next(names, platform.machine())
-
-
-def machine() -> dict[str, Any]:
-    """Return where and when this runs."""
-    return {
-        "processor": processor(),
-        "cores": os.cpu_count(),
-        "system": f"{platform.system()} {platform.release()}",
-        "python": platform.python_version(),
-        **{name: metadata.version(name) for name in ("numpy", "torch", "gpusampler")},
-        # No reason follows where a benchmark itself chose NumPy.
-        "evaluated by": _native.describe().removesuffix(" ()"),
-        "commit": commit(),
-        "date": time.strftime("%Y-%m-%d"),
-    }
 
 
 def parsed(arguments: list[str] | None) -> argparse.Namespace:

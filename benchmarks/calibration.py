@@ -9,13 +9,12 @@ from __future__ import annotations
 
 import argparse
 import json
-import multiprocessing
 import os
-import platform
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import nullcontext
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +24,9 @@ import numpy as np
 import torch
 
 from benchmarks import markdown
+from benchmarks.machine import line as machine_line
+from benchmarks.machine import machine
+from benchmarks.peers.running import apart
 from gpusampler import Batch, CostBudget, PatchBatchSampler, calibrate
 from gpusampler.calibration.cost_model import Fit
 from gpusampler.calibration.forked_child import high_water_mark
@@ -33,6 +35,7 @@ from gpusampler.core import memory
 from gpusampler.core.text import format_bytes
 
 HELD_OUT = 24
+MOST_BATCHES = 300
 FREE = 400 << 20
 """Bytes above what the process holds that a case may take."""
 MIN_PEAK = 4 << 20
@@ -50,11 +53,6 @@ class Case:
     state: tuple[Any, ...]
     costs: dict[int, float]
     context: Callable[[], Any]
-
-
-@contextmanager
-def nothing() -> Iterator[None]:
-    yield
 
 
 def points_of(patches: int) -> dict[int, int]:
@@ -104,7 +102,9 @@ def on_points(name: str, model: torch.nn.Module, power: int = 1) -> Case:
 
     ids = np.repeat(list(points), 2000)
     costs = {patch: float(count) ** power for patch, count in points.items()}
-    return Case(name, step, PatchBatchSampler(ids, 8, seed=0), (model, optimizer), costs, nothing)
+    return Case(
+        name, step, PatchBatchSampler(ids, 8, seed=0), (model, optimizer), costs, nullcontext
+    )
 
 
 def gino() -> Case:
@@ -176,30 +176,19 @@ def held_out(case: Case, budget: CostBudget, limit: int) -> list[dict[str, Any]]
     return comparisons
 
 
-def epoch_peak(case: Case, budget: CostBudget) -> dict[str, float]:
+def epoch_peak(case: Case, budget: CostBudget) -> dict[str, Any]:
     """Train an epoch with the budget in a copy of this process; return what it held at most."""
     sampler = PatchBatchSampler(case.sampler.plan.groups, budget, seed=0, device="numpy")
-    context = multiprocessing.get_context("fork")
-    receiver, sender = context.Pipe(duplex=False)
 
-    def train() -> None:
+    def train(say: Callable[[dict[str, Any]], None]) -> None:
         high_water_mark(reset=True)
         batches = 0
-        for batch in sampler.batches():
+        for batch in islice(sampler.batches(), MOST_BATCHES):
             case.step(batch)
             batches += 1
-            if batches == 300:
-                break
-        sender.send({"batches": batches, "peak": high_water_mark()})
+        say({"epoch_batches": batches, "epoch_peak": high_water_mark()})
 
-    # A process by fork needs no pickling of what it runs.
-    child = context.Process(target=train)
-    child.start()
-    # Nothing comes where it was killed: this end is closed here, so that waiting for it ends.
-    sender.close()
-    answer: dict[str, float] = receiver.recv()
-    child.join()
-    return answer
+    return apart(train, limit=600.0)
 
 
 def run(case: Case, picture: Path | None) -> dict[str, Any]:
@@ -231,27 +220,25 @@ def run(case: Case, picture: Path | None) -> dict[str, Any]:
         "calibration": record,
         "held_out": comparisons,
         "limit": limit,
-        "epoch_batches": epoch["batches"],
-        "epoch_peak": epoch["peak"],
+        **epoch,
     }
 
 
-def line(result: dict[str, Any]) -> str:
+def row_of(result: dict[str, Any]) -> dict[str, Any]:
     """Return a case's line of the table."""
     errors = np.abs([item["off"] for item in result["held_out"]])
     peaks = [item["measured"] for item in result["held_out"]]
     record = result["calibration"]
-    cells = [
-        result["case"],
-        record["fit"],
-        f"{len(record['points'])}, {result['seconds']:.1f} s",
-        f"{record['worst_residual']:.1%}",
-        f"{len(errors)}, {format_bytes(min(peaks))} to {format_bytes(max(peaks))}",
-        f"{np.median(errors):.1%}",
-        f"{errors.max():.1%}",
-        f"{result['epoch_peak'] / result['limit']:.1%}",
-    ]
-    return markdown.row(cells)
+    return {
+        "case": result["case"],
+        "fit": record["fit"],
+        "probes": f"{len(record['points'])}, {result['seconds']:.1f} s",
+        "worst residual": f"{record['worst_residual']:.1%}",
+        "held-out batches": f"{len(errors)}, {format_bytes(min(peaks))} to {format_bytes(max(peaks))}",
+        "median error": f"{np.median(errors):.1%}",
+        "worst error": f"{errors.max():.1%}",
+        "peak of an epoch, of the limit": f"{result['epoch_peak'] / result['limit']:.1%}",
+    }
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -261,44 +248,21 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--picture", type=Path, help="draw the last case's calibration there")
     options = parser.parse_args(arguments)
     torch.set_num_threads(1)
-    machine = {
-        "platform": platform.platform(),
-        "processor": processor(),
-        "cores": os.cpu_count(),
-        "python": platform.python_version(),
-        "numpy": np.__version__,
-        "torch": torch.__version__,
-        "malloc": ", ".join(f"{k}={v}" for k, v in os.environ.items() if k.startswith("MALLOC_"))
-        or "as it comes",
-    }
-    print(", ".join(f"{name} {value}" for name, value in machine.items()))
+    found = machine()
+    settings = [f"{k}={v}" for k, v in os.environ.items() if k.startswith("MALLOC_")]
+    found["malloc"] = ", ".join(settings) or "as it comes"
+    print(machine_line(found))
     results = []
     for case in cases():
         print(f"\n{case.name}")
         is_last = case.name.startswith("GINO")
         results.append(run(case, options.picture if is_last else None))
-    print(
-        f"\nlimit: what is held + {format_bytes(FREE)}, share {SHARE:.0%}\n\n"
-        "| case | fit | probes | worst residual | held-out batches | median error | worst error | "
-        "peak of an epoch, of the limit |\n|---|---|---|---|---|---|---|---|"
-    )
-    for result in results:
-        print(line(result))
+    print(f"\nlimit: what is held + {format_bytes(FREE)}, share {SHARE:.0%}\n")
+    rows = [row_of(result) for result in results]
+    print(markdown.table(list(rows[0]), [row.values() for row in rows]))
     if options.json:
-        report = {
-            "command": "python -m benchmarks.calibration",
-            "machine": machine,
-            "cases": results,
-        }
+        report = {"command": "python -m benchmarks.calibration", "machine": found, "cases": results}
         options.json.write_text(json.dumps(report, indent=1) + "\n")
-
-
-def processor() -> str:
-    """Return the name of the processor, as Linux says it."""
-    for text in Path("/proc/cpuinfo").read_text().splitlines():
-        if text.startswith("model name"):
-            return text.partition(":")[2].strip()
-    return platform.machine()
 
 
 if __name__ == "__main__":

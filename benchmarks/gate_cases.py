@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
@@ -31,6 +31,8 @@ from benchmarks.yardsticks import (
     Slices,
     Tensors,
     Views,
+    Work,
+    part,
 )
 from gpusampler import PatchBatchSampler, PatchGroups, PatchTensorLoader, Temperature
 from gpusampler.groups.census import Census
@@ -70,7 +72,7 @@ class Case:
     """
 
     name: str
-    ours: Callable[[], Callable[[], Any]]
+    ours: Part
     baseline: tuple[Part, ...]
     reference: float
     slack: float = SLACK
@@ -87,26 +89,26 @@ def shuffled_ids(samples: int = N, patches: int = PATCHES) -> Any:
     return np.random.default_rng(0).integers(0, patches, samples)
 
 
-def epoch(source: Callable[[], Any], batch_size: int, **options: Any) -> Callable[[], Any]:
+def epoch(source: Callable[[], Any], batch_size: int, **options: Any) -> Work:
     """Time a pass of a sampler."""
 
-    def ours() -> Callable[[], Any]:
+    def ours() -> Work:
         sampler = PatchBatchSampler(source(), batch_size, seed=0, **options)
         return lambda: drain(sampler)
 
     return ours
 
 
-def handed_out(samples: int, batch_size: int, output: str) -> Callable[[], Any]:
+def handed_out(samples: int, batch_size: int, output: str) -> Work:
     """Time a pass over one patch in which nothing is permuted: what is left is to hand out."""
     asked = {"shuffle_within_batches": False, "shuffle_patches": False, "output": output}
     return epoch(lambda: PatchGroups.from_counts([samples]), batch_size, **asked)
 
 
-def cut_up(batch_size: int, output: str) -> Callable[[], Any]:
+def cut_up(batch_size: int, output: str) -> Work:
     """Time cutting an evaluated block into batches of an output."""
 
-    def ours() -> Callable[[], Any]:
+    def ours() -> Work:
         plan = PatchBatchSampler(PatchGroups.from_counts([N]), batch_size, seed=0).plan
         locations = plan.evaluator.locate(0, np.arange(TILE // batch_size))
         block = plan.evaluator.ragged(0, locations)
@@ -120,10 +122,10 @@ def cut_up(batch_size: int, output: str) -> Callable[[], Any]:
     return ours
 
 
-def located(**options: Any) -> Callable[[], Any]:
+def located(**options: Any) -> Work:
     """Time looking up which batches slots are, in ever other epochs."""
 
-    def ours() -> Callable[[], Any]:
+    def ours() -> Work:
         counts = np.random.default_rng(0).integers(200, 1801, PATCHES)
         if options.get("steps") == "balanced":
             options["patch_costs"] = np.random.default_rng(1).lognormal(size=PATCHES)
@@ -140,53 +142,35 @@ def located(**options: Any) -> Callable[[], Any]:
     return ours
 
 
-def evaluated_there() -> Callable[[], Any]:
+def evaluated_there() -> Work:
     """Time evaluating an epoch, block by block, without cutting blocks into batches."""
     sampler = PatchBatchSampler(shuffled_ids(), 64, seed=0)
     shard = sampler._tracker.shard_of(1)
     return lambda: drain(iter(BlockReader(shard).read, None))
 
 
-class Ours(NamedTuple):
-    """Ours, as the baseline of a case of other settings, or of another form."""
-
-    ours: Callable[[], Callable[[], Any]]
-
-    def prepare(self) -> Callable[[], Any]:
-        return self.ours()
-
-
-class Ungrouped(NamedTuple):
+@part
+def Ungrouped(samples: int, batch_size: int) -> Work:
     """torch's own batches, of samples from anywhere."""
+    from torch.utils.data import BatchSampler, RandomSampler
 
-    samples: int
-    batch_size: int
-
-    def prepare(self) -> Callable[[], Any]:
-        from torch.utils.data import BatchSampler, RandomSampler
-
-        sampler = BatchSampler(RandomSampler(range(self.samples)), self.batch_size, False)
-        return lambda: drain(sampler)
+    sampler = BatchSampler(RandomSampler(range(samples)), batch_size, False)
+    return lambda: drain(sampler)
 
 
-class FirstBatches(NamedTuple):
+@part
+def FirstBatches(samples: int, draws: int) -> Work:
     """The first batch of an epoch, a number of times."""
+    sampler = PatchBatchSampler(PatchGroups.from_counts([samples // 1000] * 1000), 64, seed=0)
 
-    samples: int
-    draws: int
+    def work() -> None:
+        for _ in range(draws):
+            next(iter(sampler))
 
-    def prepare(self) -> Callable[[], Any]:
-        groups = PatchGroups.from_counts([self.samples // 1000] * 1000)
-        sampler = PatchBatchSampler(groups, 64, seed=0)
-
-        def work() -> None:
-            for _ in range(self.draws):
-                next(iter(sampler))
-
-        return work
+    return work
 
 
-def resumed() -> Callable[[], Any]:
+def resumed() -> Work:
     """Time loading a state of the middle of an epoch, and its next batch."""
     sampler = PatchBatchSampler(PatchGroups.from_counts([1024] * 1000), 64, seed=0)
     next(iter(sampler))
@@ -202,7 +186,7 @@ def resumed() -> Callable[[], Any]:
     return work
 
 
-def saved_and_loaded() -> Callable[[], Any]:
+def saved_and_loaded() -> Work:
     """Time saving a state in mid-epoch, and loading it."""
     sampler = PatchBatchSampler(PatchGroups.from_counts([1024] * 1000), 64, seed=0)
     next(iter(sampler))
@@ -214,17 +198,17 @@ def saved_and_loaded() -> Callable[[], Any]:
     return work
 
 
-def grouped(ids: Callable[[], Any]) -> Callable[[], Any]:
+def grouped(ids: Callable[[], Any]) -> Work:
     """Time grouping ids."""
 
-    def ours() -> Callable[[], Any]:
+    def ours() -> Work:
         made = ids()
         return lambda: PatchGroups.from_ids(made)
 
     return ours
 
 
-def placed() -> Callable[[], Any]:
+def placed() -> Work:
     """Time the second pass of grouping: samples written to where their patches begin."""
     ids = shuffled_ids(4 * N, 1000)
     census = Census(ids.size, None)
@@ -240,7 +224,7 @@ def sparse_ids() -> Any:
     return names[shuffled_ids(4 * N, 1000)]
 
 
-def loaded() -> Callable[[], Any]:
+def loaded() -> Work:
     """Time an epoch of rows in memory."""
     table = np.random.default_rng(0).random((N, 8), dtype=np.float32)
     sampler = PatchBatchSampler(shuffled_ids(), 64, seed=0, device="numpy")
@@ -273,7 +257,7 @@ def against_default(name: str, reference: float, **options: Any) -> Case:
     return Case(
         f"arrays of 64, {name}, against the default",
         epoch(shuffled_ids, 64, output="numpy", **options),
-        (Ours(epoch(shuffled_ids, 64, output="numpy")),),
+        (epoch(shuffled_ids, 64, output="numpy"),),
         reference,
         slack=1.3,
         form="C",
@@ -299,7 +283,7 @@ CASES: tuple[Case, ...] = (
     Case(
         "sort samples by patch, C against NumPy",
         placed,
-        (Ours(lambda: evaluated_by("NumPy")(placed())),),
+        (lambda: evaluated_by("NumPy")(placed()),),
         0.37,
         form="C",
     ),
@@ -311,14 +295,12 @@ CASES: tuple[Case, ...] = (
     ),
     Case(
         "first batch, N = 1e9",
-        FirstBatches(10**9, 20).prepare,
+        FirstBatches(10**9, 20),
         (FirstBatches(10**4, 20),),
         0.78,
         form="C",
     ),
-    Case(
-        "first batch, N = 1e6", FirstBatches(10**6, 20).prepare, (Calls(3000, 8),), 0.76, form="C"
-    ),
+    Case("first batch, N = 1e6", FirstBatches(10**6, 20), (Calls(3000, 8),), 0.76, form="C"),
     Case("save a state and load it", saved_and_loaded, (PlainCalls(30_000),), 0.72),
     Case("load a state of mid-epoch, draw a batch", resumed, (Calls(3000, 8),), 0.78, form="C"),
     Case(
@@ -392,7 +374,7 @@ CASES: tuple[Case, ...] = (
     Case(
         "evaluate 2,048 batches of 64, C against NumPy",
         evaluated_there,
-        (Ours(lambda: evaluated_by("NumPy")(evaluated_there())),),
+        (lambda: evaluated_by("NumPy")(evaluated_there()),),
         0.18,
         slack=1.3,
         form="C",

@@ -1,10 +1,10 @@
 """What a budget of cost gains over a fixed size: ``python -m benchmarks.sizing``.
 
-Three parts: the share of a memory budget that batches of groundwater patches use (``memory``), the
-demo's training with and without a budget (``training``), and samplers of other projects that fill
-a budget, on the same lengths as ours (``peers``). Needs the ``demo`` extra and gstools; a peer that
-is not installed (``bench`` extra) is named as missing. Times are those of the processor, on one
-thread: other work on the machine disturbs them less.
+Two parts: the demo's training with and without a budget (``training``), and samplers of other
+projects that fill a budget, on the same lengths as ours (``peers``). Needs the ``demo`` extra; a
+peer that is not installed (``bench`` extra) is named as missing. Times are those of the processor,
+on one thread: other work on the machine disturbs them less. ``python -m docs.figures.sizing``
+counts what batches of groundwater patches use of a budget.
 """
 
 from __future__ import annotations
@@ -13,140 +13,34 @@ import argparse
 import ctypes
 import gc
 import json
-import multiprocessing
-import platform
-import sys
 import time
 from collections.abc import Callable, Mapping
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from benchmarks import markdown, peers_sizing
-from gpusampler import CostBudget, PatchBatchSampler, PatchGroups
+from benchmarks import markdown
+from benchmarks.machine import line, machine
+from benchmarks.peers import budgets
+from benchmarks.peers.memory import resident
+from benchmarks.peers.running import apart
+from gpusampler import CostBudget, PatchBatchSampler
 
-# The simulation is not installed.
-sys.path.append(str(Path(__file__).parents[1] / "docs" / "examples"))
-
-FIXED = (1, 2, 4, 8, 16, 32, 64)
-"""Fixed batch sizes; the budget of each is what its batch of the largest patch costs."""
-SHOWN = 8
-"""The demo's own batch size."""
-STEPS = (365, 3_650)
-"""Time steps beside those of the preset: daily values of one year, and of ten."""
 TRAINED = (1, 2, 4, 8)
 EPOCHS = 5
 SAMPLES = 20_000
 """Lengths that the peers are run on."""
-WANTED = 0.85
 M_MMAP_THRESHOLD = -3
+CHILD_SECONDS = 600.0
 
 
-def patch_points(preset: str) -> dict[str, list[int]]:
-    """Return the points of a preset's patches: of their cores, and with their ghosts.
-
-    The map is drawn and cut as the simulation does it, which does not need MODFLOW.
-    """
-    from groundwater_simulation.aquifer import build_aquifer
-    from groundwater_simulation.patches import cut_aquifer
-    from groundwater_simulation.settings import preset_settings
-    from groundwater_simulation.simulate import DEFAULT_SEED
-
-    settings = preset_settings(preset)
-    aquifer = build_aquifer(settings, DEFAULT_SEED)
-    patches = cut_aquifer(aquifer, settings, DEFAULT_SEED)
-    core = [settings.n_layers * int(patch.core.sum()) for patch in patches]
-    ghost = [settings.n_layers * int(patch.ghost.sum()) for patch in patches]
-    return {"core": core, "core and ghost": [a + b for a, b in zip(core, ghost, strict=True)]}
-
-
-def samples_of(steps: int) -> int:
-    """Return the training windows of a series, as the demo cuts it."""
-    from gpusampler.demo.loading import INPUTS, OUTPUTS, STRIDE
-    from gpusampler.groundwater.windows import Windows
-
-    return Windows(steps, INPUTS, OUTPUTS, stride=STRIDE).count
-
-
-def batch_costs(counts: np.ndarray, costs: np.ndarray, batch_size: Any) -> np.ndarray:
-    """Return what each batch of an epoch costs."""
-    groups = PatchGroups.from_counts(counts)
-    sampler = PatchBatchSampler(groups, batch_size, seed=0, num_replicas=1, rank=0, progress=False)
-    at = sampler.plan.evaluator.locate(0, np.arange(sampler.plan.num_batches))
-    found: np.ndarray = costs[at.group] * at.size
-    return found
-
-
-def used(costs: np.ndarray, samples: int, fixed: int) -> dict[str, Any]:
-    """Compare a fixed size with the budget of the same peak."""
-    counts = np.full(costs.size, samples)
-    budget = float(fixed * costs.max())
-    plain = batch_costs(counts, costs, fixed)
-    sized = batch_costs(counts, costs, CostBudget(budget, cost=costs))
-    if max(plain.max(), sized.max()) > budget:
-        raise AssertionError(f"a batch is over the budget of {budget}")
-    fills = [float(found.mean() / budget) for found in (plain, sized)]
-    possible = float(costs.max() / costs.mean())
-    gain = fills[1] / fills[0]
-    return {
-        "fixed": fixed,
-        "budget": budget,
-        "batches_fixed": int(plain.size),
-        "batches": int(sized.size),
-        "fill_fixed": fills[0],
-        "fill": fills[1],
-        "gain": gain,
-        "possible": possible,
-        "ratio": gain / possible,
-    }
-
-
-def memory() -> dict[str, Any]:
-    """Measure the use of the budget on both presets, for all sizes and lengths of the series."""
-    from groundwater_simulation.settings import preset_settings
-
-    found: dict[str, Any] = {}
-    for preset in ("small", "medium"):
-        own = preset_settings(preset).n_steps
-        for what, points in patch_points(preset).items():
-            costs = np.array(points, np.float64)
-            for steps in (own, *STEPS):
-                samples = samples_of(steps)
-                found[f"{preset}, {what}, {steps} steps"] = {
-                    "points": sorted(points),
-                    "samples": samples,
-                    "by_size": [used(costs, samples, fixed) for fixed in FIXED],
-                }
-    return found
-
-
-def _status(line: str) -> float:
-    """Return a line of /proc/self/status in MB."""
-    for text in Path("/proc/self/status").read_text().splitlines():
-        if text.startswith(f"{line}:"):
-            return int(text.split()[1]) * 1024 / 1e6
-    raise OSError(f"/proc/self/status must have a line {line}")
-
-
-def in_child(call: Callable[[], Any]) -> Any:
+def in_child(call: Callable[[], float]) -> float:
     """Run in a forked process, whose memory nobody has used before; return what it returns."""
-    context = multiprocessing.get_context("fork")
-    ours, theirs = context.Pipe(duplex=False)
-
-    def run() -> None:
-        theirs.send(call())
-
-    child = context.Process(target=run)
-    child.start()
-    theirs.close()
-    try:
-        return ours.recv()
-    except EOFError as error:
-        raise RuntimeError("the child must send its result, it died") from error
-    finally:
-        child.join()
+    found = apart(lambda say: say({"returned": call()}), limit=CHILD_SECONDS)
+    if "returned" not in found:
+        raise RuntimeError(f"the child must send its result, got {found}")
+    return float(found["returned"])
 
 
 class Run:
@@ -184,10 +78,10 @@ def peak(data: Any, batches: list[list[int]]) -> float:
     run = Run(data)
     run.epoch(batches)  # what is made once: the optimizer's state, buffers of libraries
     gc.collect()
-    before = _status("VmRSS")
+    before, _ = resident()
     Path("/proc/self/clear_refs").write_text("5")
     run.epoch(batches)
-    return _status("VmHWM") - before
+    return (resident()[1] - before) / 1e6
 
 
 def training(sizes: tuple[int, ...] = TRAINED, epochs: int = EPOCHS) -> dict[str, Any]:
@@ -238,10 +132,9 @@ def training(sizes: tuple[int, ...] = TRAINED, epochs: int = EPOCHS) -> dict[str
 
 def peers() -> dict[str, Any]:
     """Run all samplers on the same lengths."""
-    workloads = [make(SAMPLES) for make in peers_sizing.WORKLOADS]
+    workloads = [make(SAMPLES) for make in budgets.WORKLOADS]
     growing = [SAMPLES * times for times in (1, 4, 16)]
     return {
-        "versions": {name: peers_sizing.version(name) for name in peers_sizing.PACKAGES},
         "workloads": [
             {
                 "name": workload.name,
@@ -250,78 +143,59 @@ def peers() -> dict[str, Any]:
                 "budget": workload.budget,
                 "mean": float(workload.lengths.mean()),
                 "longest": int(workload.lengths.max()),
-                "peers": peers_sizing.compare(workload, peers_sizing.ROUNDS),
+                "peers": [
+                    budgets.measured(peer, workload, budgets.ROUNDS) for peer in budgets.PEERS
+                ],
             }
             for workload in workloads
         ],
-        "pyg_seconds_by_samples": peers_sizing.growth(growing),
-        "pyg_seconds_unshuffled": peers_sizing.growth(growing, shuffle=False),
-        "pyg_too_long_at_the_end": peers_sizing.too_long_at_the_end(),
+        "pyg_seconds_by_samples": budgets.growth(growing),
+        "pyg_seconds_unshuffled": budgets.growth(growing, shuffle=False),
+        "pyg_too_long_at_the_end": budgets.too_long_at_the_end(),
     }
 
 
-def _table(names: str, rows: list[list[str]]) -> None:
-    print(markdown.table(names.split(" | "), rows), end="\n\n", flush=True)
-
-
-def print_memory(found: Mapping[str, Any]) -> None:
-    print(f"\nuse of the budget: {SHOWN} samples of the largest patch\n")
-    rows = []
-    for name, case in found.items():
-        one = next(one for one in case["by_size"] if one["fixed"] == SHOWN)
-        points = case["points"]
-        rows.append(
-            [
-                name,
-                f"{points[0]} to {points[-1]:,}",
-                f"{case['samples']:,}",
-                f"{one['batches_fixed']:,}",
-                f"{one['batches']:,}",
-                f"{one['fill_fixed']:.2f}",
-                f"{one['fill']:.2f}",
-                f"{one['gain']:.2f}",
-                f"{one['possible']:.2f}",
-                f"{one['ratio']:.2f}",
-            ]
-        )
-    _table(
-        "patches, cost, series | points | samples a patch | batches, fixed | batches, budget | "
-        "fill, fixed | fill, budget | gain | possible | gain / possible",
-        rows,
-    )
-    print("fill of the budget / gain over possible gain, by the fixed size that sets it\n")
-    rows = [
-        [name, *(f"{one['fill']:.2f} / {one['ratio']:.2f}" for one in case["by_size"])]
-        for name, case in found.items()
-    ]
-    _table(f"patches, cost, series | {' | '.join(map(str, FIXED))}", rows)
+TRAINING = {
+    "size": "{fixed}",
+    "batches": "{batches}",
+    "steps an epoch": "{steps}",
+    "samples / s": "{samples_a_second:.0f}",
+    "against fixed": "{against_fixed:.2f}",
+    "peak, MB": "{peak_mb:.0f}",
+    "probe loss": "{probe_loss:.2f}",
+}
+FILL = {
+    "sampler": "{name}",
+    "bounds": "{bounds}",
+    "batches": "{batches:,}",
+    "sum / budget": "{fill:.3f}",
+    "padded / budget": "{fill_padded:.3f}",
+    "padding": "{padding:.1%}",
+    "over: sum / padded": "{over_budget:,} / {over_budget_padded:,}",
+    "mixed": "{mixed:,}",
+    "lost / repeated": "{lost} / {repeated}",
+    "too long, handed out": "{too_long_in_batches} of {too_long}",
+}
+TIMES = {
+    "sampler": "{name}",
+    "construct, ms": "{construct_ms:.1f}",
+    "an epoch, ms": "{epoch_ms:.1f}",
+    "len()": "{len}",
+    "batches, batches of the second epoch": "{batches}, {second_epoch_batches}",
+    "second epoch has other batches": "{second_epoch_differs}",
+    "stopped in the middle, goes on with": "{resume}",
+    "resume, ms": "{resume_ms:.1f}",
+}
 
 
 def print_training(found: Mapping[str, Any]) -> None:
-    print(f"\nGINO of the demo, {found['samples']} samples, best of {found['epochs']} epochs\n")
-    rows = []
-    for row in found["rows"]:
-        plain = next(
-            one
-            for one in found["rows"]
-            if one["batches"] == "fixed" and one["fixed"] == row["fixed"]
-        )
-        rows.append(
-            [
-                str(row["fixed"]),
-                "fixed size" if row is plain else "budget",
-                str(row["steps"]),
-                f"{row['samples_a_second']:.0f}",
-                f"{row['samples_a_second'] / plain['samples_a_second']:.2f}",
-                f"{row['peak_mb']:.0f}",
-                f"{row['probe_loss']:.2f}",
-            ]
-        )
-    _table(
-        "size | batches | steps an epoch | samples / s | against fixed | peak, MB | "
-        f"probe loss after {found['epochs']} epochs",
-        rows,
-    )
+    fixed = {row["fixed"]: row for row in found["rows"] if row["batches"] == "fixed"}
+    rows = [
+        {**row, "against_fixed": row["samples_a_second"] / fixed[row["fixed"]]["samples_a_second"]}
+        for row in found["rows"]
+    ]
+    print(f"\nGINO of the demo, {found['samples']} samples, {found['epochs']} epochs, the best\n")
+    print(markdown.records(TRAINING, rows), end="\n\n")
 
 
 def print_peers(found: Mapping[str, Any]) -> None:
@@ -330,74 +204,26 @@ def print_peers(found: Mapping[str, Any]) -> None:
             f"\n{workload['name']}: {workload['samples']:,} samples, mean {workload['mean']:.0f}, "
             f"longest {workload['longest']:,}, budget {workload['budget']:,}\n"
         )
-        rows, more = [], []
-        for peer in workload["peers"]:
-            if "missing" in peer:
-                rows.append([peer["name"], peer["missing"], *["-"] * 8])
-                continue
-            rows.append(
-                [
-                    peer["name"],
-                    peer["bounds"],
-                    f"{peer['batches']:,}",
-                    f"{peer['fill']:.3f}",
-                    f"{peer['fill_padded']:.3f}",
-                    f"{peer['padding']:.1%}",
-                    f"{peer['over_budget']:,} / {peer['over_budget_padded']:,}",
-                    f"{peer['mixed']:,}",
-                    f"{peer['lost']} / {peer['repeated']}",
-                    f"{peer['too_long_in_batches']} of {peer['too_long']}",
-                ]
-            )
-            right = peer["len"] == peer["batches"] == peer["second_epoch_batches"]
-            resume = peer["resume"]
-            if "resume_seconds" in peer:
-                resume += f", {peer['resume_seconds'] * 1e3:.1f} ms"
-            more.append(
-                [
-                    peer["name"],
-                    f"{peer['construct_seconds'] * 1e3:.1f}",
-                    f"{peer['epoch_seconds'] * 1e3:.1f}",
-                    "right" if right else str(peer["len"]),
-                    f"{peer['second_epoch_batches'] - peer['batches']:+d}",
-                    "other batches" if peer["second_epoch_differs"] else "the same batches",
-                    resume,
-                ]
-            )
-        _table(
-            "sampler | bounds | batches | sum / budget | padded / budget | padding | "
-            "over: sum / padded | mixed | lost / repeated | too long, handed out",
-            rows,
-        )
-        if workload is found["workloads"][1]:
-            _table(
-                "sampler | construct, ms | an epoch, ms | len() | batches of the second epoch | "
-                "second epoch | stopped in the middle, goes on with",
-                more,
-            )
+        rows = workload["peers"]
+        print(markdown.records(FILL, rows), end="\n\n")
+        there = [
+            {
+                **row,
+                "construct_ms": row["construct_seconds"] * 1e3,
+                "epoch_ms": row["epoch_seconds"] * 1e3,
+                "resume_ms": row.get("resume_seconds", float("nan")) * 1e3,
+            }
+            for row in rows
+            if "missing" not in row
+        ]
+        print(markdown.records(TIMES, there), end="\n\n")
     for name in ("pyg_seconds_by_samples", "pyg_seconds_unshuffled", "pyg_too_long_at_the_end"):
         print(f"{name}: {json.dumps(found[name])}")
-
-
-def _machine() -> dict[str, str]:
-    found = {
-        "processor": platform.machine(),
-        "python": platform.python_version(),
-        "numpy": np.__version__,
-        "date": time.strftime("%Y-%m-%d"),
-    }
-    for name in ("torch", "neuraloperator"):
-        try:
-            found[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            found[name] = "not installed"
-    return found
 
 
 def main(arguments: list[str] | None = None) -> None:
     """Print the tables; write them if asked to."""
     parts: dict[str, tuple[Callable[[], dict[str, Any]], Callable[[Mapping[str, Any]], None]]] = {
-        "memory": (memory, print_memory),
         "training": (training, print_training),
         "peers": (peers, print_peers),
     }
@@ -408,8 +234,8 @@ def main(arguments: list[str] | None = None) -> None:
     if unknown := set(asked.parts) - set(parts):
         parser.error(f"parts must be among {', '.join(parts)}, got {', '.join(sorted(unknown))}")
     chosen = asked.parts or list(parts)
-    found: dict[str, Any] = {"machine": _machine()}
-    print(", ".join(f"{name} {value}" for name, value in found["machine"].items()))
+    found: dict[str, Any] = {"machine": machine("neuraloperator")}
+    print(line(found["machine"]))
     for name in chosen:
         measure, show = parts[name]
         found[name] = measure()

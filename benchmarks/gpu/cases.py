@@ -7,10 +7,11 @@ from functools import partial
 
 from benchmarks.gpu import epochs, loaders, steps, tuning
 from benchmarks.gpu.__main__ import NOTHING_TO_RUN_ON
-from benchmarks.gpu.machine import Machine, Rehearsal, versions
+from benchmarks.gpu.machine import Machine, Rehearsal
 from benchmarks.gpu.record import Case, Record
 from benchmarks.gpu.workload import DRY, GPU, Bench, Scale
 from benchmarks.machine import commit
+from benchmarks.machine import machine as host
 
 
 def run(record: Record, dry_run: bool) -> int:
@@ -26,7 +27,8 @@ def run(record: Record, dry_run: bool) -> int:
             print(f"{record.path} has results of {earlier}, not of {kind}: give another --out")
             return NOTHING_TO_RUN_ON
     machine = Rehearsal() if dry_run else Machine()
-    record.append("machine", **{**machine.about(), **versions(), **kind})
+    versions = host("triton", "cupy-cuda12x", "cupy-cuda13x", "array-api-compat")
+    record.append("machine", **{**versions, **machine.about(), **kind})
     bench = Bench(machine, record, DRY if dry_run else GPU)
     record.run_all(cases(bench.scale), bench)
     return 0

@@ -19,8 +19,6 @@ from importlib.util import find_spec
 from statistics import median
 from typing import Any, NamedTuple
 
-import numpy as np
-
 ENOUGH_MS = 2.0
 """Calls that are shorter than this are timed several at once."""
 
@@ -277,14 +275,3 @@ def _nvidia_smi(index: int) -> dict[str, str]:
         return dict(zip(names, (value.strip() for value in values), strict=True))
     except (OSError, ValueError, IndexError, subprocess.SubprocessError) as error:
         return {"nvidia_smi": f"{type(error).__name__}: {error}"}
-
-
-def versions() -> dict[str, str | None]:
-    """Versions of everything."""
-    found: dict[str, str | None] = {"python": platform.python_version(), "numpy": np.__version__}
-    for name in ("torch", "triton", "cupy", "array_api_compat"):
-        try:
-            found[name] = str(import_module(name).__version__)
-        except Exception as error:
-            found[name] = f"none ({type(error).__name__})"
-    return found

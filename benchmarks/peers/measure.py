@@ -67,7 +67,7 @@ def measured(
         say({"first_s": min(took["first"]), "second_epoch_s": min(took["second"])})
 
     sampler, peak = peak_of(construct_and_drain)
-    say({"peak_mb": peak / 1e6, "len": _length(sampler)})
+    say({"peak_mb": peak / 1e6, "len": length(sampler)})
     second_epoch(sampler)
     spent = sum(map(sum, took.values()))
     while len(took["epoch"]) < rounds and spent < ENOUGH:
@@ -105,7 +105,8 @@ def _warm(peer: Peer) -> None:
         deque(sampler, maxlen=0)
 
 
-def _length(sampler: Any) -> int | str:
+def length(sampler: Any) -> int | str:
+    """Return what ``len`` says, or the name of what it raises."""
     try:
         return len(sampler)
     except (TypeError, ValueError) as error:

@@ -7,15 +7,12 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
 import tempfile
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
+from benchmarks.machine import machine
 from benchmarks.scale import measures
 
 LARGEST = 2 * 10**9
@@ -48,14 +45,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--folder", type=Path, help="where the ids are written, and removed again")
     parser.add_argument("--out", type=Path, help="folder for the figures, as JSON")
     asked = parser.parse_args(arguments)
-    found: dict[str, Any] = {
-        "machine": {
-            "processor": platform.machine(),
-            "python": platform.python_version(),
-            "numpy": np.__version__,
-            "date": time.strftime("%Y-%m-%d"),
-        }
-    }
+    found: dict[str, Any] = {"machine": machine()}
     with tempfile.TemporaryDirectory(dir=asked.folder) as folder:
         offered = parts(Path(folder), int(asked.size))
         unknown = set(asked.parts) - set(offered)

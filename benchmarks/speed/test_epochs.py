@@ -49,9 +49,9 @@ def ids_of(case: Case) -> np.ndarray:
 def test_first_batch_at_any_size(against):
     against(
         f"first batch, N = 1e9 ({FIRST_DRAWS} times)",
-        FirstBatches(10**9, FIRST_DRAWS).prepare(),
+        FirstBatches(10**9, FIRST_DRAWS)(),
         f"first batch, N = 1e4 ({FIRST_DRAWS} times)",
-        FirstBatches(10**4, FIRST_DRAWS).prepare(),
+        FirstBatches(10**4, FIRST_DRAWS)(),
     )
 
 

@@ -1,20 +1,147 @@
-"""How full a budget's batches are, as bars: ``python -m docs.figures.sizing FILE PICTURE``.
+"""What batches of groundwater patches use of a budget: ``python -m docs.figures.sizing``.
 
-FILE is what ``python -m benchmarks.sizing --out DIR`` has written; memory and peers must be in it.
+Counts, the same on every machine: a fixed size beside the budget of the same peak, on the patches
+of both presets. ``--picture`` draws them beside the samplers of other projects, of which
+``python -m benchmarks.sizing --out DIR`` has written FILE. Needs the ``demo`` extra and gstools.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from benchmarks.sizing import SHOWN
+import numpy as np
+
+from benchmarks import markdown
+from gpusampler import CostBudget, PatchBatchSampler, PatchGroups
+
+# The simulation is not installed.
+sys.path.append(str(Path(__file__).parents[1] / "examples"))
+
+FIXED = (1, 2, 4, 8, 16, 32, 64)
+"""Fixed batch sizes; the budget of each is what its batch of the largest patch costs."""
+SHOWN = 8
+"""The demo's own batch size."""
+STEPS = (365, 3_650)
+"""Time steps beside those of the preset: daily values of one year, and of ten."""
+COLUMNS = {
+    "patches, cost, series": "{name}",
+    "points": "{points[0]} to {points[1]:,}",
+    "samples a patch": "{samples:,}",
+    "batches, fixed": "{batches_fixed:,}",
+    "batches, budget": "{batches:,}",
+    "fill, fixed": "{fill_fixed:.2f}",
+    "fill, budget": "{fill:.2f}",
+    "gain": "{gain:.2f}",
+    "possible": "{possible:.2f}",
+    "gain / possible": "{ratio:.2f}",
+}
 
 
-def draw(found: Mapping[str, Any], path: Path) -> None:
+def patch_points(preset: str) -> dict[str, list[int]]:
+    """Return the points of a preset's patches: of their cores, and with their ghosts.
+
+    The map is drawn and cut as the simulation does it, which does not need MODFLOW.
+    """
+    from groundwater_simulation.aquifer import build_aquifer
+    from groundwater_simulation.patches import cut_aquifer
+    from groundwater_simulation.settings import preset_settings
+    from groundwater_simulation.simulate import DEFAULT_SEED
+
+    settings = preset_settings(preset)
+    aquifer = build_aquifer(settings, DEFAULT_SEED)
+    patches = cut_aquifer(aquifer, settings, DEFAULT_SEED)
+    core = [settings.n_layers * int(patch.core.sum()) for patch in patches]
+    ghost = [settings.n_layers * int(patch.ghost.sum()) for patch in patches]
+    return {"core": core, "core and ghost": [a + b for a, b in zip(core, ghost, strict=True)]}
+
+
+def samples_of(steps: int) -> int:
+    """Return the training windows of a series, as the demo cuts it."""
+    from gpusampler.demo.loading import INPUTS, OUTPUTS, STRIDE
+    from gpusampler.groundwater.windows import Windows
+
+    return Windows(steps, INPUTS, OUTPUTS, stride=STRIDE).count
+
+
+def batch_costs(counts: np.ndarray, costs: np.ndarray, batch_size: Any) -> np.ndarray:
+    """Return what each batch of an epoch costs."""
+    groups = PatchGroups.from_counts(counts)
+    sampler = PatchBatchSampler(groups, batch_size, seed=0, num_replicas=1, rank=0, progress=False)
+    at = sampler.plan.evaluator.locate(0, np.arange(sampler.plan.num_batches))
+    found: np.ndarray = costs[at.group] * at.size
+    return found
+
+
+def used(costs: np.ndarray, samples: int, fixed: int) -> dict[str, Any]:
+    """Compare a fixed size with the budget of the same peak."""
+    counts = np.full(costs.size, samples)
+    budget = float(fixed * costs.max())
+    plain = batch_costs(counts, costs, fixed)
+    sized = batch_costs(counts, costs, CostBudget(budget, cost=costs))
+    if max(plain.max(), sized.max()) > budget:
+        raise AssertionError(f"a batch is over the budget of {budget}")
+    fills = [float(found.mean() / budget) for found in (plain, sized)]
+    possible = float(costs.max() / costs.mean())
+    gain = fills[1] / fills[0]
+    return {
+        "fixed": fixed,
+        "budget": budget,
+        "batches_fixed": int(plain.size),
+        "batches": int(sized.size),
+        "fill_fixed": fills[0],
+        "fill": fills[1],
+        "gain": gain,
+        "possible": possible,
+        "ratio": gain / possible,
+    }
+
+
+def memory() -> dict[str, Any]:
+    """Measure the use of the budget on both presets, for all sizes and lengths of the series."""
+    from groundwater_simulation.settings import preset_settings
+
+    found: dict[str, Any] = {}
+    for preset in ("small", "medium"):
+        own = preset_settings(preset).n_steps
+        for what, points in patch_points(preset).items():
+            costs = np.array(points, np.float64)
+            for steps in (own, *STEPS):
+                samples = samples_of(steps)
+                found[f"{preset}, {what}, {steps} steps"] = {
+                    "points": sorted(points),
+                    "samples": samples,
+                    "by_size": [used(costs, samples, fixed) for fixed in FIXED],
+                }
+    return found
+
+
+def shown(case: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what was found for the size that is shown."""
+    return next(one for one in case["by_size"] if one["fixed"] == SHOWN)
+
+
+def print_memory(found: Mapping[str, Any]) -> None:
+    """Print the tables."""
+    print(f"use of the budget: {SHOWN} samples of the largest patch\n")
+    rows = []
+    for name, case in found.items():
+        points = case["points"][0], case["points"][-1]
+        rows.append({"name": name, **case, **shown(case), "points": points})
+    print(markdown.records(COLUMNS, rows))
+    print("\nfill of the budget / gain over possible gain, by the fixed size that sets it\n")
+    fills = [
+        [name, *(f"{one['fill']:.2f} / {one['ratio']:.2f}" for one in case["by_size"])]
+        for name, case in found.items()
+    ]
+    print(markdown.table(["patches, cost, series", *FIXED], fills))
+
+
+def draw(memory: Mapping[str, Any], found: Mapping[str, Any], path: Path) -> None:
     """Draw the fill of the budget: fixed beside budget, and the peers."""
     import matplotlib
 
@@ -22,9 +149,9 @@ def draw(found: Mapping[str, Any], path: Path) -> None:
     import matplotlib.pyplot as plt
 
     figure, (left, right) = plt.subplots(1, 2, figsize=(11, 5), layout="constrained")
-    cases = [(name, case) for name, case in found["memory"].items() if ", core," in name]
+    cases = [(name, case) for name, case in memory.items() if ", core," in name]
     for row, (_, case) in enumerate(cases):
-        one = next(one for one in case["by_size"] if one["fixed"] == SHOWN)
+        one = shown(case)
         for shift, key, colour in ((-0.2, "fill_fixed", "#c44e52"), (0.2, "fill", "#2a7f62")):
             left.barh(row + shift, one[key], 0.38, color=colour)
             left.text(one[key] + 0.01, row + shift, f"{one[key]:.2f}", va="center", fontsize=8)
@@ -63,12 +190,17 @@ def draw(found: Mapping[str, Any], path: Path) -> None:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Draw a file of figures."""
+    """Print the tables, and draw if asked to."""
     parser = argparse.ArgumentParser(prog="python -m docs.figures.sizing", description=__doc__)
-    parser.add_argument("file", type=Path, help="figures, as JSON")
-    parser.add_argument("picture", type=Path, help="PNG or SVG")
+    parser.add_argument(
+        "--picture", type=Path, nargs=2, metavar=("FILE", "PICTURE"), help="JSON, and PNG or SVG"
+    )
     asked = parser.parse_args(arguments)
-    draw(json.loads(asked.file.read_text()), asked.picture)
+    found = memory()
+    print_memory(found)
+    if asked.picture:
+        figures, path = asked.picture
+        draw(found, json.loads(figures.read_text()), path)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Two designs that no package carries, restated from their descriptions."""
+"""Designs that no package carries, restated from their descriptions."""
 
 from __future__ import annotations
 
@@ -73,6 +73,59 @@ class FixedMembers:
             self.rng.shuffle(batch)
         for place in self.rng.permutation(len(self.batches)):
             yield self.batches[place].tolist()
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+
+class PermuteAndSort:
+    """Permute all samples, sort them stably by patch, cut, and permute the batches.
+
+    What one writes first when torch is at hand, written well: the cuts are worked out once, and
+    an epoch is one permutation, one sort of the narrowest type and one list.
+    """
+
+    def __init__(self, ids: np.ndarray, batch_size: int, seed: int) -> None:
+        _, group_of, counts = np.unique(ids, return_inverse=True, return_counts=True)
+        narrow = torch.int16 if counts.size < 2**15 else torch.int32
+        self.ids = torch.from_numpy(group_of).to(narrow)
+        batches = -(-counts // batch_size)
+        first = np.repeat(np.cumsum(counts) - counts, batches)
+        within = np.arange(batches.sum()) - np.repeat(np.cumsum(batches) - batches, batches)
+        begins = first + within * batch_size
+        self.begins = begins.tolist()
+        self.ends = np.append(begins[1:], ids.size).tolist()
+        self.generator = torch.Generator().manual_seed(seed)
+
+    def __iter__(self) -> Iterator[list[int]]:
+        permuted = torch.randperm(self.ids.numel(), generator=self.generator)
+        # torch.argsort is another order of arguments for the same sort.
+        by_patch = torch.sort(self.ids[permuted], stable=True).indices
+        samples = permuted[by_patch].tolist()
+        for batch in torch.randperm(len(self.begins), generator=self.generator).tolist():
+            yield samples[self.begins[batch] : self.ends[batch]]
+
+    def __len__(self) -> int:
+        return len(self.begins)
+
+
+class SortedAndCut:
+    """Each patch sorted by length and cut greedily: the same batches every epoch, in one order."""
+
+    def __init__(self, lengths: np.ndarray, patch_of: np.ndarray, budget: int) -> None:
+        self.batches: list[list[int]] = []
+        for patch in np.unique(patch_of):
+            of_patch = np.flatnonzero(patch_of == patch)
+            of_patch = of_patch[np.argsort(-lengths[of_patch], kind="stable")]
+            of_patch = of_patch[lengths[of_patch] <= budget]
+            while of_patch.size:
+                # The first is the longest of the batch.
+                size = budget // int(lengths[of_patch[0]])
+                self.batches.append(of_patch[:size].tolist())
+                of_patch = of_patch[size:]
+
+    def __iter__(self) -> Iterator[list[int]]:
+        return iter(self.batches)
 
     def __len__(self) -> int:
         return len(self.batches)

@@ -6,22 +6,23 @@ Each is called as its own documentation says. One that is not installed is named
 from __future__ import annotations
 
 import copy
-import importlib
 import time
 import warnings
 from collections.abc import Callable, Iterable
-from importlib import metadata
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
 
+from benchmarks.peers.measure import begin, length
+from benchmarks.peers.peer import importer, missing, version
+from benchmarks.peers.restated.designs import SortedAndCut
 from gpusampler import CostBudget, PatchBatchSampler
 
 ROUNDS = 5
 PATCHES = 50
 WIDTH, LEAST = 50, 200
 """Of bionemo's buckets: the widest, in points, and the fewest samples if that allows them."""
-NOT_INSTALLED = "not installed"
 
 
 class Workload(NamedTuple):
@@ -34,13 +35,14 @@ class Workload(NamedTuple):
 
 
 class Peer(NamedTuple):
-    """A sampler: what makes it from a workload and a seed, once its input is prepared."""
+    """A sampler: what makes it from a workload, its prepared input and a seed."""
 
     name: str
     package: str | None
     bounds: str
-    prepare: Callable[[Workload], Any]
     make: Callable[[Workload, Any, int], Any]
+    prepare: Callable[[Workload], Any] = lambda workload: workload.lengths.tolist()
+    load: Callable[[], Any] | None = None
     indices: Callable[[Any], list[int]] = list
 
 
@@ -72,85 +74,47 @@ def some_too_long(samples: int = 20_000, budget: int = 8_000, seed: int = 0) -> 
     return found._replace(name="some too long", lengths=lengths)
 
 
-def _lengths(workload: Workload) -> list[int]:
-    listed: list[int] = workload.lengths.tolist()
-    return listed
+def _generator(seed: int) -> Any:
+    import torch
+
+    return torch.Generator().manual_seed(seed)
 
 
 def _size_aware(workload: Workload, lengths: list[int], seed: int) -> Any:
-    import torch
     from bionemo.size_aware_batching.sampler import SizeAwareBatchSampler
+    from torch.utils.data import RandomSampler
 
-    drawn = torch.utils.data.RandomSampler(lengths, generator=torch.Generator().manual_seed(seed))
+    drawn = RandomSampler(lengths, generator=_generator(seed))
     return SizeAwareBatchSampler(drawn, lengths.__getitem__, workload.budget)
 
 
-def _buckets(
-    workload: Workload, sizes: np.ndarray, boundaries: Any, seed: int, base: Any, **given: Any
-) -> Any:
+def _buckets(workload: Workload, lengths: list[int], seed: int, of: str) -> Any:
+    """Return bionemo's buckets of sums, of sizes, or of patches as if their ids were sizes."""
     import torch
-    from bionemo.size_aware_batching.sampler import BucketBatchSampler
-
-    return BucketBatchSampler(
-        torch.from_numpy(sizes),
-        boundaries,
-        base,
-        shuffle=True,
-        generator=torch.Generator().manual_seed(seed),
-        **given,
-    )
-
-
-def _bucket_boundaries(workload: Workload) -> Any:
-    import torch
+    from bionemo.size_aware_batching.sampler import BucketBatchSampler, SizeAwareBatchSampler
     from bionemo.size_aware_batching.utils import create_buckets
 
-    return create_buckets(torch.from_numpy(workload.lengths), WIDTH, LEAST).bucket_boundaries
-
-
-def _buckets_of_sums(workload: Workload, lengths: list[int], seed: int) -> Any:
-    from bionemo.size_aware_batching.sampler import SizeAwareBatchSampler
-
-    shared = {"sizeof": lengths.__getitem__, "max_total_size": workload.budget}
-    return _buckets(
-        workload,
-        workload.lengths,
-        _bucket_boundaries(workload),
-        seed,
-        SizeAwareBatchSampler,
-        base_batch_sampler_shared_kwargs=shared,
-    )
-
-
-def _buckets_of_sizes(workload: Workload, lengths: list[int], seed: int) -> Any:
-    import torch
-
-    boundaries = _bucket_boundaries(workload)
-    # The largest size in a bucket is one below where the next begins.
-    sizes = [max(workload.budget // (int(end) - 1), 1) for end in boundaries[1:]]
-    return _buckets(
-        workload,
-        workload.lengths,
+    sizes = torch.from_numpy(workload.patch_of if of == "patches" else workload.lengths)
+    if of == "patches":
+        boundaries = torch.arange(int(workload.patch_of.max()) + 2)
+    else:
+        boundaries = create_buckets(sizes, WIDTH, LEAST).bucket_boundaries
+    shared: dict[str, Any] = {"sizeof": lengths.__getitem__, "max_total_size": workload.budget}
+    base: Any = SizeAwareBatchSampler
+    given: dict[str, Any] = {}
+    if of == "sizes":
+        base, shared = torch.utils.data.BatchSampler, {"drop_last": False}
+        # The largest size in a bucket is one below where the next begins.
+        most = [max(workload.budget // (int(end) - 1), 1) for end in boundaries[1:]]
+        given = {"base_batch_sampler_individual_kwargs": {"batch_size": most}}
+    return BucketBatchSampler(
+        sizes,
         boundaries,
-        seed,
-        torch.utils.data.BatchSampler,
-        base_batch_sampler_shared_kwargs={"drop_last": False},
-        base_batch_sampler_individual_kwargs={"batch_size": sizes},
-    )
-
-
-def _buckets_of_patches(workload: Workload, lengths: list[int], seed: int) -> Any:
-    import torch
-    from bionemo.size_aware_batching.sampler import SizeAwareBatchSampler
-
-    shared = {"sizeof": lengths.__getitem__, "max_total_size": workload.budget}
-    return _buckets(
-        workload,
-        workload.patch_of,
-        torch.arange(int(workload.patch_of.max()) + 2),
-        seed,
-        SizeAwareBatchSampler,
+        base,
         base_batch_sampler_shared_kwargs=shared,
+        shuffle=True,
+        generator=_generator(seed),
+        **given,
     )
 
 
@@ -160,7 +124,7 @@ def _cuts(workload: Workload) -> Any:
     # Only what describes them: no recording is read, or needed, to sample.
     return CutSet.from_cuts(
         MonoCut(id=str(place), start=0.0, duration=float(length), channel=0, supervisions=[])
-        for place, length in enumerate(_lengths(workload))
+        for place, length in enumerate(workload.lengths.tolist())
     )
 
 
@@ -168,32 +132,17 @@ def _places(cuts: Any) -> list[int]:
     return [int(cut.id) for cut in cuts]
 
 
-def _dynamic_bucketing(workload: Workload, cuts: Any, seed: int, num_buckets: int = 10) -> Any:
-    from lhotse.dataset.sampling import DynamicBucketingSampler
+def _cut_sampler(workload: Workload, cuts: Any, seed: int, name: str, **given: Any) -> Any:
+    from lhotse.dataset import sampling
 
-    return DynamicBucketingSampler(
-        cuts,
-        max_duration=float(workload.budget),
-        num_buckets=num_buckets,
-        shuffle=True,
-        seed=seed,
-    )
-
-
-def _in_30_buckets(workload: Workload, cuts: Any, seed: int) -> Any:
-    return _dynamic_bucketing(workload, cuts, seed, num_buckets=30)
-
-
-def _simple_cuts(workload: Workload, cuts: Any, seed: int) -> Any:
-    from lhotse.dataset.sampling import SimpleCutSampler
-
-    return SimpleCutSampler(cuts, max_duration=float(workload.budget), shuffle=True, seed=seed)
+    most = float(workload.budget)
+    return getattr(sampling, name)(cuts, max_duration=most, shuffle=True, seed=seed, **given)
 
 
 def _graphs(workload: Workload) -> list[Any]:
     from torch_geometric.data import Data
 
-    return [Data(num_nodes=length) for length in _lengths(workload)]
+    return [Data(num_nodes=length) for length in workload.lengths.tolist()]
 
 
 class _Seeded:
@@ -223,10 +172,6 @@ def _dynamic_batches(workload: Workload, graphs: list[Any], seed: int, skip: boo
     return _Seeded(sampler, seed)
 
 
-def _dynamic_batches_skipping(workload: Workload, graphs: list[Any], seed: int) -> Any:
-    return _dynamic_batches(workload, graphs, seed, skip=True)
-
-
 def _ours(workload: Workload, _: Any, seed: int) -> Any:
     return PatchBatchSampler(
         workload.patch_of,
@@ -236,111 +181,54 @@ def _ours(workload: Workload, _: Any, seed: int) -> Any:
     )
 
 
-class _Sorted:
-    """Each patch sorted by length and cut greedily: the same batches every epoch, in one order."""
-
-    def __init__(self, workload: Workload) -> None:
-        self.batches: list[list[int]] = []
-        for patch in np.unique(workload.patch_of):
-            of_patch = np.flatnonzero(workload.patch_of == patch)
-            of_patch = of_patch[np.argsort(-workload.lengths[of_patch], kind="stable")]
-            of_patch = of_patch[workload.lengths[of_patch] <= workload.budget]
-            while of_patch.size:
-                # The first is the longest of the batch.
-                size = workload.budget // int(workload.lengths[of_patch[0]])
-                self.batches.append(of_patch[:size].tolist())
-                of_patch = of_patch[size:]
-
-    def __iter__(self) -> Any:
-        return iter(self.batches)
-
-    def __len__(self) -> int:
-        return len(self.batches)
+def _bionemo(name: str, bounds: str, make: Callable[..., Any]) -> Peer:
+    load = importer("bionemo.size_aware_batching.sampler")
+    return Peer(f"bionemo {name}", "bionemo-size-aware-batching", bounds, make, load=load)
 
 
-def _sorted(workload: Workload, _: Any, seed: int) -> _Sorted:
-    return _Sorted(workload)
+def _lhotse(what: str, name: str, **given: Any) -> Peer:
+    make = partial(_cut_sampler, name=name, **given)
+    load = importer("lhotse.dataset.sampling")
+    return Peer(f"lhotse {what}", "lhotse", "padded", make, _cuts, load, _places)
 
 
-def _nothing(workload: Workload) -> None:
-    return None
+def _pyg(name: str, **given: Any) -> Peer:
+    make = partial(_dynamic_batches, **given)
+    return Peer(
+        f"PyG {name}", "torch_geometric", "sum", make, _graphs, importer("torch_geometric.loader")
+    )
 
 
-BIONEMO, LHOTSE, PYG = "bionemo-size-aware-batching", "lhotse", "torch_geometric"
+_PYG = _pyg("DynamicBatchSampler")
+_BUCKETS = "BucketBatchSampler"
 PEERS = (
-    Peer("gpusampler, CostBudget(sample_costs=)", None, "padded", _nothing, _ours),
-    Peer("bionemo SizeAwareBatchSampler", BIONEMO, "sum", _lengths, _size_aware),
+    Peer("gpusampler, CostBudget(sample_costs=)", None, "padded", _ours),
+    _bionemo("SizeAwareBatchSampler", "sum", _size_aware),
+    _bionemo(f"{_BUCKETS} of SizeAwareBatchSampler", "sum", partial(_buckets, of="sums")),
+    _bionemo(f"{_BUCKETS} of BatchSampler", "padded", partial(_buckets, of="sizes")),
+    _bionemo(f"{_BUCKETS}, patch ids as sizes", "sum", partial(_buckets, of="patches")),
+    _lhotse("DynamicBucketingSampler", "DynamicBucketingSampler", num_buckets=10),
+    _lhotse("DynamicBucketingSampler(num_buckets=30)", "DynamicBucketingSampler", num_buckets=30),
+    _lhotse("SimpleCutSampler", "SimpleCutSampler"),
+    _PYG,
+    _pyg("DynamicBatchSampler(skip_too_big=True)", skip=True),
     Peer(
-        "bionemo BucketBatchSampler of SizeAwareBatchSampler",
-        BIONEMO,
-        "sum",
-        _lengths,
-        _buckets_of_sums,
-    ),
-    Peer(
-        "bionemo BucketBatchSampler of BatchSampler", BIONEMO, "padded", _lengths, _buckets_of_sizes
-    ),
-    Peer(
-        "bionemo BucketBatchSampler, patch ids as sizes",
-        BIONEMO,
-        "sum",
-        _lengths,
-        _buckets_of_patches,
-    ),
-    Peer("lhotse DynamicBucketingSampler", LHOTSE, "padded", _cuts, _dynamic_bucketing, _places),
-    Peer(
-        "lhotse DynamicBucketingSampler(num_buckets=30)",
-        LHOTSE,
+        "sorted in each patch, cut greedily (20 lines)",
+        None,
         "padded",
-        _cuts,
-        _in_30_buckets,
-        _places,
+        lambda workload, _, seed: SortedAndCut(*workload[1:]),
     ),
-    Peer("lhotse SimpleCutSampler", LHOTSE, "padded", _cuts, _simple_cuts, _places),
-    Peer("PyG DynamicBatchSampler", PYG, "sum", _graphs, _dynamic_batches),
-    Peer(
-        "PyG DynamicBatchSampler(skip_too_big=True)",
-        PYG,
-        "sum",
-        _graphs,
-        _dynamic_batches_skipping,
-    ),
-    Peer("sorted in each patch, cut greedily (20 lines)", None, "padded", _nothing, _sorted),
 )
 WORKLOADS = (one_patch, in_patches, some_too_long)
-PACKAGES = (BIONEMO, LHOTSE, PYG)
-_MODULES = {
-    BIONEMO: "bionemo.size_aware_batching.sampler",
-    LHOTSE: "lhotse.dataset.sampling",
-    PYG: "torch_geometric.loader",
-}
 
 
-def version(package: str | None) -> str | None:
-    """Return a package's version, or None where it cannot be imported."""
-    if package is None:
-        return "ours"
-    try:
-        with warnings.catch_warnings():
-            # Of what they use themselves.
-            warnings.simplefilter("ignore")
-            importlib.import_module(_MODULES[package])
-    except ImportError:
-        return None
-    return metadata.version(package)
-
-
-def compare(workload: Workload, rounds: int = ROUNDS, peers: Iterable[Peer] = PEERS) -> list[Any]:
-    """Measure all peers on one workload: a dict each."""
-    return [measured(peer, workload, rounds) for peer in peers]
-
-
-def measured(peer: Peer, workload: Workload, rounds: int = ROUNDS) -> dict[str, Any]:
+def measured(peer: Peer, workload: Workload, rounds: int | None = None) -> dict[str, Any]:
     """Run two epochs of a peer and a resume, and say what came out."""
     found: dict[str, Any] = {"name": peer.name, "package": peer.package, "bounds": peer.bounds}
-    found["version"] = version(peer.package)
-    if found["version"] is None:
-        return {**found, "missing": f"{peer.package} is {NOT_INSTALLED}"}
+    found["version"] = version(peer)
+    if why := missing(peer):
+        return {**found, "missing": why}
+    rounds = rounds or ROUNDS
     with warnings.catch_warnings(record=True) as warned:
         warnings.simplefilter("always")
         given = peer.prepare(workload)
@@ -351,13 +239,13 @@ def measured(peer: Peer, workload: Workload, rounds: int = ROUNDS) -> dict[str, 
             sampler = peer.make(workload, given, 0)
             making.append(time.process_time() - start)
             start = time.process_time()
-            drawn = _epoch(sampler, 0)
+            batches = drawn(sampler, 0)
             draining.append(time.process_time() - start)
             if not epochs:
-                epochs = [_listed(peer, drawn), _listed(peer, _epoch(sampler, 1))]
+                epochs = [_listed(peer, batches), _listed(peer, drawn(sampler, 1))]
         found |= {"construct_seconds": min(making), "epoch_seconds": min(draining)}
         found |= filled(workload, epochs[0])
-        found["len"] = _length(peer.make(workload, given, 0))
+        found["len"] = length(peer.make(workload, given, 0))
         found["second_epoch_differs"] = epochs[0] != epochs[1]
         found["second_epoch_batches"] = len(epochs[1])
         found |= resumed(peer, workload, given, epochs[0], rounds)
@@ -365,22 +253,15 @@ def measured(peer: Peer, workload: Workload, rounds: int = ROUNDS) -> dict[str, 
     return found
 
 
-def _epoch(sampler: Any, epoch: int) -> list[Any]:
-    if hasattr(sampler, "set_epoch"):
-        sampler.set_epoch(epoch)
+def drawn(sampler: Any, epoch: int) -> list[Any]:
+    """Return the batches of an epoch."""
+    begin(sampler, epoch)
     # Not list(sampler), which asks for a length, and PyG's raises then.
     return [batch for batch in sampler]  # noqa: C416
 
 
 def _listed(peer: Peer, batches: list[Any]) -> list[list[int]]:
     return [[int(place) for place in peer.indices(batch)] for batch in batches]
-
-
-def _length(sampler: Any) -> int | str:
-    try:
-        return len(sampler)
-    except (TypeError, ValueError) as error:
-        return type(error).__name__
 
 
 def filled(workload: Workload, batches: list[list[int]]) -> dict[str, Any]:
@@ -418,8 +299,7 @@ def resumed(
     if not hasattr(sampler, "state_dict"):
         return {"resume": "no state_dict"}
     middle = len(whole) // 2
-    if hasattr(sampler, "set_epoch"):
-        sampler.set_epoch(0)
+    begin(sampler, 0)
     batches = iter(sampler)
     for _ in range(middle):
         next(batches)
@@ -444,20 +324,20 @@ def resumed(
 
 def too_long_at_the_end(samples: int = 200, budget: int = 8_000) -> dict[str, int]:
     """Return what PyG's sampler hands out where the last sample is too long, and to be skipped."""
-    if version(PYG) is None:
+    if missing(_PYG):
         return {}
     from torch_geometric.loader import DynamicBatchSampler
 
     workload = one_patch(samples, budget)
     workload.lengths[-1] = budget + 1
     sampler = DynamicBatchSampler(_graphs(workload), max_num=budget, mode="node", skip_too_big=True)
-    batches = _epoch(sampler, 0)
+    batches = drawn(sampler, 0)
     return {"samples": samples, "batches": len(batches), "empty": batches.count([])}
 
 
 def growth(sizes: Iterable[int], shuffle: bool = True) -> dict[str, float]:
     """Return the seconds of an epoch of PyG's sampler by number of samples."""
-    if version(PYG) is None:
+    if missing(_PYG):
         return {}
     from torch_geometric.loader import DynamicBatchSampler
 

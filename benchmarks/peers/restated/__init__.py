@@ -1,0 +1,1 @@
+"""Peers whose code no package carries alone, restated: designs, and Streaming's constructor."""
