@@ -228,13 +228,14 @@ def row_of(result: dict[str, Any]) -> dict[str, Any]:
     """Return a case's line of the table."""
     errors = np.abs([item["off"] for item in result["held_out"]])
     peaks = [item["measured"] for item in result["held_out"]]
+    extremes = min(peaks), max(peaks)
     record = result["calibration"]
     return {
         "case": result["case"],
         "fit": record["fit"],
         "probes": f"{len(record['points'])}, {result['seconds']:.1f} s",
         "worst residual": f"{record['worst_residual']:.1%}",
-        "held-out batches": f"{len(errors)}, {format_bytes(min(peaks))} to {format_bytes(max(peaks))}",
+        "held-out batches": f"{len(errors)}, {' to '.join(map(format_bytes, extremes))}",
         "median error": f"{np.median(errors):.1%}",
         "worst error": f"{errors.max():.1%}",
         "peak of an epoch, of the limit": f"{result['epoch_peak'] / result['limit']:.1%}",

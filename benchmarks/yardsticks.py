@@ -86,11 +86,11 @@ def Lookups(elements: int, passes: int) -> Work:
 
 
 @part
-def Gather(elements: int, table: int) -> Work:
+def Gather(elements: int, rows: int) -> Work:
     """Reading int32 at random places of a table, into int64."""
     rng = np.random.default_rng(0)
-    table = np.arange(table, dtype=np.int32)
-    places = rng.integers(0, table, elements)
+    table = np.arange(rows, dtype=np.int32)
+    places = rng.integers(0, rows, elements)
     out = np.empty(elements, np.int64)
     short = np.empty(TILE, np.int32)
 
@@ -220,9 +220,9 @@ def PlainCalls(calls: int) -> Work:
 
 
 @part
-def Searches(searches: int, table: int) -> Work:
+def Searches(searches: int, rows: int) -> Work:
     """Numbers looked for in a sorted table, in no order, and the table read where they are."""
-    table = np.arange(table) * 40
+    table = np.arange(rows) * 40
     wanted = np.random.default_rng(0).integers(0, int(table[-1]), searches)
 
     def work() -> None:
@@ -283,9 +283,9 @@ def Rows(rows: int, width: int, batch: int) -> Work:
 
     def work() -> None:
         for first in range(0, places.size, TILE):
-            rows = np.take(table, places[first : first + TILE], axis=0)
-            whole = rows.shape[0] // batch * batch
-            for _ in list(rows[:whole].reshape(-1, batch, width)):
+            taken = np.take(table, places[first : first + TILE], axis=0)
+            whole = taken.shape[0] // batch * batch
+            for _ in list(taken[:whole].reshape(-1, batch, width)):
                 pass
 
     return work
