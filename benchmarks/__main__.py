@@ -1,10 +1,9 @@
 """Samplers of other projects beside ours, on the same ids: ``python -m benchmarks``.
 
-Each peer runs on each case in a process of its own. Prints one table, with ratios against torch's
-ungrouped ``BatchSampler(RandomSampler)`` and against ours; ``--out`` writes all figures as JSON, of
-which ``python -m docs.figures.peers`` makes the pictures and tables of the page. Times are those of
-the processor, on one thread: other work on the machine disturbs them less. Peers come with the
-``bench`` extra; one that is not there is named, with the reason.
+Each peer runs on each case in a process of its own. Prints a table for each case; ``--out`` writes
+all figures as JSON, of which ``python -m docs.figures.peers`` makes the tables and pictures of the
+page. Times are those of the processor, on one thread: other work on the machine disturbs them less.
+Peers come with the ``bench`` extra; one that is not there is named, with the reason.
 """
 
 from __future__ import annotations
@@ -12,23 +11,39 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import sys
 from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import torch
-from tqdm import tqdm
 
-from benchmarks.machine import machine
-from benchmarks.peers import cases, tables
+from benchmarks import markdown
+from benchmarks.machine import line, machine
+from benchmarks.peers import cases
 from benchmarks.peers.measure import ROUNDS
-from benchmarks.peers.ours import OURS, UNGROUPED
+from benchmarks.peers.ours import OURS
+from benchmarks.peers.peer import version
 from benchmarks.peers.registry import PEERS
-from benchmarks.peers.running import LIMIT, described, run
+from benchmarks.peers.running import LIMIT, run
+from benchmarks.peers.samplers.restated import UNGROUPED
 
 QUICK_ROUNDS = 1
+FIGURES = (
+    "construct_s",
+    "first_s",
+    "epoch_s",
+    "second_epoch_s",
+    "peak_mb",
+    "len",
+    "batches",
+    "missed",
+    "repeated",
+    "mixed",
+    "same_members",
+)
+WHY = ("missing", "skipped", "error", "over")
+TOLD = ("name", "package", "given", "pure", "note", "drawn")
 
 
 def parsed(arguments: list[str] | None) -> argparse.Namespace:
@@ -45,12 +60,6 @@ def parsed(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--peers", nargs="+", metavar="NAME", help="only peers named so in part")
     parser.add_argument(
         "--limit-seconds", type=float, default=LIMIT, help=f"for a peer and a case ({LIMIT:g})"
-    )
-    parser.add_argument(
-        "--read",
-        type=Path,
-        metavar="FILE",
-        help="print a file of figures, measure nothing",
     )
     return parser.parse_args(arguments)
 
@@ -79,19 +88,30 @@ def measure(asked: argparse.Namespace) -> dict[str, Any]:
         "rounds": rounds,
         "middle": middle._asdict(),
         "series": {name: [case._asdict() for case in held] for name, held in series.items()},
-        "peers": described(peers),
+        "peers": [
+            {**{f: getattr(peer, f) for f in TOLD}, "version": version(peer)} for peer in peers
+        ],
         "rows": [],
     }
-    # A thread of tqdm's would be forked with every process.
-    tqdm.monitor_interval = 0
-    with tqdm(total=len(peers) * len(some), disable=not sys.stderr.isatty()) as bar:
-        for row in run(peers, some, asked.limit_seconds, rounds):
-            found["rows"].append(row)
-            bar.set_postfix_str(f"{row['peer']}, {tables.case_of(row)}", refresh=False)
-            bar.update()
-            if asked.out:
-                write(found, asked.out)
+    for row in run(peers, some, asked.limit_seconds, rounds):
+        found["rows"].append(row)
+        if asked.out:
+            write(found, asked.out)
+        if len(found["rows"]) % len(peers) == 0:
+            print(f"\n{cases.Case(**row['case'])}\n\n{table(found['rows'][-len(peers) :])}")
     return found
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """Return what was found of all peers on one case."""
+    ungrouped = next(row for row in rows if row["peer"] == UNGROUPED.name).get("epoch_s")
+    lines = []
+    for row in rows:
+        ratio = row["epoch_s"] / ungrouped if ungrouped and "epoch_s" in row else "-"
+        why = next((row[name] for name in WHY if name in row), "")
+        values = [row["peer"], ratio, *(row.get(name, "-") for name in FIGURES), why]
+        lines.append([f"{v:.3g}" if isinstance(v, float) else v for v in values])
+    return markdown.table(("sampler", "epoch / ungrouped", *FIGURES, "why not"), lines)
 
 
 def write(found: dict[str, Any], folder: Path) -> Path:
@@ -107,9 +127,8 @@ def write(found: dict[str, Any], folder: Path) -> Path:
 def main(arguments: list[str] | None = None) -> None:
     """Print what was measured; write it if asked to."""
     asked = parsed(arguments)
-    found = json.loads(asked.read.read_text()) if asked.read else measure(asked)
-    print(tables.everything(found))
-    print(tables.machine(found), end="")
+    found = measure(asked)
+    print(f"\n{line(found['machine'])}")
     if asked.out:
         print(f"wrote {write(found, asked.out)}")
 

@@ -12,28 +12,10 @@ from typing import Any
 
 import numpy as np
 
+from benchmarks import yardsticks as by
 from benchmarks.forms import evaluated_by
 from benchmarks.timing import drain
-from benchmarks.yardsticks import (
-    TILE,
-    Arithmetic,
-    Calls,
-    Gather,
-    Lists,
-    Lookups,
-    Part,
-    PlainCalls,
-    RadixSorts,
-    Reads,
-    Repeats,
-    Rows,
-    Searches,
-    Slices,
-    Tensors,
-    Views,
-    Work,
-    part,
-)
+from benchmarks.yardsticks import TILE, Part, Work, part
 from gpusampler import PatchBatchSampler, PatchGroups, PatchTensorLoader, Temperature
 from gpusampler.groups.census import Census
 from gpusampler.groups.counting_sort import OrderWriter
@@ -52,32 +34,20 @@ SLOTS = 4096
 
 @dataclass(frozen=True)
 class Case:
-    """One line of the gate.
-
-    Attributes
-    ----------
-    name : str
-    ours : callable
-        Makes what is needed, and returns the call that is timed.
-    baseline : tuple of parts
-        Timed in turn with ours.
-    reference : float
-        Ratio of the two as committed.
-    slack : float
-        The limit is the reference times this.
-    needs : tuple of str
-        Modules without which the case is left out, visibly.
-    form : str
-        What ours runs on, "C" or "NumPy"; cases in C are left out, visibly, where it is missing.
-    """
+    """One line of the gate; cases whose modules or form are missing are left out, visibly."""
 
     name: str
     ours: Part
+    """Makes what is needed, and returns the call that is timed."""
     baseline: tuple[Part, ...]
+    """Timed in turn with ours."""
     reference: float
+    """Ratio of the two as committed."""
     slack: float = SLACK
     needs: tuple[str, ...] = ()
+    """Modules."""
     form: str = "NumPy"
+    """What ours runs on, "C" or "NumPy"."""
 
     @property
     def limit(self) -> float:
@@ -234,9 +204,9 @@ def loaded() -> Work:
 
 def evaluated(lanes: int, rounds: int, rows: int, table: int = N) -> tuple[Part, ...]:
     """What permuting positions takes: arithmetic, lookups by row, keys of rows, and a gather."""
-    gather = (Gather(lanes, table),) if table else ()
-    keys = Calls(150 * -(-lanes // TILE), TILE * rows // lanes)
-    return (Arithmetic(lanes, rounds), Lookups(lanes, 10), keys, *gather)
+    gather = (by.Gather(lanes, table),) if table else ()
+    keys = by.Calls(150 * -(-lanes // TILE), TILE * rows // lanes)
+    return (by.Arithmetic(lanes, rounds), by.Lookups(lanes, 10), keys, *gather)
 
 
 def against_ungrouped(what: str, batch_size: int, reference: float, **options: Any) -> Case:
@@ -268,18 +238,18 @@ CASES: tuple[Case, ...] = (
     Case(
         "group shuffled ids, 1,000 patches",
         grouped(lambda: shuffled_ids(4 * N, 1000)),
-        (RadixSorts(4 * N, 1000), Reads(4 * N, 9)),
+        (by.RadixSorts(4 * N, 1000), by.Reads(4 * N, 9)),
         1.8,
         form="C",
     ),
     Case(
         "group sparse 64-bit ids, 1,000 patches",
         grouped(sparse_ids),
-        (RadixSorts(4 * N, 1000), Reads(4 * N, 9), Lookups(4 * N, 10)),
+        (by.RadixSorts(4 * N, 1000), by.Reads(4 * N, 9), by.Lookups(4 * N, 10)),
         2.15,
         form="C",
     ),
-    Case("sort samples by patch, NumPy", placed, (RadixSorts(4 * N, 1000),), 1.05),
+    Case("sort samples by patch, NumPy", placed, (by.RadixSorts(4 * N, 1000),), 1.05),
     Case(
         "sort samples by patch, C against NumPy",
         placed,
@@ -290,7 +260,7 @@ CASES: tuple[Case, ...] = (
     Case(
         "find that ids are in order",
         grouped(lambda: np.sort(shuffled_ids(4 * N, 1000))),
-        (Reads(4 * N, 9),),
+        (by.Reads(4 * N, 9),),
         1.75,
     ),
     Case(
@@ -300,60 +270,64 @@ CASES: tuple[Case, ...] = (
         0.78,
         form="C",
     ),
-    Case("first batch, N = 1e6", FirstBatches(10**6, 20), (Calls(3000, 8),), 0.76, form="C"),
-    Case("save a state and load it", saved_and_loaded, (PlainCalls(30_000),), 0.72),
-    Case("load a state of mid-epoch, draw a batch", resumed, (Calls(3000, 8),), 0.78, form="C"),
+    Case("first batch, N = 1e6", FirstBatches(10**6, 20), (by.Calls(3000, 8),), 0.76, form="C"),
+    Case("save a state and load it", saved_and_loaded, (by.PlainCalls(30_000),), 0.72),
+    Case("load a state of mid-epoch, draw a batch", resumed, (by.Calls(3000, 8),), 0.78, form="C"),
     Case(
         "look slots up",
         located(),
-        (Arithmetic(4 * SLOTS, 8), Searches(4 * SLOTS, 100), Calls(160, SLOTS)),
+        (by.Arithmetic(4 * SLOTS, 8), by.Searches(4 * SLOTS, 100), by.Calls(160, SLOTS)),
         1.35,
     ),
     Case(
         "look slots up, interleave=False",
         located(interleave=False),
-        (Calls(800, 100), Calls(160, SLOTS)),
+        (by.Calls(800, 100), by.Calls(160, SLOTS)),
         1.3,
     ),
     Case(
         'look slots up, steps="balanced"',
         located(steps="balanced", step_width=8),
-        (*evaluated(4 * SLOTS, 8, 4 * SLOTS, 0), Searches(12 * SLOTS, 100), Calls(600, SLOTS)),
+        (
+            *evaluated(4 * SLOTS, 8, 4 * SLOTS, 0),
+            by.Searches(12 * SLOTS, 100),
+            by.Calls(600, SLOTS),
+        ),
         1.8,
     ),
     Case(
         "look slots up, weights",
         located(weights=Temperature(2), epoch_batches=SLOTS),
-        (Arithmetic(4 * SLOTS, 8), Searches(4 * SLOTS, 100), Calls(240, SLOTS)),
+        (by.Arithmetic(4 * SLOTS, 8), by.Searches(4 * SLOTS, 100), by.Calls(240, SLOTS)),
         1.45,
     ),
     Case(
         "cut into lists of 64",
         cut_up(64, "list"),
-        (Lists(N // 64, 64),),
+        (by.Lists(N // 64, 64),),
         1.17,
         # Both sides are the same call of NumPy, and forgetting the lists is no part of cutting.
         slack=1.25,
     ),
-    Case("cut into views of 8", cut_up(8, "numpy"), (Views(N // 8, 8),), 1.15, slack=1.3),
+    Case("cut into views of 8", cut_up(8, "numpy"), (by.Views(N // 8, 8),), 1.15, slack=1.3),
     Case(
         "hand out lists of 8",
         handed_out(N, 8, "list"),
-        (Lists(N // 8, 8), Lookups(N, 4)),
+        (by.Lists(N // 8, 8), by.Lookups(N, 4)),
         1.42,
         form="C",
     ),
     Case(
         "hand out views of 8",
         handed_out(N, 8, "numpy"),
-        (Slices(N // 8, 8), Lookups(N, 4)),
+        (by.Slices(N // 8, 8), by.Lookups(N, 4)),
         0.97,
         form="C",
     ),
     Case(
         "hand out tensors of 8",
         handed_out(N, 8, "tensor"),
-        (Tensors(N // 8, 8), Lookups(N, 4)),
+        (by.Tensors(N // 8, 8), by.Lookups(N, 4)),
         1.35,
         needs=("torch",),
         form="C",
@@ -364,10 +338,10 @@ CASES: tuple[Case, ...] = (
         epoch(lambda: PatchGroups.from_counts([20] * (N // 40)), 20, output="numpy"),
         # An epoch's first blocks are small, so that the first batch comes at once.
         (
-            Repeats(N // 2, TILE // 20, 19),
-            Calls(1500, TILE // 20),
-            Calls(5000, 32),
-            Views(N // 40, 20),
+            by.Repeats(N // 2, TILE // 20, 19),
+            by.Calls(1500, TILE // 20),
+            by.Calls(5000, 32),
+            by.Views(N // 40, 20),
         ),
         0.95,
     ),
@@ -389,7 +363,7 @@ CASES: tuple[Case, ...] = (
     Case(
         "PatchTensorLoader, 64 of 8",
         loaded,
-        (Rows(N, 8, 64), Gather(N, N), Lookups(N, 10)),
+        (by.Rows(N, 8, 64), by.Gather(N, N), by.Lookups(N, 10)),
         1.3,
         form="C",
     ),

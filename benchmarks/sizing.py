@@ -25,6 +25,7 @@ from benchmarks.machine import line, machine
 from benchmarks.peers import budgets
 from benchmarks.peers.memory import resident
 from benchmarks.peers.running import apart
+from benchmarks.peers.samplers import budgeted
 from gpusampler import CostBudget, PatchBatchSampler
 
 TRAINED = (1, 2, 4, 8)
@@ -144,7 +145,7 @@ def peers() -> dict[str, Any]:
                 "mean": float(workload.lengths.mean()),
                 "longest": int(workload.lengths.max()),
                 "peers": [
-                    budgets.measured(peer, workload, budgets.ROUNDS) for peer in budgets.PEERS
+                    budgets.measured(peer, workload, budgets.ROUNDS) for peer in budgeted.PEERS
                 ],
             }
             for workload in workloads

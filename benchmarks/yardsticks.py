@@ -107,28 +107,14 @@ def Gather(elements: int, rows: int) -> Work:
 def Lists(lists: int, size: int) -> Work:
     """Lists of Python integers made of an int64 array, and forgotten."""
     block = _block(size)
-    rounds = -(-lists // block.shape[0])
-
-    def work() -> None:
-        for _ in range(rounds):
-            for _ in block.tolist():
-                pass
-
-    return work
+    return _again(-(-lists // block.shape[0]), block.tolist)
 
 
 @part
 def Views(views: int, size: int) -> Work:
     """Views of the rows of an int64 array."""
     block = _block(size)
-    rounds = -(-views // block.shape[0])
-
-    def work() -> None:
-        for _ in range(rounds):
-            for _ in list(block):
-                pass
-
-    return work
+    return _again(-(-views // block.shape[0]), lambda: list(block))
 
 
 @part
@@ -136,14 +122,7 @@ def Slices(slices: int, size: int) -> Work:
     """Views cut out of an int64 array by their ends, in a Python loop."""
     flat = _block(size).reshape(-1)
     ends = list(range(size, flat.size + 1, size))
-    rounds = -(-slices // len(ends))
-
-    def work() -> None:
-        for _ in range(rounds):
-            for _ in [flat[end - size : end] for end in ends]:
-                pass
-
-    return work
+    return _again(-(-slices // len(ends)), lambda: [flat[end - size : end] for end in ends])
 
 
 @part
@@ -153,13 +132,7 @@ def Tensors(tensors: int, size: int) -> Work:
 
     block = _block(size)
     rounds = -(-tensors // block.shape[0])
-
-    def work() -> None:
-        for _ in range(rounds):
-            for _ in [torch.from_numpy(row.copy()) for row in block]:
-                pass
-
-    return work
+    return _again(rounds, lambda: [torch.from_numpy(row.copy()) for row in block])
 
 
 @part
@@ -298,6 +271,17 @@ def together(parts: tuple[Part, ...]) -> Callable[[], Any]:
     def work() -> None:
         for call in calls:
             call()
+
+    return work
+
+
+def _again(rounds: int, make: Callable[[], list[Any]]) -> Work:
+    """Return the work of making lists, and of going through them."""
+
+    def work() -> None:
+        for _ in range(rounds):
+            for _ in make():
+                pass
 
     return work
 

@@ -7,7 +7,6 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-from benchmarks.gpu.machine import Timing
 from benchmarks.gpu.workload import (
     BATCH,
     SEED,
@@ -52,10 +51,6 @@ class Epoch:
         """Time one of the ways, or a baseline, and note it."""
         self.bench.record.stop_if_late()
         timing = self.bench.machine.time(call, repeats or self.bench.scale.repeats)
-        return self.noted(what, timing)
-
-    def noted(self, what: str, timing: Timing) -> float:
-        """Note a timing of this dataset."""
         return self.bench.record.timing(
             what,
             timing,

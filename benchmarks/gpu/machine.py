@@ -176,25 +176,21 @@ class Rehearsal(Machine):
         _play_device()
 
     def about(self) -> dict[str, Any]:
-        """Return what plays the device."""
         return {"device": f"none: a dry run on {platform.processor() or platform.machine()}"}
 
     def synchronize(self) -> None:
-        """There is nothing to wait for."""
+        pass
 
     def free(self) -> None:
-        """Collect what is not used."""
         gc.collect()
 
     def allocated(self) -> int:
-        """Nobody counts."""
         return 0
 
     def forget_peak(self) -> None:
-        """Nobody counts."""
+        pass
 
     def peak(self) -> int:
-        """Nobody counts."""
         return 0
 
     def capture(self, step: Callable[[], Any]) -> tuple[Callable[[], None], Any]:

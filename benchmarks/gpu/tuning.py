@@ -42,7 +42,9 @@ def triton_tiles(bench: Bench) -> None:
                 for warps in WARPS:
                     with patch.object(triton_batches, "WARPS", warps):
                         tile = f"{lanes} lanes, {columns} wide, {warps} warps"
-                        trial.run(tile, partial(_triton_tile, lanes, columns))
+                        trial.run(
+                            tile, partial(_tile, triton_geometry, max(1, lanes // columns), columns)
+                        )
 
 
 def cuda_tiles(bench: Bench) -> None:
@@ -55,7 +57,9 @@ def cuda_tiles(bench: Bench) -> None:
         trial = Trial(bench, data, bench.machine.cupy, "CUDA C", cuda_batches)
         for rows in CUDA_ROWS:
             for columns in CUDA_COLUMNS:
-                trial.run(f"{rows} rows, {columns} wide", partial(_cuda_tile, rows, columns))
+                trial.run(
+                    f"{rows} rows, {columns} wide", partial(_tile, cuda_geometry, rows, columns)
+                )
 
 
 def _module(name: str) -> Any:
@@ -71,15 +75,11 @@ def _datasets(bench: Bench) -> list[Dataset]:
     ]
 
 
-def _triton_tile(lanes: int, columns: int, spec: KernelSpec, num_rows: int, width: int) -> Geometry:
-    rows = max(1, lanes // columns)
-    usual = triton_geometry(spec, num_rows, width)
-    return Geometry(rows, columns, usual.span, (-(-num_rows // rows), usual.blocks[1]))
-
-
-def _cuda_tile(rows: int, columns: int, spec: KernelSpec, num_rows: int, width: int) -> Geometry:
-    usual = cuda_geometry(spec, num_rows, width)
-    return Geometry(rows, columns, usual.span, (-(-num_rows // rows), usual.blocks[1]))
+def _tile(
+    usual: Callable[..., Geometry], rows: int, columns: int, spec: KernelSpec, num: int, width: int
+) -> Geometry:
+    found = usual(spec, num, width)
+    return Geometry(rows, columns, found.span, (-(-num // rows), found.blocks[1]))
 
 
 class Trial:

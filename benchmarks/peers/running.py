@@ -15,7 +15,7 @@ from typing import Any
 
 from benchmarks.peers.cases import Case
 from benchmarks.peers.measure import ROUNDS, measured
-from benchmarks.peers.peer import Peer, missing, version
+from benchmarks.peers.peer import Peer, missing
 
 LIMIT = 30.0
 PATIENCE = 10.0
@@ -116,19 +116,3 @@ def processor_seconds(pid: int | None) -> float:
     # The second field is the name, in brackets, with any character in it.
     fields = text[text.rindex(")") + 2 :].split()
     return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
-
-
-def described(peers: Iterable[Peer]) -> list[dict[str, Any]]:
-    """Return what there is to say of each peer beside its figures."""
-    return [
-        {
-            "name": peer.name,
-            "package": peer.package,
-            "version": version(peer),
-            "given": peer.given,
-            "pure": peer.pure,
-            "note": peer.note,
-            "drawn": peer.drawn,
-        }
-        for peer in peers
-    ]

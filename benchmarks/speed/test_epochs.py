@@ -10,8 +10,8 @@ import pytest
 from benchmarks.forms import FORMS, evaluated_by
 from benchmarks.gate_cases import FirstBatches
 from benchmarks.peers.cases import Case
-from benchmarks.peers.ours import SORTED, UNGROUPED
 from benchmarks.peers.peer import Work
+from benchmarks.peers.samplers.restated import SORTED, UNGROUPED
 from benchmarks.timing import drain
 from gpusampler import PatchBatchSampler, PatchGroups
 from gpusampler.sampler import batches as batches_module

@@ -16,8 +16,8 @@ import numpy as np
 import pytest
 
 from benchmarks.peers.cases import Case
-from benchmarks.peers.ours import UNGROUPED
 from benchmarks.peers.peer import Work
+from benchmarks.peers.samplers.restated import UNGROUPED
 from benchmarks.timing import drain
 from gpusampler import PatchBatchSampler
 

@@ -8,8 +8,8 @@ import torch
 from torch.utils.data import DataLoader, TensorDataset
 
 from benchmarks.peers.cases import Case
-from benchmarks.peers.loaders import LOADERS
 from benchmarks.peers.peer import Work, missing
+from benchmarks.peers.samplers.loaders import LOADERS
 from benchmarks.timing import drain
 from gpusampler import PatchBatchSampler, PatchTensorLoader
 

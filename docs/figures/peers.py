@@ -1,7 +1,8 @@
 """The pictures and tables of the page beside others: ``python -m docs.figures.peers FILE``.
 
-FILE is what ``python -m benchmarks --out DIR`` has written. ``--pictures`` draws time against N,
-memory against N, and correctness beside speed; ``--markdown`` puts the tables into the page.
+FILE is what ``python -m benchmarks --out DIR`` has written. Prints one table, with ratios against
+torch's ungrouped sampler and against ours. ``--pictures`` draws time against N, memory against N,
+and correctness beside speed; ``--markdown`` puts the tables into the page.
 """
 
 from __future__ import annotations
@@ -13,16 +14,21 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.peers.cases import Case
-from benchmarks.peers.ours import OURS, UNGROUPED
-from benchmarks.peers.tables import (
+from benchmarks.peers.ours import OURS
+from benchmarks.peers.samplers.restated import UNGROUPED
+from docs.figures.peer_tables import (
     Row,
+    everything,
     length,
     looked_up,
+    machine,
     members,
+    of_page,
+    put_into,
     ratio,
+    to_the_first_batch,
     why_not,
 )
-from docs.figures.peer_tables import of_page, put_into, to_the_first_batch
 
 # Of Okabe and Ito's colours, which the colour-blind tell apart; marks and lines differ, too.
 OURS_COLOUR = "#0072B2"
@@ -187,13 +193,15 @@ def _judged(row: Row) -> list[tuple[str, bool]]:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Draw the pictures, and put the tables into a page."""
+    """Print the table; draw the pictures and put tables into a page if asked to."""
     parser = argparse.ArgumentParser(prog="python -m docs.figures.peers", description=__doc__)
     parser.add_argument("file", type=Path, help="figures, as JSON")
     parser.add_argument("--pictures", type=Path, metavar="DIR", help="folder for the pictures")
     parser.add_argument("--markdown", type=Path, metavar="FILE", help="page with marks for tables")
     asked = parser.parse_args(arguments)
     found = json.loads(asked.file.read_text())
+    print(everything(found))
+    print(machine(found), end="")
     if asked.pictures:
         for path in draw(found, asked.pictures):
             print(f"wrote {path}")

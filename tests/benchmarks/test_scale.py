@@ -6,8 +6,8 @@ import json
 
 import pytest
 
-from benchmarks.scale import measures
-from benchmarks.scale.__main__ import main
+from benchmarks import scale as measures
+from benchmarks.scale import main
 from docs.figures.scale import main as draw_scale
 from support.processes import environment
 

@@ -12,6 +12,7 @@ import pytest
 from benchmarks import sizing
 from benchmarks.peers import budgets
 from benchmarks.peers.peer import missing
+from benchmarks.peers.samplers import budgeted
 from docs.figures import sizing as page
 from support.processes import run_python
 
@@ -55,7 +56,7 @@ def test_what_is_counted_of_batches():
 
 def test_our_batches_of_lengths_are_within_the_budget():
     workload = budgets.some_too_long(3000)
-    found = budgets.measured(budgets.PEERS[0], workload, rounds=1)
+    found = budgets.measured(budgeted.PEERS[0], workload, rounds=1)
     assert found["name"].startswith("gpusampler")
     assert found["over_budget"] == found["over_budget_padded"] == 0
     assert found["mixed"] == found["lost"] == found["repeated"] == 0
@@ -67,7 +68,7 @@ def test_our_batches_of_lengths_are_within_the_budget():
 
 def test_peers_that_are_there_are_run():
     workload = budgets.in_patches(1500, patches=5)
-    for peer in budgets.PEERS[1:]:
+    for peer in budgeted.PEERS[1:]:
         if missing(peer):
             continue
         found = budgets.measured(peer, workload, rounds=1)
@@ -85,8 +86,8 @@ def test_the_whole_is_printed_written_and_drawn(monkeypatch, capsys, tmp_path):
     monkeypatch.setattr(budgets, "ROUNDS", 1)
     monkeypatch.setattr(sizing, "SAMPLES", 1500)
     # Whether or not it is installed here.
-    absent = [peer._replace(package="no-such-sampler") for peer in budgets.PEERS[-4:-3]]
-    monkeypatch.setattr(budgets, "PEERS", (*budgets.PEERS[:-4], *absent, *budgets.PEERS[-3:]))
+    absent = [peer._replace(package="no-such-sampler") for peer in budgeted.PEERS[-4:-3]]
+    monkeypatch.setattr(budgeted, "PEERS", (*budgeted.PEERS[:-4], *absent, *budgeted.PEERS[-3:]))
     picture = tmp_path / "sizing.png"
     sizing.main(["peers", "--out", str(tmp_path)])
     (written,) = tmp_path.glob("sizing-*.json")
@@ -99,7 +100,7 @@ def test_the_whole_is_printed_written_and_drawn(monkeypatch, capsys, tmp_path):
     assert set(found) == {"machine", "peers"}
     assert {"date", "numpy", "python", "torch"} <= set(found["machine"])
     names = [peer["name"] for peer in found["peers"]["workloads"][0]["peers"]]
-    assert names == [peer.name for peer in budgets.PEERS]
+    assert names == [peer.name for peer in budgeted.PEERS]
 
 
 def test_wrong_parts_are_refused(capsys):

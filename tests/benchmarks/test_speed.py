@@ -13,8 +13,8 @@ import torch
 
 from benchmarks import conftest as suite
 from benchmarks import timing
-from benchmarks.peers import loaders
 from benchmarks.peers.peer import Work, missing
+from benchmarks.peers.samplers import loaders
 from benchmarks.speed import test_floors as floors
 from docs.figures import speed
 from gpusampler import PatchBatchSampler

@@ -1,4 +1,4 @@
-"""Designs that no package carries, restated from their descriptions."""
+"""What anyone would use or write first, and designs that no package carries, restated."""
 
 from __future__ import annotations
 
@@ -149,3 +149,23 @@ RESTATED: tuple[Peer, ...] = (
         note="the design this project grew from, restated",
     ),
 )
+
+
+def _ungrouped(work: Work, seed: int) -> BatchSampler:
+    drawn = RandomSampler(range(work.patch_of.size), generator=torch.Generator().manual_seed(seed))
+    return BatchSampler(drawn, work.batch_size, drop_last=False)
+
+
+def _permute_and_sort(work: Work, seed: int) -> PermuteAndSort:
+    return PermuteAndSort(work.given, work.batch_size, seed)
+
+
+UNGROUPED = Peer(
+    "torch BatchSampler(RandomSampler)",
+    as_array,
+    _ungrouped,
+    pure=False,
+    note="groups nothing: the baseline",
+)
+SORTED = Peer("torch permute + stable sort", as_array, _permute_and_sort, note="ours, 20 lines")
+PLAIN: tuple[Peer, ...] = (UNGROUPED, SORTED)

@@ -1,17 +1,80 @@
-"""What is measured: one function a claim, each returning plain numbers."""
+"""Group, open and draw from datasets larger than memory: ``python -m benchmarks.scale``.
+
+Needs some 13 GB of disk and ten minutes in full; ``--size`` cuts all of it down. One function a
+claim, each returning plain numbers.
+"""
 
 from __future__ import annotations
 
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
 import time
 import tracemalloc
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from benchmarks.scale.files import PATCHES, make_ids, watched
+from benchmarks.machine import machine
 from gpusampler import EpochPlan, PatchBatchSampler, PatchGroups, read_patch_ids
+
+ROOT = Path(__file__).parent.parent
+PATCHES = 500
+_BLOCK = 1 << 24
+
+
+def make_ids(path: Path, size: int, dtype: str = "int16", patches: int = PATCHES) -> None:
+    """Write shuffled ids to a .npy file, block by block."""
+    rng = np.random.default_rng(size)
+    mapped = np.lib.format.open_memmap(path, mode="w+", dtype=dtype, shape=(size,))
+    for first in range(0, size, _BLOCK):
+        count = min(_BLOCK, size - first)
+        mapped[first : first + count] = rng.integers(0, patches, count, dtype=dtype)
+    mapped.flush()
+
+
+class Held(NamedTuple):
+    """What a process held at most, in bytes, and how it ended.
+
+    ``anonymous`` is what it holds beyond the page cache (RssAnon of Linux); the pages of a file
+    that it has mapped are the system's, which takes them back when it needs them.
+    """
+
+    anonymous: int
+    seconds: float
+    code: int
+    output: str
+
+
+def watched(
+    arguments: list[str], kill_when: Callable[[float], bool] = lambda seconds: False
+) -> Held:
+    """Run this interpreter on arguments; look every few milliseconds, and kill it when asked to."""
+    start = time.perf_counter()
+    most = 0
+    command = [sys.executable, *arguments]
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as process:
+        while process.poll() is None:
+            most = max(most, anonymous(process.pid))
+            if kill_when(time.perf_counter() - start):
+                process.kill()
+            time.sleep(0.005)
+        output = process.communicate()[0]
+    return Held(most, time.perf_counter() - start, process.returncode, output)
+
+
+def anonymous(pid: int | str) -> int:
+    """Return the anonymous resident memory of a process in bytes, 0 once it is gone."""
+    try:
+        lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+    except (FileNotFoundError, ProcessLookupError):
+        return 0
+    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("RssAnon")), 0)
+
 
 ROUNDS = 3
 BATCH_SIZE = 64
@@ -27,7 +90,7 @@ print(PatchGroups.from_ids(sys.argv[1], path=sys.argv[2]))
 _OPEN = """
 import sys, time
 from gpusampler import PatchBatchSampler, PatchGroups
-from benchmarks.scale.files import anonymous
+from benchmarks.scale import anonymous
 before, start = anonymous("self"), time.perf_counter()
 first = next(iter(PatchBatchSampler(PatchGroups.load(sys.argv[1]), 64, seed=0)))
 print((time.perf_counter() - start) * 1e3, (anonymous("self") - before) / 1e6)
@@ -214,3 +277,53 @@ def drained(folder: Path, size: int, batches: int) -> dict[str, Any]:
     index.unlink()
     ids.unlink()
     return {"samples": size, "microseconds_a_batch": took}
+
+
+LARGEST = 2 * 10**9
+
+
+def parts(folder: Path, largest: int) -> dict[str, Callable[[], dict[str, Any]]]:
+    """Return what there is to measure, for a largest dataset of so many samples."""
+    share = largest / LARGEST
+
+    def cut(size: int) -> int:
+        return max(round(size * share), 1000)
+
+    sizes = [cut(size) for size in (10**6, 10**7, 10**8, 10**9)]
+    return {
+        "linearity": lambda: linearity(folder, sizes),
+        "argsort": lambda: against_argsort(cut(10**8)),
+        "opening": lambda: opening(folder, cut(10**9)),
+        "drained": lambda: drained(folder, cut(10**9), 20_000),
+        "counts": lambda: from_counts(10**12, 10_000),
+        "asking": lambda: asking(10_000 if share == 1 else 1_500),
+        "killed": lambda: killed(folder, largest),
+    }
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Print what was measured; write it if asked to."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.scale", description=__doc__)
+    parser.add_argument("parts", nargs="*", help="some of the parts only")
+    parser.add_argument("--size", type=float, default=LARGEST, help="samples of the largest set")
+    parser.add_argument("--folder", type=Path, help="where the ids are written, and removed again")
+    parser.add_argument("--out", type=Path, help="folder for the figures, as JSON")
+    asked = parser.parse_args(arguments)
+    found: dict[str, Any] = {"machine": machine()}
+    with tempfile.TemporaryDirectory(dir=asked.folder) as folder:
+        offered = parts(Path(folder), int(asked.size))
+        unknown = set(asked.parts) - set(offered)
+        if unknown:
+            parser.error(f"parts must be among {', '.join(offered)}, got {', '.join(unknown)}")
+        for name, measure in offered.items():
+            if not asked.parts or name in asked.parts:
+                found[name] = measure()
+                print(f"{name}: {json.dumps(found[name], indent=2)}", flush=True)
+    if asked.out:
+        asked.out.mkdir(parents=True, exist_ok=True)
+        path = asked.out / f"scale-{found['machine']['date']}.json"
+        path.write_text(json.dumps(found, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()

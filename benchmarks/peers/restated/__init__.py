@@ -1,1 +1,0 @@
-"""Peers whose code no package carries alone, restated: designs, and Streaming's constructor."""

@@ -1,1 +1,0 @@
-"""Datasets larger than memory: ``python -m benchmarks.scale``."""
