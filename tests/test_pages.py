@@ -11,6 +11,7 @@ import re
 import sys
 from contextlib import redirect_stdout
 from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -83,6 +84,19 @@ def test_an_output_that_is_no_longer_true_fails():
         run("page", page_of("print(6 * 7)", "41"))
     with pytest.raises(AssertionError, match=r"page\[2\] is the output of nothing"):
         run("page", page_of("print(6 * 7)", "42") + "\n```output\n42\n```\n")
+
+
+MODULES = r"python -m ((?:benchmarks|docs\.figures)[\w.]*)"
+PATHS = r"pytest (?:-m \S+ )?((?:benchmarks|tests|docs)\S*?)(?:::\S+)?(?=[\s`|)])"
+
+
+@pytest.mark.parametrize(
+    "page", [*PAGES, ROOT / ".github" / "CONTRIBUTING.md", ROOT / ".ci" / "run"]
+)
+def test_commands_name_what_is_there(page):
+    text = page.read_text()
+    assert [name for name in re.findall(MODULES, text) if find_spec(name.rstrip(".")) is None] == []
+    assert [path for path in re.findall(PATHS, text) if not (ROOT / path).exists()] == []
 
 
 REFERENCE = re.findall(

@@ -284,7 +284,7 @@ def test_one_table_is_printed_with_ratios(quick):
     assert rows[0] == list(HEAD)
     blocks = sum(row[0].startswith("**") for row in rows)
     assert blocks == 4
-    lines = [dict(zip(HEAD, row, strict=True)) for row in rows if len(row) == len(HEAD)][2:]
+    lines = [dict(zip(HEAD, row, strict=True)) for row in rows if len(row) == len(HEAD)][1:]
     ungrouped = [row for row in lines if row["sampler"] == "torch BatchSampler(RandomSampler)"]
     ours = [row for row in lines if row["sampler"] == "gpusampler"]
     assert len(ungrouped) == len(ours) == 4
