@@ -29,19 +29,8 @@ from benchmarks.peers.running import LIMIT, run
 from benchmarks.peers.samplers.restated import UNGROUPED
 
 QUICK_ROUNDS = 1
-FIGURES = (
-    "construct_s",
-    "first_s",
-    "epoch_s",
-    "second_epoch_s",
-    "peak_mb",
-    "len",
-    "batches",
-    "missed",
-    "repeated",
-    "mixed",
-    "same_members",
-)
+TIMES = "construct_s", "first_s", "epoch_s", "second_epoch_s"
+FIGURES = (*TIMES, "peak_mb", "len", "batches", "missed", "repeated", "mixed", "same_members")
 WHY = ("missing", "skipped", "error", "over")
 TOLD = ("name", "package", "given", "pure", "note", "drawn")
 

@@ -79,14 +79,9 @@ class Attention(torch.nn.Module):
 
 
 def mlp() -> torch.nn.Module:
-    return torch.nn.Sequential(
-        torch.nn.Linear(6, 64),
-        torch.nn.GELU(),
-        torch.nn.Dropout(0.1),
-        torch.nn.Linear(64, 64),
-        torch.nn.GELU(),
-        torch.nn.Linear(64, 1),
-    )
+    nn = torch.nn
+    first = nn.Linear(6, 64), nn.GELU(), nn.Dropout(0.1)
+    return nn.Sequential(*first, nn.Linear(64, 64), nn.GELU(), nn.Linear(64, 1))
 
 
 def on_points(name: str, model: torch.nn.Module, power: int = 1) -> Case:

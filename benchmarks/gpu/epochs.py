@@ -63,7 +63,7 @@ class Epoch:
 
 def epoch(bench: Bench, samples: int) -> None:
     """Large patches, contiguous and gathered, int64 and int32, and all that they compare with."""
-    one_call = samples <= bench.scale.one_call
+    one_call = samples <= bench.scale.main
     repeats = bench.scale.repeats if one_call else 3
     best: dict[tuple[str, str], float] = {}
     floors: dict[tuple[str, str], float] = {}
@@ -169,7 +169,7 @@ def _baselines(bench: Bench, data: Dataset) -> dict[str, Callable[[], list[Calla
             lambda: torch.randperm(samples, dtype=torch.int32, device=device)
         ],
     }
-    if samples > bench.scale.one_call:
+    if samples > bench.scale.main:
         return found
     if bench.machine.cupy:
         import cupy

@@ -23,7 +23,6 @@ class Scale(NamedTuple):
 
     samples: tuple[int, ...]
     lanes: int
-    one_call: int
     main: int
     mixes: int
     rows: int
@@ -36,7 +35,6 @@ class Scale(NamedTuple):
 GPU = Scale(
     samples=(10**6, 10**7, 10**8, 10**9),
     lanes=1 << 26,
-    one_call=10**8,
     main=10**8,
     mixes=10**7,
     rows=10**6,
@@ -48,7 +46,6 @@ GPU = Scale(
 DRY = Scale(
     samples=(2100, 3000),
     lanes=1 << 11,
-    one_call=3000,
     main=3000,
     mixes=2100,
     rows=2100,

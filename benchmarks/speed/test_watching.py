@@ -35,27 +35,26 @@ WATCHED = re.compile(r"recorder\\.range\\(|self\\._\\w+_range\\b")
 COUNTED = re.compile(r"self\\._recorder\\.(iterators|batches)")
 RECORDS = ("gpusampler.core.tracing", "gpusampler.sampler.profile")
 
+def remove(node):
+    print("cut", ast.unparse(node), file=sys.stderr)
+
 class Cut(ast.NodeTransformer):
     def visit_With(self, node):
         self.generic_visit(node)
-        kept = [item for item in node.items if not WATCHED.search(ast.unparse(item.context_expr))]
-        for item in node.items:
-            if item not in kept:
-                print("cut", ast.unparse(item), file=sys.stderr)
-        node.items = kept
-        return node if kept else node.body
+        watched = [one for one in node.items if WATCHED.search(ast.unparse(one.context_expr))]
+        for item in watched:
+            remove(item)
+            node.items.remove(item)
+        return node if node.items else node.body
 
     def statement(self, node):
-        if COUNTED.match(ast.unparse(node)):
-            print("cut", ast.unparse(node), file=sys.stderr)
-            return ast.Pass()
-        return node
+        return (remove(node) or ast.Pass()) if COUNTED.match(ast.unparse(node)) else node
 
     visit_Expr = visit_AugAssign = statement
 
     def visit_Assign(self, node):
         if ast.unparse(node.value) == "self._recorder.watcher":
-            print("cut", ast.unparse(node), file=sys.stderr)
+            remove(node)
             node.value = ast.Constant(None)
         return node
 
