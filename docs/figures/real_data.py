@@ -167,7 +167,7 @@ def shared(name: str, sampler: PatchBatchSampler, counts: np.ndarray) -> Shares:
 
 
 def print_lengths(rows: list[Padding]) -> None:
-    """Print the table of ``docs/how-to/length-buckets.md``."""
+    """Print the table of ``docs/how-to/sequences.md``."""
     lengths = sizes_of("vowels")
     print(f"{lengths.size} utterances of {lengths.min()} to {lengths.max()} steps\n")
     print(
@@ -183,7 +183,7 @@ def print_lengths(rows: list[Padding]) -> None:
 
 
 def print_atoms(rows: list[Padding]) -> None:
-    """Print the tables of ``docs/how-to/same-size-molecules.md``."""
+    """Print the tables of ``docs/how-to/sequences.md``."""
     atoms = sizes_of("molecules")
     print(f"\n{atoms.size} molecules and atoms\n")
     sizes, counts = np.unique(atoms, return_counts=True)
@@ -201,7 +201,7 @@ def print_atoms(rows: list[Padding]) -> None:
 
 
 def print_storms(rows: list[Shares]) -> None:
-    """Print the table of ``docs/how-to/ragged-groups.md``."""
+    """Print the table of ``docs/how-to/sequences.md``."""
     counts = np.bincount(load("storms")["storm"])
     print(f"\n{counts.size} storms of {counts.min()} to {counts.max()} observations")
     held = [int(counts[storms].sum()) for storms in quarters(counts)]

@@ -1,4 +1,4 @@
-"""``python -m docs.figures.real_data``: pages say what it prints; it counts what it says."""
+"""``python -m benchmarks.real_data``: the page says what it prints, and it counts what it says."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from docs.figures import real_data
 from docs.figures.real_data import load, sizes_of
 from support.paths import ROOT
 
-HOW_TO = ROOT / "docs" / "how-to"
-PAGES = ("length-buckets.md", "same-size-molecules.md", "ragged-groups.md")
+PAGE = ROOT / "docs" / "how-to" / "sequences.md"
+PICTURES = ("length-buckets.png", "same-size-molecules.png", "ragged-groups.png")
 
 
 @pytest.fixture(scope="module")
@@ -31,18 +31,16 @@ def printed(drawn):
     return out.getvalue()
 
 
-def test_the_tables_on_the_pages_are_those_that_are_printed(printed):
+def test_the_tables_on_the_page_are_those_that_are_printed(printed):
     rows = {line for line in printed.splitlines() if line.startswith("| ")}
-    text = {page: (HOW_TO / page).read_text().splitlines() for page in PAGES}
     assert len(rows) == 18
-    assert rows <= {line for lines in text.values() for line in lines}
+    assert rows <= set(PAGE.read_text().splitlines())
 
 
 def test_pictures_are_drawn_and_shown(printed, drawn):
-    for page in PAGES:
-        picture = f"{page.removesuffix('.md')}.png"
+    for picture in PICTURES:
         assert (drawn / picture).read_bytes().startswith(b"\x89PNG")
-        assert f"(../img/{picture})" in (HOW_TO / page).read_text()
+        assert f"(../img/{picture})" in PAGE.read_text()
 
 
 def test_padding_is_what_a_padded_tensor_has():
