@@ -1,4 +1,4 @@
-"""Pages that move a reader from other libraries' samplers: the lines they show work there."""
+"""The migration page: its lines for sentence-transformers work there."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 
 from gpusampler import PatchBatchSampler, PatchGroups, Temperature
 
-PAGE = ROOT / "docs" / "how-to" / "move-from-others.md"
+PAGE = ROOT / "docs" / "how-to" / "migrate.md"
 SIZES = [80, 20, 9]
 EPOCHS = 2
 
