@@ -1,1 +1,1 @@
-"""Ratios against named baselines, measured in one run; see the README's table of commands."""
+"""Ratios against named baselines, measured in one run; see CONTRIBUTING for the commands."""
