@@ -115,6 +115,8 @@ def test_the_reference_has_every_public_name():
         "sampler.iterator.EpochIterator",
         "lightning.ResumeSampler",
         "sampler.plot.plot_epoch",
+        "groundwater.Normalize",
+        "groundwater.collate_fn",
         "neuralop.PatchProcessor",
         "neuralop.PatchTrainer",
         "sampler.profile.Profile",
