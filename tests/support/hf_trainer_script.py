@@ -66,9 +66,8 @@ class PatchTrainer(Trainer):
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
         # The process group is there by now, so the ranks are known.
-        self.train_sampler = PatchBatchSampler(
-            self.train_dataset, self.args.per_device_train_batch_size, seed=self.args.seed
-        )
+        size, seed = self.args.per_device_train_batch_size, self.args.seed
+        self.train_sampler = PatchBatchSampler(self.train_dataset, size, seed=seed)
         self.add_callback(TellEpoch(self.train_sampler))
 
     def patch_loader(self, dataset, sampler):
@@ -88,7 +87,15 @@ class PatchTrainer(Trainer):
         # Batches of one size can be gathered from several processes.
         partial = "keep" if self.args.world_size == 1 else "pad"
         size = self.args.per_device_eval_batch_size
-        return PatchBatchSampler(dataset, size, False, False, seed=0, partial=partial, **ranks)
+        return PatchBatchSampler(
+            dataset,
+            size,
+            shuffle_within_batches=False,
+            shuffle_patches=False,
+            seed=0,
+            partial=partial,
+            **ranks,
+        )
 
     def get_eval_dataloader(self, eval_dataset=None):
         dataset = self.eval_dataset if eval_dataset is None else eval_dataset
@@ -126,7 +133,8 @@ class SaveSampler(TrainerCallback):
 
     def on_save(self, args, state, control, **kwargs):
         folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
-        (folder / "sampler.json").write_text(json.dumps(self.sampler.state_dict(step=self.step)))
+        state = self.sampler.state_dict(step=self.step)
+        (folder / "sampler.json").write_text(json.dumps(state))
 
 
 class Untold(RecordingTrainer):
