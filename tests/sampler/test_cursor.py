@@ -353,7 +353,7 @@ def test_a_state_of_other_settings_is_refused_and_changes_nothing(settings, name
     with pytest.raises(ValueError, match=names):
         cursor.load_state_dict(state)
     assert cursor.position() == (1, 3)
-    assert drawn(cursor, 1) == expected
+    assert drawn(cursor, 2) == expected
 
 
 def test_a_state_of_other_ids_is_refused_by_name():

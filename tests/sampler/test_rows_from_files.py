@@ -693,8 +693,10 @@ class TestThread:
     def test_the_interpreter_exits_in_the_middle_of_an_epoch(self, tmp_path, end):
         hdf5(tmp_path / "x.h5", np.arange(N), chunks=(7,)).file.close()
         code = f"""
-import os, h5py, numpy as np
+import os, signal, h5py, numpy as np
 from gpusampler import PatchBatchSampler, PatchTensorLoader
+# A process that a shell started in the background ignores SIGINT.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 x = h5py.File({str(tmp_path / "x.h5")!r}, "r")["x"]
 iterator = iter(PatchTensorLoader(PatchBatchSampler(np.arange({N}) % 3, 4, seed=0), x=x))
 print(len(next(iterator)["x"]), flush=True)
