@@ -158,7 +158,7 @@ def _detail(result: Result) -> str:
 def table_of_controls(found: dict[str, Any]) -> str:
     """One row a control: how many tests it failed, and the strongest of each kind."""
     lines = [
-        "| control | tests failed | strongest p of each kind that caught it |",
+        "| control | tests failed | smallest p of each kind that detected it |",
         "|---|---|---|",
     ]
     for name, control in found["controls"].items():
