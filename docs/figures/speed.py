@@ -17,7 +17,7 @@ Rows = list[dict[str, Any]]
 STAGES = {
     "evaluated": ("located, permuted, looked up", "#c44e52"),
     "cut into lists": ("cut into lists", "#dd9a3c"),
-    "handed out": ("handed out", "#2a7f62"),
+    "handed out": ("returned", "#2a7f62"),
 }
 HANDED_OUT = {"numpy": "views", "list": "tolist"}
 OUTPUTS = {"list": "lists", "numpy": "NumPy arrays", "tensor": "tensors"}
@@ -52,17 +52,17 @@ def floor_table(parts: dict[int, dict[str, float]]) -> str:
     names = {
         "write": "write int64",
         "gather": "gather from the order by patch, and write",
-        "numpy floor": "floor of NumPy batches: gather, a view a batch",
+        "numpy floor": "lower bound of NumPy batches: gather, one view per batch",
         "numpy": "ours",
-        "numpy ratio": "ours / floor",
-        "list floor": "floor of lists: gather, lists of int",
+        "numpy ratio": "ours / lower bound",
+        "list floor": "lower bound of lists: gather, lists of int",
         "list": "ours",
-        "list ratio": "ours / floor",
+        "list ratio": "ours / lower bound",
         "ungrouped": "torch's BatchSampler(RandomSampler), ungrouped",
-        "next": "next() of a list iterator, a batch",
+        "next": "next() of a list iterator, per batch",
     }
     return markdown.table(
-        ("nanoseconds an index, batches of", *parts),
+        ("nanoseconds per index, batches of", *parts),
         [(what, *(f"{part[name]:.3g}" for part in parts.values())) for name, what in names.items()],
     )
 
@@ -109,7 +109,7 @@ def epoch_table(found: dict[str, Any]) -> str:
             what = f"{OUTPUTS[row['output']]} of {size}"
             times = f"{row['best_s']:.3f}", f"{row['ratio']:.3f}", f"{each:.2f}", f"{above:.2f}"
             lines.append((what, row["form"], *times))
-    head = "an epoch as", "by", "seconds", "against ungrouped", "µs a batch"
+    head = "an epoch as", "by", "seconds", "against ungrouped", "µs per batch"
     return markdown.table((*head, "above a list iterator"), lines)
 
 

@@ -108,7 +108,7 @@ def test_the_pages_tables_and_pictures_are_made_of_what_is_written(written, tmp_
         for table in capsys.readouterr().out.split("\n\n")
     ]
     heads = [table[0][0] for table in tables]
-    assert heads == ["samples", "an epoch as", "nanoseconds an index, batches of", "part"]
+    assert heads == ["samples", "an epoch as", "nanoseconds per index, batches of", "part"]
     rows = [[float(cell) for cell in row[1:]] for row in tables[2][2:]]
     for floor, ours, ratio in (rows[2:5], rows[5:8]):
         assert ratio == pytest.approx([a / b for a, b in zip(ours, floor, strict=True)], rel=0.02)
