@@ -78,7 +78,8 @@ def choose_column(columns: Sequence[Any], column: Any, label: str) -> Any:
                 pair = ", ".join(map(repr, columns[:2]))
                 advice = f". For one patch per combination, pass frame.groupby([{pair}]).ngroup()"
             raise ValueError(
-                f"column must be given for {label}, got None; it has {listing}{advice}"
+                f"column must be given for {label}, got None; it has {listing}. Pass one to "
+                f"read_patch_ids(source, column){advice}"
             )
         column = PATCH_ID if PATCH_ID in columns else columns[0]
     if column not in columns:
