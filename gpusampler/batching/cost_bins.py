@@ -21,10 +21,10 @@ finds the same bins. Samples of a patch that are over the budget form a separate
 **Cost of the method.** All samples of a batch are from one bin. A patch has at most eight bins per
 octave of sizes, in practice about the square root of its number of batches. Each cell of the table
 has three numbers, measured with a mean batch of 8 samples (``python -m docs.figures.cost_bins``):
-the fraction of the budget that batches use, the number of bins per patch, and the fraction of samples
-in bins with one batch. The methods are: one bin per patch; size classes, each merged with the next
-more expensive one unless it fills a batch of that one; this rule without the penalty of bins with a
-single batch; and this rule. "10 of 500" means 10 patches of 500 samples.
+the fraction of the budget that batches use, the number of bins per patch, and the fraction of
+samples in bins with one batch. The methods are: one bin per patch; size classes, each merged with
+the next more expensive one unless it fills a batch of that one; this rule without the penalty of
+bins with a single batch; and this rule. "10 of 500" means 10 patches of 500 samples.
 
 =====================  ==========  ==================  ==================  ==================
 patches                one size    1/8 octave, merged  as many bins as     this rule

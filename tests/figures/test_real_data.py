@@ -1,4 +1,4 @@
-"""``python -m docs.figures.real_data``: the page says what it prints, and it counts what it says."""
+"""``python -m docs.figures.real_data``: the page says what it prints, and counts are right."""
 
 from __future__ import annotations
 
