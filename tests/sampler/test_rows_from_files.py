@@ -180,7 +180,13 @@ def check_equal(actual, expected) -> None:
 
 class TestEqual:
     @pytest.mark.parametrize(
-        ("ahead", "chunk"), [(1, 1 << 20), (4000, 300), (1 << 27, 1), (1 << 27, 1 << 20)]
+        ("ahead", "chunk"),
+        [
+            (4000, 300),
+            (1 << 27, 1 << 20),
+            pytest.param(1, 1 << 20, marks=pytest.mark.slow("two more sizes of windows")),
+            pytest.param(1 << 27, 1, marks=pytest.mark.slow("two more sizes of windows")),
+        ],
     )
     @pytest.mark.parametrize("settings", SETTINGS, ids=str)
     def test_batches_are_those_in_memory(self, store, monkeypatch, settings, ahead, chunk):
