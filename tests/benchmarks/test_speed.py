@@ -95,7 +95,17 @@ def written(tmp_path_factory):
     )
     options = ["-q", "-p", "no:cacheprovider", "--benchmark-enable", "--benchmark-json", path]
     some = "test_part or test_above or test_stage or (test_epoch and not by_samples) or 10000-"
-    run_python("-c", code, ROOT / "benchmarks", "-k", some, *options, cwd=ROOT)
+    # Not a worker of this run: pytest-benchmark measures nothing in one.
+    run_python(
+        "-c",
+        code,
+        ROOT / "benchmarks",
+        *("-n", 0, "-k", some),
+        *options,
+        cwd=ROOT,
+        PYTEST_XDIST_WORKER=None,
+        PYTEST_XDIST_WORKER_COUNT=None,
+    )
     return path
 
 
