@@ -69,8 +69,8 @@ def epoch(source: Callable[[], Any], batch_size: int, **options: Any) -> Work:
     return ours
 
 
-def handed_out(samples: int, batch_size: int, output: str) -> Work:
-    """Time a pass over one patch in which nothing is permuted: what is left is to hand out."""
+def unshuffled_pass(samples: int, batch_size: int, output: str) -> Work:
+    """Time a pass over one patch without shuffling: it only yields batches."""
     asked = {"shuffle_within_batches": False, "shuffle_patches": False, "output": output}
     return epoch(lambda: PatchGroups.from_counts([samples]), batch_size, **asked)
 
@@ -312,21 +312,21 @@ CASES: tuple[Case, ...] = (
     Case("cut into views of 8", cut_up(8, "numpy"), (by.Views(N // 8, 8),), 1.15, slack=1.3),
     Case(
         "yield lists of 8",
-        handed_out(N, 8, "list"),
+        unshuffled_pass(N, 8, "list"),
         (by.Lists(N // 8, 8), by.Lookups(N, 4)),
         1.42,
         form="C",
     ),
     Case(
         "yield views of 8",
-        handed_out(N, 8, "numpy"),
+        unshuffled_pass(N, 8, "numpy"),
         (by.Slices(N // 8, 8), by.Lookups(N, 4)),
         0.97,
         form="C",
     ),
     Case(
         "yield tensors of 8",
-        handed_out(N, 8, "tensor"),
+        unshuffled_pass(N, 8, "tensor"),
         (by.Tensors(N // 8, 8), by.Lookups(N, 4)),
         1.35,
         needs=("torch",),

@@ -157,7 +157,7 @@ def killed(
     patience: Sequence[float] = (3.0, 10.0, 15.0),
     checkpoint: float = 1.0,
 ) -> dict[str, Any]:
-    """Group more ids than memory is allowed for, killed several times and gone on with."""
+    """Group more ids than fit in the memory that is allowed, with several kills and resumes."""
     ids, index = folder / "killed.npy", folder / "killed.index"
     make_ids(ids, size)
     progress = index.with_name(f"{index.name}.progress")

@@ -175,7 +175,7 @@ FILL = {
     "over: sum / padded": "{over_budget:,} / {over_budget_padded:,}",
     "mixed": "{mixed:,}",
     "lost / repeated": "{lost} / {repeated}",
-    "too long, handed out": "{too_long_in_batches} of {too_long}",
+    "too long, in batches": "{too_long_in_batches} of {too_long}",
 }
 TIMES = {
     "sampler": "{name}",

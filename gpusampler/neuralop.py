@@ -360,7 +360,8 @@ class PatchTrainer(Trainer):  # type: ignore[misc]
             raise FileNotFoundError(
                 f"resume_from_dir must have {STATE_FILE}, which PatchTrainer saves, got {save_dir}"
             )
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        with files.open_regular(path) as file:
+            state = torch.load(file, map_location="cpu", weights_only=True)
         if state["epoch"] >= self.n_epochs:
             raise ValueError(
                 f"n_epochs must be > {state['epoch']}, the number of epochs that {path} has "
@@ -421,7 +422,9 @@ class PatchTrainer(Trainer):  # type: ignore[misc]
         }
         folder.mkdir(parents=True, exist_ok=True)
         temporary = folder / f"{STATE_FILE}.saving"
-        with temporary.open("wb") as file:
+        # A file that a killed run has left is written again, and a planted one is an error.
+        with files.open_own(temporary, create=True) as file:
+            file.truncate()
             torch.save(state, file)
             files.sync_file(file)
         files.replace(temporary, folder / STATE_FILE)

@@ -71,10 +71,10 @@ def _command(*arguments: object) -> None:
     raise OSError(result.stderr)
 
 
-def _draw_inspection(path: Path) -> None:
+def _draw_inspection(path: Path, *options: object) -> None:
     _need("matplotlib")
     np.save(path.parent / "ids.npy", IDS)
-    _command("inspect", path.parent / "ids.npy", "--batch-size", 8, "--out", path)
+    _command("inspect", path.parent / "ids.npy", "--batch-size", 8, "--out", path, *options)
 
 
 def _demo(name: str, path: Path) -> None:
@@ -106,6 +106,7 @@ USES = {
     "a patch's array": _open_patch,
     "inspect": lambda path: _command("inspect", path, "--batch-size", 8),
     "inspect --out": _draw_inspection,
+    "inspect --epoch --out": lambda path: _draw_inspection(path, "--epoch", 0),
     "demo picture": lambda path: _demo(PICTURE, path),
     "demo report": lambda path: _demo(REPORT, path),
     "calibrate picture": _calibrate,

@@ -150,7 +150,7 @@ def resumed(
 
 
 def too_long_at_the_end(samples: int = 200, budget: int = 8_000) -> dict[str, int]:
-    """Return what PyG's sampler hands out where the last sample is too long, and to be skipped."""
+    """Return the batches of PyG's sampler where the last sample is too long and must be skipped."""
     if missing(PYG):
         return {}
     from torch_geometric.loader import DynamicBatchSampler

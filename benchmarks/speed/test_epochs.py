@@ -22,7 +22,7 @@ PATCHES = 1000
 SIZES = (8, 64)
 OUTPUTS = ("list", "numpy", "tensor")
 FIRST_DRAWS = 50
-STAGES = ("evaluated", "cut into lists", "cut into arrays", "handed out")
+STAGES = ("evaluated", "cut into lists", "cut into arrays", "yielded")
 STAGE_ROUNDS = 180
 PATCHES_OF = {10**2: 5, 10**3: 10, 10**4: 100, 10**5: 100, 10**6: 1000, 10**7: 1000, 10**8: 1000}
 """Patches by number of samples."""
@@ -126,13 +126,13 @@ def test_stage(benchmark, scaled, form, stage, size):
             "evaluated": (evaluate, None),
             "cut into lists": (lambda: cut("list"), None),
             "cut into arrays": (lambda: cut("numpy"), None),
-            "handed out": (drain, lambda: ((_handing_out(sampler, lists),), {})),
+            "yielded": (drain, lambda: ((_yielding(sampler, lists),), {})),
         }[stage]
         benchmark.extra_info["batches"] = count
         benchmark.pedantic(call, setup=setup, rounds=STAGE_ROUNDS)
 
 
-def _handing_out(sampler, batches):
+def _yielding(sampler, batches):
     """Return an iterator over batches that are there already."""
 
     class Reader:

@@ -1,7 +1,7 @@
 """What batches cost at the least, and what ours cost.
 
 Whatever draws batches, the indices must be gathered from the samples sorted by patch into memory,
-and be handed out: as a view of an array, or as a list of Python integers. Each of that is timed on
+and be yielded: as a view of an array, or as a list of Python integers. Each of these is timed on
 indices that were drawn beforehand, so a floor holds no arithmetic of a shuffle and no bookkeeping.
 Ours is timed in turn with it, over the same batches, in C where the package was compiled;
 GPUSAMPLER_NATIVE=0 before the command has NumPy evaluate it.
@@ -64,12 +64,12 @@ class Floors:
         drain(iter(self.lists))
 
     def views(self) -> None:
-        """Cut the indices into one view for each batch, and hand them out."""
+        """Cut the indices into one view per batch, and yield these."""
         for table in self._tables():
             drain(iter(list(table)))
 
     def tolist(self) -> None:
-        """Make the integers, in one list for each batch, and hand them out."""
+        """Make one list of integers per batch, and yield these."""
         for table in self._tables():
             drain(iter(table.tolist()))
 
@@ -115,9 +115,9 @@ def test_part(benchmark, scaled, part, size):
 def test_above_the_floor(against, benchmark, scaled, output, size):
     floors = floors_of(scaled(SAMPLES), size)
     ours = PatchBatchSampler(floors.ids, size, seed=0, output=output)
-    handing_out, floor = {
+    yielding, floor = {
         "numpy": ("a view a batch", floors.numpy_floor),
         "list": ("lists of int", floors.list_floor),
     }[output]
     benchmark.extra_info["samples"] = floors.samples.size
-    against(f"epoch as {output} of {size}", lambda: drain(ours), f"gather, {handing_out}", floor)
+    against(f"epoch as {output} of {size}", lambda: drain(ours), f"gather, {yielding}", floor)

@@ -42,7 +42,7 @@ def test_against_dataloader(against, scaled, kind):
 @pytest.mark.parametrize("width", WIDTHS)
 @pytest.mark.parametrize("peer", LOADERS, ids=lambda peer: peer.name)
 def test_against_loaders(against, scaled, peer, width):
-    """Theirs know no patches; ours hands out batches of one patch each."""
+    """The other loaders do not group; ours yields batches of one patch each."""
     if why := missing(peer):
         pytest.skip(why)
     case = CASE._replace(samples=scaled(CASE.samples))

@@ -1,6 +1,6 @@
 """The pictures of how batches lie in an epoch: ``python -m docs.figures.epochs --out docs/img``.
 
-What is drawn is what the library hands out: nothing here decides which batch is where.
+The library makes all batches that are drawn; this module does not place any.
 """
 
 from __future__ import annotations

@@ -17,9 +17,9 @@ Rows = list[dict[str, Any]]
 STAGES = {
     "evaluated": ("located, permuted, looked up", "#c44e52"),
     "cut into lists": ("cut into lists", "#dd9a3c"),
-    "handed out": ("returned", "#2a7f62"),
+    "yielded": ("returned", "#2a7f62"),
 }
-HANDED_OUT = {"numpy": "views", "list": "tolist"}
+YIELDED = {"numpy": "views", "list": "tolist"}
 OUTPUTS = {"list": "lists", "numpy": "NumPy arrays", "tensor": "tensors"}
 
 
@@ -41,8 +41,8 @@ def floors(found: dict[str, Any]) -> dict[int, dict[str, float]]:
     for row in rows_of(found, "test_above_the_floor"):
         parts[row["size"]][row["output"]] = row["best_s"] / row["samples"] * 1e9
     for part in parts.values():
-        for output, handing_out in HANDED_OUT.items():
-            part[f"{output} floor"] = part["gather"] + part[handing_out]
+        for output, yielding in YIELDED.items():
+            part[f"{output} floor"] = part["gather"] + part[yielding]
             part[f"{output} ratio"] = part[output] / part[f"{output} floor"]
     return parts
 
@@ -70,13 +70,13 @@ def floor_table(parts: dict[int, dict[str, float]]) -> str:
 def draw_floors(parts: dict[int, dict[str, float]], path: Path) -> None:
     """Draw what the floors are made of, and ours on top of them."""
     figure, axes = subplots(figsize=(7.5, 3.8))
-    colours = {"gather": "#2a7f62", "handing out": "#d9a441", "what ours adds": "#c44e52"}
+    colours = {"gather": "#2a7f62", "yielding": "#d9a441", "what ours adds": "#c44e52"}
     labels: list[str] = []
     for size, part in parts.items():
-        for output, handing_out in HANDED_OUT.items():
+        for output, yielding in YIELDED.items():
             floor, ours = part[f"{output} floor"], part[output]
             left = 0.0
-            widths = part["gather"], part[handing_out], max(ours - floor, 0)
+            widths = part["gather"], part[yielding], max(ours - floor, 0)
             for width, colour in zip(widths, colours.values(), strict=True):
                 axes.barh(len(labels), width, 0.7, left=left, color=colour)
                 left += width

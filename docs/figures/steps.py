@@ -3,7 +3,7 @@
 Nothing is trained: what a step takes is the largest of its ranks' costs, and a batch costs its
 samples times its patch's cost per sample. Time is the sum of that over the steps of an epoch,
 divided by what it would be if all ranks shared the epoch's cost out evenly and never waited. Steps
-of one patch hand some batches out again, which is in their time.
+of one patch repeat some batches, which is included in their time.
 """
 
 from __future__ import annotations

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from gpusampler.core.files import open_output
+from gpusampler.core.files import save_png
 from gpusampler.core.text import format_bytes, format_table
 
 Record = Mapping[str, Any]
@@ -121,5 +121,4 @@ def draw_fit(record: Record, path: Path) -> None:
     axes[1].set_title(f"Residuals, {record['worst_residual']:.1%} at worst", fontsize=10)
     limit = f"{record['share']:.0%} of {format_bytes(record['memory_limit'])}"
     figure.suptitle(f"calibrate on {record['device']}: {limit}", fontsize=11)
-    with open_output(path) as file:
-        figure.savefig(file, dpi=110, format="png")
+    save_png(figure, path)

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from gpusampler.batching.short_batches import Partial
 from gpusampler.core.arrays import Int64
-from gpusampler.core.files import open_output
+from gpusampler.core.files import save_png
 from gpusampler.core.text import format_table
 from gpusampler.sampler.batch_sampler import PatchBatchSampler
 
@@ -132,8 +132,7 @@ def draw(inspection: Inspection, path: Path) -> None:
         f"in {len(inspection.counts):,} patches",
         fontsize=11,
     )
-    with open_output(path) as file:
-        figure.savefig(file, dpi=110, format="png")
+    save_png(figure, path)
 
 
 def _outcome_row(outcome: Outcome, samples: int) -> list[str]:

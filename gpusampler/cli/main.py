@@ -255,9 +255,10 @@ def inspect(
         if epoch is None:
             draw(found, picture)
         else:
+            from gpusampler.core.files import save_png
             from gpusampler.sampler.plot import plot_epoch
 
-            plot_epoch(sampler, epoch).savefig(picture, dpi=110, format="png")
+            save_png(plot_epoch(sampler, epoch), picture)
     click.echo(f"\nwritten: {picture}")
 
 

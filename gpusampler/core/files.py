@@ -64,6 +64,18 @@ def open_output(path: str | os.PathLike[str]) -> BufferedWriter:
     return open(fd, "wb")
 
 
+def save_png(figure: Any, path: str | os.PathLike[str]) -> None:
+    """Write a figure of matplotlib to a regular file, as PNG.
+
+    Raises
+    ------
+    OSError
+        As for `open_regular`.
+    """
+    with open_output(path) as file:
+        figure.savefig(file, dpi=110, format="png")
+
+
 def check_regular(path: str | os.PathLike[str], *, missing_ok: bool = False) -> None:
     """Raise OSError if a path is not a regular file, before a library opens it by name."""
     try:
@@ -76,12 +88,13 @@ def check_regular(path: str | os.PathLike[str], *, missing_ok: bool = False) -> 
 def open_temporary(path: Path, mode: int | None = None) -> tuple[Path, BufferedRandom]:
     """Create a file beside ``path``, with a random name, for reading and writing.
 
-    Nobody can plant a link in its place: a file that exists already is an error. ``mode`` is its
-    permissions; by default those of a new file.
+    A link or a file that exists at the path is an error. ``mode`` gives the permissions; by default
+    they are those of a new file.
     """
     # Random, because processes in different containers may share a disk and a process id.
     temporary = path.with_name(f"{path.name}.{os.getpid()}-{os.urandom(8).hex()}.saving")
-    # O_EXCL follows no link. A descriptor that others open before fchmod would see what follows.
+    # O_EXCL follows no link. Private until fchmod: another user who opened the file earlier could
+    # read what is written later.
     flags = os.O_RDWR | os.O_CREAT | os.O_EXCL
     fd = os.open(temporary, flags | _BINARY, 0o666 if mode is None else 0o600)
     if mode is not None and hasattr(os, "fchmod"):

@@ -61,8 +61,7 @@ class ForcedDataset(GWPatchDataset):
         domain = replace(normalize, coords="domain")
 
         def transform(sample: dict[str, Any]) -> dict[str, Any]:
-            located = domain(sample)
-            points = torch.cat([located["core_coords"], located["ghost_coords"]])
+            points = torch.cat(domain.scale_points(sample["core_coords"], sample["ghost_coords"]))
             return {**normalize(sample), "location": 2 * points - 1}
 
         self.transform = transform

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from gpusampler.core.files import open_output
+from gpusampler.core.files import save_png
 from gpusampler.demo.head_map import HeadMap
 from gpusampler.demo.report import DemoReport, Training
 
@@ -33,8 +33,7 @@ def draw(report: DemoReport, heads: HeadMap, path: Path) -> None:
     left, right = lower.subplots(1, 2, width_ratios=[1.0, 1.25])
     _draw_loss(left, report.training)
     _draw_batches(lower, right, report.training)
-    with open_output(path) as file:
-        figure.savefig(file, dpi=110, format="png")
+    save_png(figure, path)
 
 
 def _draw_heads(figure: Any, heads: HeadMap) -> None:

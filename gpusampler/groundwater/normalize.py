@@ -218,7 +218,25 @@ class Normalize:
         ):
             mean, std = self._statistics(sample[key], columns)
             scaled[key] = (sample[key] - mean) / std
-        core, ghost = sample["core_coords"], sample["ghost_coords"]
+        points = self.scale_points(sample["core_coords"], sample["ghost_coords"])
+        scaled["core_coords"], scaled["ghost_coords"] = points
+        return scaled
+
+    def scale_points(
+        self, core: torch.Tensor, ghost: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Scale the points of one patch to the unit cube, as ``coords`` says.
+
+        Parameters
+        ----------
+        core, ghost : torch.Tensor, shapes (Nc, 3) and (Ng, 3)
+            Core and ghost points of a sample.
+
+        Returns
+        -------
+        tuple of torch.Tensor
+            The scaled core and ghost points, same shapes, dtype and device.
+        """
         if self.coords == "domain":
             low, high = core.new_tensor(self.low), core.new_tensor(self.high)
         else:
@@ -228,9 +246,8 @@ class Normalize:
         extent = high - low
         flat = extent <= 0
         extent = extent.masked_fill(flat, 1.0)
-        for key, points in (("core_coords", core), ("ghost_coords", ghost)):
-            scaled[key] = ((points - low) / extent).masked_fill(flat, 0.5)
-        return scaled
+        core, ghost = (((points - low) / extent).masked_fill(flat, 0.5) for points in (core, ghost))
+        return core, ghost
 
     def inverse(
         self, values: torch.Tensor, columns: str | Sequence[str] | None = None

@@ -1,4 +1,4 @@
-"""``python -m docs.figures.epochs``: it draws what the library hands out, and pages show it."""
+"""``python -m docs.figures.epochs``: it draws the library's batches, and pages show it."""
 
 from __future__ import annotations
 

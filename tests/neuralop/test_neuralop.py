@@ -262,6 +262,16 @@ def test_a_save_that_fails_leaves_the_last_one(tmp_path, whole, monkeypatch):
     assert_resumed(resume(tmp_path), whole, 10)
 
 
+def test_a_planted_link_is_not_written_through(tmp_path):
+    (tmp_path / "victim").write_text("not yours")
+    folder = tmp_path / "saved"
+    folder.mkdir()
+    (folder / "patch_trainer.pt.saving").symlink_to(tmp_path / "victim")
+    with pytest.raises(PermissionError, match="a working file is a symbolic link"):
+        fit(Recorder(), loader_of(dataset_of()), save_every_batches=5, save_dir=folder)
+    assert (tmp_path / "victim").read_text() == "not yours"
+
+
 @pytest.mark.slow("three processes that import neuralop")
 @pytest.mark.parametrize("workers", [0, 2])
 def test_a_killed_process(tmp_path, whole, workers):

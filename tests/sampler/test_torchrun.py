@@ -302,6 +302,16 @@ def check_cut(attempts: list[Attempt]) -> None:
     assert 0 < slot <= first.steps[-1].slot + 2 < M
 
 
+def check_two_attempts(folder: Path) -> None:
+    """The cable was cut in the first attempt, and both epochs are complete after the second."""
+    attempts = read_attempts(folder)
+    assert len(attempts) == 2
+    check_cut(attempts)
+    for epoch in range(2):
+        check_epoch(attempts, epoch)
+    check_end(attempts)
+
+
 @pytest.mark.parametrize("survivor", [0, 1], ids=["first", "second"])
 @pytest.mark.battery("two hosts whose cable is cut, and the wait for that to be noticed")
 def test_a_cable_is_cut_and_one_host_is_started_again(tmp_path, hosts, survivor):
@@ -314,12 +324,7 @@ def test_a_cable_is_cut_and_one_host_is_started_again(tmp_path, hosts, survivor)
     again = ["--standalone", "--nproc-per-node", 1, SCRIPT, "--out", tmp_path]
     with TorchrunJob(tmp_path, again, hosts.launcher(survivor), GLOO_SOCKET_IFNAME="lo") as job:
         assert job.wait() == 0, job.output()
-    attempts = read_attempts(tmp_path)
-    assert len(attempts) == 2
-    check_cut(attempts)
-    for epoch in range(2):
-        check_epoch(attempts, epoch)
-    check_end(attempts)
+    check_two_attempts(tmp_path)
 
 
 @pytest.mark.battery("two hosts whose cable is cut, and the wait for that to be noticed")
@@ -329,12 +334,7 @@ def test_a_cable_is_cut_and_the_first_host_goes_on_alone(tmp_path, hosts):
         wait_for_lines(first, tmp_path / "rank0.jsonl", CUT_AFTER)
         hosts.cut()
         assert first.wait() == 0, first.output()
-    attempts = read_attempts(tmp_path)
-    assert len(attempts) == 2
-    check_cut(attempts)
-    for epoch in range(2):
-        check_epoch(attempts, epoch)
-    check_end(attempts)
+    check_two_attempts(tmp_path)
 
 
 @pytest.mark.battery("two hosts whose cable is cut, and the wait for that to be noticed")
