@@ -422,6 +422,7 @@ def patch_folder(root: Path, steps: int) -> Path:
     return root
 
 
+@pytest.mark.slow("trains once more")
 def test_a_folder_without_forcing_is_trained_on(tmp_path):
     data = load(patch_folder(tmp_path, 60))
     assert data.num_forcing == 0

@@ -177,6 +177,7 @@ def test_a_finished_run(tmp_path, whole):
         resume(tmp_path)
 
 
+@pytest.mark.slow("trains several times")
 @pytest.mark.filterwarnings("ignore:.*set_vital")
 def test_other_schedules_and_loaders(tmp_path):
     stateful = pytest.importorskip("torchdata.stateful_dataloader").StatefulDataLoader
@@ -210,6 +211,7 @@ class Counting(torch.nn.Module):
         return self.batches / 1000
 
 
+@pytest.mark.slow("trains several times")
 def test_a_regularizer_is_resumed(tmp_path):
     reference = Recorder()
     metrics = fit(reference, loader_of(dataset_of()), regularizer=Counting())
@@ -230,6 +232,7 @@ class Scored(Recorder):
         return self._metrics
 
 
+@pytest.mark.slow("trains several times")
 def test_the_best_model_stays_the_best_over_a_resume(tmp_path):
     saving = {"save_best": "val_l2", "save_every_batches": 4, "save_dir": tmp_path}
     with pytest.raises(Stopped):
@@ -500,6 +503,7 @@ class Plain(Recorder):
     resume_state_from_dir = Trainer.resume_state_from_dir
 
 
+@pytest.mark.slow("trains several times")
 @by_itself
 def test_neuralop_repeats_the_saved_epoch_with_the_batches_of_epoch_0(tmp_path, monkeypatch):
     with pytest.raises(Stopped):
