@@ -24,9 +24,8 @@ PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 # Compares peaks of memory, which show where nothing was freed before.
 ALONE = {"calibrate.md"}
 MARKS = {
-    "compiled-loops.md": [pytest.mark.slow("compiles to machine code")],
+    "in-memory.md": [pytest.mark.slow("compiles to machine code")],
     "groundwater-gino.md": [pytest.mark.slow("trains a GINO")],
-    "neuralop.md": [pytest.mark.slow("trains a GINO")],
 }
 BLOCK = re.compile(r"^```(python|output)\n(.*?)^```", re.DOTALL | re.MULTILINE)
 

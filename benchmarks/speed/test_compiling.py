@@ -1,7 +1,7 @@
 """How long torch.compile takes over a cursor: ``pytest -m slow`` on this file.
 
 Forward and backward of a step, by torch's default compiler on the CPU, one thread, nothing cached:
-with its own settings and with the option that docs/how-to/compiled-loops.md names.
+with its own settings and with the option that docs/how-to/in-memory.md names.
 """
 
 from __future__ import annotations

@@ -417,7 +417,7 @@ def inductor(tmp_path, monkeypatch):
 
 
 QUICKER = {"realize_opcount_threshold": 8}
-"""What docs/how-to/compiled-loops.md recommends."""
+"""What docs/how-to/in-memory.md recommends."""
 
 
 @pytest.mark.parametrize(
