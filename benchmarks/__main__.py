@@ -9,7 +9,6 @@ Peers come with the ``bench`` extra; one that is not there is named, with the re
 from __future__ import annotations
 
 import argparse
-import json
 import os
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import torch
 
 from benchmarks import markdown
-from benchmarks.machine import line, machine
+from benchmarks.machine import line, machine, write
 from benchmarks.peers import cases
 from benchmarks.peers.measure import ROUNDS
 from benchmarks.peers.ours import OURS
@@ -85,7 +84,7 @@ def measure(asked: argparse.Namespace) -> dict[str, Any]:
     for row in run(peers, some, asked.limit_seconds, rounds):
         found["rows"].append(row)
         if asked.out:
-            write(found, asked.out)
+            write(found, asked.out, "peers")
         if len(found["rows"]) % len(peers) == 0:
             print(f"\n{cases.Case(**row['case'])}\n\n{table(found['rows'][-len(peers) :])}")
     return found
@@ -103,23 +102,13 @@ def table(rows: list[dict[str, Any]]) -> str:
     return markdown.table(("sampler", "epoch / ungrouped", *FIGURES, "why not"), lines)
 
 
-def write(found: dict[str, Any], folder: Path) -> Path:
-    """Write what was found so far, whole or not at all."""
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / f"peers-{found['machine']['date']}.json"
-    beside = path.with_suffix(".part")
-    beside.write_text(json.dumps(found, indent=1) + "\n")
-    beside.replace(path)
-    return path
-
-
 def main(arguments: list[str] | None = None) -> None:
     """Print what was measured; write it if asked to."""
     asked = parsed(arguments)
     found = measure(asked)
     print(f"\n{line(found['machine'])}")
     if asked.out:
-        print(f"wrote {write(found, asked.out)}")
+        print(f"wrote {write(found, asked.out, 'peers')}")
 
 
 if __name__ == "__main__":

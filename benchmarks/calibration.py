@@ -24,14 +24,12 @@ import numpy as np
 import torch
 
 from benchmarks import markdown
-from benchmarks.machine import line as machine_line
-from benchmarks.machine import machine
+from benchmarks.machine import line, machine, write
 from benchmarks.peers.running import apart
 from gpusampler import Batch, CostBudget, PatchBatchSampler, calibrate
 from gpusampler.calibration.cost_model import Fit
 from gpusampler.calibration.forked_child import high_water_mark
 from gpusampler.calibration.memory_meter import HostMeter
-from gpusampler.core import memory
 from gpusampler.core.text import format_bytes
 
 HELD_OUT = 24
@@ -159,14 +157,8 @@ def held_out(case: Case, budget: CostBudget, limit: int) -> list[dict[str, Any]]
         probe = meter.measure(labels.index(patch), size)
         assert probe is not None, "it ran out of memory within the share"
         comparisons.append(
-            {
-                "patch_id": patch,
-                "cost": cost,
-                "batch_size": size,
-                "predicted": predicted,
-                "measured": probe.peak,
-                "off": predicted / probe.peak - 1,
-            }
+            {"patch_id": patch, "cost": cost, "batch_size": size, "predicted": predicted}
+            | {"measured": probe.peak, "off": predicted / probe.peak - 1}
         )
     return comparisons
 
@@ -188,9 +180,7 @@ def epoch_peak(case: Case, budget: CostBudget) -> dict[str, Any]:
 
 def run(case: Case, picture: Path | None) -> dict[str, Any]:
     """Calibrate a case, and compare what it foretells."""
-    resident = memory.resident_bytes()
-    assert resident is not None
-    limit = resident + FREE
+    limit = high_water_mark(reset=True) + FREE
     with case.context():
         start = time.perf_counter()
         budget = calibrate(
@@ -240,14 +230,14 @@ def row_of(result: dict[str, Any]) -> dict[str, Any]:
 def main(arguments: list[str] | None = None) -> None:
     """Print the table, and write it as JSON if asked to."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.calibration", description=__doc__)
-    parser.add_argument("--json", type=Path, help="write everything measured there")
+    parser.add_argument("--out", type=Path, help="folder for the figures, as JSON")
     parser.add_argument("--picture", type=Path, help="draw the last case's calibration there")
     options = parser.parse_args(arguments)
     torch.set_num_threads(1)
     found = machine()
     settings = [f"{k}={v}" for k, v in os.environ.items() if k.startswith("MALLOC_")]
     found["malloc"] = ", ".join(settings) or "as it comes"
-    print(machine_line(found))
+    print(line(found))
     results = []
     for case in cases():
         print(f"\n{case.name}")
@@ -256,9 +246,8 @@ def main(arguments: list[str] | None = None) -> None:
     print(f"\nlimit: what is held + {format_bytes(FREE)}, share {SHARE:.0%}\n")
     rows = [row_of(result) for result in results]
     print(markdown.table(list(rows[0]), [row.values() for row in rows]))
-    if options.json:
-        report = {"command": "python -m benchmarks.calibration", "machine": found, "cases": results}
-        options.json.write_text(json.dumps(report, indent=1) + "\n")
+    if options.out:
+        write({"machine": found, "cases": results}, options.out, "calibration")
 
 
 if __name__ == "__main__":

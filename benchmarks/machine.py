@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import platform
 import subprocess
@@ -31,6 +32,15 @@ def machine(*packages: str) -> dict[str, Any]:
 def line(found: dict[str, Any]) -> str:
     """Return a machine as one line."""
     return ", ".join(f"{name} {value}" for name, value in found.items())
+
+
+def write(found: dict[str, Any], folder: Path, name: str) -> Path:
+    """Write results as JSON, named by the day of the run; a file of results is always whole."""
+    path = folder / f"{name}-{found['machine']['date']}.json"
+    folder.mkdir(parents=True, exist_ok=True)
+    part = path.with_suffix(".part")
+    part.write_text(json.dumps(found, indent=1) + "\n")
+    return part.replace(path)
 
 
 def version(package: str) -> str | None:

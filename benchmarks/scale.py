@@ -13,14 +13,15 @@ import sys
 import tempfile
 import time
 import tracemalloc
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from benchmarks.machine import machine
+from benchmarks.machine import machine, write
 from gpusampler import EpochPlan, PatchBatchSampler, PatchGroups, read_patch_ids
+from gpusampler.core import memory
 
 ROOT = Path(__file__).parent.parent
 PATCHES = 500
@@ -69,11 +70,7 @@ def watched(
 
 def anonymous(pid: int | str) -> int:
     """Return the anonymous resident memory of a process in bytes, 0 once it is gone."""
-    try:
-        lines = Path(f"/proc/{pid}/status").read_text().splitlines()
-    except (FileNotFoundError, ProcessLookupError):
-        return 0
-    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("RssAnon")), 0)
+    return memory.kernel_field(Path(f"/proc/{pid}/status"), "RssAnon") or 0
 
 
 ROUNDS = 3
@@ -245,15 +242,12 @@ class Slow:
         time.sleep(0.001)
         return {"patch_id": index % 7}
 
-    def __iter__(self) -> Iterator[dict[str, int]]:
-        return (self[index] for index in range(self._size))
-
 
 def asking(size: int) -> dict[str, Any]:
     """Read ids from a slow dataset; the baseline is a loop over its samples."""
     dataset = Slow(size)
     ours = seconds(lambda: read_patch_ids(dataset, progress=False))
-    loop = seconds(lambda: [sample["patch_id"] for sample in dataset])
+    loop = seconds(lambda: [dataset[index]["patch_id"] for index in range(size)])
     return {"samples": size, "seconds": ours, "loop_seconds": loop, "times_faster": loop / ours}
 
 
@@ -263,10 +257,8 @@ def drained(folder: Path, size: int, batches: int) -> dict[str, Any]:
     make_ids(ids, size)
     mapped = PatchGroups.from_ids(ids, path=index)
     took = {}
-    for name, groups in {
-        "mapped": mapped,
-        "in memory": PatchGroups.load(index, mmap=False),
-    }.items():
+    loaded = PatchGroups.load(index, mmap=False)
+    for name, groups in {"mapped": mapped, "in memory": loaded}.items():
         sampler = PatchBatchSampler(groups, BATCH_SIZE, seed=0, output="numpy")
 
         def draw(sampler: PatchBatchSampler = sampler) -> None:
@@ -320,9 +312,7 @@ def main(arguments: list[str] | None = None) -> None:
                 found[name] = measure()
                 print(f"{name}: {json.dumps(found[name], indent=2)}", flush=True)
     if asked.out:
-        asked.out.mkdir(parents=True, exist_ok=True)
-        path = asked.out / f"scale-{found['machine']['date']}.json"
-        path.write_text(json.dumps(found, indent=2) + "\n")
+        write(found, asked.out, "scale")
 
 
 if __name__ == "__main__":

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import ctypes
-import gc
 import json
 import time
 from collections.abc import Callable, Mapping
@@ -21,9 +20,9 @@ from typing import Any
 import numpy as np
 
 from benchmarks import markdown
-from benchmarks.machine import line, machine
+from benchmarks.machine import line, machine, write
 from benchmarks.peers import budgets
-from benchmarks.peers.memory import resident
+from benchmarks.peers.memory import peak_of
 from benchmarks.peers.running import apart
 from benchmarks.peers.samplers import budgeted
 from gpusampler import CostBudget, PatchBatchSampler
@@ -78,11 +77,7 @@ def peak(data: Any, batches: list[list[int]]) -> float:
     ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, 1 << 16)
     run = Run(data)
     run.epoch(batches)  # what is made once: the optimizer's state, buffers of libraries
-    gc.collect()
-    before, _ = resident()
-    Path("/proc/self/clear_refs").write_text("5")
-    run.epoch(batches)
-    return (resident()[1] - before) / 1e6
+    return peak_of(lambda: run.epoch(batches))[1] / 1e6
 
 
 def training(sizes: tuple[int, ...] = TRAINED, epochs: int = EPOCHS) -> dict[str, Any]:
@@ -144,9 +139,7 @@ def peers() -> dict[str, Any]:
                 "budget": workload.budget,
                 "mean": float(workload.lengths.mean()),
                 "longest": int(workload.lengths.max()),
-                "peers": [
-                    budgets.measured(peer, workload, budgets.ROUNDS) for peer in budgeted.PEERS
-                ],
+                "peers": [budgets.measured(peer, workload) for peer in budgeted.PEERS],
             }
             for workload in workloads
         ],
@@ -242,9 +235,7 @@ def main(arguments: list[str] | None = None) -> None:
         found[name] = measure()
         show(found[name])
     if asked.out:
-        asked.out.mkdir(parents=True, exist_ok=True)
-        path = asked.out / f"sizing-{found['machine']['date']}.json"
-        path.write_text(json.dumps(found, indent=2) + "\n")
+        write(found, asked.out, "sizing")
 
 
 if __name__ == "__main__":

@@ -49,13 +49,12 @@ def some_too_long(samples: int = 20_000, budget: int = 8_000, seed: int = 0) -> 
 WORKLOADS = (one_patch, in_patches, some_too_long)
 
 
-def measured(peer: Peer, workload: Workload, rounds: int | None = None) -> dict[str, Any]:
+def measured(peer: Peer, workload: Workload, rounds: int = ROUNDS) -> dict[str, Any]:
     """Run two epochs of a peer and a resume, and say what came out."""
     found: dict[str, Any] = {"name": peer.name, "package": peer.package, "bounds": peer.bounds}
     found["version"] = version(peer)
     if why := missing(peer):
         return {**found, "missing": why}
-    rounds = rounds or ROUNDS
     with warnings.catch_warnings(record=True) as warned:
         warnings.simplefilter("always")
         given = peer.prepare(workload)

@@ -5,10 +5,11 @@ from __future__ import annotations
 import importlib
 import warnings
 from collections.abc import Callable
-from importlib import metadata
 from typing import Any, NamedTuple
 
 import numpy as np
+
+from benchmarks import machine
 
 
 class Work(NamedTuple):
@@ -50,12 +51,7 @@ def importer(module: str) -> Callable[[], Any]:
 
 def version(peer: Peer) -> str | None:
     """Return the version of a peer's package, None where it is not installed."""
-    if peer.package is None:
-        return "here"
-    try:
-        return metadata.version(peer.package)
-    except metadata.PackageNotFoundError:
-        return None
+    return "here" if peer.package is None else machine.version(peer.package)
 
 
 def missing(peer: Peer) -> str | None:

@@ -28,6 +28,7 @@ import zarr
 from torch.utils.data import DataLoader, Dataset
 
 from benchmarks import markdown
+from benchmarks.machine import line, machine
 from gpusampler import PatchBatchSampler, PatchTensorLoader
 from gpusampler.sampler.read_ahead import READ_AHEAD_BYTES
 
@@ -115,15 +116,13 @@ def compared(open_file: Open, ids: np.ndarray, ahead: int) -> Iterator[tuple[flo
 
 def main(arguments: list[str] | None = None) -> None:
     """Print the table."""
-    from benchmarks.__main__ import machine
-
     parser = argparse.ArgumentParser(prog="python -m benchmarks.peers.rows", description=__doc__)
     parser.add_argument("--megabytes", type=int, default=FILE_BYTES >> 20, help="of a file")
     parser.add_argument("--read-ahead", type=int, default=READ_AHEAD_BYTES >> 20, metavar="MB")
     parser.add_argument("--file", nargs="+", choices=FILES, default=FILES)
     asked = parser.parse_args(arguments)
     torch.set_num_threads(1)
-    print(", ".join(f"{name} {value}" for name, value in machine().items()))
+    print(line(machine()))
     print(f"batches of {BATCH}, {PATCHES} patches, files of {asked.megabytes} MiB, ", end="")
     print(f"{asked.read_ahead} MiB read ahead\n")
     head = ("file", "bytes in a row", "ours, µs a batch", "/ plain loop", "/ DataLoader, 2 workers")

@@ -60,7 +60,7 @@ class Floors:
             np.take(self.order, self.places[rows]).astype(np.int64)
 
     def next(self) -> None:
-        """Hand out lists that are there already."""
+        """Yield lists that exist already."""
         drain(iter(self.lists))
 
     def views(self) -> None:
