@@ -47,6 +47,8 @@ class RankShard(NamedTuple):
 
     def after(self, steps: int) -> RankShard:
         """Return the part that remains after ``steps`` steps."""
+        if steps == 0:
+            return self
         slot = self.slot + steps * self.num_replicas
         return self._replace(slot=slot, steps=self.steps - steps)
 
