@@ -54,7 +54,7 @@ record(epoch=epoch, step=step, rows=values[:, 0].tolist(), loss=loss.item().hex(
 
 def script_of(out: Path, kill: tuple[int, int, int] | None) -> str:
     """The page's script, which also records what its workers do, and dies on one of them."""
-    script = page_script("ray.md", "train_ray.py")
+    script = page_script("in-your-loop.md", "train_ray.py")
     for line, with_more in (
         ("def train(config):\n", RECORD.format(out=str(out), kill=kill)),
         ("model = prepare_model(plain)\n", "{}    record(sampler, optimizer)\n"),
