@@ -1,10 +1,10 @@
-"""What a budget of cost gains over a fixed size: ``python -m benchmarks.sizing``.
+"""Compare a cost budget with a fixed batch size: ``python -m benchmarks.sizing``.
 
-Two parts: the demo's training with and without a budget (``training``), and samplers of other
-projects that fill a budget, on the same lengths as ours (``peers``). Needs the ``demo`` extra; a
-peer that is not installed (``bench`` extra) is named as missing. Times are those of the processor,
-on one thread: other work on the machine disturbs them less. ``python -m docs.figures.sizing``
-counts what batches of groundwater patches use of a budget.
+Two parts: training the demo with and without a budget (``training``), and samplers of other
+projects that fill a budget, on the same lengths (``peers``). Needs the ``demo`` extra. The
+``bench`` extra installs the other samplers; the tables name those that are missing. Times are CPU
+times on one thread, which other work on the machine disturbs less than wall times.
+``python -m docs.figures.sizing`` counts the fill of a budget by batches of groundwater patches.
 """
 
 from __future__ import annotations
@@ -152,9 +152,9 @@ def peers() -> dict[str, Any]:
 TRAINING = {
     "size": "{fixed}",
     "batches": "{batches}",
-    "steps an epoch": "{steps}",
+    "steps per epoch": "{steps}",
     "samples / s": "{samples_a_second:.0f}",
-    "against fixed": "{against_fixed:.2f}",
+    "relative to fixed": "{against_fixed:.2f}",
     "peak, MB": "{peak_mb:.0f}",
     "probe loss": "{probe_loss:.2f}",
 }
@@ -168,16 +168,16 @@ FILL = {
     "over: sum / padded": "{over_budget:,} / {over_budget_padded:,}",
     "mixed": "{mixed:,}",
     "lost / repeated": "{lost} / {repeated}",
-    "too long, in batches": "{too_long_in_batches} of {too_long}",
+    "over the budget alone, yielded": "{too_long_in_batches} of {too_long}",
 }
 TIMES = {
     "sampler": "{name}",
     "construct, ms": "{construct_ms:.1f}",
-    "an epoch, ms": "{epoch_ms:.1f}",
+    "epoch, ms": "{epoch_ms:.1f}",
     "len()": "{len}",
     "batches, batches of the second epoch": "{batches}, {second_epoch_batches}",
-    "second epoch has other batches": "{second_epoch_differs}",
-    "stopped in the middle, goes on with": "{resume}",
+    "second epoch differs": "{second_epoch_differs}",
+    "resumes with": "{resume}",
     "resume, ms": "{resume_ms:.1f}",
 }
 
@@ -188,7 +188,7 @@ def print_training(found: Mapping[str, Any]) -> None:
         {**row, "against_fixed": row["samples_a_second"] / fixed[row["fixed"]]["samples_a_second"]}
         for row in found["rows"]
     ]
-    print(f"\nGINO of the demo, {found['samples']} samples, {found['epochs']} epochs, the best\n")
+    print(f"\nGINO of the demo, {found['samples']} samples, {found['epochs']} epochs, best epoch\n")
     print(markdown.records(TRAINING, rows), end="\n\n")
 
 

@@ -144,7 +144,7 @@ def resumed(
     while (batch := next(goes_on, None)) is not None:
         rest.append(batch)
     same = _listed(peer, rest) == whole[middle:]
-    found = "the same batches" if same else "other batches"
+    found = "the same batches" if same else "different batches"
     return {"resume": found, "resume_seconds": min(took)}
 
 

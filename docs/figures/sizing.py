@@ -1,8 +1,9 @@
-"""What batches of groundwater patches use of a budget: ``python -m docs.figures.sizing``.
+"""Fill of a budget by batches of groundwater patches: ``python -m docs.figures.sizing``.
 
-Counts, the same on every machine: a fixed size beside the budget of the same peak, on the patches
-of both presets. ``--picture`` draws them beside the samplers of other projects, of which
-``python -m benchmarks.sizing --out DIR`` has written FILE. Needs the ``demo`` extra and gstools.
+Compares a fixed batch size with the budget of the same peak, on the patches of both presets. These
+are counts, equal on every machine. ``--picture`` draws them, and the samplers of other projects
+from FILE, which ``python -m benchmarks.sizing --out DIR`` writes. Needs the ``demo`` extra and
+gstools.
 """
 
 from __future__ import annotations
@@ -23,18 +24,18 @@ from gpusampler import CostBudget, PatchBatchSampler, PatchGroups
 sys.path.append(str(Path(__file__).parents[1] / "examples"))
 
 FIXED = (1, 2, 4, 8, 16, 32, 64)
-"""Fixed batch sizes; the budget of each is what its batch of the largest patch costs."""
+"""Fixed batch sizes; the budget of each is the cost of its batch of the largest patch."""
 SHOWN = 8
 """The demo's own batch size."""
 STEPS = (365, 3_650)
-"""Time steps beside those of the preset: daily values of one year, and of ten."""
+"""Time steps in addition to the preset's: daily values of one year and of ten years."""
 COLUMNS = {
-    "patches, cost, series": "{name}",
+    "preset, cost, series": "{name}",
     "points": "{points[0]} to {points[1]:,}",
-    "samples a patch": "{samples:,}",
-    "batches, fixed": "{batches_fixed:,}",
+    "samples per patch": "{samples:,}",
+    "batches, fixed size": "{batches_fixed:,}",
     "batches, budget": "{batches:,}",
-    "fill, fixed": "{fill_fixed:.2f}",
+    "fill, fixed size": "{fill_fixed:.2f}",
     "fill, budget": "{fill:.2f}",
     "gain": "{gain:.2f}",
     "possible": "{possible:.2f}",
@@ -43,9 +44,9 @@ COLUMNS = {
 
 
 def patch_points(preset: str) -> dict[str, list[int]]:
-    """Return the points of a preset's patches: of their cores, and with their ghosts.
+    """Return the number of points of a preset's patches, without and with ghost points.
 
-    The map is drawn and cut as the simulation does it, which does not need MODFLOW.
+    The aquifer is generated and divided as in the simulation, without MODFLOW.
     """
     from groundwater_simulation.aquifer import build_aquifer
     from groundwater_simulation.patches import cut_aquifer
@@ -61,7 +62,7 @@ def patch_points(preset: str) -> dict[str, list[int]]:
 
 
 def samples_of(steps: int) -> int:
-    """Return the training windows of a series, as the demo cuts it."""
+    """Return the number of training windows that the demo makes of a series."""
     from gpusampler.demo.loading import INPUTS, OUTPUTS, STRIDE
     from gpusampler.groundwater.windows import Windows
 
@@ -69,7 +70,7 @@ def samples_of(steps: int) -> int:
 
 
 def batch_costs(counts: np.ndarray, costs: np.ndarray, batch_size: Any) -> np.ndarray:
-    """Return what each batch of an epoch costs."""
+    """Return the cost of each batch of an epoch."""
     groups = PatchGroups.from_counts(counts)
     sampler = PatchBatchSampler(groups, batch_size, seed=0, num_replicas=1, rank=0, progress=False)
     at = sampler.plan.evaluator.locate(0, np.arange(sampler.plan.num_batches))
@@ -102,7 +103,7 @@ def used(costs: np.ndarray, samples: int, fixed: int) -> dict[str, Any]:
 
 
 def memory() -> dict[str, Any]:
-    """Measure the use of the budget on both presets, for all sizes and lengths of the series."""
+    """Measure the fill of the budget on both presets, for all sizes and lengths of the series."""
     from groundwater_simulation.settings import preset_settings
 
     found: dict[str, Any] = {}
@@ -121,28 +122,28 @@ def memory() -> dict[str, Any]:
 
 
 def shown(case: Mapping[str, Any]) -> dict[str, Any]:
-    """Return what was found for the size that is shown."""
+    """Return the results for the batch size that the table and the picture show."""
     return next(one for one in case["by_size"] if one["fixed"] == SHOWN)
 
 
 def print_memory(found: Mapping[str, Any]) -> None:
     """Print the tables."""
-    print(f"use of the budget: {SHOWN} samples of the largest patch\n")
+    print(f"fill of a budget of {SHOWN} samples of the largest patch\n")
     rows = []
     for name, case in found.items():
         points = case["points"][0], case["points"][-1]
         rows.append({"name": name, **case, **shown(case), "points": points})
     print(markdown.records(COLUMNS, rows))
-    print("\nfill of the budget / gain over possible gain, by the fixed size that sets it\n")
+    print("\nfill of the budget / fraction of the possible gain, by fixed size\n")
     fills = [
         [name, *(f"{one['fill']:.2f} / {one['ratio']:.2f}" for one in case["by_size"])]
         for name, case in found.items()
     ]
-    print(markdown.table(["patches, cost, series", *FIXED], fills))
+    print(markdown.table(["preset, cost, series", *FIXED], fills))
 
 
 def draw(memory: Mapping[str, Any], found: Mapping[str, Any], path: Path) -> None:
-    """Draw the fill of the budget: fixed beside budget, and the peers."""
+    """Draw the fill of the budget: fixed size and budget, and the samplers of other projects."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -157,13 +158,13 @@ def draw(memory: Mapping[str, Any], found: Mapping[str, Any], path: Path) -> Non
             left.text(one[key] + 0.01, row + shift, f"{one[key]:.2f}", va="center", fontsize=8)
     names = [
         f"{name.split(', ')[0]}, {case['points'][0]} to {case['points'][-1]:,} points,\n"
-        f"{case['samples']:,} samples a patch"
+        f"{case['samples']:,} samples per patch"
         for name, case in cases
     ]
     left.set_yticks(range(len(cases)), names, fontsize=8)
-    left.barh(0, 0, color="#c44e52", label=f"batch size {SHOWN}")
-    left.barh(0, 0, color="#2a7f62", label="CostBudget of the same peak")
-    left.set(xlim=(0, 1.02), xlabel="mean use of the budget", title="Groundwater patches")
+    left.barh(0, 0, color="#c44e52", label=f"fixed size {SHOWN}")
+    left.barh(0, 0, color="#2a7f62", label="CostBudget with the same peak")
+    left.set(xlim=(0, 1.02), xlabel="mean fill of the budget", title="Groundwater patches")
     # Both bars are long at the bottom and short at the top, so the legend is below.
     left.legend(frameon=False, fontsize=8, loc="upper center", bbox_to_anchor=(0.4, -0.12))
 
@@ -173,15 +174,15 @@ def draw(memory: Mapping[str, Any], found: Mapping[str, Any], path: Path) -> Non
         right.barh(row, peer["fill_padded"], 0.7, color="#d8d8d8")
         right.barh(row, peer["fill"], 0.7, color="#2a7f62" if row == 0 else "#4c72b0")
         text = f"{peer['fill']:.2f}, padded {peer['fill_padded']:.2f}, "
-        text += f"{peer['mixed'] / peer['batches']:.0%} mixed" if peer["mixed"] else "one patch"
+        text += f"{peer['mixed'] / peer['batches']:.0%} mixed" if peer["mixed"] else "not mixed"
         right.text(max(peer["fill_padded"], 1) + 0.05, row, text, va="center", fontsize=7)
     right.axvline(1, color="black", linewidth=0.8)
     right.set_yticks(range(len(there)), [peer["name"] for peer in there], fontsize=7)
     right.set_xticks([0, 1, 2, 3])
     right.set(
-        xlabel="use of the budget (grey: padded)",
+        xlabel="mean fill of the budget (grey: with padding)",
         title=f"{workload['samples']:,} lengths in {workload['patches']} patches",
-        xlim=(0, 5.5),
+        xlim=(0, 6),
     )
     for axes in (left, right):
         axes.invert_yaxis()
