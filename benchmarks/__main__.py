@@ -1,9 +1,10 @@
-"""Samplers of other projects beside ours, on the same ids: ``python -m benchmarks``.
+"""Compare gpusampler with other samplers on the same ids: ``python -m benchmarks``.
 
-Each peer runs on each case in a process of its own. Prints a table for each case; ``--out`` writes
-all figures as JSON, of which ``python -m docs.figures.peers`` makes the tables and pictures of the
-page. Times are those of the processor, on one thread: other work on the machine disturbs them less.
-Peers come with the ``bench`` extra; one that is not there is named, with the reason.
+Each sampler runs on each case in its own process. The command prints one table per case; ``--out``
+writes all results as JSON, from which ``python -m docs.figures.peers`` makes the tables and
+pictures of the page. Times are CPU times on one thread, which other work on the machine disturbs
+less than wall times. The ``bench`` extra installs the other samplers; the table names those that
+are missing, with the reason.
 """
 
 from __future__ import annotations
@@ -37,23 +38,30 @@ TOLD = ("name", "package", "given", "pure", "note", "drawn")
 def parsed(arguments: list[str] | None) -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
-    parser.add_argument("--out", type=Path, metavar="DIR", help="folder for the figures, as JSON")
-    parser.add_argument("--quick", action="store_true", help="small cases, one round: a rehearsal")
+    parser.add_argument("--out", type=Path, metavar="DIR", help="folder for the results, as JSON")
+    parser.add_argument(
+        "--quick", action="store_true", help="small cases, one round: check that all runs"
+    )
     parser.add_argument(
         "--cases",
         nargs="+",
         choices=sorted(cases.SERIES),
-        help="some series of cases only",
+        help="run only these series of cases",
     )
-    parser.add_argument("--peers", nargs="+", metavar="NAME", help="only peers named so in part")
     parser.add_argument(
-        "--limit-seconds", type=float, default=LIMIT, help=f"for a peer and a case ({LIMIT:g})"
+        "--peers", nargs="+", metavar="NAME", help="run only samplers with NAME in their name"
+    )
+    parser.add_argument(
+        "--limit-seconds",
+        type=float,
+        default=LIMIT,
+        help=f"CPU time per sampler and case ({LIMIT:g})",
     )
     return parser.parse_args(arguments)
 
 
 def chosen(names: list[str] | None) -> list[Any]:
-    """Return the peers whose names hold one of these, and what ratios are against."""
+    """Return the samplers whose names contain one of these, and the baselines of the ratios."""
     if not names:
         return list(PEERS)
     found = [peer for peer in PEERS if any(name in peer.name for name in names)]
@@ -63,7 +71,7 @@ def chosen(names: list[str] | None) -> list[Any]:
 
 
 def measure(asked: argparse.Namespace) -> dict[str, Any]:
-    """Run what was asked for."""
+    """Run the chosen samplers on the chosen cases."""
     torch.set_num_threads(1)
     series = cases.QUICK if asked.quick else cases.SERIES
     series = {name: series[name] for name in asked.cases or series}
@@ -91,7 +99,7 @@ def measure(asked: argparse.Namespace) -> dict[str, Any]:
 
 
 def table(rows: list[dict[str, Any]]) -> str:
-    """Return what was found of all peers on one case."""
+    """Return the results of all samplers on one case."""
     ungrouped = next(row for row in rows if row["peer"] == UNGROUPED.name).get("epoch_s")
     lines = []
     for row in rows:
@@ -99,11 +107,11 @@ def table(rows: list[dict[str, Any]]) -> str:
         why = next((row[name] for name in WHY if name in row), "")
         values = [row["peer"], ratio, *(row.get(name, "-") for name in FIGURES), why]
         lines.append([f"{v:.3g}" if isinstance(v, float) else v for v in values])
-    return markdown.table(("sampler", "epoch / ungrouped", *FIGURES, "why not"), lines)
+    return markdown.table(("sampler", "epoch / ungrouped", *FIGURES, "not measured because"), lines)
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Print what was measured; write it if asked to."""
+    """Print the results; write them if asked to."""
     asked = parsed(arguments)
     found = measure(asked)
     print(f"\n{line(found['machine'])}")

@@ -1,4 +1,4 @@
-"""The same work for all: random patch ids, of three series of cases that meet in one."""
+"""Cases of random patch ids: three series (samples, patches, batch size) that share a case."""
 
 from __future__ import annotations
 
@@ -8,17 +8,17 @@ import numpy as np
 
 
 class Case(NamedTuple):
-    """So many samples of so many patches, in batches of such a size."""
+    """Numbers of samples and patches, and the batch size."""
 
     samples: int
     patches: int
     batch_size: int
 
     def __str__(self) -> str:
-        return f"{self.samples:,} samples, {self.patches:,} patches, {self.batch_size:,} a batch"
+        return f"{self.samples:,} samples, {self.patches:,} patches, batches of {self.batch_size:,}"
 
     def ids(self) -> np.ndarray:
-        """Return the patch of each sample: the same ones for every peer."""
+        """Return the patch of each sample, the same for every sampler."""
         random = np.random.default_rng([self.samples, self.patches])
         return random.integers(0, self.patches, self.samples)
 
@@ -32,7 +32,7 @@ class Case(NamedTuple):
 
 
 MIDDLE = Case(10**6, 100, 64)
-"""Where the series meet."""
+"""The case that all series share."""
 SERIES: dict[str, tuple[Case, ...]] = {
     # A thousand samples are few for 100 patches.
     "samples": (

@@ -1,4 +1,4 @@
-"""Ours."""
+"""The configurations of gpusampler that are compared."""
 
 from __future__ import annotations
 
@@ -29,10 +29,16 @@ def _from_counts(work: Work, seed: int) -> PatchBatchSampler:
 
 
 OURS: tuple[Peer, ...] = (
-    Peer("gpusampler", as_array, _ours, note=f"by {_native.describe()}"),
-    Peer("gpusampler, by NumPy", as_array, _by_numpy, note="GPUSAMPLER_NATIVE=0"),
+    Peer("gpusampler", as_array, _ours, note="batches are lists (default)"),
+    Peer("gpusampler, NumPy backend", as_array, _by_numpy, note="GPUSAMPLER_NATIVE=0"),
     Peer('gpusampler, output="numpy"', as_array, _as_numpy, note="batches are NumPy arrays"),
-    Peer("gpusampler, from counts", as_counts, _from_counts, given="counts"),
+    Peer(
+        "gpusampler, from counts",
+        as_counts,
+        _from_counts,
+        given="counts",
+        note="PatchGroups.from_counts",
+    ),
 )
 LISTED: Any = OURS[0]
-"""What ratios are against, beside torch's ungrouped sampler."""
+"""The baseline of the second ratio; the first is torch's ungrouped sampler."""

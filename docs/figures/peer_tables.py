@@ -1,15 +1,17 @@
-"""The tables of the page beside others, made of what ``python -m benchmarks`` has written."""
+"""The tables of the comparison page, from the results that ``python -m benchmarks`` writes."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from math import inf
 from pathlib import Path
 from typing import Any
 
 from benchmarks import markdown
 from benchmarks.peers.cases import SERIES, Case
-from benchmarks.peers.ours import LISTED
+from benchmarks.peers.ours import LISTED, OURS
+from benchmarks.peers.registry import PEERS
 from benchmarks.peers.samplers.restated import UNGROUPED
 
 Row = Mapping[str, Any]
@@ -18,19 +20,53 @@ HEAD = (
     "construct, ms",
     "first batch, ms",
     "epoch, ms",
-    "/ ungrouped",
-    "/ ours",
+    "epoch / ungrouped",
+    "epoch / gpusampler",
     "second epoch, ms",
     "peak, MB",
     "len()",
     "missed",
     "repeated",
     "mixed",
-    "members of the second epoch",
+    "batches of the second epoch",
 )
+NOT_IN_SUMMARY = "epoch / gpusampler", "second epoch, ms"
+SERIES_HEAD = {
+    "samples": "number of samples",
+    "patches": "number of patches",
+    "batch": "batch size",
+}
+RENAMED = {
+    "gpusampler, by NumPy": "gpusampler, NumPy backend",
+    "bucketsampler, as by default": "bucketsampler, default",
+    "bionemo Buckets of BatchSampler": "bionemo BucketBatchSampler(BatchSampler)",
+    "bionemo Buckets of SizeAware": "bionemo BucketBatchSampler(SizeAware)",
+    "torchvision's GroupedBatchSampler": "torchvision GroupedBatchSampler",
+    "one mask a patch, fixed batches": "fixed batches, one mask per patch",
+}
+"""Names in results that were measured before the samplers had their present names."""
 
 BY_CHANCE = 0.01
-"""So many of the batches, at most, have the members of an old one: some are of two samples only."""
+"""Batches of two samples may have the same members by chance: at most this fraction of batches."""
+LEAST_MB = 1.0
+"""Below this peak, a difference is the allocator's."""
+
+
+def relabelled(found: Mapping[str, Any]) -> dict[str, Any]:
+    """Return results with the present names and descriptions of the samplers."""
+    present = {peer.name: {"given": peer.given, "note": peer.note} for peer in PEERS}
+
+    def name(old: str) -> str:
+        return RENAMED.get(old, old)
+
+    return {
+        **found,
+        "peers": [
+            peer | present.get(name(peer["name"]), {}) | {"name": name(peer["name"])}
+            for peer in found["peers"]
+        ],
+        "rows": [row | {"peer": name(row["peer"])} for row in found["rows"]],
+    }
 
 
 def case_of(row: Row) -> Case:
@@ -44,7 +80,7 @@ def looked_up(found: Mapping[str, Any]) -> dict[tuple[str, Case], Row]:
 
 
 def ratio(rows: Mapping[tuple[str, Case], Row], row: Row, baseline: str) -> float | None:
-    """Return what an epoch takes, in epochs of the baseline on the same case."""
+    """Return the time of an epoch relative to the baseline's on the same case."""
     base = rows.get((baseline, case_of(row)), {})
     if "epoch_s" not in row or not base.get("epoch_s"):
         return None
@@ -52,14 +88,14 @@ def ratio(rows: Mapping[tuple[str, Case], Row], row: Row, baseline: str) -> floa
 
 
 def why_not(row: Row) -> str:
-    """Return why a row lacks figures; empty where it does not."""
+    """Return why a row lacks results, or an empty string."""
     if "over" in row:
         return f"over {row['over']:g} s"
     return str(row.get("missing") or row.get("skipped") or row.get("error") or "")
 
 
 def number(value: Any, digits: int = 3) -> str:
-    """Return a figure with so many digits that count, - where there is none."""
+    """Return a number with so many significant digits, or - for None."""
     if value is None:
         return "-"
     if value >= 10 ** (digits - 1):
@@ -68,42 +104,42 @@ def number(value: Any, digits: int = 3) -> str:
 
 
 def count(value: Any) -> str:
-    """Return a count, - where there is none."""
+    """Return a count, or - for None."""
     return "-" if value is None else f"{value:,}"
 
 
 def length(row: Row) -> str:
-    """Compare what ``len`` says with what came."""
+    """Compare ``len`` with the number of batches yielded."""
     if "batches" not in row:
         return "-"
     said = row["len"]
     if not isinstance(said, int):
         return str(said)
     if {row["batches"], row.get("second_batches", row["batches"])} == {said}:
-        return "right"
-    return f"{said:,}, came {row['batches']:,}"
+        return "exact"
+    return f"{said:,}, yielded {row['batches']:,}"
 
 
 def members(row: Row) -> str:
-    """Say whether the second epoch's batches have other members than the first one's."""
+    """Say whether batches of the second epoch have other members than those of the first."""
     if row.get("same_epoch"):
-        return "the same epoch"
+        return "identical epoch"
     same = row.get("same_members")
     if same is None:
         return "-"
     if same == 1:
-        return "the same"
-    return "new" if same < BY_CHANCE else f"{same:.0%} the same"
+        return "same members"
+    return "new" if same < BY_CHANCE else f"{same:.0%} same members"
 
 
 def cells(rows: Mapping[tuple[str, Case], Row], row: Row) -> list[str]:
-    """Return a row of the table of everything."""
+    """Return a row of the table of all results."""
     why = why_not(row)
     if "construct_s" not in row:
         return [row["peer"], why or "-", *["-"] * (len(HEAD) - 2)]
 
     def ms(name: str) -> str:
-        # The whole of an error stands in a table of its own.
+        # The message of an error is in the table of cases that were not measured.
         lacking = "error" if "error" in row else why or "-"
         return number(row[name] * 1e3) if name in row else lacking
 
@@ -123,7 +159,7 @@ def cells(rows: Mapping[tuple[str, Case], Row], row: Row) -> list[str]:
 
 
 def everything(found: Mapping[str, Any]) -> str:
-    """Return all that was found in one table, case by case."""
+    """Return all results in one table, case by case."""
     rows = looked_up(found)
     lines: list[list[str]] = []
     for case in dict.fromkeys(case_of(row) for row in found["rows"]):
@@ -133,12 +169,13 @@ def everything(found: Mapping[str, Any]) -> str:
 
 
 def machine(found: Mapping[str, Any]) -> str:
-    """Return where and when all this was measured, in a sentence."""
+    """Return the machine, the versions and the date of the results."""
     on = found["machine"]
     return (
-        f"{on['date']}, commit {on['commit']}: {on['processor']}, {on['cores']} cores, "
-        f"Python {on['python']}, NumPy {on['numpy']}, torch {on['torch']}; best of up to "
-        f"{found['rounds']} rounds, at most {found['limit_s']:g} s of the processor a case.\n"
+        f"{on['processor']}, {on['cores']} cores, Python {on['python']}, NumPy {on['numpy']}, "
+        f"torch {on['torch']}, compiled backend {on['evaluated by']}; {on['date']}, commit "
+        f"{on['commit']}. Best of up to {found['rounds']} rounds, at most {found['limit_s']:g} CPU "
+        "seconds per sampler and case."
     )
 
 
@@ -147,37 +184,86 @@ def _table(head: Sequence[str], rows: Iterable[Iterable[str]]) -> str:
 
 
 def of_middle(found: Mapping[str, Any]) -> str:
-    """Return what was found where the series meet."""
+    """Return the results of the case that all series share, without samplers that are missing."""
     rows, middle = looked_up(found), Case(**found["middle"])
-    return _table(HEAD, [cells(rows, row) for row in found["rows"] if case_of(row) == middle])
+    kept = [place for place, name in enumerate(HEAD) if name not in NOT_IN_SUMMARY]
+    shown = [row for row in found["rows"] if case_of(row) == middle and "missing" not in row]
+    lines = [cells(rows, row) for row in shown]
+    return _table([HEAD[n] for n in kept], [[line[n] for n in kept] for line in lines])
 
 
 def of_series(found: Mapping[str, Any], series: str, value: Callable[[Row], float | None]) -> str:
-    """Return a figure of each peer along a series of cases."""
+    """Return a result of each sampler along a series of cases.
+
+    Without samplers that have no result in it, and those that the pictures leave out.
+    """
     rows = looked_up(found)
     cases = [Case(**case) for case in found["series"].get(series, ())]
     field = "batch_size" if series == "batch" else series
     lines = []
     for peer in found["peers"]:
-        line = [peer["name"]]
+        line, measured = [peer["name"]], False
         for case in cases:
             row = rows.get((peer["name"], case))
-            figure = None if row is None else value(row)
+            result = None if row is None else value(row)
+            measured |= result is not None
             skipped = row is not None and ("over" in row or "skipped" in row)
-            line.append(number(figure) if figure is not None else "over" if skipped else "-")
-        lines.append(line)
-    return _table([series, *(f"{getattr(case, field):,}" for case in cases)], lines)
+            line.append(number(result) if result is not None else "timeout" if skipped else "-")
+        if measured and peer["drawn"]:
+            lines.append(line)
+    return _table([SERIES_HEAD[series], *(f"{getattr(case, field):,}" for case in cases)], lines)
 
 
 def to_the_first_batch(row: Row) -> float | None:
-    """Return the milliseconds from ids to the first batch."""
+    """Return the milliseconds from the ids to the first batch."""
     if "first_s" not in row:
         return None
     return float((row["construct_s"] + row["first_s"]) * 1e3)
 
 
+MEASURES: dict[str, tuple[Callable[[Row], float | None], float]] = {
+    "construct": (lambda row: row.get("construct_s"), 0),
+    "ids to first batch": (to_the_first_batch, 0),
+    "first epoch": (lambda row: row.get("epoch_s"), 0),
+    "second epoch": (lambda row: row.get("second_epoch_s"), 0),
+    "peak": (lambda row: row.get("peak_mb"), LEAST_MB),
+}
+"""What is compared, and the largest value that is the measurement's own noise."""
+
+
+def losses(found: Mapping[str, Any]) -> str:
+    """Return how much more gpusampler needs than each sampler that needs less in some case."""
+    rows = looked_up(found)
+    own = {peer.name for peer in OURS}
+    lines = []
+    for peer in found["peers"]:
+        if peer["name"] in own:
+            continue
+        pairs = [
+            (rows[LISTED.name, case], row)
+            for (name, case), row in rows.items()
+            if name == peer["name"] and (LISTED.name, case) in rows
+        ]
+        line = [
+            lost([(value(ours), value(theirs)) for ours, theirs in pairs], least)
+            for value, least in MEASURES.values()
+        ]
+        if any(cell != "-" for cell in line):
+            lines.append([peer["name"], *line])
+    return _table(("sampler", *MEASURES), lines)
+
+
+def lost(pairs: Iterable[tuple[float | None, float | None]], least: float) -> str:
+    """Return the largest ratio of ours to theirs, and in how many cases it is above 1."""
+    both = [(a, b) for a, b in pairs if a is not None and b is not None]
+    ratios = [
+        ours / theirs if theirs else inf for ours, theirs in both if ours > max(theirs, least)
+    ]
+    return f"{number(max(ratios))} ({len(ratios)} of {len(both)})" if ratios else "-"
+
+
 def of_page(found: Mapping[str, Any]) -> dict[str, str]:
-    """Return the tables of the page, by name."""
+    """Return the tables of the page by name."""
     rows = looked_up(found)
 
     def against_torch(row: Row) -> float | None:
@@ -193,9 +279,10 @@ def of_page(found: Mapping[str, Any]) -> dict[str, str]:
         for peer in found["peers"]
     ]
     return {
-        "machine": machine(found),
-        "called": _table(("sampler", "package", "given", "how"), called),
+        "machine": f"*{machine(found)}*\n",
+        "called": _table(("sampler", "package", "input", "how it was called"), called),
         "middle": of_middle(found),
+        "where we lose": losses(found),
         **{f"epoch by {name}": of_series(found, name, against_torch) for name in SERIES},
         "first batch by samples": of_series(found, "samples", to_the_first_batch),
         "peak by samples": of_series(found, "samples", lambda row: row.get("peak_mb")),
@@ -205,21 +292,25 @@ def of_page(found: Mapping[str, Any]) -> dict[str, str]:
 
 
 def unmeasured(found: Mapping[str, Any]) -> str:
-    """Return which figures are not there, and why."""
-    lines = []
+    """Return which cases of which samplers were not measured, and why."""
+    cases: dict[tuple[str, str], list[str]] = {}
     for row in found["rows"]:
         if why := why_not(row):
-            lines.append([row["peer"], "all" if "missing" in row else str(case_of(row)), why])
-    return _table(("sampler", "case", "why"), dict.fromkeys(map(tuple, lines)))
+            why = "not run: timeout in an easier case" if "skipped" in row else why
+            case = "all" if "missing" in row else str(case_of(row))
+            held = cases.setdefault((row["peer"], why), [])
+            held += [case] * (case not in held)
+    lines = [(peer, "; ".join(held), why) for (peer, why), held in cases.items()]
+    return _table(("sampler", "cases", "why"), lines)
 
 
 def put_into(page: Path, named: Mapping[str, str]) -> None:
-    """Put tables between their marks in a page, or write a page of them where there is none.
+    """Put tables between their marks in a page, or write them to a new page.
 
     Raises
     ------
     ValueError
-        A mark names a table that there is not.
+        A mark names an unknown table.
     """
     if not page.exists():
         page.write_text("\n".join(f"## {name}\n\n{text}" for name, text in named.items()))

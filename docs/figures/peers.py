@@ -1,8 +1,8 @@
-"""The pictures and tables of the page beside others: ``python -m docs.figures.peers FILE``.
+"""Pictures and tables of the comparison with other samplers: ``python -m docs.figures.peers FILE``.
 
-FILE is what ``python -m benchmarks --out DIR`` has written. Prints one table, with ratios against
-torch's ungrouped sampler and against ours. ``--pictures`` draws time against N, memory against N,
-and correctness beside speed; ``--markdown`` puts the tables into the page.
+FILE holds the results of ``python -m benchmarks --out DIR``. The command prints all of them in one
+table. ``--pictures`` draws time, memory, and speed with correctness; ``--markdown`` puts the tables
+into the page.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from benchmarks.peers.cases import Case
 from benchmarks.peers.ours import OURS
 from benchmarks.peers.samplers.restated import UNGROUPED
 from docs.figures.peer_tables import (
+    SERIES_HEAD,
     Row,
     everything,
     length,
@@ -26,11 +27,12 @@ from docs.figures.peer_tables import (
     of_page,
     put_into,
     ratio,
+    relabelled,
     to_the_first_batch,
     why_not,
 )
 
-# Of Okabe and Ito's colours, which the colour-blind tell apart; marks and lines differ, too.
+# From the palette of Okabe and Ito, for colour-blind readers; markers and lines differ, too.
 OURS_COLOUR = "#0072B2"
 COLOURS = ("#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#8C6D1F")
 MARKS = "sD^vPX<>*hp"
@@ -38,13 +40,13 @@ OK, NOT = OURS_COLOUR, "#D55E00"
 
 
 def draw(found: Mapping[str, Any], folder: Path) -> list[Path]:
-    """Draw all three into a folder; return where."""
+    """Draw the three pictures into a folder and return their paths."""
     folder.mkdir(parents=True, exist_ok=True)
     made = []
     for name, figure in (
         ("peers-time", time_against_samples(found)),
         ("peers-memory", memory_against_samples(found)),
-        ("peers-correctness", correctness_beside_speed(found)),
+        ("peers-correctness", time_and_correctness(found)),
     ):
         made.append(folder / f"{name}.png")
         figure.savefig(made[-1], dpi=120)
@@ -63,7 +65,7 @@ def _shown(found: Mapping[str, Any]) -> list[str]:
 
 
 def _styles(names: list[str]) -> dict[str, dict[str, Any]]:
-    """Return how each peer's line looks: ours thick, the baseline dashed."""
+    """Return the line style of each sampler: ours thick, the baseline dashed."""
     own = [peer.name for peer in OURS if peer.name in names]
     others = [name for name in names if name not in (*own, UNGROUPED.name)]
     styles: dict[str, dict[str, Any]] = {}
@@ -84,7 +86,7 @@ def _styles(names: list[str]) -> dict[str, dict[str, Any]]:
 def _lines(
     axes: Any, found: Mapping[str, Any], series: str, value: Callable[[Row], float | None]
 ) -> None:
-    """Draw a line for each peer along a series."""
+    """Draw one line per sampler along a series."""
     rows = looked_up(found)
     cases = [Case(**case) for case in found["series"].get(series, ())]
     for name, style in _styles(_shown(found)).items():
@@ -108,7 +110,7 @@ def _legend(figure: Any, axes: Any) -> None:
 
 
 def time_against_samples(found: Mapping[str, Any]) -> Any:
-    """Return the figure: an epoch, and what comes before the first batch."""
+    """Return the figure of an epoch, and of the time from ids to the first batch."""
     figure, (left, right) = _figure(1, 2, figsize=(10, 5.6))
     _lines(left, found, "samples", _seconds("epoch_s"))
     _lines(
@@ -117,18 +119,18 @@ def time_against_samples(found: Mapping[str, Any]) -> Any:
         "samples",
         lambda row: None if (ms := to_the_first_batch(row)) is None else ms / 1e3,
     )
-    for axes, what in ((left, "a whole epoch"), (right, "from ids to the first batch")):
-        axes.set(xlabel="samples", ylabel="seconds of the processor", title=what)
+    for axes, what in ((left, "first epoch"), (right, "from ids to the first batch")):
+        axes.set(xlabel=SERIES_HEAD["samples"], ylabel="CPU seconds", title=what)
     _legend(figure, left)
     return figure
 
 
 def memory_against_samples(found: Mapping[str, Any]) -> Any:
-    """Return the figure: memory against samples, and against patches."""
+    """Return the figure of memory by samples and by patches."""
     figure, (left, right) = _figure(1, 2, figsize=(10, 5.6), sharey=False)
     for axes, series in ((left, "samples"), (right, "patches")):
         _lines(axes, found, series, _seconds("peak_mb"))
-        axes.set(xlabel=series, ylabel="peak above what was held before, MB")
+        axes.set(xlabel=SERIES_HEAD[series], ylabel="peak memory, MB")
     middle = Case(**found["middle"])
     left.set_title(f"{middle.patches:,} patches")
     right.set_title(f"{middle.samples:,} samples")
@@ -136,8 +138,8 @@ def memory_against_samples(found: Mapping[str, Any]) -> Any:
     return figure
 
 
-def correctness_beside_speed(found: Mapping[str, Any]) -> Any:
-    """Return the figure: what an epoch costs where the series meet, and what it holds."""
+def time_and_correctness(found: Mapping[str, Any]) -> Any:
+    """Return the figure of an epoch of the shared case: its time, and whether it is correct."""
     rows, middle = looked_up(found), Case(**found["middle"])
     there = [rows[name, middle] for name in _shown(found) if (name, middle) in rows]
     there = [row for row in there if "batches" in row and not why_not(row)]
@@ -165,11 +167,11 @@ def correctness_beside_speed(found: Mapping[str, Any]) -> Any:
     left.set_yticks(range(len(there)), [row["peer"] for row in there], fontsize=8)
     left.set_xscale("log")
     left.margins(x=0.2)
-    left.set_xlabel(f"an epoch / {UNGROUPED.name}")
-    left.set_title("speed (less is better)", fontsize=10)
+    left.set_xlabel(f"first epoch / {UNGROUPED.name}")
+    left.set_title("time (less is better)", fontsize=10)
     for side in ("top", "right"):
         left.spines[side].set_visible(False)
-    heads = ("one patch\na batch", "each sample\nonce", "len()\nright", "new members\neach epoch")
+    heads = "one patch\nper batch", "each sample\nonce", "len()\nexact", "new batches\nper epoch"
     right.set(xlim=(-0.6, len(heads) - 0.4), ylim=(-0.6, len(there) - 0.4))
     right.xaxis.tick_top()
     right.set_xticks(range(len(heads)), heads, fontsize=8)
@@ -180,28 +182,28 @@ def correctness_beside_speed(found: Mapping[str, Any]) -> Any:
 
 
 def _judged(row: Row) -> list[tuple[str, bool]]:
-    """Return what is said under each of the heads, and whether it is as it should be."""
+    """Return the text of each check, and whether the sampler passed it."""
     uncovered = [f"{row[name]:,} {name}" for name in ("missed", "repeated") if row[name]]
-    right = length(row)
+    found_length = length(row)
     changed = members(row)
     return [
         (f"{row['mixed']:,} mixed" if row["mixed"] else "", not row["mixed"]),
         (", ".join(uncovered), not uncovered),
-        ("" if right == "right" else right, right == "right"),
+        ("" if found_length == "exact" else found_length, found_length == "exact"),
         ("" if changed == "new" else changed, changed == "new"),
     ]
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Print the table; draw the pictures and put tables into a page if asked to."""
+    """Print the table; draw pictures and fill the page if asked to."""
     parser = argparse.ArgumentParser(prog="python -m docs.figures.peers", description=__doc__)
-    parser.add_argument("file", type=Path, help="figures, as JSON")
+    parser.add_argument("file", type=Path, help="results, as JSON")
     parser.add_argument("--pictures", type=Path, metavar="DIR", help="folder for the pictures")
     parser.add_argument("--markdown", type=Path, metavar="FILE", help="page with marks for tables")
     asked = parser.parse_args(arguments)
-    found = json.loads(asked.file.read_text())
+    found = relabelled(json.loads(asked.file.read_text()))
     print(everything(found))
-    print(machine(found), end="")
+    print(machine(found))
     if asked.pictures:
         for path in draw(found, asked.pictures):
             print(f"wrote {path}")

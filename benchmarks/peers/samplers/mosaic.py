@@ -101,6 +101,6 @@ MOSAIC = Peer(
     _per_stream,
     "mosaicml-streaming",
     _load,
-    given="a stream a patch",
-    note='generate_work("per_stream"), no shard written',
+    given="one stream per patch",
+    note='generate_work("per_stream"), no shards written',
 )

@@ -141,12 +141,17 @@ def _fixed_members(work: Work, seed: int) -> FixedMembers:
 
 
 RESTATED: tuple[Peer, ...] = (
-    Peer("torchvision's GroupedBatchSampler", as_list, _grouped, note="restated"),
     Peer(
-        "one mask a patch, fixed batches",
+        "torchvision GroupedBatchSampler",
+        as_list,
+        _grouped,
+        note="its reference training, restated",
+    ),
+    Peer(
+        "fixed batches, one mask per patch",
         as_array,
         _fixed_members,
-        note="the design this project grew from, restated",
+        note="the first design of this project, restated",
     ),
 )
 
@@ -165,7 +170,12 @@ UNGROUPED = Peer(
     as_array,
     _ungrouped,
     pure=False,
-    note="groups nothing: the baseline",
+    note="does not group: the baseline",
 )
-SORTED = Peer("torch permute + stable sort", as_array, _permute_and_sort, note="ours, 20 lines")
+SORTED = Peer(
+    "torch permute + stable sort",
+    as_array,
+    _permute_and_sort,
+    note="20 lines, written for this page",
+)
 PLAIN: tuple[Peer, ...] = (UNGROUPED, SORTED)
