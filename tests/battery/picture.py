@@ -14,7 +14,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 
 NOISE = 3.0
-"""Standard deviations below which a measured bias is taken for chance."""
+"""Standard deviations below which a measured bias counts as chance."""
 
 
 def draw(found: dict, path: Path) -> None:
@@ -33,7 +33,7 @@ def draw(found: dict, path: Path) -> None:
         height = max(abs(last["z"]), 0.3) * 1e6 / last["samples"]
         axes.plot(curve["chosen"], height, "v", color=colour, mfc="white", ms=9)
     axes.axhspan(1e-2, floor, color="0.9", zorder=0)
-    axes.text(2.05, floor / 1.25, "chance, at the samples of this picture", va="top", fontsize=8)
+    axes.text(2.05, floor / 1.25, "not distinguishable from chance", va="top", fontsize=8)
     axes.plot([], [], "v", color="0.3", mfc="white", ms=9, label="chosen rounds R(n)")
     axes.set(
         yscale="log",
@@ -41,7 +41,7 @@ def draw(found: dict, path: Path) -> None:
         xticks=range(2, 13),
         xlabel="rounds",
         ylabel="bias, standard deviations per 10$^6$ permutations",
-        title="Distance between the images of two places in one column",
+        title="Distance between the images of two positions in one column",
     )
     axes.legend(frameon=False, fontsize=9, loc="upper left", bbox_to_anchor=(0.62, 1.0))
     figure.savefig(path, dpi=110)

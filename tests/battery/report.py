@@ -64,7 +64,7 @@ def strongest(failed: Sequence[Result]) -> list[Result]:
 
 
 def write(found: dict[str, Any], path: Path) -> None:
-    """Write JSON with one result a line."""
+    """Write JSON with one result per line."""
     text = json.dumps(found, indent=1)
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(re.sub(r"\{\s*(\"test\"[^{}]*?)\s*\}", _one_line, text) + "\n")
@@ -131,16 +131,20 @@ def count(number: int) -> str:
 
 
 def sizes_of(results: Sequence[Result]) -> str:
-    return ", ".join(f"{n:,}".replace(",", " ") for n in sorted({r.n for r in results}))
+    """Sizes as the page writes them; of more than six, the range."""
+    sizes = [f"{n:,}".replace(",", " ") for n in sorted({r.n for r in results})]
+    if len(sizes) <= 6:
+        return ", ".join(sizes)
+    return f"{len(sizes)} sizes, {sizes[0]} to {sizes[-1]}"
 
 
 def table_of_real(found: dict[str, Any]) -> str:
-    """One row a kind of test: sizes, samples, number of tests, smallest p."""
+    """One row per kind of test: sizes, samples, number of tests, smallest p."""
     kinds: dict[str, list[Result]] = defaultdict(list)
     for row in found["real"]:
         result = Result(**row)
         kinds[result.kind].append(result)
-    lines = ["| test | n | samples of each | tests | smallest p |", "|---|---|---|---|---|"]
+    lines = ["| test | n | samples per test | p-values | smallest p |", "|---|---|---|---|---|"]
     for kind, results in kinds.items():
         least, most = (f([r.samples for r in results]) for f in (min, max))
         samples = count(least) if least == most else f"{count(least)} to {count(most)}"
@@ -156,15 +160,18 @@ def _detail(result: Result) -> str:
 
 
 def table_of_controls(found: dict[str, Any]) -> str:
-    """One row a control: how many tests it failed, and the strongest of each kind."""
+    """One row per control: the number of failed tests, the smallest p, the kinds that failed."""
     lines = [
-        "| control | tests failed | smallest p of each kind that detected it |",
-        "|---|---|---|",
+        "| control | failed tests | smallest p | kinds of tests that failed |",
+        "|---|---|---|---|",
     ]
     for name, control in found["controls"].items():
         results = [Result(**row) for row in control["strongest"]]
-        caught = "; ".join(f"{r.kind} {_p(r.p)} (n={r.n})" for r in results)
-        lines.append(f"| {name} | {control['failed']} of {control['tests']} | {caught} |")
+        kinds = f"{len(results)} kinds"
+        if len(results) <= 5:
+            kinds = ", ".join(r.kind for r in results)
+        failed = f"{control['failed']} of {control['tests']}"
+        lines.append(f"| {name} | {failed} | {_p(min(r.p for r in results))} | {kinds} |")
     return "\n".join(lines)
 
 
