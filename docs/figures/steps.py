@@ -1,9 +1,9 @@
-"""How long ranks wait for the slowest of them: ``python -m docs.figures.steps [--picture PATH]``.
+"""How long ranks wait for the slowest rank: ``python -m docs.figures.steps [--picture PATH]``.
 
-Nothing is trained: what a step takes is the largest of its ranks' costs, and a batch costs its
-samples times its patch's cost per sample. Time is the sum of that over the steps of an epoch,
-divided by what it would be if all ranks shared the epoch's cost out evenly and never waited. Steps
-of one patch repeat some batches, which is included in their time.
+Nothing is trained. A batch costs its samples times its patch's cost per sample, and a step takes as
+long as the most expensive batch of its ranks. The time of an epoch is the sum over its steps,
+divided by the time if the ranks divided the epoch's cost evenly and never waited. Steps of one
+patch repeat some batches, which is included in their time.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ SIGMAS = (0.5, 1.0)
 PATCHES = (50, 500)
 RANKS = (8, 64)
 BLOCK = 8192
-"""Slots located at once, as iteration does."""
+"""Slots per call, as in iteration."""
 
 
 class Workload(NamedTuple):
@@ -49,14 +49,14 @@ class Workload(NamedTuple):
 
 
 class Waiting(NamedTuple):
-    """What an epoch takes, in units of never waiting; and the share of batches that come again."""
+    """Time of an epoch, 1 if no rank ever waits; and the fraction of repeated batches."""
 
     time: float
     padding: float
 
 
 class Case(NamedTuple):
-    """A row of the table; of several workloads it is their mean."""
+    """A row of the table: the mean of several workloads."""
 
     name: str
     workloads: list[Workload]
@@ -64,14 +64,14 @@ class Case(NamedTuple):
 
 
 def lognormal(patches: int, sigma: float, drawn: int = 0) -> Workload:
-    """Patches of 200 to 1,800 samples, whose samples cost lognormal numbers."""
+    """Patches of 200 to 1,800 samples, with lognormal costs per sample."""
     rng = np.random.default_rng([patches, round(10 * sigma), drawn])
     counts = rng.integers(200, 1801, patches)
     return Workload(PatchGroups.from_counts(counts), rng.lognormal(0, sigma, patches), BATCH_SIZE)
 
 
 def groundwater() -> Workload:
-    """The groundwater patches that come with the package; a sample costs its points."""
+    """The groundwater patches in the package; a sample costs its number of points."""
     from gpusampler.demo.embedded import small_data
     from gpusampler.groundwater import GWPatchDataset
 
@@ -82,11 +82,11 @@ def groundwater() -> Workload:
 
 
 def waiting(workload: Workload, steps: str, ranks: int, epochs: int = EPOCHS) -> Waiting:
-    """Take the mean over a few epochs of what the slowest ranks' batches cost."""
+    """Return the mean time over a few epochs, and the fraction of repeated batches."""
     plan = workload.plan(steps, ranks)
     own = int(plan.own_batches_by_patch.sum())
     ideal = float((workload.groups.counts * workload.costs).sum()) / ranks
-    # As ranks do under uneven="pad": the first come again, so that all have equally many.
+    # As with uneven="pad": the first slots are repeated, so that all ranks have equally many.
     slots = np.arange(-(-plan.num_batches // ranks) * ranks) % plan.num_batches
     took = []
     for epoch in range(epochs):
@@ -97,7 +97,7 @@ def waiting(workload: Workload, steps: str, ranks: int, epochs: int = EPOCHS) ->
 
 
 def microseconds(workload: Workload, steps: str, ranks: int) -> float:
-    """Return what locating a slot takes, the best of several rounds."""
+    """Return the time to locate a slot, the best of several rounds."""
     plan = workload.plan(steps, ranks)
     slots = np.arange(BLOCK) % plan.num_batches
     plan.evaluator.locate(0, slots)
@@ -135,6 +135,13 @@ def table(rows: list[Case]) -> list[tuple[Case, dict[str, Waiting]]]:
     return out
 
 
+def row_of(case: Case, by_steps: dict[str, Waiting]) -> str:
+    """Return a row of the table as Markdown."""
+    times = [f"{one.time:.2f}" for one in by_steps.values()]
+    repeated = f"{by_steps['same_patch'].padding:.0%}"
+    return markdown.row([case.name, case.ranks, *times, repeated])
+
+
 def draw(found: list[tuple[Case, dict[str, Waiting]]], path: Path) -> None:
     """Draw the table as bars."""
     import matplotlib
@@ -156,8 +163,8 @@ def draw(found: list[tuple[Case, dict[str, Waiting]]], path: Path) -> None:
     for steps, colour in colours.items():
         axes.barh(0, 0, color=colour, label=f'steps="{steps}"')
     axes.set(
-        xlabel="time of an epoch (1 = no rank ever waits)",
-        title="What waiting for the slowest rank costs",
+        xlabel="time (1 = no rank ever waits)",
+        title="Time of an epoch, with the time that ranks wait",
         xlim=(1, None),
     )
     axes.set_yticks(range(len(labels)), labels, fontsize=8)
@@ -168,20 +175,17 @@ def draw(found: list[tuple[Case, dict[str, Waiting]]], path: Path) -> None:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Print the tables, and draw if asked to."""
+    """Print the tables, and draw the first with ``--picture``."""
     parser = argparse.ArgumentParser(prog="python -m docs.figures.steps", description=__doc__)
     parser.add_argument("--picture", type=Path, help="draw the first table there (PNG or SVG)")
     asked = parser.parse_args(arguments)
     print(f"{platform.machine()}, Python {platform.python_version()}, numpy {np.__version__}")
     print("time of an epoch, 1 = no rank ever waits")
     print(f"mean of {EPOCHS} epochs, and of {DRAWS} draws of lognormal costs\n")
-    print(markdown.head(("patches", "ranks", *STEPS, "same_patch: batches that come again")))
+    print(markdown.head(("patches", "ranks", *STEPS, "same_patch: repeated batches")))
     found = table(cases())
-    for case, by_steps in found:
-        times = [f"{one.time:.2f}" for one in by_steps.values()]
-        padding = f"{by_steps['same_patch'].padding:.0%}"
-        print(markdown.row([case.name, case.ranks, *times, padding]))
-    print(f"\nmicroseconds a slot, {BLOCK} slots at once, 8 ranks\n")
+    print(*(row_of(*row) for row in found), sep="\n")
+    print(f"\nmicroseconds per slot, {BLOCK:,} slots per call, 8 ranks\n")
     print(markdown.head(("patches", *STEPS)))
     for patches in PATCHES:
         workload = lognormal(patches, 1.0)

@@ -7,6 +7,7 @@ import pytest
 
 from docs.figures import steps as bench
 from gpusampler import PatchGroups
+from support.paths import ROOT
 from support.strategies import quiet
 
 STEPS = ("free", "balanced", "same_patch")
@@ -40,6 +41,15 @@ def test_ranks_whose_batches_all_cost_the_same_do_not_wait():
     workload = bench.Workload(PatchGroups.from_counts([32, 64]), np.array([2.0, 2.0]), 4)
     for steps in STEPS:
         assert bench.waiting(workload, steps, 8) == (1.0, 0.0)
+
+
+def test_the_page_shows_the_table_of_the_groundwater_patches():
+    """The other rows take longer; all change together with the permutation."""
+    pytest.importorskip("torch")
+    page = (ROOT / "docs" / "how-to" / "balanced-steps.md").read_text().splitlines()
+    rows = [bench.row_of(*row) for row in bench.table(bench.cases(()))]
+    assert len(rows) == 3
+    assert set(rows) <= set(page)
 
 
 def test_the_table_and_the_picture(capsys, monkeypatch, tmp_path):
