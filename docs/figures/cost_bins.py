@@ -1,9 +1,10 @@
-"""What cost bins inside a patch are worth: ``python -m docs.figures.cost_bins``.
+"""How full cost bins make batches: ``python -m docs.figures.cost_bins``.
 
-One epoch of a plan is evaluated for each way to cut patches by the costs of their samples. A batch
-uses of its budget what its samples cost together, and, where they are padded to the longest of
-them, its samples times the largest. "Alone" are samples in a class of one batch, whose members are
-the same in every epoch.
+One epoch of a plan is evaluated for each rule that divides patches by the costs of their samples.
+*used*: the sum of the costs of a batch's samples, divided by the budget. *padded*: the number of
+samples times the largest cost, divided by the budget. *bins*: bins per patch. *single*: fraction of
+the samples that are in a bin of one batch, which has the same samples in every epoch. *batches*:
+batches per bin, weighted by samples. *left out*: fraction of the samples.
 """
 
 from __future__ import annotations
@@ -34,14 +35,14 @@ def uniform(random: np.random.Generator, size: int) -> np.ndarray:
 
 
 def utterances(random: np.random.Generator, size: int) -> np.ndarray:
-    """Lengths as of read speech: most were cut at about 15 s, the others are of any length."""
+    """Lengths of read speech: most recordings were cut at about 15 s, the rest have any length."""
     whole = np.minimum(random.normal(14.3, 1.3, size), 17)
     rest = random.uniform(1.3, 14, size)
     return np.where(random.random(size) < 0.6, whole, rest)
 
 
 def words(random: np.random.Generator, size: int) -> np.ndarray:
-    """Tokens of documents: many short ones, and a long tail."""
+    """Tokens of documents: many short documents, and a long tail."""
     return np.maximum(4, random.gamma(1.2, 180, size)).astype(np.int64)
 
 
@@ -49,7 +50,7 @@ LENGTHS = {f.__name__: f for f in (lognormal, uniform, utterances, words)}
 
 
 def merged_upwards(classes: Any, sizes: Any, num_patches: int, *rest: Any) -> Any:
-    """A class that fills no batch of the next costlier one's size joins it."""
+    """Merge a bin into the next more expensive one if it fills no batch of that one's size."""
     last, held = np.zeros(sizes.size, bool), 0
     for row in range(sizes.size):
         held += classes.counts[row]
@@ -61,8 +62,8 @@ def merged_upwards(classes: Any, sizes: Any, num_patches: int, *rest: Any) -> An
 
 @contextmanager
 def changed(**values: Any) -> Iterator[None]:
-    """Change constants of the rule for a while."""
-    # What is a class is said in another room.
+    """Change constants of the rule temporarily."""
+    # The width of a cost class is a constant of `steps`.
     places = {name: steps if name == "MANTISSA_BITS" else cost_bins for name in values}
     before = {name: getattr(place, name) for name, place in places.items()}
     for name, value in values.items():
@@ -75,9 +76,9 @@ def changed(**values: Any) -> Iterator[None]:
 
 
 RULES: dict[str, dict[str, Any]] = {
-    "one size a patch": {"_bin_ends": lambda c, s, *rest: np.diff(c.patches, append=-1) != 0},
+    "one size per patch": {"_bin_ends": lambda c, s, *rest: np.diff(c.patches, append=-1) != 0},
     "1/8 octave, merged upwards": {"_bin_ends": merged_upwards},
-    "any that saves a batch": {"MIN_COUNTED_BATCHES": 1},
+    "every bin that saves a batch": {"MIN_COUNTED_BATCHES": 1},
     "this rule, 2 bits": {"MANTISSA_BITS": 2},
     "this rule": {},
     "this rule, 4 bits": {"MANTISSA_BITS": 4, "MAX_SIZE_CLASSES": 512},
@@ -89,14 +90,14 @@ class Found(NamedTuple):
 
     used: float
     padded: float
-    parts: float
-    alone: float
+    bins: float
+    single: float
     batches: float
     left_out: float
 
 
 def measured(groups: PatchGroups, costs: np.ndarray, mean_batch: int, partial: str) -> Found:
-    """Return what batches use of their budget."""
+    """Return the means over the batches of one epoch."""
     most = max(float(costs.mean()) * mean_batch, float(costs.max()))
     budget = CostBudget(most, sample_costs=costs)
     plan = EpochPlan(groups, budget, seed=0, partial=partial)
@@ -129,7 +130,7 @@ def table(lengths: Callable[..., np.ndarray], patches: int, size: int, mean: int
 
 
 def main() -> None:
-    """Print a table for each of the lengths."""
+    """Print a table for each distribution of lengths."""
     parser = argparse.ArgumentParser(
         prog="python -m docs.figures.cost_bins", description=__doc__.splitlines()[0]
     )
@@ -142,11 +143,11 @@ def main() -> None:
                 if 2 * mean > size:
                     continue
                 print(f"\n{name}, {patches} patches of {size}, mean batch of {mean}")
-                print(f"{'':28}  used  padded   parts   alone  batches  left out")
+                print(f"{'':28}  used  padded    bins  single  batches  left out")
                 for rule, found in table(lengths, patches, size, mean, partial):
                     print(
-                        f"{rule:28} {found.used:5.3f}   {found.padded:5.3f} {found.parts:7.1f} "
-                        f"{found.alone:7.3f} {found.batches:8.1f} {found.left_out:9.3f}"
+                        f"{rule:28} {found.used:5.3f}   {found.padded:5.3f} {found.bins:7.1f} "
+                        f"{found.single:7.3f} {found.batches:8.1f} {found.left_out:9.3f}"
                     )
     random = np.random.default_rng(1)
     costs = lognormal(random, 10**7)
