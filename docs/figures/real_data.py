@@ -1,75 +1,75 @@
-"""What the pages on real data say: ``python -m docs.figures.real_data [--pictures docs/img]``.
+"""Tables of ``docs/how-to/sequences.md``: ``python -m docs.figures.real_data [--pictures DIR]``.
 
 Utterances by length, molecules by size, and storms, each one series (`docs/data/PROVENANCE.md`).
-Nothing is timed or trained: the figures are counts over the batches of a few epochs with seed 0,
-the same on every machine. What random batches would be padded with is that of one patch for all.
+Nothing is timed or trained: the figures are counts over the batches of `EPOCHS` epochs with seed 0,
+the same on every machine. For random batches, all samples have one patch id.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
-from benchmarks import markdown
 from docs.figures.make_data import OUT
 from gpusampler import CostBudget, PatchBatchSampler, Temperature
 
 EPOCHS = 20
 BATCH_SIZE = 16
 WIDTH = 4
-"""Steps of length from one edge of a bucket to the next."""
+"""Lengths per bucket."""
 MAX_FRAMES = 256
 MAX_PAIRS = 784
 """Four molecules of the largest size, 14 atoms."""
 ROWS = 8
-"""Observations of a storm in a batch."""
+"""Largest number of observations per batch."""
 QUARTERS = 4
 
 
 class Padding(NamedTuple):
-    """How batches of things of several sizes fill up, all epochs together."""
+    """Sizes of the samples in each batch, over all epochs."""
 
     name: str
     sizes: list[np.ndarray]
-    """Of the members of each batch."""
+    """One array per batch: the size of each sample."""
 
     def share(self, power: int = 1) -> float:
-        """Return how much of the padded tensors is padding; of pairs, with a power of 2."""
+        """Return the fraction of the padded tensors that is padding (of pairs: power 2)."""
         full = sum(batch.size * int(batch.max()) ** power for batch in self.sizes)
         return 1 - sum(int((batch**power).sum()) for batch in self.sizes) / full
 
     def largest(self, power: int = 1) -> int:
-        """Return what the largest batch holds, padding with it."""
+        """Return the size of the largest batch, padding included."""
         return max(batch.size * int(batch.max()) ** power for batch in self.sizes)
 
     def used(self, power: int = 1) -> float:
-        """Return the mean batch, padding with it, beside the largest."""
-        held = [batch.size * int(batch.max()) ** power for batch in self.sizes]
-        return float(np.mean(held)) / max(held)
+        """Return the mean size of a batch, padding included, divided by the largest."""
+        padded = [batch.size * int(batch.max()) ** power for batch in self.sizes]
+        return float(np.mean(padded)) / max(padded)
 
     @property
     def batches(self) -> int:
-        """Batches of an epoch."""
+        """Batches per epoch."""
         return len(self.sizes) // EPOCHS
 
     @property
     def members(self) -> float:
-        """Mean members of a batch."""
+        """Mean number of samples per batch."""
         return float(np.mean([batch.size for batch in self.sizes]))
 
 
 class Shares(NamedTuple):
-    """Whose the batches of an epoch are."""
+    """How the batches of an epoch divide among short and long storms."""
 
     name: str
     batches: int
     by_quarter: list[float]
-    """Share of the shortest quarter of the storms, and so on to the longest."""
+    """Fraction of the batches from each quarter of the storms, the shortest storms first."""
     short: float
-    """Batches of an epoch that have fewer than half of `ROWS`, though their storm has as many."""
+    """Batches per epoch with fewer than `ROWS` / 2 rows, of storms with at least that many."""
 
 
 def load(name: str) -> dict[str, np.ndarray]:
@@ -84,13 +84,13 @@ def sizes_of(name: str) -> np.ndarray:
 
 
 def filled(name: str, sampler: PatchBatchSampler, sizes: np.ndarray) -> Padding:
-    """Go through the epochs of a sampler."""
+    """Collect the sizes of the samples in each batch of a sampler."""
     epochs = (sampler.batches(epoch) for epoch in range(EPOCHS))
     return Padding(name, [sizes[batch.indices] for batches in epochs for batch in batches])
 
 
 def buckets(lengths: np.ndarray) -> np.ndarray:
-    """Return the bucket of each length: edges every `WIDTH` steps above the shortest."""
+    """Return the bucket of each length: one edge per `WIDTH` lengths above the shortest."""
     edges = np.arange(lengths.min() + WIDTH, lengths.max(), WIDTH)
     return np.digitize(lengths, edges)
 
@@ -103,7 +103,7 @@ def by_length() -> list[Padding]:
     by_patch = CostBudget(MAX_FRAMES, cost=lambda length: length)
     makes = {
         f"random batches of {BATCH_SIZE}": PatchBatchSampler(one, BATCH_SIZE, seed=0),
-        f"buckets {WIDTH} steps wide": PatchBatchSampler(buckets(lengths), BATCH_SIZE, seed=0),
+        f"buckets of {WIDTH} lengths": PatchBatchSampler(buckets(lengths), BATCH_SIZE, seed=0),
         f"at most {MAX_FRAMES} frames": PatchBatchSampler(one, by_frames, seed=0),
         f"one length, batches of {BATCH_SIZE}": PatchBatchSampler(lengths, BATCH_SIZE, seed=0),
         f"one length, at most {MAX_FRAMES} frames": PatchBatchSampler(lengths, by_patch, seed=0),
@@ -125,27 +125,18 @@ def by_atoms() -> list[Padding]:
     return [filled(name, sampler, atoms) for name, sampler in makes.items()]
 
 
-def even_sizes(counts: np.ndarray, most: int) -> dict[int, int]:
-    """Return a batch size for each patch that cuts it evenly, into as few batches as `most`."""
-    pieces = -(-counts // most)
-    return dict(enumerate((-(-counts // pieces)).tolist()))
-
-
 def by_storm() -> list[Shares]:
     """Return the rows of the table of storms."""
     storm = load("storms")["storm"]
     counts = np.bincount(storm)
     longest = int(counts.max())
+    even = functools.partial(PatchBatchSampler, storm, ROWS, seed=0, partial="even")
     makes = {
         f"batches of {ROWS}": PatchBatchSampler(storm, ROWS, seed=0),
-        f"at most {ROWS}, cut evenly": PatchBatchSampler(storm, even_sizes(counts, ROWS), seed=0),
-        "the same, Temperature(2)": PatchBatchSampler(
-            storm, even_sizes(counts, ROWS), seed=0, weights=Temperature(2)
-        ),
-        "the same, all equally often": PatchBatchSampler(
-            storm, even_sizes(counts, ROWS), seed=0, weights=Temperature(float("inf"))
-        ),
-        "one batch a storm": PatchBatchSampler(storm, longest, seed=0),
+        'partial="even"': even(),
+        "even, Temperature(2)": even(weights=Temperature(2)),
+        "even, Temperature(inf)": even(weights=Temperature(float("inf"))),
+        "one batch per storm": PatchBatchSampler(storm, longest, seed=0),
     }
     return [shared(name, sampler, counts) for name, sampler in makes.items()]
 
@@ -156,7 +147,7 @@ def quarters(counts: np.ndarray) -> list[np.ndarray]:
 
 
 def shared(name: str, sampler: PatchBatchSampler, counts: np.ndarray) -> Shares:
-    """Count whose the batches are."""
+    """Count the batches from each quarter of the storms, and the short ones."""
     batches = sampler.coverage(0).batches
     by_quarter = [float(batches[storms].sum() / batches.sum()) for storms in quarters(counts)]
     epochs = (sampler.batches(epoch) for epoch in range(EPOCHS))
@@ -169,10 +160,10 @@ def shared(name: str, sampler: PatchBatchSampler, counts: np.ndarray) -> Shares:
 def print_lengths(rows: list[Padding]) -> None:
     """Print the table of ``docs/how-to/sequences.md``."""
     lengths = sizes_of("vowels")
-    print(f"{lengths.size} utterances of {lengths.min()} to {lengths.max()} steps\n")
+    print(f"{lengths.size} utterances of {lengths.min()} to {lengths.max()} frames\n")
     print(
-        "| batches | an epoch has | utterances in a batch | padding | largest batch, frames | "
-        "mean batch / largest |"
+        "| batching | batches per epoch | utterances per batch | padding | "
+        "largest batch, frames | mean / largest batch |"
     )
     print("|---|---|---|---|---|---|")
     for row in rows:
@@ -183,14 +174,12 @@ def print_lengths(rows: list[Padding]) -> None:
 
 
 def print_atoms(rows: list[Padding]) -> None:
-    """Print the tables of ``docs/how-to/sequences.md``."""
+    """Print the table of ``docs/how-to/sequences.md``."""
     atoms = sizes_of("molecules")
-    print(f"\n{atoms.size} molecules and atoms\n")
-    sizes, counts = np.unique(atoms, return_counts=True)
-    print(markdown.table(["atoms", *sizes], [["molecules", *counts]]) + "\n")
+    print(f"\n{atoms.size} species: molecules and single atoms\n")
     print(
-        "| batches | an epoch has | padding, of atoms | padding, of pairs | "
-        "largest batch, pairs | mean batch / largest |"
+        "| batching | batches per epoch | padding of atoms | padding of pairs | "
+        "largest batch, pairs | mean / largest batch |"
     )
     print("|---|---|---|---|---|---|")
     for row in rows:
@@ -204,9 +193,12 @@ def print_storms(rows: list[Shares]) -> None:
     """Print the table of ``docs/how-to/sequences.md``."""
     counts = np.bincount(load("storms")["storm"])
     print(f"\n{counts.size} storms of {counts.min()} to {counts.max()} observations")
-    held = [int(counts[storms].sum()) for storms in quarters(counts)]
-    print(f"observations of each quarter, the shortest storms first: {held}\n")
-    print("| batches | an epoch has | of the shortest quarter | 2nd | 3rd | longest | short |")
+    observations = [int(counts[storms].sum()) for storms in quarters(counts)]
+    print(f"observations of each quarter, the shortest storms first: {observations}\n")
+    print(
+        "| batching | batches per epoch | shortest quarter | 2nd | 3rd | longest quarter | "
+        "short batches |"
+    )
     print("|---|---|---|---|---|---|---|")
     for row in rows:
         shares = " | ".join(f"{share:.0%}" for share in row.by_quarter)
@@ -214,7 +206,7 @@ def print_storms(rows: list[Shares]) -> None:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Print the tables, and draw if asked to."""
+    """Print the tables, and draw the pictures with ``--pictures``."""
     parser = argparse.ArgumentParser(prog="python -m docs.figures.real_data", description=__doc__)
     parser.add_argument("--pictures", type=Path, help="draw them in this folder")
     asked = parser.parse_args(arguments)

@@ -30,7 +30,7 @@ def panels() -> tuple[Any, Any, Any]:
 
 
 def shares_of_padding(axes: Any, rows: list[Padding], powers: dict[int, str]) -> None:
-    """Draw how much of each row is padding; of several powers, beside one another."""
+    """Draw the fraction of padding of each row, one bar per power."""
     height = 0.8 / len(powers)
     for number, (power, label) in enumerate(powers.items()):
         for place, row in enumerate(rows):
@@ -42,19 +42,19 @@ def shares_of_padding(axes: Any, rows: list[Padding], powers: dict[int, str]) ->
     axes.invert_yaxis()
     axes.xaxis.set_major_formatter(matplotlib.ticker.PercentFormatter(1, decimals=0))
     most = max(row.share(power) for row in rows for power in powers)
-    axes.set(xlabel="padding, of all of an epoch", xlim=(0, 1.15 * most), title="What is padded")
+    axes.set(xlabel="padding / all entries", xlim=(0, 1.15 * most), title="Padding of batches")
     axes.legend(frameon=False, loc="lower right")
 
 
 def draw_lengths(rows: list[Padding], path: Path) -> None:
-    """Draw how long utterances are, and what batches are padded with."""
+    """Draw the lengths of the utterances, and the padding of batches."""
     lengths = sizes_of("vowels")
     figure, left, right = panels()
     values, counts = np.unique(lengths, return_counts=True)
     for value, count, bucket in zip(values, counts, buckets(values), strict=True):
         left.bar(value, count, color=COLOURS[bucket % 2 * 2], width=0.85)
     left.set(
-        xlabel=f"steps (shades: buckets {WIDTH} steps wide)",
+        xlabel=f"frames (shades: buckets of {WIDTH} lengths)",
         ylabel="utterances",
         title=f"{lengths.size} utterances by length",
     )
@@ -64,7 +64,7 @@ def draw_lengths(rows: list[Padding], path: Path) -> None:
 
 
 def draw_atoms(rows: list[Padding], path: Path) -> None:
-    """Draw how many molecules there are of each size, and what of their pairs is padding."""
+    """Draw the number of molecules of each size, and the padding of batches."""
     atoms = sizes_of("molecules")
     figure, left, right = panels()
     values, counts = np.unique(atoms, return_counts=True)
@@ -79,14 +79,14 @@ def draw_atoms(rows: list[Padding], path: Path) -> None:
 
 
 def draw_storms(rows: list[Shares], path: Path) -> None:
-    """Draw how long the series of storms are, and whose the batches of an epoch are."""
+    """Draw the lengths of the storms, and the quarters that an epoch's batches come from."""
     counts = np.bincount(load("storms")["storm"])
     figure, left, right = panels()
     edges = np.arange(0, counts.max() + 6, 5) + 0.5
     parts = quarters(counts)
     left.hist([counts[part] for part in parts], edges, stacked=True, color=COLOURS[: len(parts)])
     left.set(
-        xlabel="observations of a storm (shades: quarters)",
+        xlabel="observations per storm (shades: quarters)",
         ylabel="storms",
         title=f"{counts.size} storms by length",
     )
@@ -106,7 +106,7 @@ def draw_storms(rows: list[Shares], path: Path) -> None:
     right.set(
         xlabel="shortest quarter … longest quarter",
         xlim=(0, 1),
-        title="Whose the batches of an epoch are",
+        title="Batches per epoch, by length of the storm",
     )
     figure.savefig(path, dpi=DPI)
     plt.close(figure)
