@@ -1,6 +1,6 @@
-"""The pictures of how batches lie in an epoch: ``python -m docs.figures.epochs --out docs/img``.
+"""Pictures of the batches of an epoch: ``python -m docs.figures.epochs --out docs/img``.
 
-The library makes all batches that are drawn; this module does not place any.
+The sampler makes all batches that are drawn.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ def box(axes: Any, x: float, y: float, colour: Any, width: float = 1, height: fl
 
 
 def epoch_picture(path: Path) -> None:
-    """Draw what the shuffles do: the batches of an epoch as columns of samples."""
+    """Draw the effect of the shuffles: the batches of an epoch as columns of samples."""
     ids = tutorial_ids()
     colour = shades(ids)
     plt = pyplot()
@@ -84,7 +84,7 @@ def epoch_picture(path: Path) -> None:
     for sample in range(ids.size):
         box(strip, sample * width, 0, colour[sample], width)
     strip.set_ylim(0, 1)
-    strip.set_title("the dataset: 120 samples, the darker the later in their patch", fontsize=9)
+    strip.set_title("dataset: 120 samples; darker: later in the patch", fontsize=9)
     for axis, (title, sampler, epoch) in zip(axes[1:], rows, strict=True):
         for slot, batch in enumerate(sampler.batches(epoch)):
             for row, sample in enumerate(batch.indices):
@@ -95,7 +95,8 @@ def epoch_picture(path: Path) -> None:
     for axis in axes:
         axis.set_xlim(-0.1, 15.1)
         axis.axis("off")
-    axes[-1].text(7.5, -1.9, "slot: one batch of 8 samples each", ha="center", va="top", fontsize=8)
+    note = "slot; one column is one batch of 8 samples"
+    axes[-1].text(7.5, -1.9, note, ha="center", va="top", fontsize=8)
     handles = [plt.Rectangle((0, 0), 1, 1, color=one) for one in COLOURS]
     figure.legend(handles, NAMES, loc="outside upper center", ncols=3, frameon=False, fontsize=9)
     save(figure, path)
@@ -137,27 +138,27 @@ def idea_picture(path: Path, slot: int = 12, epoch: int = 0) -> None:
         axes.text(124, y, text, fontsize=8.5, va="center", style="italic")
 
     slots = [colour if x == slot else GREY for x in range(total)]
-    row(72, f"slots 0 .. {total - 1} of epoch {epoch}: slot {slot} is asked for", slots, wide)
+    row(72, f"slots 0 to {total - 1} of epoch {epoch}: slot {slot} is requested", slots, wide)
 
     def marked(patches: Any, which: Any) -> list[Any]:
         return [COLOURS[g] if x in which else light(COLOURS[g]) for x, g in enumerate(patches)]
 
     of_batch = np.repeat(range(3), plan.batches_by_patch)
-    title = f"batches, patch after patch: number {batch} is batch {j} of {names[group]}"
+    title = f"batches, ordered by patch: number {batch} is batch {j} of {names[group]}"
     row(54, title, marked(of_batch, [batch]), wide)
-    row(36, "places, patch after patch: the 8 of that batch", marked(of_patch, asked), 1)
-    row(18, "where the patch's own permutation sends them", marked(of_patch, drawn), 1)
+    row(36, "positions, ordered by patch: the 8 of this batch", marked(of_patch, asked), 1)
+    row(18, "the 8 positions after the permutation of the patch", marked(of_patch, drawn), 1)
     of_sample = [names.index(name) for name in ids.tolist()]
-    row(0, "samples of the dataset: the batch", marked(of_sample, samples), 1)
+    row(0, "samples of the dataset", marked(of_sample, samples), 1)
     arrow((slot + 0.5) * wide, 72, (batch + 0.5) * wide, 58)
     arrow((batch + 0.5) * wide, 54, float(asked.mean()) + 0.5, 40)
     for place, image, sample in zip(asked, drawn, samples, strict=True):
         arrow(place + 0.5, 36, image + 0.5, 22, thin=True)
         arrow(image + 0.5, 18, sample + 0.5, 4, thin=True)
     rule(65, "1. permutation\nkeyed by seed, epoch")
-    rule(47, "2. search in the\nrunning totals\nof batches")
+    rule(47, "2. search in the\ncumulative counts\nof batches")
     rule(29, f"3. permutation of {count}\nkeyed by seed,\nepoch, patch")
-    rule(11, "the order by patch,\nmade once")
+    rule(11, "lookup in the\norder by patch,\ncomputed once")
     axes.set(xlim=(-1, 152), ylim=(-1, 80))
     axes.axis("off")
     save(figure, path)
@@ -170,7 +171,7 @@ def light(colour: str) -> np.ndarray:
 
 
 def slots_picture(path: Path) -> None:
-    """Draw who takes which slot: one rank, two ranks, and two that go on as three."""
+    """Draw the rank of each slot: one rank, two ranks, and two ranks resumed as three."""
     ids = tutorial_ids()
     names = sorted(set(ids.tolist()))
     whole = list(sampler_of(ids).batches(0))
@@ -198,7 +199,7 @@ def slots_picture(path: Path) -> None:
     lines = {
         "one rank": taken_by(world(1)),
         "two ranks": taken_by(world(2)),
-        "two ranks stop after 3 steps, three go on": begun | taken_by(world(3, state)),
+        "two ranks stop after 3 steps, three ranks resume": begun | taken_by(world(3, state)),
     }
     figure, axes = pyplot().subplots(figsize=(7.5, 3.3), layout="constrained")
     for line, (title, taken) in enumerate(lines.items()):
@@ -209,7 +210,7 @@ def slots_picture(path: Path) -> None:
         axes.text(0, y + 1.1, title, fontsize=9, va="bottom")
         if line == 2:
             axes.plot([stop, stop], [y - 0.15, y + 1.15], color="black", lw=2)
-    axes.text(0, -0.25, "slots 0 .. 14 of epoch 0, coloured by patch; the number is the rank",
+    axes.text(0, -0.25, "slots 0 to 14 of epoch 0; color: patch, number: rank",
               fontsize=8.5, va="top")  # fmt: skip
     axes.set(xlim=(-0.1, 15.1), ylim=(-0.9, 5.7))
     axes.axis("off")
@@ -241,14 +242,14 @@ SHAPE_COLOURS = ("#7a5195", "#2a7f77", "#d9a441", "#b3502e", "#4c72b0")
 
 
 def shapes_picture(path: Path, rows: int = 6) -> None:
-    """Draw images of several shapes in batches: drawn freely and padded, and one shape a batch."""
+    """Draw images of several shapes in batches: random and padded, and one shape per batch."""
     # The images of how-to/aspect-ratio-buckets.md.
     kinds = np.random.default_rng(0).choice(len(SHAPES), 403, p=OFTEN)
     names = np.array([f"{height}x{width}" for height, width in SHAPES])[kinds]
     freely = np.random.default_rng(SEED).permutation(kinds.size)
     sides = {
-        "drawn freely, padded": [freely[i : i + 8] for i in range(0, 8 * rows, 8)],
-        "one shape a batch": list(islice(sampler_of(names), rows)),
+        "random batches, padded": [freely[i : i + 8] for i in range(0, 8 * rows, 8)],
+        "one shape per batch": list(islice(sampler_of(names), rows)),
     }
     figure, both = pyplot().subplots(1, 2, figsize=(7.5, 3.6), layout="constrained")
     for axes, (title, batches) in zip(both, sides.items(), strict=True):

@@ -1,8 +1,8 @@
-"""What one rank of 1,024 needs for 1e12 samples: ``python -m docs.figures.many_ranks``.
+"""Memory and time of one rank of 1,024, for 1e12 samples: ``python -m docs.figures.many_ranks``.
 
 Nothing is trained and no other rank is started: a rank's batches are a function of its number, so
-one process can be any of them. Memory is what NumPy and Python report to tracemalloc; times are the
-best of some rounds, on one thread.
+one process can act as any rank. Memory is what NumPy and Python report to tracemalloc; times are
+the best of `ROUNDS` rounds, on one thread.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ RANKS, RESUMED_RANKS = 1024, 768
 COUNTS = [10**9 + 2 * patch - 999 for patch in range(1000)]  # 1e12 samples
 BATCH_SIZE = 64
 STEPS = (10**9 // RANKS, 15 * 10**9 // RANKS)
-"""After which a run was stopped: at the slots just below 1e9 and 1.5e10."""
+"""Steps after which a run is resumed: at the slots just below 1e9 and 1.5e10."""
 SHOWN = (0, 1, 511, 1023)
 ROUNDS = 20
 
@@ -32,7 +32,7 @@ def sampler_of(rank: int, ranks: int = RANKS) -> PatchBatchSampler:
 
 
 def kilobytes(rank: int) -> float:
-    """Return the most that making a sampler and drawing its first batch holds at a time."""
+    """Return the peak memory of making a sampler and drawing its first batch."""
     tracemalloc.start()
     kept = iter(sampler_of(rank))
     next(kept)
@@ -42,7 +42,7 @@ def kilobytes(rank: int) -> float:
 
 
 def best_ms(call: Callable[[], object], before: Callable[[], object] = lambda: None) -> float:
-    """Return the milliseconds of a call, the best of some rounds."""
+    """Return the milliseconds of a call, the best of `ROUNDS` rounds."""
     rounds = []
     for _ in range(ROUNDS):
         before()
@@ -53,10 +53,10 @@ def best_ms(call: Callable[[], object], before: Callable[[], object] = lambda: N
 
 
 def line(rank: int) -> str:
-    """Measure a rank and return its line of the table."""
+    """Measure a rank and return its row of the table."""
     sampler = sampler_of(rank)
     last = (len(sampler) - 1) * RANKS + rank
-    again = "" if last < sampler.plan.num_batches else " (again)"
+    again = "" if last < sampler.plan.num_batches else " (repeated)"
     cells = [
         f"{rank:,}",
         f"{len(sampler):,}",
@@ -81,10 +81,10 @@ def main() -> None:
     """Print the tables of the how-to page."""
     sampler = sampler_of(0)
     batches = sampler.plan.num_batches
-    next(iter(sampler))  # what the first call of a process imports is no part of a resume
+    next(iter(sampler))  # keep the imports of a process's first call out of the times
     print(
         f"{sum(COUNTS):,} samples, {len(COUNTS):,} patches, batches of {BATCH_SIZE}: "
-        f"{batches:,} batches an epoch, {RANKS:,} ranks\n"
+        f"{batches:,} batches per epoch, {RANKS:,} ranks\n"
     )
     states = [sampler_of(0).state_dict(step=step) for step in STEPS]
     names = ["rank", "steps", "slots", "memory, kB"]
@@ -93,7 +93,7 @@ def main() -> None:
     print(markdown.head(names))
     for rank in SHOWN:
         print(line(rank), flush=True)
-    print(f"\nthe state as JSON: {max(len(json.dumps(state)) for state in states)} bytes")
+    print(f"\nsize of the state as JSON: {max(len(json.dumps(state)) for state in states)} bytes")
     for state in states:
         resumed = sampler_of(0, RESUMED_RANKS)
         resumed.load_state_dict(state)
@@ -101,7 +101,7 @@ def main() -> None:
         left = batches - state["slot"]
         print(
             f"resumed at slot {state['slot']:,} on {RESUMED_RANKS} ranks: {left:,} batches left, "
-            f"{steps:,} steps, {steps * RESUMED_RANKS - left} batches again"
+            f"{steps:,} steps, {steps * RESUMED_RANKS - left} batches repeated"
         )
 
 

@@ -1,6 +1,6 @@
-"""Time against N, in log-log, with its fit: ``python -m docs.figures.scale FILE PICTURE``.
+"""Time against the number of samples, with a fit: ``python -m docs.figures.scale FILE PICTURE``.
 
-FILE is what ``python -m benchmarks.scale --out DIR`` has written.
+``python -m benchmarks.scale --out DIR`` writes FILE.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import numpy as np
 
 
 def draw(found: dict[str, Any], path: Path) -> None:
-    """Draw what `measures.linearity` found, and `measures.against_argsort` beside it."""
+    """Draw the results of `measures.linearity` and `measures.against_argsort`."""
     from matplotlib.figure import Figure
 
     times = {int(size): took for size, took in found["linearity"]["seconds"].items()}
@@ -24,15 +24,17 @@ def draw(found: dict[str, Any], path: Path) -> None:
     axes = figure.subplots()
     line = np.exp(np.mean(np.log(took)) + exponent * (np.log(size) - np.mean(np.log(size))))
     axes.loglog(size, line, color="0.7", label=f"fit: N$^{{{exponent:.2f}}}$")
-    axes.loglog(size, took, "o", label="ids in a file to an index in a file (int16, 500 patches)")
+    axes.loglog(size, took, "o", label="ids in a file, index in a file (int16, 500 patches)")
     if "argsort" in found:
         other = found["argsort"]
-        axes.loglog(other["samples"], other["seconds"], "s", label="the same in memory, int64")
+        axes.loglog(
+            other["samples"], other["seconds"], "s", label="ids and order in memory (int64)"
+        )
         axes.loglog(
             other["samples"],
             other["argsort_seconds"],
             "x",
-            label="np.argsort(kind='stable'), int64",
+            label="np.argsort(kind='stable') (int64)",
         )
     axes.set_xlabel("samples")
     axes.set_ylabel("seconds")
@@ -42,7 +44,7 @@ def draw(found: dict[str, Any], path: Path) -> None:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Draw a file of figures."""
+    """Draw the results in a file."""
     parser = argparse.ArgumentParser(prog="python -m docs.figures.scale", description=__doc__)
     parser.add_argument("file", type=Path, help="figures, as JSON")
     parser.add_argument("picture", type=Path, help="PNG or SVG")

@@ -1,7 +1,7 @@
 """Tables and pictures of the pages on speed: ``python -m docs.figures.speed FILE --out docs/img``.
 
-FILE is what ``pytest benchmarks/speed --benchmark-enable --benchmark-json FILE`` has written; what
-is not in it is left out.
+``pytest benchmarks/speed --benchmark-enable --benchmark-json FILE`` writes FILE. Tables and
+pictures of tests that are not in it are left out.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ def rows_of(found: dict[str, Any], test: str) -> Rows:
 
 
 def floors(found: dict[str, Any]) -> dict[int, dict[str, float]]:
-    """Return nanoseconds an index of each part and of ours, but ``next``, a batch's, by size."""
+    """Return nanoseconds per index of each part and of ours, by size; of ``next``, per batch."""
     parts: dict[int, dict[str, float]] = {}
     for row in rows_of(found, "test_part"):
         count = row["batches" if row["part"] == "next" else "samples"]
@@ -68,9 +68,9 @@ def floor_table(parts: dict[int, dict[str, float]]) -> str:
 
 
 def draw_floors(parts: dict[int, dict[str, float]], path: Path) -> None:
-    """Draw what the floors are made of, and ours on top of them."""
+    """Draw the parts of the lower bounds, and the time that ours adds to them."""
     figure, axes = subplots(figsize=(7.5, 3.8))
-    colours = {"gather": "#2a7f62", "yielding": "#d9a441", "what ours adds": "#c44e52"}
+    colours = {"gathered": "#2a7f62", "returned": "#d9a441", "added by ours": "#c44e52"}
     labels: list[str] = []
     for size, part in parts.items():
         for output, yielding in YIELDED.items():
@@ -80,23 +80,24 @@ def draw_floors(parts: dict[int, dict[str, float]], path: Path) -> None:
             for width, colour in zip(widths, colours.values(), strict=True):
                 axes.barh(len(labels), width, 0.7, left=left, color=colour)
                 left += width
-            axes.text(left, len(labels), f" {ours / floor:.1f} floors", va="center", fontsize=8)
+            ratio = f" {ours / floor:.1f} × lower bound"
+            axes.text(left, len(labels), ratio, va="center", fontsize=8)
             labels.append(f"{OUTPUTS[output]}, batches of {size}")
         axes.plot([part["ungrouped"]], [len(labels) - 1], "|", color="black", ms=16, mew=2)
     for name, colour in colours.items():
         axes.barh(0, 0, color=colour, label=name)
-    axes.plot([], [], "|", color="black", ms=10, mew=2, label="torch's lists, ungrouped")
+    axes.plot([], [], "|", color="black", ms=10, mew=2, label="lists of torch, ungrouped")
     axes.set_yticks(range(len(labels)), labels, fontsize=8)
     axes.invert_yaxis()
     axes.margins(x=0.12)
-    axes.set(xlabel="nanoseconds an index", xlim=(0, None))
+    axes.set(xlabel="nanoseconds per index", xlim=(0, None))
     axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(frameon=False, loc="lower right", fontsize=8)
+    figure.legend(loc="outside lower center", ncols=4, frameon=False, fontsize=8)
     figure.savefig(path, dpi=110)
 
 
 def epoch_table(found: dict[str, Any]) -> str:
-    """Return the table of epochs by output, and what a batch takes above a list iterator."""
+    """Return the table of epochs by output, with the time per batch above a list iterator."""
     parts = {(row["part"], row["size"]): row for row in rows_of(found, "test_part")}
     epochs = sorted(rows_of(found, "test_epoch"), key=lambda row: row["size"])
     lines = []
@@ -114,7 +115,7 @@ def epoch_table(found: dict[str, Any]) -> str:
 
 
 def stages(found: dict[str, Any]) -> dict[tuple[int, str], dict[str, float]]:
-    """Return microseconds a batch of each stage, by size and form."""
+    """Return microseconds per batch of each stage, by size and form."""
     out: dict[tuple[int, str], dict[str, float]] = {}
     for row in sorted(rows_of(found, "test_stage"), key=lambda row: row["size"]):
         took = out.setdefault((row["size"], row["form"]), {})
@@ -148,7 +149,7 @@ def draw_stages(took: dict[tuple[int, str], dict[str, float]], path: Path) -> No
                 left += width
             axes.text(left, row, f" {left:.2f}", va="center")
         right = axes.get_xlim()[1] * 1.15
-        axes.set(title=f"a list of {size}", xlabel="µs a batch", xlim=(0, right))
+        axes.set(title=f"lists of {size} samples", xlabel="µs per batch", xlim=(0, right))
         axes.set_yticks(range(len(forms)), forms)
         axes.spines[["top", "right"]].set_visible(False)
     handles, labels = panels[0][0].get_legend_handles_labels()
@@ -199,7 +200,7 @@ def subplots(*args: Any, figsize: tuple[float, float], **options: Any) -> tuple[
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Print the tables, and draw if asked to."""
+    """Print the tables, and draw the pictures with ``--out``."""
     parser = argparse.ArgumentParser(prog="python -m docs.figures.speed", description=__doc__)
     parser.add_argument("file", type=Path, help="figures, as JSON")
     parser.add_argument("--out", type=Path, metavar="DIR", help="folder for the pictures")

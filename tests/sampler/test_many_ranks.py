@@ -129,12 +129,12 @@ def test_the_state_is_small():
 def test_the_command_prints_these_figures():
     done = run_python("-m", "docs.figures.many_ranks")
     lines = done.stdout.splitlines()
-    assert lines[0].endswith(f"{M:,} batches an epoch, 1,024 ranks")
+    assert lines[0].endswith(f"{M:,} batches per epoch, 1,024 ranks")
     table = [line.split(" | ") for line in lines if line.startswith("| ")][1:]
     assert [row[0] for row in table] == ["| 0", "| 1", "| 511", "| 1,023"]
     assert {row[1] for row in table} == {f"{STEPS:,}"}
     assert all(0 < float(row[3]) < 512 for row in table)
     left = M - 999_999_488
-    assert f"{left:,} batches left, {-(-left // 768):,} steps, {-left % 768} batches again" in (
+    assert f"{left:,} batches left, {-(-left // 768):,} steps, {-left % 768} batches repeated" in (
         done.stdout
     )
