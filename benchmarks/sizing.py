@@ -144,8 +144,6 @@ def peers() -> dict[str, Any]:
             for workload in workloads
         ],
         "pyg_seconds_by_samples": budgets.growth(growing),
-        "pyg_seconds_unshuffled": budgets.growth(growing, shuffle=False),
-        "pyg_too_long_at_the_end": budgets.too_long_at_the_end(),
     }
 
 
@@ -211,8 +209,7 @@ def print_peers(found: Mapping[str, Any]) -> None:
             if "missing" not in row
         ]
         print(markdown.records(TIMES, there), end="\n\n")
-    for name in ("pyg_seconds_by_samples", "pyg_seconds_unshuffled", "pyg_too_long_at_the_end"):
-        print(f"{name}: {json.dumps(found[name])}")
+    print(f"PyG, seconds by samples: {json.dumps(found['pyg_seconds_by_samples'])}")
 
 
 def main(arguments: list[str] | None = None) -> None:

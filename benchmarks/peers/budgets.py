@@ -13,6 +13,7 @@ import numpy as np
 from benchmarks.peers.measure import begin, length
 from benchmarks.peers.peer import missing, version
 from benchmarks.peers.samplers.budgeted import PYG, Peer, Workload, graphs
+from benchmarks.timing import drain
 
 ROUNDS = 5
 PATCHES = 50
@@ -148,20 +149,7 @@ def resumed(
     return {"resume": found, "resume_seconds": min(took)}
 
 
-def too_long_at_the_end(samples: int = 200, budget: int = 8_000) -> dict[str, int]:
-    """Return the batches of PyG's sampler where the last sample is too long and must be skipped."""
-    if missing(PYG):
-        return {}
-    from torch_geometric.loader import DynamicBatchSampler
-
-    workload = one_patch(samples, budget)
-    workload.lengths[-1] = budget + 1
-    sampler = DynamicBatchSampler(graphs(workload), max_num=budget, mode="node", skip_too_big=True)
-    batches = drawn(sampler, 0)
-    return {"samples": samples, "batches": len(batches), "empty": batches.count([])}
-
-
-def growth(sizes: Iterable[int], shuffle: bool = True) -> dict[str, float]:
+def growth(sizes: Iterable[int]) -> dict[str, float]:
     """Return the seconds of an epoch of PyG's sampler by number of samples."""
     if missing(PYG):
         return {}
@@ -171,10 +159,9 @@ def growth(sizes: Iterable[int], shuffle: bool = True) -> dict[str, float]:
     for size in sizes:
         workload = one_patch(size)
         sampler = DynamicBatchSampler(
-            graphs(workload), max_num=workload.budget, mode="node", shuffle=shuffle
+            graphs(workload), max_num=workload.budget, mode="node", shuffle=True
         )
         start = time.process_time()
-        for _ in sampler:
-            pass
+        drain(sampler)
         took[str(size)] = time.process_time() - start
     return took
