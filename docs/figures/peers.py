@@ -145,7 +145,7 @@ def time_and_correctness(found: Mapping[str, Any]) -> Any:
     there = [row for row in there if "batches" in row and not why_not(row)]
     there.sort(key=lambda row: row["epoch_s"], reverse=True)
     figure, (left, right) = _figure(
-        1, 2, figsize=(12.5, 1.6 + 0.36 * len(there)), sharey=True, width_ratios=(2, 4)
+        1, 2, figsize=(9.5, 1.6 + 0.36 * len(there)), sharey=True, width_ratios=(2, 4)
     )
     own = [peer.name for peer in OURS]
     for place, row in enumerate(there):
