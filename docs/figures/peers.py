@@ -188,7 +188,7 @@ def _judged(row: Row) -> list[tuple[str, bool]]:
     changed = members(row)
     return [
         (f"{row['mixed']:,} mixed" if row["mixed"] else "", not row["mixed"]),
-        (", ".join(uncovered), not uncovered),
+        ("\n".join(uncovered), not uncovered),
         ("" if found_length == "exact" else found_length, found_length == "exact"),
         ("" if changed == "new" else changed, changed == "new"),
     ]
