@@ -56,7 +56,9 @@ def same(actual, expected) -> bool:
 
 @pytest.mark.parametrize("settings", [{}, {"num_replicas": 3, "rank": 2}])
 def test_the_position_of_an_interrupted_cursor_is_in_range(settings):
-    cursor = BatchCursor(plan_of(), **settings)
+    # Where it stops inside the evaluation does not matter: an evaluation of few calls will do.
+    plan = plan_of(shuffle_patches=False, shuffle_within_batches=False)
+    cursor = BatchCursor(plan, **settings)
     last = cursor.num_replicas * (cursor.steps_per_epoch - 1)
     cursor.seek(4, last)
     expected = drawn(cursor, 1)
@@ -73,7 +75,7 @@ def test_the_position_of_an_interrupted_cursor_is_in_range(settings):
         cursor.seek(4, last)
         assert drawn(cursor, 1) == expected
     assert positions == {(4, last), (5, last), (5, 0)}
-    assert event > 50
+    assert event > 30
 
 
 def saved(cursor: torch.nn.Module) -> dict:
@@ -164,11 +166,11 @@ def test_a_cursor_begins_where_the_next_iterator_would(data):
         "partial": data.draw(st.sampled_from(["keep", "pad"])),
         "interleave": data.draw(st.booleans()),
     }
-    whole = make(partial=settings["partial"], interleave=settings["interleave"])
+    whole = quiet(IDS, 8, seed=1, partial=settings["partial"], interleave=settings["interleave"])
     epoch = data.draw(st.sampled_from([0, 7, 2**40]))
     slot = data.draw(st.integers(0, len(whole)))
     state = {**whole.state_dict(), "epoch": epoch, "slot": slot}
-    sampler = make(**settings)
+    sampler = quiet(IDS, 8, seed=1, **settings)
     sampler.load_state_dict(state)
     cursor = sampler.cursor()
     begun = sampler.epoch
@@ -454,7 +456,7 @@ class Trainer(torch.nn.Module):
             self.layer.bias.fill_(0.25)
         self.register_buffer("x", torch.arange(2.0 * IDS.size).reshape(-1, 2) / 100)
         self.register_buffer("scales", torch.tensor([1.0, 2.0, 3.0, 4.0]))
-        self.register_buffer("column", torch.arange(4))
+        self.register_buffer("column", torch.arange(cursor.plan.batch_size))
 
     def forward(self) -> tuple[torch.Tensor, CursorBatch]:
         batch = self.cursor()
@@ -463,10 +465,14 @@ class Trainer(torch.nn.Module):
         return counted.sum() / batch.valid, batch
 
 
+def short_graph(**settings) -> PatchBatchSampler:
+    """A sampler whose cursor is quick to trace: samples in order, and seven batches shuffled."""
+    few = {"batch_size": 20, "partial": "pad", "seed": 1, "shuffle_within_batches": False}
+    return quiet(IDS, **few | settings)
+
+
 def trainer(**settings) -> Trainer:
-    """A model whose graph is small: samples in order, batches shuffled."""
-    settings = {"shuffle_within_batches": False, **settings}
-    return Trainer(make(partial="pad", **settings).cursor())
+    return Trainer(short_graph(**settings).cursor())
 
 
 def steps_of(model, count: int) -> list[tuple[float, list[int], int, int]]:
@@ -496,14 +502,14 @@ def _forget_what_was_compiled():
 @pytest.mark.parametrize("made", COPIES.values(), ids=COPIES)
 def test_a_model_is_copied_with_its_place_and_may_be_compiled_at_once(made):
     model = trainer()
-    steps_of(model, 10)
+    steps_of(model, 3)
     copied = made(model)
     counter = CompileCounterWithBackend("eager")
     compiled = torch.compile(copied, fullgraph=True, backend=counter)
-    expected = steps_of(model, 20)
+    expected = steps_of(model, 12)
     # Each has its own place, whatever it shares.
-    assert model.cursor.position() == (1, 6)
-    actual = steps_of(compiled, 20)
+    assert model.cursor.position() == (2, 1)
+    actual = steps_of(compiled, 12)
     assert [step[1:] for step in actual] == [step[1:] for step in expected]
     assert [step[0] for step in actual] == pytest.approx([step[0] for step in expected], rel=1e-2)
     assert counter.frame_count == 1
@@ -522,11 +528,11 @@ def test_a_copy_shares_the_order_of_the_samples():
 
 def test_a_model_keeps_its_place_in_its_state():
     model = trainer()
-    steps_of(model, 30)
+    steps_of(model, 9)
     other = trainer()
     other.load_state_dict(saved(model))
-    assert other.cursor.position() == (1, 6)
-    assert steps_of(other, 40) == steps_of(model, 40)
+    assert other.cursor.position() == (1, 2)
+    assert steps_of(other, 14) == steps_of(model, 14)
 
 
 def test_moving_a_model_moves_the_plan(monkeypatch):
@@ -563,7 +569,7 @@ def test_one_graph_serves_a_whole_run(backend, shuffle_within_batches, num_repli
     plain, model = trainer(**settings), trainer(**settings)
     counter = CompileCounterWithBackend(backend)
     step = torch.compile(model, fullgraph=True, backend=counter)
-    sampler = make(partial="pad", **settings)
+    sampler = short_graph(**settings)
     for epoch in range(3):
         actual = steps_of(step, len(sampler))
         assert [batch for _, *batch in actual] == [[*b] for b in handed_out(sampler, epoch)]
@@ -582,7 +588,7 @@ def test_a_compiled_model_is_trained_and_sought_without_another_graph():
         step = torch.compile(model, fullgraph=True, backend=counter) if compiled else model
         optimizer = torch.optim.SGD(model.layer.parameters(), lr=1e-3)
         actual = []
-        for place in [(0, 20), (7, 24)]:
+        for place in [(0, 5), (7, 7)]:
             model.cursor.seek(*place)
             for _ in range(8):
                 optimizer.zero_grad()
@@ -590,7 +596,7 @@ def test_a_compiled_model_is_trained_and_sought_without_another_graph():
                 loss.backward()
                 optimizer.step()
                 actual.append(loss.item())
-        assert model.cursor.position() == (8, 8)
+        assert model.cursor.position() == (9, 1)
         losses.append(actual)
     assert losses[1] == pytest.approx(losses[0])
     assert len(set(losses[0])) == 16
@@ -598,13 +604,12 @@ def test_a_compiled_model_is_trained_and_sought_without_another_graph():
 
 
 def test_a_compiled_cursor_takes_over_a_seed_that_is_loaded():
-    settings = {"partial": "pad", "shuffle_within_batches": False}
-    cursor = PatchBatchSampler(IDS, 4, **settings).cursor()
+    cursor = short_graph(seed=None).cursor()
     step = torch.compile(cursor, fullgraph=True, backend="eager")
     step()
-    state = make(seed=5, **settings).cursor().state_dict()
+    state = short_graph(seed=5).cursor().state_dict()
     cursor.load_state_dict(state)
-    expected = epoch_of(make(seed=5, **settings), 0)
+    expected = epoch_of(short_graph(seed=5), 0)
     assert [step().indices.tolist() for _ in expected] == expected
 
 
