@@ -53,7 +53,6 @@ SAMPLE_COSTS = np.random.default_rng(3).integers(1, 40, MIXED.source_size)
 QUICK = {
     "plain": Case(LARGE, 64),
     "mixed, gathered": Case(gathered("int32", 20, 3000, 300, 3, 33), 48, {"partial": "pad"}),
-    "in a row": Case(MIXED, 32, {"interleave": False}),
     # The kernel of the patches' order goes over them in several turns.
     "many patches, in a row": Case(contiguous(*[3] * 600), 2, {"interleave": False}),
     "weights": Case(MIXED, 16, {"weights": [1, 5, 0, 2, 1, 1], "epoch_batches": 300}),
@@ -82,6 +81,7 @@ SLOW = {
     "balanced by cost": Case(
         MIXED, 24, {"steps": "balanced", "step_width": 3, "patch_costs": [9, 4, 30, 1, 7, 50]}
     ),
+    "in a row": Case(MIXED, 32, {"interleave": False}),
     "same patch": Case(MIXED, 24, {"steps": "same_patch", "step_width": 4}),
     "same patch, in a row": Case(
         MIXED, 24, {"steps": "same_patch", "step_width": 3, "interleave": False}
