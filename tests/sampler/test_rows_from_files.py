@@ -178,18 +178,24 @@ def check_equal(actual, expected) -> None:
             np.testing.assert_array_equal(one, other)
 
 
+WINDOWS = [(4000, 300), (1 << 27, 1 << 20), (1, 1 << 20), (1 << 27, 1)]
+"""Bytes to read ahead, and bytes that are gathered at once."""
+
+
+def settings_and_windows():
+    """By default small windows for all settings, and one window for one process and for a rank."""
+    slow = pytest.mark.slow("every pair of settings and windows, for each kind of file")
+    quick = [(0, i) for i in range(len(SETTINGS))] + [(1, 0), (1, 6)]
+    return [
+        pytest.param(SETTINGS[i], WINDOWS[j], marks=() if (j, i) in quick else slow)
+        for j, i in np.ndindex(len(WINDOWS), len(SETTINGS))
+    ]
+
+
 class TestEqual:
-    @pytest.mark.parametrize(
-        ("ahead", "chunk"),
-        [
-            (4000, 300),
-            (1 << 27, 1 << 20),
-            pytest.param(1, 1 << 20, marks=pytest.mark.slow("two more sizes of windows")),
-            pytest.param(1 << 27, 1, marks=pytest.mark.slow("two more sizes of windows")),
-        ],
-    )
-    @pytest.mark.parametrize("settings", SETTINGS, ids=str)
-    def test_batches_are_those_in_memory(self, store, monkeypatch, settings, ahead, chunk):
+    @pytest.mark.parametrize(("settings", "window"), settings_and_windows(), ids=str)
+    def test_batches_are_those_in_memory(self, store, monkeypatch, settings, window):
+        ahead, chunk = window
         monkeypatch.setattr(tensor_loader, "HOST_GATHER_BYTES", chunk)
         x = some_values()
         sampler = quiet(IDS, **{"seed": 1, "batch_size": 4, **settings})
