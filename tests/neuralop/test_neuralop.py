@@ -130,10 +130,10 @@ def test_metrics_are_those_of_neuralops_trainer(whole):
     [
         (7, 3, 6),  # without the losses before, the rate would fall an epoch early
         (25, 4, 22),  # in mid-epoch, three batches after the last save
-        (23, 1, 23),
+        pytest.param(23, 1, 23, marks=pytest.mark.slow("another place in mid-epoch")),
         (36, 5, 36),  # after the last batch of an epoch, which is evaluated once more
         (37, 100, 36),
-        (70, 17, 54),
+        pytest.param(70, 17, 54, marks=pytest.mark.slow("another end of an epoch")),
     ],
 )
 def test_a_stopped_run_resumes_at_the_next_batch(
