@@ -74,11 +74,20 @@ def test_an_index_that_is_built_is_the_one_that_is_saved(folder, tmp_path, kind)
     check_built(folder, ids)
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("fail_at", [0, 1, BLOCKS - 1, BLOCKS, BLOCKS + 1, 2 * BLOCKS - 1])
+def kinds_and_places():
+    """Where reading fails: at either end of both passes, of which runs have one."""
+    slow = pytest.mark.slow("other tables, at each end of a pass")
+    quick = (1, BLOCKS, BLOCKS + 1)
+    return [
+        pytest.param(kind, at, marks=() if kind in ("dense", "runs") or at in quick else slow)
+        for kind in KINDS
+        for at in (0, 1, BLOCKS - 1, BLOCKS, BLOCKS + 1, 2 * BLOCKS - 1)
+        if kind != "runs" or at < BLOCKS
+    ]
+
+
+@pytest.mark.parametrize(("kind", "fail_at"), kinds_and_places())
 def test_what_was_done_is_not_done_again(folder, kept, caplog, kind, fail_at):
-    if kind == "runs" and fail_at >= BLOCKS:
-        pytest.skip("has one pass")
     ids = ids_of(kind)
     stopped(ids, folder, fail_at)
     check_unfinished(folder, ids)
