@@ -235,7 +235,7 @@ def test_one_graph_serves_a_whole_run_of_torchs_own_operations(name):
 
 
 def test_a_plan_of_another_seed_is_another_graph():
-    plan = FORMS["patches in order"].plan(seed=1)
+    plan = FORMS["one batch"].plan(seed=1)
     counter = CompileCounterWithBackend("eager")
     for other in (plan, plan.with_seed(2**64 - 2)):
         other.evaluator.prepare_batch()
@@ -420,26 +420,37 @@ QUICKER = {"realize_opcount_threshold": 8}
 """What docs/how-to/in-memory.md recommends."""
 
 
+LARGE_STEP = shuffled_ids([70_000, 65_536]), 32_768, QUICKER
+
+
 @pytest.mark.parametrize(
-    ("ids", "batch_size", "options"),
+    ("ids", "batch_size", "options", "is_trained"),
     [
         pytest.param(
             np.repeat([4, 9], [3, 2]),
             2,
             {},
+            True,
             id="small",
             marks=pytest.mark.slow("without the option, g++ takes a minute"),
         ),
         pytest.param(
-            shuffled_ids([70_000, 65_536]),
-            32_768,
-            QUICKER,
+            *LARGE_STEP,
+            True,
             id="large",
+            marks=pytest.mark.slow("the way back is compiled, too"),
+        ),
+        pytest.param(
+            *LARGE_STEP,
+            False,
+            id="large, loss alone",
             marks=pytest.mark.expensive("the one compile by inductor"),
         ),
     ],
 )
-def test_a_training_step_is_compiled_to_machine_code(inductor, tmp_path, ids, batch_size, options):
+def test_a_training_step_is_compiled_to_machine_code(
+    inductor, tmp_path, ids, batch_size, options, is_trained
+):
     generator = torch.Generator().manual_seed(0)
     x = torch.randn((len(ids), 3), generator=generator)
     y = torch.randn((len(ids),), generator=generator)
@@ -468,13 +479,15 @@ def test_a_training_step_is_compiled_to_machine_code(inductor, tmp_path, ids, ba
     for step in range(total + 2):
         losses = []
         for its_model, its_loss in ((plain, plain_loss), (model, loss_of)):
-            with torch._inductor.config.patch(options):
+            with torch._inductor.config.patch(options), torch.set_grad_enabled(is_trained):
                 loss, indices = its_loss()
-                loss.backward()
-            with torch.no_grad():
-                for weights in its_model.parameters():
-                    weights -= 0.01 * weights.grad
-                    weights.grad = None
+                if is_trained:
+                    loss.backward()
+            if is_trained:
+                with torch.no_grad():
+                    for weights in its_model.parameters():
+                        weights -= 0.01 * weights.grad
+                        weights.grad = None
             losses.append(loss)
             epoch, slot = divmod(step, total)
             expected = sampler.plan.evaluate(2**32 - 1 + epoch, [slot]).indices[0]
