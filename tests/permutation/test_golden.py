@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import json
 from collections import Counter
+from collections.abc import Callable, Iterable
 from itertools import product
+from operator import itemgetter
 from typing import Any
 
 import numpy as np
@@ -35,8 +37,17 @@ def positions(vector: dict[str, Any]) -> list[int]:
     return vector["x"] if "x" in vector else list(range(vector["n"]))
 
 
+def grouped(items: Iterable[Any], name_of: Callable[[Any], Any]) -> dict[str, list[Any]]:
+    """The items by name: thousands of tests would take longer than what they test."""
+    groups: dict[str, list[Any]] = {}
+    for item in items:
+        groups.setdefault(str(name_of(item)), []).append(item)
+    return groups
+
+
 PERMUTATIONS = GOLDEN["whole"] + GOLDEN["sampled"]
-every_permutation = pytest.mark.parametrize("vector", PERMUTATIONS, ids=named)
+BY_SIZE = grouped(PERMUTATIONS, itemgetter("n"))
+every_permutation = pytest.mark.parametrize("vectors", BY_SIZE.values(), ids=BY_SIZE)
 
 
 def test_version():
@@ -143,32 +154,33 @@ def test_file_of_mixing_covers_the_edges():
     assert min(passes.values()) >= 10
 
 
-@pytest.mark.parametrize("row", GOLDEN["keys"], ids=lambda row: "-".join(map(str, row[:4])))
 @every_namespace
-def test_keys(xp, row):
-    seed, purpose, pass_, group, k0, k1 = row
-    assert derive_key(seed, purpose, pass_, group) == (k0, k1)
-    as_arrays = derive_key(seed, purpose, xp.asarray([pass_]), xp.asarray([group]))
-    assert [int(word[0]) for word in as_arrays] == [k0, k1]
+def test_keys(xp):
+    for row in GOLDEN["keys"]:
+        seed, purpose, pass_, group, k0, k1 = row
+        assert derive_key(seed, purpose, pass_, group) == (k0, k1), row
+        as_arrays = derive_key(seed, purpose, xp.asarray([pass_]), xp.asarray([group]))
+        assert [int(word[0]) for word in as_arrays] == [k0, k1], row
 
 
 @every_permutation
 @every_namespace
-def test_reference(xp, vector):
-    n = vector["n"]
-    x = xp.asarray(positions(vector))
-    lanes_of = [xp.full_like(x, value) for value in (n, *vector["key"])]
-    images = permute(xp, x, lanes_of[0], tuple(lanes_of[1:]), grids_of(xp, lanes_of[0]), n, n)
-    assert images.dtype == xp.int64
-    assert images.tolist() == vector["images"]
+def test_reference(xp, vectors):
+    for vector in vectors:
+        n = vector["n"]
+        x = xp.asarray(positions(vector))
+        lanes_of = [xp.full_like(x, value) for value in (n, *vector["key"])]
+        images = permute(xp, x, lanes_of[0], tuple(lanes_of[1:]), grids_of(xp, lanes_of[0]), n, n)
+        assert images.dtype == xp.int64
+        assert images.tolist() == vector["images"], named(vector)
 
 
-@pytest.mark.parametrize("vector", PERMUTATIONS, ids=named)
-def test_lanes_one(host_form, vector):
-    n = vector["n"]
-    x = np.array(positions(vector))
-    images = host.permute_one(x, n, tuple(vector["key"]))
-    assert images.tolist() == vector["images"]
+@every_permutation
+def test_lanes_one(host_form, vectors):
+    for vector in vectors:
+        x = np.array(positions(vector))
+        images = host.permute_one(x, vector["n"], tuple(vector["key"]))
+        assert images.tolist() == vector["images"], named(vector)
 
 
 @pytest.mark.parametrize("vectors", [GOLDEN["whole"], GOLDEN["sampled"]], ids=["whole", "sampled"])
@@ -195,11 +207,13 @@ def named_epoch(epoch: dict[str, Any]) -> str:
     )
 
 
-every_epoch = pytest.mark.parametrize(
-    "epoch",
-    [*GOLDEN["epochs"], *STEPS["epochs"], *MIXING["epochs"], *SHORT["epochs"]],
-    ids=named_epoch,
-)
+def kind_of(epoch: dict[str, Any]) -> str:
+    settings = epoch["settings"]
+    return f"{settings['partial']}-{settings.get('steps', 'free')}-{len(epoch['ids'])}"
+
+
+LATER = grouped([*STEPS["epochs"], *MIXING["epochs"], *SHORT["epochs"]], kind_of)
+EPOCHS = {**LATER, **grouped(GOLDEN["epochs"], lambda epoch: f"first-{kind_of(epoch)}")}
 
 
 def plan_of(epoch: dict[str, Any], ids: Any) -> EpochPlan:
@@ -232,37 +246,46 @@ def handed_out(block: Any, plan: EpochPlan) -> list[Any]:
     return out
 
 
-@every_epoch
+@pytest.mark.parametrize("epochs", EPOCHS.values(), ids=EPOCHS)
 @every_namespace
-def test_epochs(host_form, xp, epoch):
+def test_epochs(host_form, xp, epochs):
+    for epoch in epochs:
+        check_epoch(xp, epoch)
+
+
+def check_epoch(xp: Any, epoch: dict[str, Any]) -> None:
     plan = plan_of(epoch, xp.asarray(epoch["ids"], dtype=xp.int64))
     assert plan.num_batches == len(epoch["batches"])
     slots = xp.arange(plan.num_batches)
 
     block = plan.evaluate(epoch["epoch"], slots)
-    assert handed_out(block, plan) == epoch["batches"]
+    assert handed_out(block, plan) == epoch["batches"], named_epoch(epoch)
 
     reference = plan.evaluator.block_by_arrays(epoch["epoch"], slots)
-    assert handed_out(reference, plan) == epoch["batches"]
+    assert handed_out(reference, plan) == epoch["batches"], named_epoch(epoch)
 
     ragged = ragged_of(plan, epoch["epoch"], np.arange(plan.num_batches))
     assert [
         [int(plan.groups.patch_ids[group]), samples]
         for group, samples in zip(ragged.groups, rows_of(ragged), strict=True)
-    ] == epoch["batches"]
+    ] == epoch["batches"], named_epoch(epoch)
 
 
 @pytest.mark.filterwarnings("ignore:every row of a cursor has")
-@pytest.mark.parametrize(
-    "epoch", [*STEPS["epochs"], *MIXING["epochs"], *SHORT["epochs"]], ids=named_epoch
-)
-def test_epochs_a_batch_at_a_time(epoch):
+@pytest.mark.parametrize("epochs", LATER.values(), ids=LATER)
+def test_epochs_a_batch_at_a_time(epochs):
+    for epoch in epochs:
+        check_batches(epoch)
+
+
+def check_batches(epoch: dict[str, Any]) -> None:
     plan = plan_of(epoch, torch.tensor(epoch["ids"]))
     batches, number = epoch["batches"], torch.tensor(epoch["epoch"])
     patch_ids = plan.groups.patch_ids.tolist()
     for slot in {0, len(batches) // 2, len(batches) - 1}:
         _, samples = batches[slot]
-        assert plan.batch(number, torch.tensor(slot))[: len(samples)].tolist() == samples
+        batch = plan.batch(number, torch.tensor(slot))
+        assert batch[: len(samples)].tolist() == samples, named_epoch(epoch)
 
     from gpusampler.sampler.cursor import BatchCursor
 
@@ -271,8 +294,8 @@ def test_epochs_a_batch_at_a_time(epoch):
     for slots in (first, last):
         cursor.seek(epoch["epoch"], slots[0])
         for slot in slots:
-            assert cursor.position() == (epoch["epoch"], slot)
+            assert cursor.position() == (epoch["epoch"], slot), named_epoch(epoch)
             result = cursor()
             patch, samples = batches[slot]
-            assert result.indices[: len(samples)].tolist() == samples
+            assert result.indices[: len(samples)].tolist() == samples, named_epoch(epoch)
             assert patch_ids[int(result.group)] == patch
