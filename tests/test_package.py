@@ -259,8 +259,9 @@ def test_examples_are_there(name):
 
 
 NEEDS = {"cuda_batches": "cupy", "triton_batches": "triton", "plot": "matplotlib"}
-NEEDS |= {library: library for library in ("lightning", "neuralop")}
-NEEDS |= dict.fromkeys(["cursor", "dataset", "collate", "normalize"], "torch")
+# Without a submodule, the folders of tests with these names would be found.
+NEEDS |= {"lightning": "lightning.pytorch", "neuralop": "neuralop.training"}
+NEEDS |= dict.fromkeys(["cursor", "dataset", "collate", "normalize", "triton_op"], "torch")
 CORE = [
     path
     for path in files()
