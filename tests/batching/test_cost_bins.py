@@ -500,12 +500,12 @@ def test_the_benchmark_of_the_rule(monkeypatch):
     before = cost_bins._bin_ends, cost_bins.MIN_COUNTED_BATCHES
     result = dict(bench.table(bench.lognormal, 5, 200, 8, "keep"))
     assert (cost_bins._bin_ends, cost_bins.MIN_COUNTED_BATCHES) == before
-    assert result["one size a patch"].parts == 1
-    assert result["one size a patch"].used < 0.3
+    assert result["one size per patch"].bins == 1
+    assert result["one size per patch"].used < 0.3
     mine = result["this rule"]
     assert mine.used > result["1/8 octave, merged upwards"].used
-    assert mine.parts < result["1/8 octave, merged upwards"].parts
-    assert mine.alone < 0.02
+    assert mine.bins < result["1/8 octave, merged upwards"].bins
+    assert mine.single < 0.02
     assert 0.7 < mine.used < mine.padded <= 1
     assert mine.left_out == 0
 
