@@ -258,11 +258,11 @@ def test_examples_are_there(name):
     assert sum(len(test.examples) for test in tests) > 0, "no example"
 
 
-NEEDS = {"cuda_batches": "cupy", "triton_batches": "triton"}
-# Without a submodule, the folders of tests with these names would be found.
-NEEDS |= {"triton_op": "triton", "plot": "matplotlib"}
-NEEDS |= {"lightning": "lightning.pytorch", "neuralop": "neuralop.training"}
+NEEDS = {"cuda_batches": "cupy", "triton_batches": "triton", "triton_op": "triton"}
 NEEDS |= dict.fromkeys(["cursor", "dataset", "collate", "normalize"], "torch")
+# Without a submodule, the folders of tests with these names would be found.
+NEEDS |= {"lightning": "lightning.pytorch", "neuralop": "neuralop.training"}
+NEEDS["plot"] = "matplotlib"
 CORE = [
     path
     for path in files()
