@@ -445,7 +445,7 @@ def test_a_loader_of_tensors_passes_through_prepare(ranks):
     assert [result["rows"] for result in results] == native_shares(0, len(ranks))
 
 
-@pytest.mark.parametrize("name", ["Drawn", "Place"])
+@pytest.mark.parametrize("name", ["Drawn", "Position"])
 def test_the_page_shows_what_is_run_here(name):
     # Importing the script would run an Accelerator.
     source = SCRIPT.read_text()

@@ -348,7 +348,7 @@ def loaded_states():
     return results
 
 
-class Place:
+class Position:
     """What a run that skips batches must remember."""
 
     def __init__(self):
@@ -370,7 +370,7 @@ def skipping_run(source, stop, folder):
     sampler = unsharded()
     model, optimizer = training(accelerator)
     loader = accelerator.prepare(loader_of(sampler))
-    progress = Place()
+    progress = Position()
     accelerator.register_for_checkpointing(progress)
     if source:
         accelerator.load_state(source)
@@ -391,7 +391,7 @@ def skipping_run(source, stop, folder):
 
 
 class Drawn:
-    """The sampler's place after the batches that were trained on."""
+    """The sampler's position after the batches that were trained on."""
 
     def __init__(self, sampler):
         self.sampler, self.step = sampler, 0

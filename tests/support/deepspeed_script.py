@@ -23,7 +23,7 @@ EPOCHS, STOP = 2, (1, 5)
 
 
 class Drawn:
-    """The sampler's place after the batches that were trained on."""
+    """The sampler's position after the batches that were trained on."""
 
     def __init__(self, sampler: PatchBatchSampler) -> None:
         self.sampler, self.step = sampler, 0

@@ -118,7 +118,7 @@ class RecordingTrainer(PatchTrainer):
 
 
 class SaveSampler(TrainerCallback):
-    """Puts the sampler's place into every checkpoint."""
+    """Saves the sampler's position in every checkpoint."""
 
     def __init__(self, sampler):
         self.sampler, self.step = sampler, 0
