@@ -2,7 +2,7 @@
 
 Each case is calibrated on the CPU; then batches of patches and sizes that calibration has not seen
 are measured in the same way and compared with what it foretold. Last, an epoch is trained with the
-budget in a process that has malloc as it comes, and its high-water mark compared with the limit.
+budget in a process with the default malloc, and its high-water mark is compared with the limit.
 """
 
 from __future__ import annotations
@@ -236,7 +236,7 @@ def main(arguments: list[str] | None = None) -> None:
     torch.set_num_threads(1)
     found = machine()
     settings = [f"{k}={v}" for k, v in os.environ.items() if k.startswith("MALLOC_")]
-    found["malloc"] = ", ".join(settings) or "as it comes"
+    found["malloc"] = ", ".join(settings) or "default"
     print(line(found))
     results = []
     for case in cases():
