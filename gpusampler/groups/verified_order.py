@@ -26,7 +26,8 @@ from gpusampler.permutation.reference import mix
 
 BLOCK_BYTES = 1 << 16
 AHEAD = 8
-"""For every block that is verified because it is used, so many more are verified in advance."""
+"""For every block that is verified because it is used, at most so many more are verified in
+advance."""
 _BLOCKS_AT_ONCE = 256
 _FACTORS = mix(np.arange(1, BLOCK_BYTES // 4 + 1)).astype(np.uint64)
 
@@ -111,10 +112,13 @@ class BlockVerifier:
         if num_new == 0:
             return
         # Looking for blocks in positions takes as long as verifying them, so a few uses are enough
-        # to verify all, in the order of the file.
+        # to verify all, in the order of the file. No use verifies more blocks in advance than were
+        # verified before it, so that the first batch does not wait for them.
         left = self._unverified(order)
-        self._verify(order, left[: AHEAD * num_new])
-        self.is_complete = left.size <= AHEAD * num_new
+        num_ahead = min(AHEAD * num_new, self._sums.size - left.size - num_new)
+        if num_ahead:
+            self._verify(order, left[:num_ahead])
+        self.is_complete = left.size <= num_ahead
 
     def _unverified(self, order: NDArray[Any]) -> Int64:
         """Return the first positions of the blocks that are not verified."""

@@ -103,27 +103,33 @@ def test_a_block_is_verified_when_it_is_first_used(tmp_path):
     ids = np.random.default_rng(0).integers(0, 40, 400_000)  # 25 blocks
     PatchGroups.from_ids(ids).save(tmp_path / "a")
 
-    def expected(patch: int) -> set[int]:
+    def used_by(patch: int) -> set[int]:
         start, count = int(groups.starts[patch]), int(groups.counts[patch])
-        used = range(start // ITEMS, (start + count - 1) // ITEMS + 1)
-        ahead = [block for block in range(25) if block not in used][: AHEAD * len(used)]
-        return {*used, *ahead}
+        return set(range(start // ITEMS, (start + count - 1) // ITEMS + 1))
 
     groups = PatchGroups.load(tmp_path / "a")
     assert blocks_of(groups) == []
     np.testing.assert_array_equal(groups.samples_of(37), np.flatnonzero(ids == 37))
-    assert set(blocks_of(groups)) == expected(37)
+    first = used_by(37)
+    assert set(blocks_of(groups)) == first
+    # A later use verifies some in advance, but not more than were verified before it.
+    new = used_by(20) - first
+    left = [block for block in range(25) if block not in first | new]
+    groups.samples_of(20)
+    ahead = left[: min(AHEAD * len(new), len(first))]
+    assert ahead
+    assert set(blocks_of(groups)) == {*first, *new, *ahead}
     # As batches do.
     plan = EpochPlan(PatchGroups.load(tmp_path / "a"), 64, seed=0)
     patch = int(plan.evaluate(0, [7]).groups[0])
     assert blocks_of(plan.groups)
-    assert set(blocks_of(plan.groups)) <= expected(patch)
+    assert set(blocks_of(plan.groups)) <= used_by(patch)
     # A few uses of new blocks verify all, in the order of the file.
     uses = 0
     while groups._needs_verification:
         uses += 1
         groups.samples_of(40 - uses)
-    assert uses < 5
+    assert uses < 7
 
 
 def test_after_an_epoch_nothing_is_verified(index, monkeypatch):
