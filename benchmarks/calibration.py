@@ -1,7 +1,7 @@
-"""How well `calibrate` foretells what a step takes: ``python -m benchmarks.calibration``.
+"""How well `calibrate` predicts the memory of a step: ``python -m benchmarks.calibration``.
 
 Each case is calibrated on the CPU; then batches of patches and sizes that calibration has not seen
-are measured in the same way and compared with what it foretold. Last, an epoch is trained with the
+are measured in the same way and compared with the prediction. Last, an epoch is trained with the
 budget in a process with the default malloc, and its high-water mark is compared with the limit.
 """
 
@@ -135,7 +135,7 @@ def cases() -> Iterator[Case]:
 
 
 def held_out(case: Case, budget: CostBudget, limit: int) -> list[dict[str, Any]]:
-    """Measure batches that calibration has not seen, and say what it foretold."""
+    """Measure batches that calibration has not seen, and compare the predictions."""
     record = budget.calibration
     assert record is not None
     fit = Fit(*(record[name] for name in Fit._fields))
@@ -155,7 +155,7 @@ def held_out(case: Case, budget: CostBudget, limit: int) -> list[dict[str, Any]]
         if predicted < MIN_PEAK:
             continue
         probe = meter.measure(labels.index(patch), size)
-        assert probe is not None, "it ran out of memory within the share"
+        assert probe is not None, "out of memory within the share"
         comparisons.append(
             {"patch_id": patch, "cost": cost, "batch_size": size, "predicted": predicted}
             | {"measured": probe.peak, "off": predicted / probe.peak - 1}
@@ -164,7 +164,7 @@ def held_out(case: Case, budget: CostBudget, limit: int) -> list[dict[str, Any]]
 
 
 def epoch_peak(case: Case, budget: CostBudget) -> dict[str, Any]:
-    """Train an epoch with the budget in a copy of this process; return what it held at most."""
+    """Train an epoch with the budget in a copy of this process; return its peak memory."""
     sampler = PatchBatchSampler(case.sampler.plan.groups, budget, seed=0, device="numpy")
 
     def train(say: Callable[[dict[str, Any]], None]) -> None:
@@ -179,7 +179,7 @@ def epoch_peak(case: Case, budget: CostBudget) -> dict[str, Any]:
 
 
 def run(case: Case, picture: Path | None) -> dict[str, Any]:
-    """Calibrate a case, and compare what it foretells."""
+    """Calibrate a case, and compare its predictions."""
     limit = high_water_mark(reset=True) + FREE
     with case.context():
         start = time.perf_counter()
@@ -243,7 +243,7 @@ def main(arguments: list[str] | None = None) -> None:
         print(f"\n{case.name}")
         is_last = case.name.startswith("GINO")
         results.append(run(case, options.picture if is_last else None))
-    print(f"\nlimit: what is held + {format_bytes(FREE)}, share {SHARE:.0%}\n")
+    print(f"\nlimit: memory in use + {format_bytes(FREE)}, share {SHARE:.0%}\n")
     rows = [row_of(result) for result in results]
     print(markdown.table(list(rows[0]), [row.values() for row in rows]))
     if options.out:

@@ -1,4 +1,4 @@
-"""``pytest benchmarks --benchmark-enable``: ours beside baselines, a report without limits.
+"""``pytest benchmarks --benchmark-enable``: ours and baselines, a report without limits.
 
 Times are those of the processor, on one thread. Without ``--benchmark-enable`` each benchmark runs
 once, on few samples, to see that it runs.
@@ -40,7 +40,7 @@ def pytest_xdist_auto_num_workers() -> int:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Count processor time: what others take from the machine does not count."""
+    """Count processor time, so that other work on the machine does not count."""
     for item in items:
         group = item.name.partition("[")[0]
         item.add_marker(pytest.mark.benchmark(group=group, timer=time.process_time))

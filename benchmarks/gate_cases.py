@@ -1,4 +1,4 @@
-"""The cases of the gate, each declared once: what is timed, against what, and its limit.
+"""The cases of the gate, each declared once: the timed work, its baseline, and its limit.
 
 A new case is one entry of `CASES`; ``python -m benchmarks.gate --measure`` says what its reference
 would be. `docs/explanation/gate.md` tells how to choose the parts of a baseline.
@@ -38,7 +38,7 @@ class Case:
 
     name: str
     ours: Part
-    """Makes what is needed, and returns the call that is timed."""
+    """Prepares the input, and returns the call that is timed."""
     baseline: tuple[Part, ...]
     """Timed in turn with ours."""
     reference: float

@@ -41,7 +41,7 @@ def make_ids(path: Path, size: int, dtype: str = "int16", patches: int = PATCHES
 class Held(NamedTuple):
     """What a process held at most, in bytes, and how it ended.
 
-    ``anonymous`` is what it holds beyond the page cache (RssAnon of Linux); the pages of a file
+    ``anonymous`` is its memory outside the page cache (RssAnon of Linux); the pages of a file
     that it has mapped are the system's, which takes them back when it needs them.
     """
 
@@ -294,7 +294,7 @@ def parts(folder: Path, largest: int) -> dict[str, Callable[[], dict[str, Any]]]
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Print what was measured; write it if asked to."""
+    """Print the results; write them if asked to."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.scale", description=__doc__)
     parser.add_argument("parts", nargs="*", help="some of the parts only")
     parser.add_argument("--size", type=float, default=LARGEST, help="samples of the largest set")

@@ -36,7 +36,7 @@ CHILD_SECONDS = 600.0
 
 
 def in_child(call: Callable[[], float]) -> float:
-    """Run in a forked process, whose memory nobody has used before; return what it returns."""
+    """Call in a forked process, with memory of its own; return the result."""
     found = apart(lambda say: say({"returned": call()}), limit=CHILD_SECONDS)
     if "returned" not in found:
         raise RuntimeError(f"the child must send its result, got {found}")
@@ -68,15 +68,15 @@ class Run:
 
 
 def peak(data: Any, batches: list[list[int]]) -> float:
-    """Return the MB that training on batches takes at most, above what was held before.
+    """Return the peak of training on batches, in MB above the memory before it.
 
-    For a process of its own: what others have freed would hide some of it.
+    Run it in a new process: memory that was freed before would hide some of the peak.
     """
     # Each tensor's memory goes back as it is freed: what is kept in pieces for batches of another
     # shape would count for these.
     ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, 1 << 16)
     run = Run(data)
-    run.epoch(batches)  # what is made once: the optimizer's state, buffers of libraries
+    run.epoch(batches)  # allocates the optimizer's state and buffers of libraries
     return peak_of(lambda: run.epoch(batches))[1] / 1e6
 
 
@@ -94,7 +94,7 @@ def training(sizes: tuple[int, ...] = TRAINED, epochs: int = EPOCHS) -> dict[str
             budget = CostBudget(size * max(points.values()), cost=points)
             ways[f"fixed {size}"] = {"fixed": size, "batch_size": size}
             ways[f"budget {size}"] = {"fixed": size, "batch_size": budget}
-        # Memory first: once this process has trained, its children begin with what it freed.
+        # Memory first: once this process has trained, its children begin with its freed memory.
         for way in ways.values():
             sampler = PatchBatchSampler(data.train, way["batch_size"], seed=0, device="numpy")
             way |= {"sampler": sampler, "steps": len(sampler)}

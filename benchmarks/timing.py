@@ -27,7 +27,7 @@ def drain(batches: Iterable[Any]) -> None:
 
 
 def seconds(call: Callable[[], Any]) -> float:
-    """Return the processor time of a call, of all threads: what others take does not count."""
+    """Return the processor time of a call, of all threads."""
     start = time.process_time()
     call()
     return time.process_time() - start

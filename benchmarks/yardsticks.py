@@ -21,7 +21,7 @@ TILE = 1 << 15
 Work = Callable[[], Any]
 """A call that does some work; all that it reads is there."""
 Part = Callable[[], Work]
-"""A kind of work, and how much of it: makes what is read, and returns the call."""
+"""A kind and an amount of work: prepares the input, and returns the call."""
 
 
 def part(prepare: Callable[..., Work]) -> Callable[..., Part]:

@@ -43,7 +43,7 @@ class Epoch:
             self.plan.evaluate(0, slots, self.dtype)
 
     def check_kernel(self) -> None:
-        """Write whether a kernel has made what was timed."""
+        """Write whether a kernel made the timed batches."""
         data = self.data
         self.bench.check_kernel(self.plan, f"{data.mix} {data.layout} {self.dtype}")
 

@@ -125,8 +125,8 @@ class Machine:
     def time(self, call: Callable[[], Any], repeats: int) -> Timing:
         """Time a call on the device, after it was called once to warm up, or more.
 
-        Calls of microseconds are timed several in a row: the gap between two events is not what is
-        to be measured.
+        Calls of microseconds are timed several in a row, so that the gap between two events does
+        not count.
         """
         call()
         inner = 1
@@ -149,7 +149,7 @@ class Machine:
         return float(start.elapsed_time(end)) / inner
 
     def wall(self, call: Callable[[], Any], repeats: int) -> Timing:
-        """Time a call by the host's clock, to the end of what it has started on the device."""
+        """Time a call by the host's clock, until the device has finished its work."""
         call()
         found = []
         for _ in range(repeats):

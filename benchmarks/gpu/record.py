@@ -36,7 +36,7 @@ class Case(NamedTuple):
 
 
 class Record:
-    """What is found, in a file of lines of JSON to which several processes append in turn.
+    """Results in a file of lines of JSON, to which several processes append in turn.
 
     Parameters
     ----------
@@ -78,7 +78,7 @@ class Record:
     def end_open_case(self, reason: str) -> None:
         """Write the end of a case whose process has ended without it."""
         if self.path.exists():
-            # What was written of its last line is of no use.
+            # An incomplete last line is of no use.
             os.truncate(self.path, self.path.read_bytes().rfind(b"\n") + 1)
         last = self.lines("begin", "end")[-1:]
         for line in last:

@@ -109,7 +109,7 @@ def patch_counts(samples: int, mix: str, rng: np.random.Generator) -> Int64:
 def _adding_up(counts: Int64, samples: int, least: int, most: int) -> Int64:
     """Return counts in ``least .. most``, close to the given ones, that add up to ``samples``."""
     counts = np.clip(counts, least, most).astype(np.int64)
-    # In proportion first, so that what is left to even out is little.
+    # In proportion first, so that little is left to even out.
     for _ in range(20):
         counts = np.clip(counts * (samples / counts.sum()), least, most).astype(np.int64)
     while (missing := samples - int(counts.sum())) != 0:

@@ -1,1 +1,1 @@
-"""Samplers of other projects, and obvious ones, beside ours: ``python -m benchmarks``."""
+"""Samplers of other projects, simple ones, and ours: ``python -m benchmarks``."""

@@ -1,4 +1,4 @@
-"""Samplers of other projects that fill a budget, beside ours, on the same lengths."""
+"""Samplers of other projects that fill a budget, and ours, on the same lengths."""
 
 from __future__ import annotations
 
@@ -134,7 +134,7 @@ def resumed(
     took = []
     for _ in range(rounds):
         fresh = peer.make(workload, given, 0)
-        # lhotse's load_state_dict empties what it is given.
+        # lhotse's load_state_dict empties its argument.
         saved = copy.deepcopy(state)
         start = time.process_time()
         fresh.load_state_dict(saved)

@@ -49,7 +49,7 @@ def compared(first: Epoch, second: Epoch, patch_of: np.ndarray) -> dict[str, Any
     random = np.random.default_rng(0)
     of_sample = random.integers(0, 2**63, patch_of.size, np.int64).astype(np.uint64)
     before, after = first.signatures(of_sample), second.signatures(of_sample)
-    # A batch of one sample, or of a whole patch, has no other members to get.
+    # A batch of one sample, or of a whole patch, has the same members in every epoch.
     whole = np.bincount(patch_of)[patch_of[second.samples[second.begins]]]
     free = (second.sizes > 1) & (second.sizes < whole)
     return {

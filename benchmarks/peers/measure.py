@@ -97,7 +97,7 @@ def _judge(
 
 
 def _warm(peer: Peer) -> None:
-    """Run once on next to nothing: what is imported or made once is not the sampler's cost."""
+    """Run once on a few samples: imports and other work done once are not the sampler's cost."""
     work = peer.prepare(WARMING.ids(), WARMING.batch_size)
     sampler = peer.make(work, 0)
     for epoch in range(2):
@@ -106,7 +106,7 @@ def _warm(peer: Peer) -> None:
 
 
 def length(sampler: Any) -> int | str:
-    """Return what ``len`` says, or the name of what it raises."""
+    """Return the length, or the name of the error that ``len`` raises."""
     try:
         return len(sampler)
     except (TypeError, ValueError) as error:

@@ -1,4 +1,4 @@
-"""How much memory a call takes at most, above what its process held before."""
+"""The peak memory of a call, above the memory of its process before it."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ T = TypeVar("T")
 
 
 def peak_of(call: Callable[[], T]) -> tuple[T, int]:
-    """Call, and return the result with the peak, in bytes above what was held before.
+    """Call, and return the result and the peak, in bytes above the memory before the call.
 
-    For a process of its own, whose memory nobody has used before. Linux, with glibc.
+    Run it in a new process: memory that was freed before would hide some of the peak. Linux, glibc.
     """
     gc.collect()
     # Freed memory goes back to the system; nothing else of the allocator is changed, because the

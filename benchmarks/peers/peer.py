@@ -67,7 +67,7 @@ def missing(peer: Peer) -> str | None:
             warnings.simplefilter("ignore")
             peer.load()
     except Exception as error:
-        # Whatever an import raises is the reason that the table shows.
+        # The table shows any error of the import as the reason.
         first = str(error).splitlines()[0] if str(error) else ""
         return f"{peer.package} {found} does not import: {type(error).__name__}: {first}"
     return None

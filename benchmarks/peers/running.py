@@ -40,7 +40,7 @@ def run(
     why = {peer.name: missing(peer) for peer in peers}
     late: dict[str, list[Case]] = {peer.name: [] for peer in peers}
     for case in cases:
-        # All peers one after the other, so that what is compared was measured together.
+        # All peers one after the other, so that compared results were measured together.
         for peer in peers:
             row: dict[str, Any] = {"peer": peer.name, "case": case._asdict()}
             after = next((one for one in late[peer.name] if case.costs_no_less(one)), None)
@@ -56,7 +56,7 @@ def run(
 
 
 def apart(call: Callable[[Callable[[dict[str, Any]], None]], None], limit: float) -> dict[str, Any]:
-    """Run ``call(say)`` in a forked process; return what it has said, and how it ended.
+    """Run ``call(say)`` in a forked process; return its results, and how it ended.
 
     The limit is on the seconds of the processor from the first thing said on.
     """
@@ -64,8 +64,7 @@ def apart(call: Callable[[Callable[[dict[str, Any]], None]], None], limit: float
     ours, theirs = context.Pipe(duplex=False)
 
     def work() -> None:
-        # What others have imported is not looked through whenever a sampler's lists make Python
-        # collect.
+        # Garbage collections that a sampler's lists trigger skip all that is imported already.
         gc.freeze()
         logging.disable(logging.WARNING)
         with warnings.catch_warnings(record=True) as caught:

@@ -1,6 +1,6 @@
 """What batches cost at the least, and what ours cost.
 
-Whatever draws batches, the indices must be gathered from the samples sorted by patch into memory,
+In every sampler, the indices must be gathered from the samples sorted by patch into memory,
 and be yielded: as a view of an array, or as a list of Python integers. Each of these is timed on
 indices that were drawn beforehand, so a floor holds no arithmetic of a shuffle and no bookkeeping.
 Ours is timed in turn with it, over the same batches, in C where the package was compiled;

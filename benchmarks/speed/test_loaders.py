@@ -1,4 +1,4 @@
-"""Batches of tensors in memory: gathered many at once, against loaders that others wrote."""
+"""Batches of tensors in memory, gathered many at once, against loaders of other projects."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What it costs that time is always counted: ``pytest -m slow`` on this file.
+"""The cost of always counting time: ``pytest -m slow`` on this file.
 
 Counted in instructions (callgrind), as seconds of a percent are not to be had on a shared machine:
 draining epochs with the code as it is, against the same code from whose syntax trees all that

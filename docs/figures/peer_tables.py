@@ -228,7 +228,7 @@ MEASURES: dict[str, tuple[Callable[[Row], float | None], float]] = {
     "second epoch": (lambda row: row.get("second_epoch_s"), 0),
     "peak": (lambda row: row.get("peak_mb"), LEAST_MB),
 }
-"""What is compared, and the largest value that is the measurement's own noise."""
+"""The compared measures, and the largest value of each that is noise."""
 
 
 def losses(found: Mapping[str, Any]) -> str:

@@ -24,7 +24,7 @@ OUTPUTS = {"list": "lists", "numpy": "NumPy arrays", "tensor": "tensors"}
 
 
 def rows_of(found: dict[str, Any], test: str) -> Rows:
-    """Return a test's parameters, what it noted, and its best time in seconds."""
+    """Return a test's parameters, its extra information, and its best time in seconds."""
     return [
         {**(row["params"] or {}), **row["extra_info"], "best_s": row["stats"]["min"]}
         for row in found["benchmarks"]

@@ -1,8 +1,8 @@
 """MosaicML Streaming's generation of work with ``batching_method="per_stream"``.
 
-No shard is written. `generate_work` and what it calls of `StreamingDataset` are Streaming's own;
-what its constructor reads from index files (streams, shards, samples) is set here: a stream for
-each patch, of one shard, with the constructor's defaults but ``shuffle=True``.
+No shard is written. `generate_work` and the methods of `StreamingDataset` that it calls are
+Streaming's own. The values that its constructor reads from index files (streams, shards, samples)
+are set here: a stream of one shard per patch, with the constructor's defaults but ``shuffle=True``.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ def _load() -> Any:
     """Import ``streaming.base`` alone.
 
     ``import streaming`` imports its parts for vision, too, and with them torchvision, whose build
-    on PyPI does not load beside a torch for CPUs.
+    on PyPI does not load with a torch for CPUs.
     """
     if "streaming" not in sys.modules:
         spec = importlib.util.find_spec("streaming")
