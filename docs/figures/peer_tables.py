@@ -11,7 +11,6 @@ from typing import Any
 from benchmarks import markdown
 from benchmarks.peers.cases import SERIES, Case
 from benchmarks.peers.ours import LISTED, OURS
-from benchmarks.peers.registry import PEERS
 from benchmarks.peers.samplers.restated import UNGROUPED
 
 Row = Mapping[str, Any]
@@ -36,37 +35,10 @@ SERIES_HEAD = {
     "patches": "number of patches",
     "batch": "batch size",
 }
-RENAMED = {
-    "gpusampler, by NumPy": "gpusampler, NumPy backend",
-    "bucketsampler, as by default": "bucketsampler, default",
-    "bionemo Buckets of BatchSampler": "bionemo BucketBatchSampler(BatchSampler)",
-    "bionemo Buckets of SizeAware": "bionemo BucketBatchSampler(SizeAware)",
-    "torchvision's GroupedBatchSampler": "torchvision GroupedBatchSampler",
-    "one mask a patch, fixed batches": "fixed batches, one mask per patch",
-}
-"""Names in results that were measured before the samplers had their present names."""
-
 BY_CHANCE = 0.01
 """Batches of two samples may have the same members by chance: at most this fraction of batches."""
 LEAST_MB = 1.0
 """Below this peak, a difference is the allocator's."""
-
-
-def relabelled(found: Mapping[str, Any]) -> dict[str, Any]:
-    """Return results with the present names and descriptions of the samplers."""
-    present = {peer.name: {"given": peer.given, "note": peer.note} for peer in PEERS}
-
-    def name(old: str) -> str:
-        return RENAMED.get(old, old)
-
-    return {
-        **found,
-        "peers": [
-            peer | present.get(name(peer["name"]), {}) | {"name": name(peer["name"])}
-            for peer in found["peers"]
-        ],
-        "rows": [row | {"peer": name(row["peer"])} for row in found["rows"]],
-    }
 
 
 def case_of(row: Row) -> Case:

@@ -27,7 +27,6 @@ from docs.figures.peer_tables import (
     of_page,
     put_into,
     ratio,
-    relabelled,
     to_the_first_batch,
     why_not,
 )
@@ -201,7 +200,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--pictures", type=Path, metavar="DIR", help="folder for the pictures")
     parser.add_argument("--markdown", type=Path, metavar="FILE", help="page with marks for tables")
     asked = parser.parse_args(arguments)
-    found = relabelled(json.loads(asked.file.read_text()))
+    found = json.loads(asked.file.read_text())
     print(everything(found))
     print(machine(found))
     if asked.pictures:

@@ -26,7 +26,6 @@ from benchmarks.peers.running import run
 from docs.figures.peer_tables import (
     HEAD,
     NOT_IN_SUMMARY,
-    RENAMED,
     everything,
     length,
     losses,
@@ -35,7 +34,6 @@ from docs.figures.peer_tables import (
     of_page,
     of_series,
     put_into,
-    relabelled,
     unmeasured,
 )
 from docs.figures.peers import draw
@@ -275,20 +273,6 @@ def test_losses_are_the_worst_ratio_and_the_number_of_cases():
         "| faster | - | - | 4 (2 of 2) | - | - |",
         "| smaller | - | - | - | - | inf (1 of 2) |",
     ]
-
-
-def test_results_with_old_names_get_the_present_ones():
-    assert set(RENAMED.values()) <= {peer.name for peer in PEERS}
-    old = "one mask a patch, fixed batches"
-    found = {
-        "peers": [{"name": old, "note": "old"}, {"name": "planted", "note": "kept"}],
-        "rows": [{"peer": old}, {"peer": "planted"}],
-    }
-    now = relabelled(found)
-    assert now["rows"] == [{"peer": RENAMED[old]}, {"peer": "planted"}]
-    assert [peer["note"] for peer in now["peers"]] == [PEERS[-1].note, "kept"]
-    assert relabelled(now) == now
-    assert found["rows"][0]["peer"] == old
 
 
 def test_series_and_summary_leave_out_samplers_without_results():
