@@ -180,7 +180,9 @@ def epoch_peak(case: Case, budget: CostBudget) -> dict[str, Any]:
 
 def run(case: Case, picture: Path | None) -> dict[str, Any]:
     """Calibrate a case, and compare its predictions."""
-    limit = high_water_mark(reset=True) + FREE
+    in_use = high_water_mark(reset=True)
+    assert in_use, "the system must report the peak of resident memory"
+    limit = in_use + FREE
     with case.context():
         start = time.perf_counter()
         budget = calibrate(
@@ -247,7 +249,8 @@ def main(arguments: list[str] | None = None) -> None:
     rows = [row_of(result) for result in results]
     print(markdown.table(list(rows[0]), [row.values() for row in rows]))
     if options.out:
-        write({"machine": found, "cases": results}, options.out, "calibration")
+        name = "calibration-mapped" if settings else "calibration"
+        write({"machine": found, "cases": results}, options.out, name)
 
 
 if __name__ == "__main__":

@@ -4,9 +4,9 @@ Each case of `benchmarks.gate_cases` is timed in turn with a baseline that does 
 work without gpusampler, and the ratio is held to a committed limit. Exits with 1 if one is missed.
 
 How results stay stable on a shared machine: times are processor time of this process, not wall
-time; the two of a pair run within some milliseconds of each other, so that what slows
-one slows both; the median of several pairs' ratios counts; and a case that misses its limit is
-measured anew a few times, since a real slowdown stays.
+time; the two of a pair run within some milliseconds of each other, so that a disturbance slows
+both; the median of several pairs' ratios counts; and a case that misses its limit is measured anew
+a few times, since a real slowdown stays.
 """
 
 from __future__ import annotations

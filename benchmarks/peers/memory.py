@@ -22,5 +22,6 @@ def peak_of(call: Callable[[], T]) -> tuple[T, int]:
     # same call is timed.
     ctypes.CDLL(None).malloc_trim(0)
     before = high_water_mark(reset=True)
+    assert before, "the system must report the peak of resident memory"
     result = call()
     return result, high_water_mark() - before

@@ -265,14 +265,13 @@ def of_page(found: Mapping[str, Any]) -> dict[str, str]:
 
 def unmeasured(found: Mapping[str, Any]) -> str:
     """Return which cases of which samplers were not measured, and why."""
-    cases: dict[tuple[str, str], list[str]] = {}
+    cases: dict[tuple[str, str], dict[str, None]] = {}
     for row in found["rows"]:
         if why := why_not(row):
             why = "not run: timeout in an easier case" if "skipped" in row else why
             case = "all" if "missing" in row else str(case_of(row))
-            held = cases.setdefault((row["peer"], why), [])
-            held += [case] * (case not in held)
-    lines = [(peer, "; ".join(held), why) for (peer, why), held in cases.items()]
+            cases.setdefault((row["peer"], why), {})[case] = None
+    lines = [(peer, "; ".join(names), why) for (peer, why), names in cases.items()]
     return _table(("sampler", "cases", "why"), lines)
 
 

@@ -118,7 +118,8 @@ class BlockVerifier:
         num_ahead = min(AHEAD * num_new, self._sums.size - left.size - num_new)
         if num_ahead:
             self._verify(order, left[:num_ahead])
-        self.is_complete = left.size <= num_ahead
+        if left.size <= num_ahead:
+            self.is_complete = True
 
     def _unverified(self, order: NDArray[Any]) -> Int64:
         """Return the first positions of the blocks that are not verified."""

@@ -171,7 +171,8 @@ def table_of_controls(found: dict[str, Any]) -> str:
         if len(results) <= 5:
             kinds = ", ".join(r.kind for r in results)
         failed = f"{control['failed']} of {control['tests']}"
-        lines.append(f"| {name} | {failed} | {_p(min(r.p for r in results))} | {kinds} |")
+        smallest = _p(min(r.p for r in results)) if results else "-"
+        lines.append(f"| {name} | {failed} | {smallest} | {kinds} |")
     return "\n".join(lines)
 
 

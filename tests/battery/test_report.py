@@ -17,3 +17,8 @@ PAGE = ROOT / "docs" / "explanation" / "statistics.md"
 @pytest.mark.parametrize("table", [report.table_of_real, report.table_of_controls])
 def test_the_page_shows_the_table(table):
     assert table(json.loads(RESULTS.read_text())) in PAGE.read_text()
+
+
+def test_a_control_that_no_test_detects_is_a_row():
+    found = {"controls": {"planted": {"failed": 0, "tests": 5, "strongest": []}}}
+    assert report.table_of_controls(found).splitlines()[-1] == "| planted | 0 of 5 | - |  |"

@@ -22,6 +22,7 @@ from gpusampler.demo.loading import load
 from gpusampler.demo.picture import draw
 from gpusampler.demo.report import DemoReport, Speed
 from gpusampler.demo.stopwatch import Stopwatch, TimedIterable
+from gpusampler.demo.train import one_thread
 from gpusampler.groundwater import collate_fn
 from support.processes import run_python
 
@@ -104,8 +105,6 @@ def test_shares_add_up(demo_run):
 
 @pytest.mark.serial("measures time")
 def test_grouped_batches_are_faster(data):
-    from gpusampler.demo.train import one_thread
-
     with one_thread(), fast_segment_csr():
         measured = speed.compare_speed(PatchGino(data), data, progress=False)
     assert measured.samples > 50

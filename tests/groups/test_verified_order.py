@@ -132,6 +132,21 @@ def test_a_block_is_verified_when_it_is_first_used(tmp_path):
     assert uses < 7
 
 
+def test_an_order_that_another_thread_completes_stays_complete(monkeypatch):
+    order = np.arange(200_000)
+    verifier = BlockVerifier(Path("a"), block_sums(order), order.size)
+    verify = verifier._verify
+
+    def meanwhile(order, positions):
+        num_new = verify(order, positions)
+        verifier.is_complete = True
+        return num_new
+
+    monkeypatch.setattr(verifier, "_verify", meanwhile)
+    verifier.verify(order, np.array([0]))
+    assert verifier.is_complete
+
+
 def test_after_an_epoch_nothing_is_verified(index, monkeypatch):
     groups = PatchGroups.load(index)
     sampler = PatchBatchSampler(groups, 64, seed=0)

@@ -255,7 +255,7 @@ def test_epochs(host_form, xp, epochs):
 
 def check_epoch(xp: Any, epoch: dict[str, Any]) -> None:
     plan = plan_of(epoch, xp.asarray(epoch["ids"], dtype=xp.int64))
-    assert plan.num_batches == len(epoch["batches"])
+    assert plan.num_batches == len(epoch["batches"]), named_epoch(epoch)
     slots = xp.arange(plan.num_batches)
 
     block = plan.evaluate(epoch["epoch"], slots)
@@ -298,4 +298,4 @@ def check_batches(epoch: dict[str, Any]) -> None:
             result = cursor()
             patch, samples = batches[slot]
             assert result.indices[: len(samples)].tolist() == samples, named_epoch(epoch)
-            assert patch_ids[int(result.group)] == patch
+            assert patch_ids[int(result.group)] == patch, named_epoch(epoch)

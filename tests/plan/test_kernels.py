@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from contextlib import nullcontext
 from itertools import product
 from typing import Any
 
@@ -30,7 +31,7 @@ from gpusampler.plan.evaluators.kernels.kernel_spec import (
     cuda_geometry,
     triton_geometry,
 )
-from support import make_golden
+from support import kernels, make_golden
 from support.kernels import (
     TRITON,
     cuda_batches_on_host,
@@ -375,6 +376,14 @@ def test_patches_of_every_kind_side_by_side(kind, partial):
     assert (result.samples, result.small, result.fewest, result.most) == (True, 32, 3, 6)
     ends = np.cumsum(plan.batches_by_patch)
     check(plan, kind, 6, np.concatenate([ends - 1, ends - plan.batches_by_patch]))
+
+
+@pytest.mark.slow("Triton's interpreter without shortcuts")
+@pytest.mark.parametrize("kind", [TRITON])
+@pytest.mark.parametrize("partial", ["keep", "pad"])
+def test_shortcuts_of_the_interpreter_change_no_result(kind, partial, monkeypatch):
+    monkeypatch.setattr(kernels, "interpreter_in_haste", nullcontext)
+    test_patches_of_every_kind_side_by_side(kind, partial)
 
 
 @every_kernel

@@ -16,8 +16,10 @@ import pytest
 def interpreter_in_haste() -> Iterator[None]:
     """Let the interpreter run our kernels with the patches and shortcuts below."""
     with pytest.MonkeyPatch.context() as patch:
-        for target, name, value in (*language_patches(), *shortcuts()):
+        for target, name, value in language_patches():
             patch.setattr(target, name, value, raising=False)
+        for target, name, value in shortcuts():
+            patch.setattr(target, name, value)
         yield
 
 
