@@ -28,7 +28,6 @@ from benchmarks.peers.registry import PEERS
 from benchmarks.peers.running import LIMIT, run
 from benchmarks.peers.samplers.restated import UNGROUPED
 
-QUICK_ROUNDS = 1
 TIMES = "construct_s", "first_s", "epoch_s", "second_epoch_s"
 FIGURES = (*TIMES, "peak_mb", "len", "batches", "missed", "repeated", "mixed", "same_members")
 WHY = ("missing", "skipped", "error", "over")
@@ -77,7 +76,7 @@ def measure(asked: argparse.Namespace) -> dict[str, Any]:
     series = {name: series[name] for name in asked.cases or series}
     middle = cases.QUICK_MIDDLE if asked.quick else cases.MIDDLE
     peers, some = chosen(asked.peers), cases.in_order(series)
-    rounds = QUICK_ROUNDS if asked.quick else ROUNDS
+    rounds = 1 if asked.quick else ROUNDS
     found: dict[str, Any] = {
         "machine": machine(),
         "limit_s": asked.limit_seconds,
