@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -86,6 +87,21 @@ def test_inspect_does_not_import_torch(ids):
     run_python("-c", code)
 
 
+DROPPED = r"Exception ignored in: .*\n(Traceback .*\n( .*\n)+)?KeyboardInterrupt: ?\n"
+
+
+def interrupted(process: subprocess.Popen[str]) -> tuple[str, str]:
+    """What a process prints that is interrupted until it ends, at most three times."""
+    try:
+        for _ in range(3):
+            process.send_signal(signal.SIGINT)
+            with suppress(subprocess.TimeoutExpired):
+                return process.communicate(timeout=30)
+        raise AssertionError("three interrupts did not end the process")
+    finally:
+        process.kill()
+
+
 @pytest.mark.skipif(os.name != "posix", reason="signals as on POSIX")
 def test_ctrl_c(tmp_path):
     command = [sys.executable, "-m", "gpusampler", "demo", "--epochs", "500", "--out", "out"]
@@ -103,11 +119,11 @@ def test_ctrl_c(tmp_path):
     while not (tmp_path / "out").exists() and time.monotonic() < deadline:
         time.sleep(0.05)
     time.sleep(0.3)
-    process.send_signal(signal.SIGINT)
-    stdout, stderr = process.communicate(timeout=60)
+    # Python drops an interrupt that falls into a finalizer, and says so; a user presses again.
+    stdout, stderr = interrupted(process)
     assert process.returncode == 130
     assert stdout == ""
-    assert stderr.strip() == ""
+    assert re.sub(DROPPED, "", stderr).strip() == ""
 
 
 @pytest.mark.skipif(os.name != "posix", reason="signals as on POSIX")
