@@ -14,7 +14,7 @@ import numpy as np
 
 
 def draw(found: dict[str, Any], path: Path) -> None:
-    """Draw the results of `measures.linearity` and `measures.against_argsort`."""
+    """Draw the results of `linearity` and `against_argsort` of `benchmarks.scale`."""
     from matplotlib.figure import Figure
 
     times = {int(size): took for size, took in found["linearity"]["seconds"].items()}

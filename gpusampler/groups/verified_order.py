@@ -26,8 +26,7 @@ from gpusampler.permutation.reference import mix
 
 BLOCK_BYTES = 1 << 16
 AHEAD = 8
-"""For every block that is verified because it is used, at most so many more are verified in
-advance."""
+"""Largest number of blocks that are verified in advance per block that is verified on use."""
 _BLOCKS_AT_ONCE = 256
 _FACTORS = mix(np.arange(1, BLOCK_BYTES // 4 + 1)).astype(np.uint64)
 

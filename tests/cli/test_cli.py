@@ -91,7 +91,7 @@ DROPPED = r"Exception ignored in: .*\n(Traceback .*\n( .*\n)+)?KeyboardInterrupt
 
 
 def interrupted(process: subprocess.Popen[str]) -> tuple[str, str]:
-    """What a process prints that is interrupted until it ends, at most three times."""
+    """Interrupt a process up to three times until it ends; return its stdout and stderr."""
     try:
         for _ in range(3):
             process.send_signal(signal.SIGINT)
@@ -121,7 +121,7 @@ def test_ctrl_c(tmp_path):
     while not (tmp_path / "out").exists() and time.monotonic() < deadline:
         time.sleep(0.05)
     time.sleep(0.3)
-    # Python drops an interrupt that falls into a finalizer, and says so; a user presses again.
+    # Python reports and drops an interrupt inside a finalizer; the test then interrupts again.
     stdout, stderr = interrupted(process)
     assert process.returncode == 130
     assert stdout == ""

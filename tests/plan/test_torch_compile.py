@@ -438,7 +438,7 @@ LARGE_STEP = shuffled_ids([70_000, 65_536]), 32_768, QUICKER
             *LARGE_STEP,
             True,
             id="large",
-            marks=pytest.mark.slow("the way back is compiled, too"),
+            marks=pytest.mark.slow("compiles the backward pass, too"),
         ),
         pytest.param(
             *LARGE_STEP,
